@@ -1,0 +1,37 @@
+"""Containers: how the bytes on disk become named tensors, without reading the weights."""
+
+from dmt_convert.checkpoint.flat_checkpoint import (
+    ITEM_BYTES,
+    FlatCheckpoint,
+    Piece,
+    Scalar,
+    Segment,
+    TensorInfo,
+)
+from dmt_convert.checkpoint.registry import READERS, Reader, open_checkpoint
+from dmt_convert.checkpoint.tensor_bytes import (
+    CHUNK_BYTES,
+    gather_rows,
+    read_tensor,
+    resolve_segments,
+    stream_tensor,
+    to_fp32,
+)
+
+__all__ = [
+    "CHUNK_BYTES",
+    "ITEM_BYTES",
+    "READERS",
+    "FlatCheckpoint",
+    "Piece",
+    "Reader",
+    "Scalar",
+    "Segment",
+    "TensorInfo",
+    "gather_rows",
+    "open_checkpoint",
+    "read_tensor",
+    "resolve_segments",
+    "stream_tensor",
+    "to_fp32",
+]

@@ -1,0 +1,212 @@
+"""Directories of torch.distributed.checkpoint (DCP), read without torch and without ranks.
+
+Source: `torch/distributed/checkpoint/{metadata,filesystem}.py`. The file `.metadata` is a
+plain pickle that torch loads unguarded; here it is read as inert records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, Scalar, TensorInfo
+from dmt_convert.checkpoint.safe_unpickler import DCP_GLOBALS, Record, read_pickle
+from dmt_convert.errors import CheckpointError
+
+_Location = tuple[str, int, int]
+
+
+class DcpReader:
+    """A DCP directory: `.metadata` beside `__<rank>_<n>.distcp` files."""
+
+    format = "dcp"
+
+    def can_read(self, path: Path) -> bool:
+        """Tell by the names: the directory, or a file in it."""
+        folder = path if path.is_dir() else path.parent
+        named = path.name == ".metadata" or path.suffix == ".distcp"
+        if not path.is_dir() and not named:
+            return False
+        return (folder / ".metadata").is_file() or any(folder.glob("*.distcp"))
+
+    def read(self, path: Path) -> FlatCheckpoint:
+        """Read `.metadata`; the payload stays on disk.
+
+        Raises:
+            CheckpointError: The directory is incomplete or damaged, or was compressed.
+        """
+        folder = path if path.is_dir() else path.parent
+        metadata_path = folder / ".metadata"
+        if not metadata_path.is_file():
+            raise CheckpointError(
+                f"{folder} holds .distcp files but no .metadata",
+                expected="the .metadata file, which the save writes last",
+                hint="the save did not finish; use the previous checkpoint",
+            )
+        with metadata_path.open("rb") as file:
+            metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
+        try:
+            tensors, scalars = _read_entries(folder, metadata)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointError(
+                f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
+                expected="the metadata of torch.distributed.checkpoint",
+                hint="the file is damaged, or of a version that is not known yet; report it",
+            ) from None
+        files = tuple(sorted({piece.path for tensor in tensors for piece in tensor.pieces}))
+        _check_files(folder, tensors, files)
+        return FlatCheckpoint(
+            source=folder,
+            format=self.format,
+            tensors=tensors,
+            ordered=False,
+            files=(*files, metadata_path),
+            scalars=scalars,
+        )
+
+
+def _read_entries(
+    folder: Path, metadata: object
+) -> tuple[tuple[TensorInfo, ...], dict[str, Scalar]]:
+    if not isinstance(metadata, Record):
+        raise TypeError("no Metadata record")
+    entries = dict(metadata.get("state_dict_metadata"))
+    locations = _read_locations(metadata.get("storage_data"))
+    paths: Mapping[str, Any] = metadata.fields.get("planner_data") or {}
+    tensors: list[TensorInfo] = []
+    scalars: dict[str, Scalar] = {}
+    for fqn, entry in entries.items():
+        keys = _keys(fqn, paths)
+        if "chunks" not in entry.fields:
+            scalars[fqn] = "(bytes)"
+            continue
+        pieces = tuple(
+            _piece(folder, fqn, tuple(chunk.get("offsets")), tuple(chunk.get("sizes")), locations)
+            for chunk in entry.get("chunks")
+        )
+        shape = tuple(entry.get("size"))
+        _check_tiling(folder, fqn, shape, pieces)
+        tensors.append(
+            TensorInfo(
+                name=keys[-1],
+                container=keys[:-1],
+                dtype=_dtype(entry.get("properties")),
+                shape=shape,
+                pieces=pieces,
+            )
+        )
+    return tuple(tensors), scalars
+
+
+def _read_locations(storage: Mapping[Any, Record]) -> dict[tuple[str, tuple[int, ...]], _Location]:
+    locations: dict[tuple[str, tuple[int, ...]], _Location] = {}
+    for index, info in dict.items(dict(storage)):
+        offset = index.fields.get("offset")
+        if info.fields.get("transform_descriptors"):
+            raise ValueError("its payload is compressed or encrypted, which is not supported yet")
+        key = (index.get("fqn"), () if offset is None else tuple(offset))
+        locations[key] = (info.get("relative_path"), info.get("offset"), info.get("length"))
+    return locations
+
+
+def _keys(fqn: str, paths: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the nested keys that DCP flattened into one name."""
+    path = paths.get(fqn)
+    if isinstance(path, tuple) and path:
+        return tuple(str(key) for key in path)
+    return (fqn,)
+
+
+def _dtype(properties: Record) -> str:
+    # TensorProperties pickles as a tuple (dtype, layout, ...); older versions as a dict
+    if "dtype" in properties.fields:
+        dtype = properties.get("dtype")
+    else:
+        state = next(arg for arg in properties.args if isinstance(arg, tuple))
+        dtype = state[0]
+    if not isinstance(dtype, str):
+        raise TypeError("a tensor without a dtype")
+    return dtype
+
+
+def _piece(
+    folder: Path,
+    fqn: str,
+    starts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    locations: Mapping[tuple[str, tuple[int, ...]], _Location],
+) -> Piece:
+    relative, offset, length = locations[fqn, starts]
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder.resolve()) or Path(relative).is_absolute():
+        raise ValueError(f"a payload outside the directory: {relative}")
+    if not (type(offset) is int and type(length) is int and offset >= 0 and length >= 0):
+        raise ValueError(f"a payload at {offset!r:.40} of length {length!r:.40}")
+    return Piece(
+        path=folder / relative,
+        offset=offset,
+        length=length,
+        starts=starts,
+        sizes=sizes,
+        encoding="torch-zip",
+    )
+
+
+def _check_tiling(
+    folder: Path, fqn: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]
+) -> None:
+    """Refuse shards that leave a hole, overlap, or reach outside the tensor."""
+    covered = 0
+    for piece in pieces:
+        inside = all(
+            start + size <= whole
+            for start, size, whole in zip(piece.starts, piece.sizes, shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"a shard of {fqn} at {piece.starts} reaches outside {shape}")
+        covered += _count(piece.sizes)
+    overlap = any(
+        _overlaps(a, b) for i, a in enumerate(pieces) for b in pieces[:i] if _count(a.sizes)
+    )
+    if covered != _count(shape) or overlap:
+        raise CheckpointError(
+            f"{folder}: the {len(pieces)} shards of {fqn} hold {covered} elements"
+            + (", some twice" if overlap else ""),
+            expected=f"shards that tile the shape {list(shape)} ({_count(shape)} elements)",
+            hint="the save did not finish, or files of two saves are mixed",
+        )
+
+
+def _overlaps(a: Piece, b: Piece) -> bool:
+    return all(
+        sa < sb + nb and sb < sa + na
+        for sa, na, sb, nb in zip(a.starts, a.sizes, b.starts, b.sizes, strict=True)
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _check_files(folder: Path, tensors: tuple[TensorInfo, ...], files: tuple[Path, ...]) -> None:
+    sizes = {path: path.stat().st_size if path.is_file() else None for path in files}
+    ends: dict[Path, int] = {}
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            ends[piece.path] = max(ends.get(piece.path, 0), piece.offset + piece.length)
+    details = [
+        f"{path.name}: " + ("missing" if size is None else f"{size} bytes, needs {ends[path]}")
+        for path, size in sizes.items()
+        if size is None or size < ends[path]
+    ]
+    if details:
+        raise CheckpointError(
+            f"{folder} lacks {len(details)} of its {len(files)} payload files",
+            expected="every .distcp file that .metadata names, whole",
+            hint="copy the directory again; every rank's files belong to it",
+            details=details,
+        )

@@ -1,0 +1,116 @@
+"""A checkpoint as data: which tensors it holds, and where their bytes lie. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+Scalar = str | int | float | bool | None
+
+ITEM_BYTES: Final[Mapping[str, int]] = {
+    "fp64": 8,
+    "fp32": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes per element of the dtypes that checkpoints hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One block of a tensor, row-major and contiguous in one file."""
+
+    path: Path
+    """File that holds the block."""
+    offset: int
+    """Where the block begins in the file, in bytes."""
+    starts: tuple[int, ...]
+    """Index of the block's first element in the whole tensor."""
+    sizes: tuple[int, ...]
+    """Shape of the block."""
+    crc32: int | None = None
+    """Checksum of the block's bytes, where the container stores one."""
+    strides: tuple[int, ...] | None = None
+    """Strides in elements where the block is not row-major (a transposed view was saved)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Where a block is to be found: raw bytes, or a small archive written by `torch.save`."""
+
+    path: Path
+    """File that holds the piece."""
+    offset: int
+    """Where it begins in the file, in bytes."""
+    length: int
+    """How many bytes it takes."""
+    starts: tuple[int, ...]
+    """Index of the piece's first element in the whole tensor."""
+    sizes: tuple[int, ...]
+    """Shape of the piece."""
+    encoding: Literal["raw", "torch-zip"] = "raw"
+    """`raw`: the elements themselves; `torch-zip`: a `torch.save` archive of one tensor."""
+    crc32: int | None = None
+    """Checksum of the raw bytes, where the container stores one."""
+    strides: tuple[int, ...] | None = None
+    """Strides in elements where the piece is not row-major."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    """Its key in the dict that holds it."""
+    container: tuple[str, ...] = ()
+    """Keys of the dicts around that dict, outermost first."""
+    dtype: str
+    """A key of `ITEM_BYTES`."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    pieces: tuple[Piece, ...]
+    """Its bytes; several when it was saved in shards."""
+
+    @property
+    def path(self) -> str:
+        """Container and name, joined by dots, for people to read."""
+        return ".".join((*self.container, self.name))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes as stored."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatCheckpoint:
+    """An opened checkpoint: headers are read, weights are not."""
+
+    source: Path
+    """What was opened."""
+    format: str
+    """Name of the container format."""
+    tensors: tuple[TensorInfo, ...]
+    """All tensors, in the order of the file."""
+    ordered: bool
+    """Whether that order is the order in which the model was built."""
+    files: tuple[Path, ...]
+    """All files that belong to the checkpoint."""
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+    """Plain values stored beside the tensors (epoch, loss, ...), by dotted path."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files on disk, in bytes."""
+        return sum(path.stat().st_size for path in self.files)

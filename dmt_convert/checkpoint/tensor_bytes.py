@@ -1,0 +1,291 @@
+"""Get at a tensor's bytes: whole, row by row, or as a stream. Memory stays small.
+
+Rows are gathered through short-lived memory maps, so that a lookup in a 100 GB table costs
+the pages it touches and no more; streams go through one reused buffer.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Piece, Segment, TensorInfo
+from dmt_convert.checkpoint.safe_unpickler import TensorRef, read_pickle
+from dmt_convert.checkpoint.zip_archive import read_zip_archive
+from dmt_convert.errors import CheckpointError
+
+CHUNK_BYTES: Final = 16 << 20
+"""Size of the buffer through which tensors stream, in bytes."""
+_ROWS_PER_MAP: Final = 2048
+"""Rows gathered per memory map: the kernel maps 64 KiB around every touched page, and a map's
+pages count as resident until it is closed, so one map costs at most 128 MiB."""
+
+ByteRows = npt.NDArray[np.uint8]
+NUMPY_DTYPES: Final = {
+    "fp64": np.dtype("<f8"),
+    "fp32": np.dtype("<f4"),
+    "fp16": np.dtype("<f2"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+
+
+def resolve_segments(info: TensorInfo) -> tuple[Segment, ...]:
+    """Return where the tensor's elements lie, looking into `torch.save` pieces.
+
+    Raises:
+        CheckpointError: A piece is damaged, or is not the tensor that the header promised.
+    """
+    return tuple(_resolve(piece, info.dtype, info.path) for piece in info.pieces)
+
+
+@lru_cache(maxsize=65536)
+def _resolve(piece: Piece, dtype: str, name: str) -> Segment:
+    if piece.encoding == "raw":
+        return Segment(
+            path=piece.path,
+            offset=piece.offset,
+            starts=piece.starts,
+            sizes=piece.sizes,
+            crc32=piece.crc32,
+            strides=piece.strides,
+        )
+    archive = read_zip_archive(piece.path, start=piece.offset, length=piece.length)
+    tensor = read_pickle(io.BytesIO(archive.pickle), source=piece.path)
+    if not isinstance(tensor, TensorRef) or (tensor.dtype, tensor.shape) != (dtype, piece.sizes):
+        found = (
+            f"{tensor.dtype} of shape {list(tensor.shape)}"
+            if isinstance(tensor, TensorRef)
+            else type(tensor).__name__
+        )
+        raise CheckpointError(
+            f"{piece.path}: the payload of {name} at byte {piece.offset} is {found}",
+            expected=f"{dtype} of shape {list(piece.sizes)}, as .metadata says",
+            hint="files of two saves are mixed; copy the directory again",
+        )
+    offset, crc32 = archive.locate(tensor, name=name)
+    return Segment(
+        path=piece.path,
+        offset=offset,
+        starts=piece.starts,
+        sizes=piece.sizes,
+        crc32=crc32 if tensor.is_contiguous else None,
+        strides=None if tensor.is_contiguous else tensor.strides,
+    )
+
+
+def gather_rows(info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Read some rows of a table as fp32.
+
+    Args:
+        info: A tensor of shape (rows, N) in fp32, fp16, bf16 or fp64.
+        rows: Row indices, shape (n,), each within the table; sorted indices read fastest.
+
+    Returns:
+        The rows, shape (n, N), float32.
+    """
+    item = ITEM_BYTES[info.dtype]
+    out = np.empty((len(rows), info.shape[1] * item), dtype=np.uint8)
+    for segment in resolve_segments(info):
+        _gather_segment(segment, item, rows, out)
+    return to_fp32(out, info.dtype)
+
+
+def _gather_segment(
+    segment: Segment, item: int, rows: npt.NDArray[np.int64], out: ByteRows
+) -> None:
+    (row, col), (num_rows, num_cols) = segment.starts, segment.sizes
+    picked = np.flatnonzero((rows >= row) & (rows < row + num_rows))
+    if num_cols == 0:
+        return
+    for begin in range(0, len(picked), _ROWS_PER_MAP):
+        chosen = picked[begin : begin + _ROWS_PER_MAP]
+        with _mapped(segment, item) as block:
+            out[chosen, col * item : (col + num_cols) * item] = block.rows(rows[chosen] - row)
+
+
+class _mapped:  # noqa: N801 - reads as a function in a with statement
+    """A 2-D block of bytes over a memory map, closed on exit."""
+
+    def __init__(self, segment: Segment, item: int) -> None:
+        self._segment, self._item = segment, item
+        strides = segment.strides or (segment.sizes[1], 1)
+        self._strides = (strides[0] * item, strides[1] * item)
+
+    def __enter__(self) -> _mapped:
+        segment, item = self._segment, self._item
+        shape = (segment.sizes[0], segment.sizes[1], item)
+        extent = sum((n - 1) * s for n, s in zip(shape[:2], self._strides, strict=True)) + item
+        first = segment.offset - segment.offset % mmap.ALLOCATIONGRANULARITY
+        with segment.path.open("rb") as file:
+            self._map = mmap.mmap(
+                file.fileno(),
+                segment.offset - first + extent,
+                access=mmap.ACCESS_READ,
+                offset=first,
+            )
+        flat = np.frombuffer(self._map, dtype=np.uint8, offset=segment.offset - first)
+        self._block: ByteRows | None = np.lib.stride_tricks.as_strided(
+            flat, shape=shape, strides=(*self._strides, 1), writeable=False
+        )
+        return self
+
+    def rows(self, index: npt.NDArray[np.int64]) -> ByteRows:
+        assert self._block is not None
+        picked: ByteRows = self._block[index]
+        return picked.reshape(len(index), -1)
+
+    def __exit__(self, *_: object) -> None:
+        self._block = None
+        self._map.close()
+
+
+def read_tensor(info: TensorInfo) -> npt.NDArray[np.generic]:
+    """Read a whole tensor; bf16 comes as fp32, all other dtypes as they are.
+
+    For tensors that fit in memory (the dense parts); tables are streamed or gathered.
+    """
+    item = ITEM_BYTES[info.dtype]
+    if len(info.shape) != 2 and len(info.pieces) > 1:
+        return _read_sharded_vector(info)
+    raw = np.concatenate([*_chunks(info)]) if info.nbytes else np.empty(0, np.uint8)
+    if info.dtype == "bf16":
+        return to_fp32(raw.reshape(1, -1), "bf16").reshape(info.shape)
+    assert raw.nbytes == info.nbytes == int(np.prod(info.shape, dtype=np.int64)) * item
+    return raw.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _read_sharded_vector(info: TensorInfo) -> npt.NDArray[np.generic]:
+    """Read a tensor of any rank that was saved in several blocks."""
+    item = ITEM_BYTES[info.dtype]
+    out = np.empty((*info.shape, item), dtype=np.uint8)
+    for segment in resolve_segments(info):
+        block = np.concatenate([*_segment_chunks(segment, item)] or [np.empty(0, np.uint8)])
+        where = tuple(slice(a, a + n) for a, n in zip(segment.starts, segment.sizes, strict=True))
+        out[where] = block.reshape(*segment.sizes, item)
+    if info.dtype == "bf16":
+        return to_fp32(out.reshape(1, -1), "bf16").reshape(info.shape)
+    return out.reshape(*info.shape[:-1], -1).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _chunks(info: TensorInfo) -> Iterator[ByteRows]:
+    for chunk in stream_tensor(info):
+        yield chunk.copy()
+
+
+def _segment_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
+    if segment.strides is not None:
+        yield from _strided_chunks(segment, item)
+        return
+    count = item
+    for size in segment.sizes:
+        count *= size
+    for chunk in stream_file(segment.path, segment.offset, count):
+        yield chunk.copy()
+
+
+def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
+    """Yield a tensor's bytes in row-major order through one reused buffer.
+
+    Every chunk is a whole number of elements, valid until the next one is asked for.
+    """
+    segments = sorted(resolve_segments(info), key=lambda segment: segment.starts)
+    segments = [s for s in segments if all(size > 0 for size in s.sizes)]
+    item = ITEM_BYTES[info.dtype]
+    if not segments:
+        return
+    full_width = all(s.sizes[1:] == info.shape[1:] for s in segments)
+    if full_width:
+        for segment in segments:
+            if segment.strides is not None:
+                yield from _strided_chunks(segment, item)
+            else:
+                length = info.nbytes if not info.shape else item * _count(segment.sizes)
+                yield from stream_file(segment.path, segment.offset, length)
+    else:
+        yield from _stream_columns(info, item)
+
+
+def stream_file(path: Path, offset: int, length: int) -> Iterator[ByteRows]:
+    """Yield `length` bytes of a file through one reused buffer.
+
+    Raises:
+        CheckpointError: The file ends before.
+    """
+    buffer = bytearray(min(CHUNK_BYTES, length))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < length:
+            want = memoryview(buffer)[: min(CHUNK_BYTES, length - done)]
+            filled = 0
+            while filled < len(want):
+                count = file.readinto(want[filled:])
+                if not count:
+                    raise CheckpointError(
+                        f"{path} ends {length - done - filled} bytes early",
+                        expected=f"{length} bytes from byte {offset} on",
+                        hint="the file changed while it was read, or was cut short",
+                    )
+                filled += count
+            done += filled
+            yield np.frombuffer(want, dtype=np.uint8)
+
+
+def _strided_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
+    """Yield a block that was saved as a transposed or sliced view, row-major."""
+    assert segment.strides is not None
+    extent = item + sum(
+        (n - 1) * s * item for n, s in zip(segment.sizes, segment.strides, strict=True)
+    )
+    with segment.path.open("rb") as file:
+        file.seek(segment.offset)
+        raw = np.frombuffer(file.read(extent), dtype=np.uint8)
+    if raw.nbytes != extent:
+        raise CheckpointError(
+            f"{segment.path} ends {extent - raw.nbytes} bytes early",
+            expected=f"{extent} bytes from byte {segment.offset} on",
+            hint="the file was cut short; copy it again",
+        )
+    strides = (*(s * item for s in segment.strides), 1)
+    block = np.lib.stride_tricks.as_strided(raw, (*segment.sizes, item), strides, writeable=False)
+    yield np.ascontiguousarray(block).reshape(-1)
+
+
+def _stream_columns(info: TensorInfo, item: int) -> Iterator[ByteRows]:
+    """Stream a table whose columns were sharded: gather a block of rows at a time."""
+    rows, cols = info.shape
+    step = max(1, min(_ROWS_PER_MAP * 8, CHUNK_BYTES // (cols * item)))
+    segments = resolve_segments(info)
+    for begin in range(0, rows, step):
+        index = np.arange(begin, min(begin + step, rows), dtype=np.int64)
+        out = np.empty((len(index), cols * item), dtype=np.uint8)
+        for segment in segments:
+            _gather_segment(segment, item, index, out)
+        yield out.reshape(-1)
+
+
+def to_fp32(raw: ByteRows, dtype: str) -> npt.NDArray[np.float32]:
+    """Read the bytes of (n, N) elements of a float dtype as float32, shape (n, N)."""
+    if dtype == "bf16":
+        wide = raw.view(np.dtype("<u2")).astype(np.uint32) << 16
+        return wide.view(np.float32)
+    return raw.view(NUMPY_DTYPES[dtype]).astype(np.float32, copy=False)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,286 @@
+"""What a flat recommendation model is, as pure data and without weights.
+
+Letters: B batch, F features, N embedding dim, D tower output dim, T towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, cast, get_args
+
+from dmt_convert.errors import ArchitectureError, PartitionError
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+Pooling = Literal["sum", "mean"]
+InteractionKind = Literal["dot", "cat", "dcn", "projection"]
+PairOrder = Literal["tril", "triu"]
+
+DTYPE_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSpec:
+    """One embedding table."""
+
+    name: str
+    """Table name, as the trainer calls it."""
+    rows: int
+    """Number of rows (ids run from 0 to rows - 1)."""
+    dim: int
+    """Embedding dim N, in elements."""
+    dtype: Dtype = "fp32"
+    """Element type as stored."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.dim < 1:
+            raise ArchitectureError(
+                f"table {self.name!r} has shape ({self.rows}, {self.dim})",
+                expected="at least one row and one column",
+                hint="check that the checkpoint was saved whole",
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the table as stored, in bytes."""
+        return self.rows * self.dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSpec:
+    """One categorical feature: a bag of ids looked up in one table."""
+
+    name: str
+    """Feature name, as the data calls it."""
+    table: str
+    """Name of the table that it is looked up in (a table may serve several features)."""
+    pooling: Pooling = "sum"
+    """How the rows of one bag become one vector; an empty bag gives zeros."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpSpec:
+    """A stack of linear layers with ReLU between them."""
+
+    widths: tuple[int, ...]
+    """Input width, then the output width of each layer, in elements."""
+    final_relu: bool
+    """Whether the last layer is followed by a ReLU as well."""
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 2 or min(self.widths) < 1:
+            raise ArchitectureError(
+                f"an MLP with widths {list(self.widths)}",
+                expected="an input width and at least one layer, all positive",
+                hint="check that the checkpoint was saved whole",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of linear layers."""
+        return len(self.widths) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InteractionSpec:
+    """How the dense vector and the pooled embeddings meet.
+
+    The inputs stand in the order [dense, feature 0, feature 1, ...].
+    """
+
+    kind: InteractionKind
+    """dot: [dense, pairwise dots]; cat: all inputs side by side; dcn: low-rank cross network
+    over cat; projection: [dense, branch1 x branch2] over cat."""
+    self_pairs: bool = False
+    """dot only: whether a vector is also paired with itself."""
+    pair_order: PairOrder = "triu"
+    """dot only: row-major order of the lower (tril) or upper (triu) triangle."""
+    cross_layers: int = 0
+    """dcn only: number of cross layers."""
+    cross_rank: int = 0
+    """dcn only: rank of each cross layer."""
+    branch1: MlpSpec | None = None
+    """projection only: the MLP whose output is split into vectors of N."""
+    branch2: MlpSpec | None = None
+    """projection only: the MLP whose output is split into N vectors."""
+
+    def output_width(self, dims: Sequence[int]) -> int:
+        """Width of the interaction's output.
+
+        Args:
+            dims: Widths of the inputs, the dense vector first.
+        """
+        if self.kind == "dot":
+            count = len(dims)
+            pairs = count * (count + 1) // 2 if self.self_pairs else count * (count - 1) // 2
+            return dims[0] + pairs
+        if self.kind == "projection":
+            assert self.branch1 is not None and self.branch2 is not None
+            return dims[0] + (self.branch1.widths[-1] // dims[0]) * (
+                self.branch2.widths[-1] // dims[0]
+            )
+        return sum(dims)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A flat model: sparse_arch (tables, features), dense_arch, interaction, over_arch."""
+
+    family: str
+    """Name of the trainer's family, such as `torchrec-dlrm`."""
+    tables: tuple[TableSpec, ...]
+    """All tables."""
+    features: tuple[FeatureSpec, ...]
+    """All features, in the order in which they enter the interaction."""
+    dense_arch: MlpSpec
+    """MLP over the dense inputs."""
+    interaction: InteractionSpec
+    """How dense and sparse meet."""
+    over_arch: MlpSpec
+    """MLP from the interaction to one logit."""
+    final_sigmoid: bool = False
+    """Whether the original model ends in a sigmoid (we always give the logit before it)."""
+
+    def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ArchitectureError(
+                f"the parts of this {self.family} model do not fit together",
+                expected="widths that agree from the tables to the logit",
+                hint="check that the checkpoint was saved whole, or describe the model with "
+                "--model-config",
+                details=problems,
+            )
+
+    def _problems(self) -> list[str]:
+        problems = []
+        tables = {table.name for table in self.tables}
+        names = [feature.name for feature in self.features]
+        problems += [f"feature {n!r} appears twice" for n in set(names) if names.count(n) > 1]
+        problems += [
+            f"feature {f.name!r} uses table {f.table!r}, which does not exist"
+            for f in self.features
+            if f.table not in tables
+        ]
+        used = {feature.table for feature in self.features}
+        problems += [f"table {t!r} is used by no feature" for t in sorted(tables - used)]
+        if problems:
+            return problems
+        dims = self.input_dims
+        if self.interaction.kind in ("dot", "projection") and len(set(dims)) > 1:
+            problems.append(
+                f"{self.interaction.kind} interaction of vectors of different widths {sorted(set(dims))}"
+            )
+        elif self.over_arch.widths[0] != self.interaction.output_width(dims):
+            problems.append(
+                f"over_arch takes {self.over_arch.widths[0]} inputs, the {self.interaction.kind} "
+                f"interaction of {len(dims)} vectors gives {self.interaction.output_width(dims)}"
+            )
+        if self.over_arch.widths[-1] != 1:
+            problems.append(f"over_arch gives {self.over_arch.widths[-1]} outputs, not one logit")
+        return problems
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Feature names in interaction order."""
+        return tuple(feature.name for feature in self.features)
+
+    @property
+    def num_dense(self) -> int:
+        """Number of dense inputs."""
+        return self.dense_arch.widths[0]
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Widths of the interaction's inputs: the dense vector, then every feature."""
+        return (self.dense_arch.widths[-1], *self.feature_dims)
+
+    @property
+    def feature_dims(self) -> tuple[int, ...]:
+        """Embedding dim N_f of every feature, in interaction order."""
+        dims = {table.name: table.dim for table in self.tables}
+        return tuple(dims[feature.table] for feature in self.features)
+
+    def table(self, name: str) -> TableSpec:
+        """Return the table of that name."""
+        return next(table for table in self.tables if table.name == name)
+
+    def table_of(self, feature: str) -> TableSpec:
+        """Return the table that a feature is looked up in."""
+        return self.table(next(f.table for f in self.features if f.name == feature))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
+        """Read what `to_json` wrote."""
+        interaction = dict(value["interaction"])
+        for branch in ("branch1", "branch2"):
+            if interaction.get(branch) is not None:
+                interaction[branch] = _mlp_from_json(interaction[branch])
+        return cls(
+            family=value["family"],
+            tables=tuple(TableSpec(**table) for table in value["tables"]),
+            features=tuple(FeatureSpec(**feature) for feature in value["features"]),
+            dense_arch=_mlp_from_json(value["dense_arch"]),
+            interaction=InteractionSpec(**interaction),
+            over_arch=_mlp_from_json(value["over_arch"]),
+            final_sigmoid=value["final_sigmoid"],
+        )
+
+
+def _mlp_from_json(value: Mapping[str, Any]) -> MlpSpec:
+    return MlpSpec(widths=tuple(value["widths"]), final_relu=value["final_relu"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerAssignment:
+    """Which features form which tower: disjoint, exhaustive, no tower empty."""
+
+    towers: tuple[tuple[str, ...], ...]
+    """Feature names of every tower."""
+
+    def __post_init__(self) -> None:
+        names = [name for tower in self.towers for name in tower]
+        repeated = sorted({name for name in names if names.count(name) > 1}) if len(
+            set(names)
+        ) != len(names) else []
+        empty = [str(t) for t, tower in enumerate(self.towers) if not tower]
+        if repeated or empty or not self.towers:
+            raise PartitionError(
+                f"{len(self.towers)} towers"
+                + (f", empty: {', '.join(empty)}" if empty else "")
+                + (f", in two towers: {', '.join(repeated)}" if repeated else ""),
+                expected="at least one tower, none empty, every feature in exactly one",
+                hint="lower --towers, or mend the partition file",
+            )
+
+    def check_covers(self, features: Sequence[str]) -> None:
+        """Refuse unless the towers hold exactly these features.
+
+        Raises:
+            PartitionError: A feature is forgotten or unknown.
+        """
+        mine = {name for tower in self.towers for name in tower}
+        details = [f"forgotten: {name}" for name in features if name not in mine]
+        details += [f"unknown: {name}" for name in sorted(mine - set(features))]
+        if details:
+            raise PartitionError(
+                f"the towers do not hold the model's {len(features)} features",
+                expected="every feature of the model in exactly one tower",
+                hint="list the features with `dmt inspect` and mend the partition file",
+                details=details,
+            )
+
+    @property
+    def tower_of(self) -> dict[str, int]:
+        """Tower index of every feature."""
+        return {name: t for t, tower in enumerate(self.towers) for name in tower}
+
+
+def check_dtype(value: str) -> Dtype:
+    """Return a dtype name, typed."""
+    assert value in get_args(Dtype), value
+    return cast(Dtype, value)
