@@ -1,0 +1,40 @@
+"""A family of trainers: which names its tensors bear, and what it leaves unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dmt_convert.architectures.name_map import NameMap
+from dmt_convert.spec import InteractionKind, PairOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One family, as data; `inference` does the work for all of them."""
+
+    name: str
+    """Family name, as `--model-config` and `dmt inspect` spell it."""
+    trainer: str
+    """Who writes such checkpoints, for messages."""
+    anchor: str
+    """Regular expression of a table's name; group `prefix` is what stands before the model's
+    own names, group `table` the table's name."""
+    names: NameMap
+    """All names that a model of this family may have, without the prefix."""
+    interactions: tuple[InteractionKind, ...]
+    """Interactions that the family knows without parameters of their own, default first."""
+    pair_order: PairOrder
+    """Order of the pairs of a dot interaction."""
+    allows_self_pairs: bool
+    """Whether a dot interaction may include self-pairs."""
+    final_sigmoid: bool
+    """Whether the trainer's model ends in a sigmoid."""
+    positional: bool
+    """Whether features have numbers instead of names."""
+    feature_prefix: str = ""
+    """Prefix that the trainer puts before a feature's name to name its table."""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    """Regular expressions of names that belong to variants that cannot be read, and why."""
+    over_arch_last: str = ""
+    """Trainer's stem of the last over_arch layer where it stands apart, for messages."""

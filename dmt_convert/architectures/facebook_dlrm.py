@@ -1,0 +1,49 @@
+"""facebookresearch/dlrm, `dlrm_s_pytorch.py --save-model`.
+
+Layers stand in an nn.Sequential with activations between them, so linear layers have even
+indices. ReLU everywhere, also behind the last bottom layer; a sigmoid ends the model. Pairs are
+the lower triangle, row by row, with the dense vector as row 0.
+Source: `dlrm_s_pytorch.py`, create_mlp, create_emb, interact_features.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dmt_convert.architectures.architecture import Architecture
+from dmt_convert.architectures.name_map import NameMap
+
+
+def _halve(index: int) -> int | None:
+    return None if index % 2 else index // 2
+
+
+def _double(index: int) -> int:
+    return 2 * index
+
+
+FACEBOOK_DLRM: Final = Architecture(
+    name="facebook-dlrm",
+    trainer="facebookresearch/dlrm (dlrm_s_pytorch.py)",
+    anchor=r"(?P<prefix>.*?)emb_l\.(?P<table>\d+)\.(weight|weight_q|embs\.weight)",
+    names=NameMap(
+        {
+            "emb_l.{}.weight": "tables.{}.weight",
+            "bot_l.{}.weight": "dense_arch.{}.weight",
+            "bot_l.{}.bias": "dense_arch.{}.bias",
+            "top_l.{}.weight": "over_arch.{}.weight",
+            "top_l.{}.bias": "over_arch.{}.bias",
+        },
+        renumber={"dense_arch": (_halve, _double), "over_arch": (_halve, _double)},
+    ),
+    interactions=("dot", "cat"),
+    pair_order="tril",
+    allows_self_pairs=True,
+    final_sigmoid=True,
+    positional=True,
+    unsupported={
+        r"emb_l\.\d+\.weight_[qr]": "quotient-remainder tables (--qr-flag)",
+        r"emb_l\.\d+\.(embs|proj)\..*": "mixed-dimension tables (--md-flag)",
+        r"v_W_l\.\d+": "learned pooling weights (--weighted-pooling=learned)",
+    },
+)

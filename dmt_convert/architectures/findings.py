@@ -1,0 +1,54 @@
+"""What inference yields: the spec, where its tensors are, and how each fact was come by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
+from dmt_convert.spec import ModelSpec
+
+Source = Literal["read", "inferred", "assumed", "given"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One thing that is known of the model, and why."""
+
+    subject: str
+    """What it is about."""
+    value: str
+    """What is the case."""
+    source: Source
+    """read: from the checkpoint; inferred: only this fits; assumed: the trainer's documented
+    default; given: by the user."""
+    reason: str
+    """Why, in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatModelInfo:
+    """A flat checkpoint whose architecture is understood."""
+
+    checkpoint: FlatCheckpoint
+    """The opened checkpoint."""
+    spec: ModelSpec
+    """What kind of model it is."""
+    tensors: Mapping[str, TensorInfo]
+    """Canonical name -> tensor; see `name_map`."""
+    row_state: Mapping[str, TensorInfo]
+    """Table -> its optimizer accumulator, where the checkpoint holds one: shape (rows, ...)."""
+    facts: tuple[Fact, ...]
+    """How each part of the spec was come by."""
+    ignored: tuple[str, ...]
+    """What the checkpoint holds beside the model, one line each."""
+
+    def table_info(self, table: str) -> TensorInfo:
+        """Return the tensor of a table."""
+        return self.tensors[f"tables.{table}.weight"]
+
+    @property
+    def dense_tensors(self) -> dict[str, TensorInfo]:
+        """All tensors that are not tables, by canonical name."""
+        return {n: info for n, info in self.tensors.items() if not n.startswith("tables.")}

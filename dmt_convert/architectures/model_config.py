@@ -1,0 +1,157 @@
+"""What a user says of a model that its checkpoint does not: a small YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, cast, get_args
+
+from dmt_convert.errors import ConfigError
+from dmt_convert.spec import InteractionKind, PairOrder, Pooling
+
+EXAMPLE: Final = """\
+# every key is optional
+family: torchrec-dlrm          # or facebook-dlrm
+container: model               # key of the dict that holds the weights, nested by dots
+prefix: model.                 # what stands before sparse_arch. or emb_l.
+interaction: dot               # dot | cat | dcn | projection
+self_pairs: false
+pair_order: triu               # triu | tril
+pooling: sum                   # or a map from feature name to sum | mean
+final_sigmoid: false
+features:                      # order of the features in the interaction; new names; shared tables
+  - {name: user_id, table: t_user, pooling: sum}
+  - last_item
+ignore: ["train_auroc.*"]      # tensors beside the model's own that may be passed over
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureConfig:
+    """One entry of `features`."""
+
+    name: str
+    """Feature name, or a table's name where `table` is not given."""
+    table: str | None = None
+    """Table that it is looked up in."""
+    pooling: Pooling | None = None
+    """Pooling of this feature."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The content of a `--model-config` file; None means: not said."""
+
+    family: str | None = None
+    """Name of the architecture family."""
+    container: str | None = None
+    """Dotted keys of the dict that holds the weights."""
+    prefix: str | None = None
+    """What stands before the model's own names."""
+    interaction: InteractionKind | None = None
+    """Kind of interaction."""
+    self_pairs: bool | None = None
+    """dot: whether a vector is paired with itself."""
+    pair_order: PairOrder | None = None
+    """dot: order of the pairs."""
+    pooling: Pooling | Mapping[str, Pooling] | None = None
+    """Pooling of all features, or of each by name."""
+    final_sigmoid: bool | None = None
+    """Whether the original model ends in a sigmoid."""
+    features: tuple[FeatureConfig, ...] | None = None
+    """The features in interaction order."""
+    ignore: tuple[str, ...] = ()
+    """Glob patterns of tensors that do not belong to the model."""
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read a `--model-config` file.
+
+    Raises:
+        ConfigError: It is missing, is not YAML, or holds a key or value that is not known.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"the model config {path} cannot be read ({str(error).splitlines()[0]})",
+            expected="a YAML file",
+            hint=f"an example:\n{EXAMPLE}",
+        ) from None
+    if not isinstance(content, dict):
+        raise _wrong(path, [f"it holds {type(content).__name__}, not keys and values"])
+    return _parse(path, content)
+
+
+def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
+    known = {field.name for field in fields(ModelConfig)}
+    problems = [f"unknown key {key!r}" for key in content if key not in known]
+    checks = {
+        "interaction": get_args(InteractionKind),
+        "pair_order": get_args(PairOrder),
+        "self_pairs": (True, False),
+        "final_sigmoid": (True, False),
+    }
+    problems += [
+        f"{key}: {content[key]!r} is not one of {', '.join(map(str, allowed))}"
+        for key, allowed in checks.items()
+        if content.get(key) is not None and content[key] not in allowed
+    ]
+    problems += [
+        f"{key}: {content[key]!r} is not a string"
+        for key in ("family", "container", "prefix")
+        if content.get(key) is not None and not isinstance(content[key], str)
+    ]
+    pooling = content.get("pooling")
+    poolings = pooling.values() if isinstance(pooling, dict) else [pooling]
+    problems += [f"pooling: {p!r} is neither sum nor mean" for p in poolings if not _is_pooling(p)]
+    features = _parse_features(content.get("features"), problems)
+    ignore = content.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(item, str) for item in ignore):
+        problems.append("ignore: not a list of patterns")
+    if problems:
+        raise _wrong(path, problems)
+    values = {key: value for key, value in content.items() if key not in ("features", "ignore")}
+    return ModelConfig(**values, features=features, ignore=tuple(ignore))
+
+
+def _parse_features(value: object, problems: list[str]) -> tuple[FeatureConfig, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        problems.append("features: not a list")
+        return None
+    features = []
+    for item in value:
+        entry = item if isinstance(item, dict) else {"name": item}
+        unknown = set(entry) - {"name", "table", "pooling"}
+        if unknown or not isinstance(entry.get("name"), str | int):
+            problems.append(f"features: {item!r} is neither a name nor name, table, pooling")
+        elif not _is_pooling(entry.get("pooling")):
+            problems.append(f"features: {item!r} has a pooling that is neither sum nor mean")
+        else:
+            table = entry.get("table")
+            features.append(
+                FeatureConfig(
+                    name=str(entry["name"]),
+                    table=None if table is None else str(table),
+                    pooling=cast("Pooling | None", entry.get("pooling")),
+                )
+            )
+    return tuple(features)
+
+
+def _is_pooling(value: object) -> bool:
+    return value is None or value in get_args(Pooling)
+
+
+def _wrong(path: Path, problems: list[str]) -> ConfigError:
+    return ConfigError(
+        f"the model config {path} is wrong",
+        expected="the keys " + ", ".join(field.name for field in fields(ModelConfig)),
+        hint=f"an example:\n{EXAMPLE}",
+        details=problems,
+    )

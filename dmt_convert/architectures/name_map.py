@@ -1,0 +1,78 @@
+"""From a trainer's tensor names to canonical ones, by a table that reads both ways.
+
+Canonical names: `tables.{table}.weight`; `dense_arch.{i}.weight|bias`, likewise `over_arch`,
+`branch1`, `branch2`; `cross.{l}.v` (r, M), `cross.{l}.w` (M, r), `cross.{l}.bias` (M,).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+WRAPPERS: Final = ("module", "_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module")
+"""Name components that wrappers insert: DDP, torch.compile, DistributedModelParallel, FSDP."""
+
+
+class NameMap:
+    """A table of name patterns; `{}` stands for one name component.
+
+    Args:
+        patterns: Trainer's pattern -> canonical pattern, or None for a tensor that is dropped
+            on purpose.
+        renumber: Turns the trainer's layer index into ours, by canonical stem; it returns None
+            for an index that cannot occur.
+    """
+
+    def __init__(
+        self,
+        patterns: Mapping[str, str | None],
+        renumber: Mapping[str, tuple[Callable[[int], int | None], Callable[[int], int]]]
+        | None = None,
+    ) -> None:
+        self._patterns = patterns
+        self._renumber = renumber or {}
+        self._compiled = [
+            (re.compile(re.escape(source).replace(r"\{\}", r"([^.]+)")), target)
+            for source, target in patterns.items()
+        ]
+
+    def to_canonical(self, name: str) -> tuple[bool, str | None]:
+        """Return whether a name is listed, and its canonical name (None: dropped)."""
+        for pattern, target in self._compiled:
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            if target is None:
+                return True, None
+            key = match.group(1) if match.groups() else ""
+            renumber = self._renumber.get(target.split(".", maxsplit=1)[0])
+            if renumber is not None:
+                index = renumber[0](int(key)) if key.isdecimal() and len(key) < 6 else None
+                if index is None:
+                    return False, None
+                key = str(index)
+            elif "{}" in target and not target.startswith("tables.") and not key.isdecimal():
+                return False, None
+            return True, target.replace("{}", key)
+        return False, None
+
+    def to_source(self, canonical: str) -> str | None:
+        """Return the trainer's name of a canonical one, None where it has none."""
+        for source, target in self._patterns.items():
+            if target is None:
+                continue
+            match = re.fullmatch(re.escape(target).replace(r"\{\}", r"(.+)"), canonical)
+            if match is None:
+                continue
+            key = match.group(1) if match.groups() else ""
+            renumber = self._renumber.get(target.split(".", maxsplit=1)[0])
+            if renumber is not None:
+                key = str(renumber[1](int(key)))
+            return source.replace("{}", key)
+        return None
+
+
+def strip_wrappers(name: str) -> str:
+    """Drop the components that wrappers insert anywhere in a dotted name."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
