@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final, cast
 
 from dmt_convert.architectures.architecture import Architecture
@@ -14,7 +15,7 @@ from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.architectures.optimizer_state import find_row_state
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.widths import ShapeReader
-from dmt_convert.checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.spec import (
     Dtype,
@@ -67,11 +68,17 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
     return FlatModelInfo(
         checkpoint=checkpoint,
         spec=spec,
-        tensors=match.tensors,
+        tensors=_number_last(match.tensors, spec),
         row_state=find_row_state(checkpoint, match),
         facts=tuple(facts),
         ignored=_ignored(checkpoint, match),
     )
+
+
+def _number_last(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> dict[str, TensorInfo]:
+    """Give a last over_arch layer that stands apart its number."""
+    last = f"over_arch.{spec.over_arch.num_layers - 1}."
+    return {name.replace("over_arch.last.", last): info for name, info in tensors.items()}
 
 
 def infer_spec(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> ModelSpec:

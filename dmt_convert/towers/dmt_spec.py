@@ -1,0 +1,279 @@
+"""What a converted model is, as pure data: the flat spec, its towers, their modules. No torch.
+
+Letters: F_t features of a tower, N embedding dim, D output dim, K_t vectors that a tower emits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from dmt_convert.errors import BundleError, ConfigError
+from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
+
+TowerModuleKind = Literal["passthrough", "dlrm", "dcn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerModuleSpec:
+    """What stands between a tower's lookup and the network."""
+
+    kind: TowerModuleKind
+    """passthrough: identity; dlrm: two linear maps; dcn: a cross network, then a linear map."""
+    c: int = 0
+    """dlrm: vectors emitted per feature."""
+    p: int = 0
+    """dlrm: vectors emitted per tower beside those."""
+    dim: int = 0
+    """Output dim D of every emitted vector; 0 for passthrough."""
+    cross_layers: int = 0
+    """dcn: layers of the tower's own cross network."""
+    cross_rank: int = 0
+    """dcn: their rank."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(TowerModuleKind):
+            raise ConfigError(
+                f"tower module {self.kind!r}",
+                expected="one of " + ", ".join(get_args(TowerModuleKind)),
+                hint="leave --tower-module at auto",
+            )
+        bad = self.kind == "dlrm" and (min(self.c, self.p) < 0 or self.c + self.p < 1)
+        if bad or (self.kind != "passthrough" and self.dim < 1):
+            raise ConfigError(
+                f"a {self.kind} tower module with c={self.c}, p={self.p}, D={self.dim}",
+                expected="c >= 0, p >= 0, c + p >= 1, D >= 1",
+                hint="the default is --c 1 --p 0 and half the embedding dim",
+            )
+
+    def num_vectors(self, num_features: int) -> int:
+        """K_t: vectors that a tower of that many features emits (not for passthrough)."""
+        return self.c * num_features + self.p if self.kind == "dlrm" else num_features
+
+    def width(self, dims: Sequence[int]) -> int:
+        """Elements that a tower emits per sample.
+
+        Args:
+            dims: Embedding dims of its features.
+        """
+        if self.kind == "passthrough":
+            return sum(dims)
+        return self.num_vectors(len(dims)) * self.dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSpec:
+    """One tower."""
+
+    features: tuple[str, ...]
+    """Its features."""
+    module: TowerModuleSpec
+    """Its module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DmtSpec:
+    """A converted model: the flat one, and how towers replace its global lookup."""
+
+    flat: ModelSpec
+    """The model that was converted."""
+    towers: tuple[TowerSpec, ...]
+    """Its towers; all have the same kind of module."""
+
+    def __post_init__(self) -> None:
+        self.assignment.check_covers(self.flat.feature_names)
+        kinds = {tower.module.kind for tower in self.towers}
+        dims = {tower.module.dim for tower in self.towers}
+        if len(kinds) > 1 or (self.flat.interaction.kind == "dot" and len(dims) > 1):
+            raise ConfigError(
+                f"towers with modules {sorted(kinds)} and output dims {sorted(dims)}",
+                expected="one kind of module; for dot interaction one output dim as well",
+                hint="give all towers the same module",
+            )
+
+    @property
+    def assignment(self) -> TowerAssignment:
+        """The towers as sets of features."""
+        return TowerAssignment(towers=tuple(tower.features for tower in self.towers))
+
+    @property
+    def kind(self) -> TowerModuleKind:
+        """Kind of all tower modules."""
+        return self.towers[0].module.kind
+
+    @property
+    def is_passthrough(self) -> bool:
+        """Whether the model computes exactly what the flat one does."""
+        return self.kind == "passthrough"
+
+    def tower_dims(self, tower: int) -> tuple[int, ...]:
+        """Embedding dims of a tower's features."""
+        dims = dict(zip(self.flat.feature_names, self.flat.feature_dims, strict=True))
+        return tuple(dims[name] for name in self.towers[tower].features)
+
+    @property
+    def tower_widths(self) -> tuple[int, ...]:
+        """Elements that every tower emits per sample."""
+        return tuple(
+            tower.module.width(self.tower_dims(t)) for t, tower in enumerate(self.towers)
+        )
+
+    @property
+    def compression(self) -> float:
+        """What would cross hosts uncompressed, over what does: sum N_f / sum K_t D."""
+        return sum(self.flat.feature_dims) / sum(self.tower_widths)
+
+    @property
+    def dense_dim(self) -> int:
+        """Width at which the dense vector takes part in the interaction."""
+        dense = self.flat.input_dims[0]
+        if self.is_passthrough or self.flat.interaction.kind != "dot":
+            return dense
+        return self.towers[0].module.dim
+
+    @property
+    def interaction_dims(self) -> tuple[int, ...]:
+        """Widths of the interaction's inputs, the dense vector first."""
+        if self.is_passthrough:
+            return self.flat.input_dims
+        dims: list[int] = [self.dense_dim]
+        for t, tower in enumerate(self.towers):
+            vectors = tower.module.num_vectors(len(self.tower_dims(t)))
+            dims += [tower.module.dim] * vectors
+        return tuple(dims)
+
+    @property
+    def interaction(self) -> InteractionSpec:
+        """The converted interaction."""
+        flat = self.flat.interaction
+        if self.is_passthrough or flat.kind != "projection":
+            return flat
+        assert flat.branch1 is not None and flat.branch2 is not None
+        width = sum(self.interaction_dims)
+        branch1, branch2 = (
+            MlpSpec(widths=(width, *branch.widths[1:]), final_relu=branch.final_relu)
+            for branch in (flat.branch1, flat.branch2)
+        )
+        return InteractionSpec(kind="projection", branch1=branch1, branch2=branch2)
+
+    @property
+    def over_arch(self) -> MlpSpec:
+        """The converted over_arch: only its input width may differ from the flat one's."""
+        flat = self.flat
+        if self.is_passthrough or flat.interaction.kind == "projection":
+            return flat.over_arch
+        dims = self.interaction_dims
+        width = self.interaction.output_width(dims) + flat.input_dims[0] - dims[0]
+        return MlpSpec(
+            widths=(width, *flat.over_arch.widths[1:]), final_relu=flat.over_arch.final_relu
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; `from_json` reads it back."""
+        return {"flat": self.flat.to_json(), "towers": [asdict(tower) for tower in self.towers]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DmtSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: It does not describe a model.
+        """
+        try:
+            return cls(
+                flat=ModelSpec.from_json(value["flat"]),
+                towers=tuple(
+                    TowerSpec(
+                        features=tuple(tower["features"]),
+                        module=TowerModuleSpec(**tower["module"]),
+                    )
+                    for tower in value["towers"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"the bundle's description of the model is damaged ({error!r})",
+                expected="the keys that this version of dmt writes",
+                hint="convert the checkpoint again",
+            ) from None
+
+
+def module_spec(
+    spec: ModelSpec,
+    kind: Literal["auto", "passthrough", "dlrm", "dcn"],
+    *,
+    num_towers: int,
+    c: int | None = None,
+    p: int | None = None,
+    dim: int | None = None,
+    compression: float | None = None,
+) -> TowerModuleSpec:
+    """Choose a tower module.
+
+    `auto` is the architecture's own: dcn for DCNv2, dlrm for all others; with nothing else said
+    c = 1, p = 0, D = N / 2 (compression 2).
+
+    Args:
+        spec: The flat model.
+        kind: Kind of module.
+        num_towers: Number of towers.
+        c: Vectors per feature.
+        p: Vectors per tower.
+        dim: Output dim D.
+        compression: Ratio of what would cross hosts to what does; instead of `dim`.
+
+    Raises:
+        ConfigError: The options contradict each other or cannot be had.
+    """
+    own = "dcn" if spec.interaction.kind == "dcn" else "dlrm"
+    chosen = own if kind == "auto" else kind
+    if chosen == "passthrough":
+        if any(value is not None for value in (c, p, dim, compression)):
+            raise ConfigError(
+                "--tower-module passthrough with --c, --p, --dim or --compression",
+                expected="no compression: passthrough emits the embeddings as they are",
+                hint="leave these options out, or choose --tower-module auto",
+            )
+        return TowerModuleSpec(kind="passthrough")
+    if (chosen == "dcn") != (spec.interaction.kind == "dcn"):
+        raise ConfigError(
+            f"--tower-module {chosen} for a model with {spec.interaction.kind} interaction",
+            expected=f"--tower-module {own} (or passthrough)",
+            hint="leave --tower-module at auto",
+        )
+    if chosen == "dcn" and (c not in (None, 1) or p not in (None, 0)):
+        raise ConfigError(
+            f"a dcn tower module with c={c}, p={p}",
+            expected="one vector per feature (c = 1, p = 0)",
+            hint="set its size with --dim or --compression",
+        )
+    if dim is not None and compression is not None:
+        raise ConfigError(
+            f"--dim {dim} and --compression {compression:g} together",
+            expected="one of the two",
+            hint="--dim sets D, --compression computes it",
+        )
+    per_feature, per_tower = 1 if c is None else c, 0 if p is None else p
+    if dim is None:
+        ratio = 2.0 if compression is None else compression
+        dim = _dim_for(spec, num_towers, per_feature, per_tower, ratio)
+    if chosen == "dcn":
+        rank = min(spec.interaction.cross_rank, max(spec.feature_dims))
+        return TowerModuleSpec(kind="dcn", dim=dim, cross_layers=1, cross_rank=rank)
+    return TowerModuleSpec(kind="dlrm", c=per_feature, p=per_tower, dim=dim)
+
+
+def _dim_for(spec: ModelSpec, num_towers: int, c: int, p: int, compression: float) -> int:
+    """Return the largest D that compresses at least so much: sum N_f / ((c F + p T) D)."""
+    vectors = c * len(spec.features) + p * num_towers
+    total = sum(spec.feature_dims)
+    dim = int(total / (vectors * compression) + 1e-9) if vectors > 0 and compression > 0 else 0
+    if compression < 1 or dim < 1:
+        raise ConfigError(
+            f"--compression {compression:g} with {vectors} vectors out of {num_towers} towers",
+            expected=f"between 1 and {total / max(vectors, 1):g}",
+            hint="2 is the default; 4 and 8 trade quality for bytes; --c and --p set the number "
+            "of vectors",
+        )
+    return dim

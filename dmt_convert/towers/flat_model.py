@@ -1,0 +1,122 @@
+"""The flat model as a plain torch module. Letters: B batch, N embedding dim, M all widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.architectures import FlatModelInfo
+from dmt_convert.checkpoint import read_tensor
+from dmt_convert.data import Batch
+from dmt_convert.errors import CheckpointError
+from dmt_convert.spec import ModelSpec
+from dmt_convert.towers.dense_parts import Interaction, Mlp
+from dmt_convert.towers.table_lookup import MappedTables, TrainableTables, to_tensor
+
+Stages = Iterator[tuple[str, Tensor]]
+
+
+class FlatModel(nn.Module):
+    """dense_arch, tables, interaction, over_arch: one logit per row.
+
+    Args:
+        spec: The model.
+        tables: Pooled lookups; trainable tables in memory by default.
+    """
+
+    def __init__(self, spec: ModelSpec, tables: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tables = TrainableTables(spec) if tables is None else tables
+        self.dense_arch = Mlp(spec.dense_arch)
+        self.interaction = Interaction(spec.interaction, spec.input_dims)
+        self.over_arch = Mlp(spec.over_arch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits, shape (B,)."""
+        pooled = [
+            self.tables(name, bag)
+            for name, bag in zip(batch.feature_names, batch.bags, strict=True)
+        ]
+        return self.forward_pooled(to_tensor(batch.dense), torch.cat(pooled, dim=1))
+
+    def forward_pooled(self, dense_BD: Tensor, pooled_BM: Tensor) -> Tensor:
+        """Return logits, shape (B,), from dense inputs and pooled embeddings side by side."""
+        logits: Tensor = self.over_arch(self.interact(dense_BD, pooled_BM))
+        return logits.squeeze(1)
+
+    def interact(self, dense_BD: Tensor, pooled_BM: Tensor) -> Tensor:
+        """Return what over_arch takes, shape (B, width)."""
+        dense_BN = self.dense_arch(dense_BD)
+        interacted: Tensor = self.interaction(dense_BN, pooled_BM, dense_BN)
+        return interacted
+
+    def stages(self, batch: Batch) -> Stages:
+        """Yield every intermediate result in the order in which it comes to be."""
+        pooled = []
+        for name, bag in zip(batch.feature_names, batch.bags, strict=True):
+            pooled.append(self.tables(name, bag))
+            yield f"pooled embedding of {name}", pooled[-1]
+        yield from self._dense_stages(to_tensor(batch.dense), torch.cat(pooled, dim=1))
+
+    def _dense_stages(self, dense_BD: Tensor, pooled_BM: Tensor) -> Stages:
+        dense_BN = self.dense_arch(dense_BD)
+        yield "dense_arch", dense_BN
+        x = self.interaction(dense_BN, pooled_BM, dense_BN)
+        yield "interaction", x
+        yield from over_arch_stages(self.over_arch, x)
+
+
+def over_arch_stages(over_arch: Mlp, x: Tensor) -> Stages:
+    """Yield the pre-activations of every over_arch layer; the last one is the logit."""
+    for i, layer in enumerate(over_arch):
+        x = layer(x)
+        last = i == len(over_arch) - 1
+        yield "logit" if last else f"over_arch layer {i}", x.squeeze(1) if last else x
+        x = torch.relu(x)
+
+
+def open_flat_model(info: FlatModelInfo) -> FlatModel:
+    """Build the flat model of a checkpoint: dense parts in memory, tables on disk.
+
+    Raises:
+        CheckpointError: A dense tensor holds NaN or Inf.
+    """
+    infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
+    with torch.device("meta"):
+        model = FlatModel(info.spec, MappedTables(info.spec, infos))
+    load_dense(model, {name: read_tensor(t) for name, t in info.dense_tensors.items()})
+    return model.eval()
+
+
+def load_dense(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give a model's dense parts their weights, as float32.
+
+    Args:
+        model: The model, dense parts on the meta device or in memory.
+        arrays: Canonical name -> array. `cross.*` and `branch*` belong to the interaction.
+
+    Raises:
+        CheckpointError: An array holds NaN or Inf.
+    """
+    state = {}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            count = int((~np.isfinite(array)).sum())
+            raise CheckpointError(
+                f"{name} holds NaN or Inf ({count} of {array.size} elements)",
+                expected="finite weights",
+                hint="the training diverged or the file is damaged; use another checkpoint",
+            )
+        inner = name.startswith(("cross.", "branch1.", "branch2."))
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        state[f"interaction.{name}" if inner else name] = tensor
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise AssertionError(f"buffer {name} on the meta device")
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tables = [name for name in missing if not name.startswith(("tables.", "towers."))]
+    assert not tables and not unexpected, (tables, unexpected)
