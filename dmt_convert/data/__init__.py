@@ -1,0 +1,20 @@
+"""Data sets: a registry of readers, and the adapter to a model's features."""
+
+from dmt_convert.data.adapter import FeatureMatch, adapt_batches, match_features
+from dmt_convert.data.batch import Bag, Batch, FloatArray, IntArray
+from dmt_convert.data.dataset import DataReader, Dataset
+from dmt_convert.data.registry import READERS, open_data
+
+__all__ = [
+    "READERS",
+    "Bag",
+    "Batch",
+    "DataReader",
+    "Dataset",
+    "FeatureMatch",
+    "FloatArray",
+    "IntArray",
+    "adapt_batches",
+    "match_features",
+    "open_data",
+]

@@ -1,0 +1,39 @@
+"""Names of features: when they only count columns, and when they clash."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmt_convert.errors import DataError
+
+
+def are_positional(names: Sequence[str]) -> bool:
+    """Tell whether names are `<prefix><i>` with i ascending by one from 0 or 1, in order.
+
+    The prefix may be empty: `0`, `1`, ... are positional as well.
+    """
+    matches = [re.fullmatch(r"(.*?)(\d+)", name, flags=re.DOTALL) for name in names]
+    parts = [(match.group(1), int(match.group(2))) for match in matches if match is not None]
+    if not parts or len(parts) != len(names):
+        return False
+    prefix, first = parts[0]
+    return first in (0, 1) and parts == [(prefix, first + i) for i in range(len(parts))]
+
+
+def check_unique(names: Sequence[str], file: Path) -> tuple[str, ...]:
+    """Return the names, or refuse names that appear twice.
+
+    Raises:
+        DataError: A name appears twice.
+    """
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise DataError(
+            f"{file}: feature names that appear twice: {', '.join(repeated)}",
+            expected="every feature named once",
+            hint="rename the columns",
+        )
+    return tuple(names)

@@ -1,0 +1,185 @@
+"""Checks of values as they are read; every refusal names file, column and row.
+
+Rows are counted from 0 inside the file. Letters: B batch, D dense inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.data.batch import FloatArray, IntArray
+from dmt_convert.errors import DataError
+
+Rows = slice | IntArray
+"""Which rows: a slice with start and stop, or row numbers."""
+
+AnyArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlace:
+    """Where the rows of an array came from."""
+
+    file: Path
+    """The file."""
+    rows: Rows
+    """Row numbers in the file, in the order of the array."""
+
+    def row(self, index: int) -> int:
+        """Row number in the file of the array's row `index`."""
+        if isinstance(self.rows, slice):
+            return int(self.rows.start) + index
+        return int(self.rows[index])
+
+
+def refuse_value(
+    place: RowPlace, column: str, index: int, found: str, *, expected: str, hint: str
+) -> DataError:
+    """Make the error for one bad value in row `index` of the array."""
+    return DataError(
+        f"{place.file}: column {column!r}, row {place.row(index)} (from 0): {found}",
+        expected=expected,
+        hint=hint,
+    )
+
+
+def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> FloatArray:
+    """Return dense inputs as float32, shape (B, D), or refuse what is not finite.
+
+    Raises:
+        DataError: A value is NaN or infinite.
+    """
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(dense, dtype=np.float32)
+    finite = np.isfinite(values)
+    if not finite.all():
+        index, column = (int(i) for i in np.argwhere(~finite)[0])
+        raise refuse_value(
+            place,
+            columns[column],
+            index,
+            f"{dense[index, column]}",
+            expected="finite numbers (float32) as dense inputs",
+            hint="fill missing values before, as the trainer of the model did",
+        )
+    return values
+
+
+def check_labels(labels: AnyArray, place: RowPlace, column: str) -> FloatArray:
+    """Return labels as float32, shape (B,), or refuse what is neither 0 nor 1.
+
+    Raises:
+        DataError: A label is neither 0 nor 1.
+    """
+    values = labels.reshape(-1).astype(np.float32)
+    good = (values == 0) | (values == 1)
+    if not good.all():
+        index = int(np.flatnonzero(~good)[0])
+        raise refuse_value(
+            place,
+            column,
+            index,
+            f"label {labels.reshape(-1)[index]}",
+            expected="0 or 1 as label",
+            hint="binarise the labels, or leave the label column out if the rows have none",
+        )
+    return values
+
+
+def check_ids(
+    ids: AnyArray, offsets: IntArray, place: RowPlace, column: str, *, allow_negative: bool = False
+) -> IntArray:
+    """Return one feature's ids as int64, shape (nnz,), or refuse what is no id.
+
+    Whole numbers stored as floats pass: the DLRM trainer stores ids so.
+
+    Args:
+        ids: Ids, shape (nnz,), integer or float.
+        offsets: Where every row's ids begin, then nnz, shape (B + 1,).
+        place: Where the rows came from.
+        column: Name of the feature.
+        allow_negative: Whether negative ids pass (they are hashed later).
+
+    Raises:
+        DataError: An id is negative, fractional or too large for int64.
+    """
+    if ids.dtype.kind == "f":
+        bad = ~(np.isfinite(ids) & (ids == np.floor(ids)) & (np.abs(ids) < 2.0**63))
+    elif ids.dtype == np.uint64:
+        bad = ids > np.iinfo(np.int64).max
+    else:
+        bad = np.zeros(0, dtype=bool)
+    if not bad.any():
+        values: IntArray = np.ascontiguousarray(ids, dtype=np.int64)
+        if allow_negative or not len(values) or int(values.min()) >= 0:
+            return values
+        bad = values < 0
+    at = int(np.flatnonzero(bad)[0])
+    raise refuse_value(
+        place,
+        column,
+        int(np.searchsorted(offsets, at, side="right")) - 1,
+        f"id {ids[at]}",
+        expected="whole ids from 0",
+        hint="map missing or unknown ids to a row of the table, as the trainer did",
+    )
+
+
+def check_offsets(offsets: AnyArray, num_values: int, file: Path, column: str) -> IntArray:
+    """Return a feature's offsets as int64, shape (B + 1,), or refuse what is no CSR form.
+
+    Raises:
+        DataError: Offsets do not begin at 0, do not ascend, or do not end at the number of values.
+    """
+    values: IntArray = np.ascontiguousarray(offsets, dtype=np.int64)
+    found = ""
+    if values.ndim != 1 or not len(values):
+        found = f"offsets of shape {values.shape}"
+    elif values[0] != 0:
+        found = f"offsets begin at {values[0]}"
+    elif (np.diff(values) < 0).any():
+        row = int(np.flatnonzero(np.diff(values) < 0)[0])
+        found = f"offsets fall from {values[row]} to {values[row + 1]} at row {row} (from 0)"
+    elif values[-1] != num_values:
+        found = f"offsets end at {values[-1]} (row {len(values) - 2}) for {num_values} values"
+    if found:
+        raise DataError(
+            f"{file}: column {column!r}: {found}",
+            expected="offsets of shape (B + 1,) that begin at 0, ascend, and end at the number "
+            "of values",
+            hint="write where every row's ids begin, then the number of values",
+        )
+    return values
+
+
+def check_weights(weights: AnyArray, offsets: IntArray, place: RowPlace, column: str) -> FloatArray:
+    """Return a feature's weights as float32, shape (nnz,), or refuse what does not fit its ids.
+
+    Raises:
+        DataError: There is not one finite weight per id.
+    """
+    values = np.ascontiguousarray(weights, dtype=np.float32)
+    if values.shape != (int(offsets[-1]),):
+        raise DataError(
+            f"{place.file}: column {column!r}: {values.size} weights for {int(offsets[-1])} ids",
+            expected="one weight per id",
+            hint="write as many weights as ids in every row",
+        )
+    finite = np.isfinite(values)
+    if not finite.all():
+        at = int(np.flatnonzero(~finite)[0])
+        raise refuse_value(
+            place,
+            column,
+            int(np.searchsorted(offsets, at, side="right")) - 1,
+            f"weight {values[at]}",
+            expected="finite weights",
+            hint="mend the weights",
+        )
+    return values
