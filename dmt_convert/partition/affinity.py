@@ -1,0 +1,257 @@
+"""How strongly two features interact: cosine of their embeddings, or the model's own use.
+
+Letters: n sampled rows, F features, N_f embedding dim of feature f, M sum of the input widths,
+r rank of a cross layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.errors import ArchitectureError, PartitionError
+from dmt_convert.spec import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+AnyFloats = npt.NDArray[np.floating]
+
+_BLOCK: Final = 2048
+"""Features per side of a block: 16 MB of products; smaller ones drown in BLAS thread hand-offs."""
+_CHUNK_ELEMENTS: Final = 1 << 25
+"""Elements of stacked embeddings held at once (128 MB)."""
+
+
+def cosine_affinity(pooled: Sequence[AnyFloats]) -> FloatArray:
+    """Mean over a sample of |cos(e_i, e_j)| of the pooled embeddings.
+
+    A row in which either vector is zero says nothing about the pair and is left out of its
+    mean; a pair without any row gets 0. Vectors of different widths are compared zero-padded.
+
+    Args:
+        pooled: Pooled embeddings of every feature, each of shape (n, N_f).
+
+    Returns:
+        Affinity in [0, 1], shape (F, F), symmetric, diagonal 1.
+
+    Raises:
+        PartitionError: The features differ in their number of rows, or there are none.
+
+    Source: the DMT paper, "Tower Partitioner".
+    """
+    _check_rows(pooled)
+    features = len(pooled)
+    total = np.zeros((features, features), dtype=np.float32)
+    count = np.zeros((features, features), dtype=np.float32)
+    for stacked in _stack_chunks(pooled):
+        norms = np.sqrt(np.einsum("nfd,nfd->nf", stacked, stacked))
+        seen = norms > 0
+        stacked /= np.where(seen, norms, 1)[..., None]
+        flags = seen.astype(np.float32)
+        count += flags.T @ flags
+        for rows, columns in _block_pairs(features):
+            block = np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.float32)
+            products = np.empty_like(block)
+            for sample in stacked:
+                np.matmul(sample[rows], sample[columns].T, out=products)
+                block += np.abs(products, out=products)
+            total[rows, columns] += block
+    for rows, columns in _block_pairs(features):
+        total[columns, rows] = total[rows, columns].T
+    total /= np.maximum(count, 1)
+    np.clip(total, 0, 1, out=total)
+    np.fill_diagonal(total, 1)
+    # Blocks on the diagonal come out of BLAS symmetric to the last bit only almost.
+    return np.asarray((total + total.T) / 2, dtype=np.float32)
+
+
+def weights_affinity(
+    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
+) -> FloatArray:
+    """How much the trained model itself uses every pair of features.
+
+    - dot: the norm of the over_arch's first-layer column of the pair, times the standard
+      deviation of the pair's dot over the sample.
+    - dcn: sum over cross layers of the norm of block (i, j) of W_l V_l, averaged with block
+      (j, i), times the spreads of both pooled embeddings (root of the variance averaged over
+      their elements).
+    - cat, projection: sum over first-layer units (of both branches) of the product of the
+      standard deviations of what i and j add to the unit. A ReLU makes two inputs interact
+      exactly where both move the same unit, so this is the Gram matrix of the first layer's
+      blocks, seen through the sample.
+
+    Args:
+        spec: The flat model.
+        weights: Canonical tensors: `over_arch.0.weight` (dot, cat), `cross.{l}.v` and
+            `cross.{l}.w` (dcn), `branch1.0.weight` and `branch2.0.weight` (projection).
+        pooled: Pooled embeddings of every feature in model order, each of shape (n, N_f).
+
+    Returns:
+        Affinity in [0, 1] (the strongest pair is 1), shape (F, F), symmetric, diagonal 1.
+
+    Raises:
+        ArchitectureError: A tensor is missing or has another shape than the spec says.
+        PartitionError: The features differ in their number of rows, or there are none.
+    """
+    _check_rows(pooled)
+    if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
+        raise PartitionError(
+            f"sampled embeddings of widths {sorted({e.shape[1] for e in pooled})} for "
+            f"{len(pooled)} features",
+            expected=f"one sample for each of the {len(spec.features)} features, as wide as its "
+            "table",
+            hint="sample the embeddings from the same model",
+        )
+    kind = spec.interaction.kind
+    if kind == "dot":
+        use = _dot_use(spec, weights, pooled)
+    elif kind == "dcn":
+        use = _cross_use(spec, weights, pooled)
+    elif kind == "cat":
+        use = _shared_unit_use(spec, (_tensor(weights, "over_arch.0.weight", spec),), pooled)
+    else:
+        branches = [_tensor(weights, f"branch{k}.0.weight", spec) for k in (1, 2)]
+        use = _shared_unit_use(spec, branches, pooled)
+    np.fill_diagonal(use, 0)
+    affinity = use / (float(use.max(initial=0.0)) or 1.0)
+    np.fill_diagonal(affinity, 1)
+    return np.asarray(affinity, dtype=np.float32)
+
+
+def _dot_use(
+    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
+) -> AnyFloats:
+    first = _tensor(weights, "over_arch.0.weight", spec)
+    inputs = len(spec.input_dims)
+    offset = 0 if spec.interaction.self_pairs else 1
+    if spec.interaction.pair_order == "tril":
+        i, j = np.tril_indices(inputs, -offset)
+    else:
+        i, j = np.triu_indices(inputs, offset)
+    columns = first[:, spec.input_dims[0] :]
+    norms = np.zeros((inputs, inputs))
+    norms[i, j] = norms[j, i] = np.sqrt(np.einsum("op,op->p", columns, columns))
+    return np.asarray(norms[1:, 1:] * _dot_spread(pooled))
+
+
+def _dot_spread(pooled: Sequence[AnyFloats]) -> AnyFloats:
+    """Standard deviation of every pair's dot over the sample, shape (F, F)."""
+    features, rows_seen = len(pooled), len(pooled[0])
+    total = np.zeros((features, features))
+    squares = np.zeros((features, features))
+    # Dots are taken relative to the first row's: the variance is the same, and no digits
+    # cancel where a large mean hides a small spread.
+    origin = next(_stack_chunks([e[:1] for e in pooled]))[0].astype(np.float64)
+    for stacked in _stack_chunks(pooled):
+        for rows, columns in _block_pairs(features):
+            base = origin[rows] @ origin[columns].T
+            for sample in stacked:
+                products = sample[rows].astype(np.float64) @ sample[columns].T - base
+                total[rows, columns] += products
+                squares[rows, columns] += products * products
+    spread = np.sqrt(np.maximum(squares / rows_seen - (total / rows_seen) ** 2, 0))
+    for rows, columns in _block_pairs(features):
+        spread[columns, rows] = spread[rows, columns].T
+    return np.asarray(spread)
+
+
+def _cross_use(
+    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
+) -> AnyFloats:
+    spread = np.array([np.sqrt(e.var(axis=0, dtype=np.float64).mean()) for e in pooled])
+    use = np.zeros((len(pooled), len(pooled)))
+    for layer in range(spec.interaction.cross_layers):
+        w = _tensor(weights, f"cross.{layer}.w", spec)
+        v = _tensor(weights, f"cross.{layer}.v", spec)
+        use += _block_norms(w, v, _bounds(spec))
+    return np.asarray((use + use.T) / 2 * np.outer(spread, spread))
+
+
+def _block_norms(w: AnyFloats, v: AnyFloats, bounds: Sequence[int]) -> AnyFloats:
+    """Frobenius norm of every block W_i V_j, without the (M, M) product.
+
+    ||W_i V_j||^2 = tr((W_i' W_i)(V_j V_j')), summed over slices of the first of its two rank
+    axes so that no more than a few rows of all Gram matrices exist at once.
+    """
+    features, rank = len(bounds) - 1, w.shape[1]
+    blocks = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    step = max(1, _CHUNK_ELEMENTS // max(1, 4 * features * rank))
+    w, v = w.astype(np.float64), v.astype(np.float64)
+    squares = np.zeros((features, features))
+    for start in range(0, rank, step):
+        part = slice(start, start + step)
+        grams_w = np.stack([(w[b, part].T @ w[b]).ravel() for b in blocks])
+        grams_v = np.stack([(v[part, b] @ v[:, b].T).ravel() for b in blocks])
+        squares += grams_w @ grams_v.T
+    return np.asarray(np.sqrt(np.maximum(squares, 0)))
+
+
+def _shared_unit_use(
+    spec: ModelSpec, layers: Sequence[AnyFloats], pooled: Sequence[AnyFloats]
+) -> AnyFloats:
+    bounds = _bounds(spec)
+    layer = np.concatenate(layers).astype(np.float64)
+    moved = np.stack(
+        [
+            (e.astype(np.float64) @ layer[:, a:b].T).std(axis=0)
+            for e, a, b in zip(pooled, bounds[:-1], bounds[1:], strict=True)
+        ]
+    )
+    return np.asarray(moved @ moved.T)
+
+
+def _bounds(spec: ModelSpec) -> list[int]:
+    """Where each feature's block begins among the M inputs, then M (dense comes first)."""
+    return [int(b) for b in np.cumsum(spec.input_dims)]
+
+
+def _tensor(weights: Mapping[str, AnyFloats], name: str, spec: ModelSpec) -> AnyFloats:
+    width, rank = sum(spec.input_dims), spec.interaction.cross_rank
+    if name == "over_arch.0.weight":
+        expected = (spec.over_arch.widths[1], spec.over_arch.widths[0])
+    elif name.startswith("cross."):
+        expected = (rank, width) if name.endswith(".v") else (width, rank)
+    else:
+        branch = spec.interaction.branch1 if "1" in name[:7] else spec.interaction.branch2
+        assert branch is not None
+        expected = (branch.widths[1], branch.widths[0])
+    if name not in weights or weights[name].shape != expected:
+        found = "is missing" if name not in weights else f"has shape {weights[name].shape}"
+        raise ArchitectureError(
+            f"tensor {name} {found}",
+            expected=f"shape {expected}",
+            hint="pass the model's canonical tensors, or use --affinity cosine",
+        )
+    return weights[name]
+
+
+def _check_rows(pooled: Sequence[AnyFloats]) -> None:
+    rows = sorted({len(e) for e in pooled})
+    if len(rows) != 1 or rows[0] == 0:
+        raise PartitionError(
+            f"samples of {rows} rows for {len(pooled)} features",
+            expected="the same number of rows, at least one, for every feature",
+            hint="sample all features from the same rows",
+        )
+
+
+def _stack_chunks(pooled: Sequence[AnyFloats]) -> Iterator[FloatArray]:
+    """Yield all features side by side, zero-padded, a few rows at a time: (rows, F, N_max)."""
+    rows, width = len(pooled[0]), max(e.shape[1] for e in pooled)
+    step = max(1, _CHUNK_ELEMENTS // (len(pooled) * width))
+    for start in range(0, rows, step):
+        chunk = np.zeros((min(step, rows - start), len(pooled), width), dtype=np.float32)
+        for f, e in enumerate(pooled):
+            chunk[:, f, : e.shape[1]] = e[start : start + step]
+        yield chunk
+
+
+def _block_pairs(features: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the blocks on and above the diagonal of an (F, F) matrix."""
+    edges = [slice(a, min(a + _BLOCK, features)) for a in range(0, features, _BLOCK)]
+    for i, rows in enumerate(edges):
+        for columns in edges[i:]:
+            yield rows, columns

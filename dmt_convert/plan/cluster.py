@@ -1,0 +1,88 @@
+"""The machines that a model is placed on.
+
+Letters: H hosts, R ranks (GPUs) per host, W = H * R world size, T towers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from dmt_convert.errors import ConfigError
+
+GIB: Final = 1024**3
+
+HBM_RESERVE: Final = 0.15
+"""Share of every rank's memory that no table may use: dense parameters with their optimizer
+state, activations, communication buffers, and the allocator's fragments live there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """H hosts of R ranks each, all alike."""
+
+    hosts: int
+    """H."""
+    ranks_per_host: int
+    """R."""
+    hbm_bytes: int = 80 * GIB
+    """Memory of one rank's accelerator, in bytes."""
+    intra_gbps: float = 3600.0
+    """What one rank can send to the other ranks of its host, in gigabit/s (NVLink class)."""
+    inter_gbps: float = 200.0
+    """What one rank can send to other hosts, in gigabit/s."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value!r}"
+            for name, value in (
+                ("hosts", self.hosts),
+                ("ranks_per_host", self.ranks_per_host),
+                ("hbm_bytes", self.hbm_bytes),
+            )
+            if type(value) is not int or value < 1
+        ]
+        problems += [
+            f"{name} is {value!r}"
+            for name, value in (("intra_gbps", self.intra_gbps), ("inter_gbps", self.inter_gbps))
+            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0
+        ]
+        if problems:
+            raise ConfigError(
+                "no cluster has these numbers: " + ", ".join(problems),
+                expected="positive whole hosts, ranks and bytes; positive finite link speeds",
+                hint="check --hosts, --ranks-per-host, --hbm-gib, --intra-gbps and --inter-gbps",
+            )
+
+    @property
+    def world_size(self) -> int:
+        """W."""
+        return self.hosts * self.ranks_per_host
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tables and their optimizer state may take of one rank's memory, in bytes."""
+        return int(self.hbm_bytes * (1 - HBM_RESERVE))
+
+    def host_of(self, rank: int) -> int:
+        """Host of a global rank (ranks are numbered host by host)."""
+        return rank // self.ranks_per_host
+
+
+def default_cluster(num_towers: int) -> Cluster:
+    """Return the cluster assumed where none is given: a host per tower, 8 ranks of 80 GiB.
+
+    Args:
+        num_towers: T, at least 1.
+    """
+    return Cluster(hosts=num_towers, ranks_per_host=8)
+
+
+def show_bytes(count: float) -> str:
+    """Write a number of bytes in the largest unit that leaves at least one."""
+    units = (("GiB", GIB), ("MiB", 1024**2), ("KiB", 1024))
+    for unit, size in units:
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

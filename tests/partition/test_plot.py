@@ -1,0 +1,56 @@
+"""The picture: same bytes for the same partition, panels as the partition has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmt_convert.errors import PartitionError
+from dmt_convert.partition import (
+    PartitionConfig,
+    figure_svg,
+    partition_features,
+    plot_partition,
+)
+
+
+def test_svg_is_deterministic_and_names_the_features(make_spec, make_affinity, tmp_path):
+    spec = make_spec(12)
+    partition = partition_features(spec, PartitionConfig(num_towers=3), make_affinity(12))
+    svg = figure_svg(spec, partition)
+    assert svg.startswith("<svg") and svg == figure_svg(spec, partition)
+    for text in ("Affinity, by tower", "Features in the plane", ">f11<", "Lookups per sample"):
+        assert text in svg
+    plot_partition(spec, partition, tmp_path / "p.svg")
+    assert (tmp_path / "p.svg").read_text().endswith(svg)
+
+
+def test_png_of_many_features(make_spec, make_affinity, tmp_path):
+    spec = make_spec(900)
+    partition = partition_features(
+        spec, PartitionConfig(num_towers=40, strategy="round-robin"), make_affinity(900)
+    )
+    plot_partition(spec, partition, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert ">f11<" not in figure_svg(spec, partition)
+
+
+def test_without_affinity_only_loads_are_drawn(make_spec):
+    spec = make_spec(5)
+    partition = partition_features(spec, PartitionConfig(num_towers=2, strategy="round-robin"))
+    svg = figure_svg(spec, partition)
+    assert "Affinity" not in svg and "Features in the plane" not in svg
+    assert "Lookups per sample" in svg
+
+
+def test_one_feature(make_spec, make_affinity):
+    spec = make_spec(1)
+    partition = partition_features(spec, PartitionConfig(num_towers=1), make_affinity(1))
+    assert partition.within_affinity is None
+    assert "1 features in 1 towers" in figure_svg(spec, partition)
+
+
+def test_other_suffixes_are_refused(make_spec, tmp_path):
+    spec = make_spec(5)
+    partition = partition_features(spec, PartitionConfig(num_towers=2, strategy="round-robin"))
+    with pytest.raises(PartitionError, match=r"p\.pdf"):
+        plot_partition(spec, partition, tmp_path / "p.pdf")
