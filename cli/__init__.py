@@ -1,0 +1,1 @@
+"""The `dmt` command line; installed as `dmt_convert.cli`."""
