@@ -1,0 +1,17 @@
+"""Inputs on which a flat model is looked at, with data or without."""
+
+from dmt_convert.sampling.sample import (
+    Sample,
+    draw_rows,
+    draw_sample,
+    pool_batch,
+    sample_size,
+)
+
+__all__ = [
+    "Sample",
+    "draw_rows",
+    "draw_sample",
+    "pool_batch",
+    "sample_size",
+]

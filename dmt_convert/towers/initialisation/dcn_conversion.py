@@ -1,0 +1,123 @@
+"""Start of a converted DCNv2: chosen coordinates, cross layers and over_arch refitted.
+
+Letters: n rows, M width of the flat concatenation (dense first), S chosen coordinates, r rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.towers.dmt_spec import DmtSpec
+from dmt_convert.towers.initialisation.dcn_start import choose_coordinates, rebuild
+from dmt_convert.towers.initialisation.ridge import refit_linear
+from dmt_convert.towers.initialisation.start import Start
+from dmt_convert.towers.initialisation.trace import FlatTrace
+
+Array = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.intp]
+
+
+def start_dcn(trace: FlatTrace, spec: DmtSpec) -> Start:
+    """Choose every tower's coordinates, then refit layer after layer.
+
+    Given the coordinates S, a cross layer's rows W_S and b_S are the flat ones; only V must
+    read its r numbers from fewer inputs. It is refitted by ridge regression on what the
+    converted layer really sees, so later layers make up for what earlier ones lost.
+    """
+    dense_width = spec.flat.input_dims[0]
+    width = sum(spec.flat.input_dims)
+    modules, chosen, blocks = _choose(trace, spec)
+    picked = np.concatenate([np.arange(dense_width), *chosen]).astype(np.intp)
+    back = np.zeros((width, len(picked)))
+    back[:dense_width, :dense_width] = np.eye(dense_width)
+    column = dense_width
+    for rows, block in blocks:
+        back[rows, column : column + block.shape[1]] = block
+        column += block.shape[1]
+    return _refit_layers(trace, spec, picked, back, modules)
+
+
+def _choose(
+    trace: FlatTrace, spec: DmtSpec
+) -> tuple[list[dict[str, Array]], list[Indices], list[tuple[Indices, Array]]]:
+    """Per tower: the module's state, the chosen coordinates, and how to rebuild all others."""
+    starts = np.cumsum([0, *spec.flat.input_dims])
+    columns = {
+        name: np.arange(starts[i + 1], starts[i + 2])
+        for i, name in enumerate(spec.flat.feature_names)
+    }
+    dense_width = spec.flat.input_dims[0]
+    first_v = trace.weights["cross.0.v"]
+    modules, chosen, blocks = [], [], []
+    for t, tower in enumerate(spec.towers):
+        members = np.concatenate([columns[name] for name in tower.features])
+        x = trace.pooled[:, members - dense_width].astype(np.float64)
+        centred = x - x.mean(axis=0)
+        covariance = centred.T @ centred / len(x)
+        gradient = trace.pooled_gradient[:, members - dense_width].astype(np.float64)
+        count = spec.tower_widths[t]
+        take = min(count, len(members))
+        local = choose_coordinates(covariance, gradient.T @ gradient / len(x), take)
+        weight = np.zeros((count, len(members)))
+        weight[np.arange(take), local] = 1.0
+        rank = min(tower.module.cross_rank, len(members))
+        state: dict[str, Array] = {"weight": weight, "bias": np.zeros(count)}
+        for layer in range(tower.module.cross_layers):
+            # W = 0: the tower's own cross network begins as the identity and learns from V
+            state[f"cross.{layer}.w"] = np.zeros((len(members), rank))
+            state[f"cross.{layer}.v"] = _leading_rows(first_v[:, members], rank)
+            state[f"cross.{layer}.bias"] = np.zeros(len(members))
+        modules.append(state)
+        # outputs beyond the tower's own width stay zero; they read coordinate 0 with weight 0
+        chosen.append(np.concatenate([members[local], np.full(count - take, members[0])]))
+        block = np.zeros((len(members), count))
+        block[:, :take] = rebuild(covariance, local)
+        blocks.append((members, block))
+    return modules, chosen, blocks
+
+
+def _leading_rows(matrix: FloatArray, rank: int) -> Array:
+    """Return `rank` rows that span the leading part of a matrix's row space."""
+    values = matrix.astype(np.float64)
+    if len(values) == rank:
+        return values
+    _, scale, right = np.linalg.svd(values, full_matrices=False)
+    rows = np.zeros((rank, matrix.shape[1]))
+    take = min(rank, len(scale))
+    rows[:take] = scale[:take, None] * right[:take]
+    return rows
+
+
+def _refit_layers(
+    trace: FlatTrace,
+    spec: DmtSpec,
+    picked: Indices,
+    back: Array,
+    modules: list[dict[str, Array]],
+) -> Start:
+    flat_x0 = trace.inputs
+    x0 = flat_x0[:, picked]
+    x0[:, ~back.any(axis=0)] = 0.0
+    flat_x, x = flat_x0, x0
+    dense: dict[str, npt.NDArray[np.floating]] = {}
+    notes = []
+    for layer in range(spec.interaction.cross_layers):
+        w, v, bias = (trace.weights[f"cross.{layer}.{kind}"] for kind in ("w", "v", "bias"))
+        fit = refit_linear(x, flat_x @ v.T, v.astype(np.float64) @ back)
+        chosen_w = w[picked].astype(np.float64)
+        dense[f"cross.{layer}.w"] = chosen_w
+        dense[f"cross.{layer}.v"] = fit.weight
+        dense[f"cross.{layer}.bias"] = bias[picked] + chosen_w @ fit.bias
+        notes.append(f"cross.{layer}.v refitted: R^2 {fit.prior_r2:.6f} -> {fit.r2:.6f}")
+        z = (x @ fit.weight.T) @ chosen_w.T + dense[f"cross.{layer}.bias"]
+        x = (x0 * z + x).astype(np.float32)
+        flat_x = flat_x0 * (flat_x @ v.T @ w.T + bias) + flat_x
+    first = trace.weights["over_arch.0.weight"].astype(np.float64)
+    fit = refit_linear(x, trace.pre_activation, first @ back)
+    dense["over_arch.0.weight"], dense["over_arch.0.bias"] = fit.weight, fit.bias
+    notes.append(
+        f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}"
+    )
+    return Start(modules=list(modules), dense=dense, notes=tuple(notes))

@@ -1,0 +1,127 @@
+"""Start of a converted model with dot interaction.
+
+Letters: n rows, V vectors paired in the flat model (dense first), K those of the converted one,
+N embedding dim, D output dim, H over_arch's first outputs; c and p as in DESIGN section 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.towers.dense_parts import pair_indices
+from dmt_convert.towers.dmt_spec import DmtSpec
+from dmt_convert.towers.initialisation.dot_start import (
+    fit_combinations,
+    fit_projections,
+    second_moments,
+)
+from dmt_convert.towers.initialisation.start import Start
+from dmt_convert.towers.initialisation.trace import FlatTrace
+
+Array = npt.NDArray[np.float64]
+_FLOOR = 1e-3
+
+
+def start_dot(trace: FlatTrace, spec: DmtSpec) -> Start:
+    """Choose projections and combinations, and carry over_arch's columns over.
+
+    over_arch itself is refitted afterwards, on what these projections give.
+    """
+    flat = spec.flat
+    module = spec.towers[0].module
+    vectors = trace.inputs.reshape(len(trace.dense), len(flat.input_dims), -1)
+    moments = second_moments(vectors)
+    pairs = _pair_matrix(trace, spec)
+    width = max(1, module.c) * module.dim
+    width = min(width, flat.input_dims[0])
+    projections = fit_projections(moments, _importance(trace, spec), width)
+    padded = np.zeros((*projections.shape[:2], max(1, module.c) * module.dim))
+    padded[:, :, :width] = projections
+    norms = np.sqrt(np.trace(moments, axis1=1, axis2=2))
+    position = {name: i + 1 for i, name in enumerate(flat.feature_names)}
+    modules, combos = [], []
+    for tower in spec.towers:
+        members = np.array([position[name] for name in tower.features])
+        state: dict[str, Array] = {}
+        if module.c:
+            state["feature_weight"] = padded[members].reshape(-1, padded.shape[2])
+            state["feature_bias"] = np.zeros((len(members), padded.shape[2]))
+        if module.p:
+            combo = fit_combinations(pairs, norms, members, module.p)
+            state["tower_weight"] = np.concatenate(
+                [combo[:, m, None, None] * padded[m].T[None, : module.dim] for m in members], axis=2
+            ).reshape(module.p * module.dim, -1)
+            state["tower_bias"] = np.zeros(module.p * module.dim)
+            combos.append(combo)
+        modules.append(state)
+    dense = {"over_arch.0.weight": _carry_columns(trace, spec, pairs, position, combos)}
+    if spec.dense_dim != flat.input_dims[0]:
+        dense["dense_projection.weight"] = padded[0].T[: module.dim]
+        dense["dense_projection.bias"] = np.zeros(module.dim)
+    return Start(modules=modules, dense=dense)
+
+
+def _pair_matrix(trace: FlatTrace, spec: DmtSpec) -> Array:
+    """over_arch's first layer as W[h, i, j], symmetric in i and j, shape (H, V, V)."""
+    weight = trace.weights["over_arch.0.weight"].astype(np.float64)
+    count = len(spec.flat.input_dims)
+    left, right = (index.numpy() for index in pair_indices(count, spec.flat.interaction))
+    matrix = np.zeros((len(weight), count, count))
+    columns = weight[:, spec.flat.input_dims[0] :]
+    matrix[:, left, right] = columns
+    matrix[:, right, left] = columns
+    return matrix
+
+
+def _importance(trace: FlatTrace, spec: DmtSpec) -> Array:
+    """How much the logit feels an error in each pair: its mean square gradient."""
+    count = len(spec.flat.input_dims)
+    left, right = (index.numpy() for index in pair_indices(count, spec.flat.interaction))
+    squares = trace.interaction_gradient[spec.flat.input_dims[0] :]
+    importance = np.zeros((count, count))
+    importance[left, right] = importance[right, left] = squares
+    floor = _FLOOR * float(squares.mean()) if squares.size else 0.0
+    importance += floor if floor > 0 else 1.0
+    np.fill_diagonal(importance, 0.0)
+    return importance
+
+
+def _carry_columns(
+    trace: FlatTrace,
+    spec: DmtSpec,
+    pairs: Array,
+    position: dict[str, int],
+    combos: list[Array],
+) -> Array:
+    """Weights for the converted pairs that mean what the flat ones meant."""
+    module = spec.towers[0].module
+    origin, slot = [0], [0]
+    for tower in spec.towers:
+        for name in tower.features if module.c else ():
+            origin += [position[name]] * module.c
+            slot += list(range(module.c))
+        origin += [-1] * module.p
+        slot += [-1] * module.p
+    left, right = (i.numpy() for i in pair_indices(len(origin), spec.interaction))
+    source, kind = np.array(origin), np.array(slot)
+    if module.c:
+        values = pairs[:, source[left], source[right]]
+        same = (kind[left] == kind[right]) & (kind[left] >= 0)
+        distinct = (source[left] != source[right]) | (left == right)
+        values = np.where(same & distinct, values, 0.0)
+    else:
+        values = _combined_pairs(pairs, combos)[:, left, right]
+        own = left == right
+        values[:, own] /= 2
+    dense = trace.weights["over_arch.0.weight"][:, : spec.flat.input_dims[0]]
+    return np.concatenate([dense.astype(np.float64), values], axis=1)
+
+
+def _combined_pairs(pairs: Array, combos: list[Array]) -> Array:
+    """Rewrite W for vectors that are combinations: A^T W A with A the pseudo-inverse."""
+    dense = np.zeros((1, pairs.shape[1]))
+    dense[0, 0] = 1.0
+    back = np.linalg.pinv(np.concatenate([dense, *combos]))
+    combined: Array = np.einsum("fk,hfg,gl->hkl", back, pairs, back, optimize=True)
+    return combined
