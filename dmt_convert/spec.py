@@ -169,7 +169,8 @@ class ModelSpec:
         dims = self.input_dims
         if self.interaction.kind in ("dot", "projection") and len(set(dims)) > 1:
             problems.append(
-                f"{self.interaction.kind} interaction of vectors of different widths {sorted(set(dims))}"
+                f"{self.interaction.kind} interaction of vectors of different widths "
+                f"{sorted(set(dims))}"
             )
         elif self.over_arch.widths[0] != self.interaction.output_width(dims):
             problems.append(
@@ -244,9 +245,11 @@ class TowerAssignment:
 
     def __post_init__(self) -> None:
         names = [name for tower in self.towers for name in tower]
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(
-            set(names)
-        ) != len(names) else []
+        repeated = (
+            sorted({name for name in names if names.count(name) > 1})
+            if len(set(names)) != len(names)
+            else []
+        )
         empty = [str(t) for t, tower in enumerate(self.towers) if not tower]
         if repeated or empty or not self.towers:
             raise PartitionError(

@@ -135,7 +135,9 @@ def _order(tables: list[str], *, ordered: bool, family: Architecture) -> tuple[l
         reason = "order of the file"
         if source == "assumed":
             reason += "; it is alphabetical, as DMP would leave it: check it"
-        return tables, _fact("feature order", shown + tables[-1] * (len(tables) > 1), source, reason)
+        return tables, _fact(
+            "feature order", shown + tables[-1] * (len(tables) > 1), source, reason
+        )
     if len(tables) == 1:
         return tables, _fact("feature order", tables[0], "inferred", "there is one table")
     raise ArchitectureError(

@@ -128,9 +128,7 @@ def _assemble(
     dims = [by_name[feature.table].dim for feature in features]
     kind = _parametric_kind(shapes)
     same_dim = kind in (None, "projection") and len(set(dims)) == 1
-    dense_arch = shapes.mlp(
-        "dense_arch", output=dims[0] if same_dim else None, final_relu=True
-    )
+    dense_arch = shapes.mlp("dense_arch", output=dims[0] if same_dim else None, final_relu=True)
     last = "over_arch.last" if match.family.over_arch_last else None
     over_arch = shapes.mlp("over_arch", last=last, final_relu=False)
     if dense_arch is None or over_arch is None:
@@ -250,9 +248,7 @@ def _dot_or_cat(
         )
     elif len(fitting) > 1:
         reason = "dot and cat give the same width here; dot is the trainer's default"
-        facts.append(
-            Fact(subject="interaction", value=label, source="assumed", reason=reason)
-        )
+        facts.append(Fact(subject="interaction", value=label, source="assumed", reason=reason))
     else:
         facts.append(
             _shape_fact("interaction", label, f"only this gives over_arch its {width} inputs")
@@ -283,7 +279,9 @@ def _width_problem(
     )
     if not options:
         gives = f"vectors of widths {sorted(set(dims))}, which dot cannot pair"
-    text = f"{name} takes {width} inputs; {len(dims) - 1} features and the dense vector give {gives}"
+    text = (
+        f"{name} takes {width} inputs; {len(dims) - 1} features and the dense vector give {gives}"
+    )
     implied = (1 + math.isqrt(max(0, 1 + 8 * (width - dims[0])))) // 2
     if implied * (implied - 1) // 2 == width - dims[0] and implied > len(dims):
         text += (

@@ -1,1 +1,46 @@
-"""."""
+"""The bundle: what every command reads and writes."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dmt_convert.bundle.bundle import (
+    PLAN_NAME,
+    Bundle,
+    check_digests,
+    is_bundle,
+    open_bundle,
+    write_bundle,
+)
+from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
+from dmt_convert.bundle.staging import check_space, check_target
+from dmt_convert.bundle.weights import plan_weight_files, table_bytes
+
+if TYPE_CHECKING:
+    from dmt_convert.bundle.bundle_model import open_bundle_model, split_state
+
+_LAZY = {"open_bundle_model": "bundle_model", "split_state": "bundle_model"}
+
+__all__ = [
+    "MANIFEST_NAME",
+    "PLAN_NAME",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "Manifest",
+    "check_digests",
+    "check_space",
+    "check_target",
+    "is_bundle",
+    "open_bundle",
+    "open_bundle_model",
+    "plan_weight_files",
+    "read_manifest",
+    "split_state",
+    "table_bytes",
+    "write_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -9,8 +9,11 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     TensorInfo,
 )
 from dmt_convert.checkpoint.registry import READERS, Reader, open_checkpoint
+from dmt_convert.checkpoint.safetensors_reader import DTYPE_NAMES, SafetensorsReader
 from dmt_convert.checkpoint.tensor_bytes import (
     CHUNK_BYTES,
+    ZEROS,
+    ByteRows,
     gather_rows,
     read_tensor,
     resolve_segments,
@@ -20,11 +23,15 @@ from dmt_convert.checkpoint.tensor_bytes import (
 
 __all__ = [
     "CHUNK_BYTES",
+    "DTYPE_NAMES",
     "ITEM_BYTES",
     "READERS",
+    "ZEROS",
+    "ByteRows",
     "FlatCheckpoint",
     "Piece",
     "Reader",
+    "SafetensorsReader",
     "Scalar",
     "Segment",
     "TensorInfo",

@@ -85,7 +85,7 @@ class Record:
         else:
             self.args = (*self.args, state)
 
-    def get(self, name: str) -> Any:  # noqa: ANN401 - whatever the pickle holds
+    def get(self, name: str) -> Any:
         """Return a field; KeyError where the pickle did not set it."""
         return self.fields[name]
 
@@ -101,11 +101,11 @@ class _Dict(dict[Any, Any]):
         return None
 
 
-def _make_dict(*args: Any) -> _Dict:  # noqa: ANN401
+def _make_dict(*args: Any) -> _Dict:
     return _Dict(args[0]) if args and isinstance(args[0], (list, dict)) else _Dict()
 
 
-def _make_size(*args: Any) -> tuple[int, ...]:  # noqa: ANN401
+def _make_size(*args: Any) -> tuple[int, ...]:
     return _int_tuple(args[0] if args else ())
 
 
@@ -282,12 +282,12 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="utf-8")
         self._allowed = allowed
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
             raise ForbiddenGlobalError(f"{module}.{name}")
         return self._allowed[module, name]
 
-    def persistent_load(self, pid: Any) -> StorageRef:  # noqa: ANN401
+    def persistent_load(self, pid: Any) -> StorageRef:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise pickle.UnpicklingError("a persistent id that is not a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
@@ -302,7 +302,7 @@ def read_pickle(
     source: Path,
     allowed: Mapping[tuple[str, str], object] = TENSOR_GLOBALS,
     on_forbidden: Callable[[str], CheckpointError] | None = None,
-) -> Any:  # noqa: ANN401 - whatever the pickle holds
+) -> Any:
     """Unpickle one object, building inert data only.
 
     Args:

@@ -6,12 +6,14 @@ the pages it touches and no more; streams go through one reused buffer.
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +23,16 @@ from dmt_convert.checkpoint.safe_unpickler import TensorRef, read_pickle
 from dmt_convert.checkpoint.zip_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 
-CHUNK_BYTES: Final = 16 << 20
-"""Size of the buffer through which tensors stream, in bytes."""
+CHUNK_BYTES: Final = 8 << 20
+"""Size of the buffers through which tensors stream, in bytes."""
+ZEROS: Final = np.zeros(CHUNK_BYTES, dtype=np.uint8)
+"""A chunk of zeros; stands for a hole of a sparse file."""
 _ROWS_PER_MAP: Final = 2048
 """Rows gathered per memory map: the kernel maps 64 KiB around every touched page, and a map's
 pages count as resident until it is closed, so one map costs at most 128 MiB."""
 
 ByteRows = npt.NDArray[np.uint8]
-NUMPY_DTYPES: Final = {
+NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "fp64": np.dtype("<f8"),
     "fp32": np.dtype("<f4"),
     "fp16": np.dtype("<f2"),
@@ -111,11 +115,11 @@ def _gather_segment(
         return
     for begin in range(0, len(picked), _ROWS_PER_MAP):
         chosen = picked[begin : begin + _ROWS_PER_MAP]
-        with _mapped(segment, item) as block:
+        with _MappedBlock(segment, item) as block:
             out[chosen, col * item : (col + num_cols) * item] = block.rows(rows[chosen] - row)
 
 
-class _mapped:  # noqa: N801 - reads as a function in a with statement
+class _MappedBlock:
     """A 2-D block of bytes over a memory map, closed on exit."""
 
     def __init__(self, segment: Segment, item: int) -> None:
@@ -123,7 +127,7 @@ class _mapped:  # noqa: N801 - reads as a function in a with statement
         strides = segment.strides or (segment.sizes[1], 1)
         self._strides = (strides[0] * item, strides[1] * item)
 
-    def __enter__(self) -> _mapped:
+    def __enter__(self) -> _MappedBlock:
         segment, item = self._segment, self._item
         shape = (segment.sizes[0], segment.sizes[1], item)
         extent = sum((n - 1) * s for n, s in zip(shape[:2], self._strides, strict=True)) + item
@@ -196,9 +200,9 @@ def _segment_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
 
 
 def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
-    """Yield a tensor's bytes in row-major order through one reused buffer.
+    """Yield a tensor's bytes in row-major order through a few reused buffers.
 
-    Every chunk is a whole number of elements, valid until the next one is asked for.
+    Every chunk is a whole number of elements, valid until the next but one is asked for.
     """
     segments = sorted(resolve_segments(info), key=lambda segment: segment.starts)
     segments = [s for s in segments if all(size > 0 for size in s.sizes)]
@@ -218,29 +222,49 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
 
 
 def stream_file(path: Path, offset: int, length: int) -> Iterator[ByteRows]:
-    """Yield `length` bytes of a file through one reused buffer.
+    """Yield `length` bytes of a file through a few reused buffers.
+
+    A chunk is valid until the next but one is asked for, so that reading ahead is safe. Where
+    the file has a hole of a whole chunk, `ZEROS` itself (or its beginning) is yielded.
 
     Raises:
         CheckpointError: The file ends before.
     """
-    buffer = bytearray(min(CHUNK_BYTES, length))
+    buffers = [bytearray(min(CHUNK_BYTES, length)) for _ in range(3)]
     with path.open("rb", buffering=0) as file:
-        file.seek(offset)
         done = 0
-        while done < length:
-            want = memoryview(buffer)[: min(CHUNK_BYTES, length - done)]
-            filled = 0
-            while filled < len(want):
-                count = file.readinto(want[filled:])
-                if not count:
-                    raise CheckpointError(
-                        f"{path} ends {length - done - filled} bytes early",
-                        expected=f"{length} bytes from byte {offset} on",
-                        hint="the file changed while it was read, or was cut short",
-                    )
-                filled += count
-            done += filled
-            yield np.frombuffer(want, dtype=np.uint8)
+        for turn in range(-(-length // CHUNK_BYTES)):
+            want = min(CHUNK_BYTES, length - done)
+            if want == CHUNK_BYTES and _is_hole(file.fileno(), offset + done, want):
+                yield ZEROS
+            else:
+                view = memoryview(buffers[turn % 3])[:want]
+                _fill(file, offset + done, view, path)
+                yield np.frombuffer(view, dtype=np.uint8)
+            done += want
+
+
+def _fill(file: io.FileIO, offset: int, view: memoryview, path: Path) -> None:
+    filled = 0
+    while filled < len(view):
+        count = os.preadv(file.fileno(), [view[filled:]], offset + filled)
+        if not count:
+            raise CheckpointError(
+                f"{path} ends {len(view) - filled} bytes early",
+                expected=f"{len(view)} bytes from byte {offset} on",
+                hint="the file changed while it was read, or was cut short",
+            )
+        filled += count
+
+
+def _is_hole(descriptor: int, offset: int, length: int) -> bool:
+    """Tell whether a range of a sparse file was never written."""
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA) >= offset + length
+    except OSError as error:
+        # ENXIO: no data behind offset, if offset is within the file at all
+        size = os.fstat(descriptor).st_size
+        return error.errno == errno.ENXIO and size >= offset + length
 
 
 def _strided_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:

@@ -45,9 +45,7 @@ class TorchReader:
             CheckpointError: The file is damaged, or its pickle wants to run code.
         """
         with path.open("rb") as file:
-            archive = (
-                read_zip_archive(path) if file.read(2) == b"PK" else _read_legacy(path, file)
-            )
+            archive = read_zip_archive(path) if file.read(2) == b"PK" else _read_legacy(path, file)
         content = read_pickle(io.BytesIO(archive.pickle), source=path)
         tensors: list[TensorInfo] = []
         scalars: dict[str, Scalar] = {}

@@ -118,12 +118,21 @@ def read_zip_archive(path: Path, *, start: int = 0, length: int | None = None) -
             hint="the file was cut short; copy it again",
         )
     try:
-        with _FileSlice(path, start, length) as raw, zipfile.ZipFile(
-            io.BufferedReader(raw)
-        ) as archive:
+        with (
+            _FileSlice(path, start, length) as raw,
+            zipfile.ZipFile(io.BufferedReader(raw)) as archive,
+        ):
             return _read_records(path, start, archive)
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeError, EOFError,
-            OverflowError, ValueError, zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        NotImplementedError,
+        UnicodeError,
+        EOFError,
+        OverflowError,
+        ValueError,
+        zlib.error,
+    ) as error:
         raise CheckpointError(
             f"{path} is not a whole torch.save archive ({error})",
             expected="a zip archive with data.pkl and its storages, as torch.save writes it",
@@ -155,12 +164,12 @@ def _read_records(path: Path, start: int, archive: zipfile.ZipFile) -> ZipArchiv
         for member in members
         if member.filename.startswith(prefix)
     }
-    return ZipArchive(path=path, pickle=_read_record(archive, pickles[0], checked=checked), storages=storages)
+    return ZipArchive(
+        path=path, pickle=_read_record(archive, pickles[0], checked=checked), storages=storages
+    )
 
 
-def _read_record(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, checked: bool
-) -> bytes:
+def _read_record(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, checked: bool) -> bytes:
     if member.file_size > _MAX_RECORD_BYTES:
         raise zipfile.BadZipFile(f"record {member.filename} of {member.file_size} bytes")
     assert archive.fp is not None

@@ -2,6 +2,7 @@
 
 from dmt_convert.partition.affinity import cosine_affinity, weights_affinity
 from dmt_convert.partition.config import PartitionConfig, needs_affinity
+from dmt_convert.partition.model_affinity import measure_affinity
 from dmt_convert.partition.partitioner import (
     Partition,
     TowerLoad,
@@ -16,6 +17,7 @@ __all__ = [
     "TowerLoad",
     "cosine_affinity",
     "figure_svg",
+    "measure_affinity",
     "measure_loads",
     "needs_affinity",
     "partition_features",

@@ -97,9 +97,7 @@ def draw_sample(
         batch = _calibration_rows(info.spec, calibration, count, seed)
         description = f"{batch.num_rows} random rows of {calibration.name}"
         pooled = pool_batch(info, batch)
-        return Sample(
-            batch=batch, pooled=pooled, source="calibration", description=description
-        )
+        return Sample(batch=batch, pooled=pooled, source="calibration", description=description)
     batch = _drawn_rows(info, count, seed)
     by = "by how often they were trained" if info.row_state else "uniformly"
     return Sample(
@@ -129,7 +127,9 @@ def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
     bags = []
     for i, feature in enumerate(spec.features):
         rng = np.random.default_rng((seed, i))
-        ids = draw_rows(spec.table(feature.table).rows, info.row_state.get(feature.table), count, rng)
+        ids = draw_rows(
+            spec.table(feature.table).rows, info.row_state.get(feature.table), count, rng
+        )
         bags.append(Bag(values=ids, offsets=offsets))
     rng = np.random.default_rng((seed, len(spec.features)))
     counts = rng.lognormal(mean=0.5, sigma=1.5, size=(count, spec.num_dense))

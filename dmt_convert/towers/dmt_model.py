@@ -69,10 +69,15 @@ class DmtModel(nn.Module):
         self.over_arch = Mlp(spec.over_arch)
         self.register_buffer("unshuffle", _unshuffle(spec), persistent=False)
 
+    @property
+    def tower_list(self) -> list[Tower]:
+        """The towers, typed."""
+        return [tower for tower in self.towers if isinstance(tower, Tower)]
+
     def forward(self, batch: Batch) -> Tensor:
         """Return logits, shape (B,)."""
         bags = dict(zip(batch.feature_names, batch.bags, strict=True))
-        emitted = [tower([bags[name] for name in tower.features]) for tower in self.towers]
+        emitted = [tower([bags[name] for name in tower.features]) for tower in self.tower_list]
         return self.forward_emitted(to_tensor(batch.dense), torch.cat(emitted, dim=1))
 
     def forward_pooled(self, dense_BD: Tensor, pooled_BM: Tensor) -> Tensor:
@@ -83,7 +88,10 @@ class DmtModel(nn.Module):
         """Apply the tower modules to pooled embeddings in flat order: (B, M) to (B, sum O)."""
         columns = _columns(self.spec)
         return torch.cat(
-            [tower.tower_module(pooled_BM[:, columns[t]]) for t, tower in enumerate(self.towers)],
+            [
+                tower.tower_module(pooled_BM[:, columns[t]])
+                for t, tower in enumerate(self.tower_list)
+            ],
             dim=1,
         )
 
@@ -108,13 +116,13 @@ class DmtModel(nn.Module):
         """Yield every intermediate result; pooled embeddings in the flat model's order."""
         bags = dict(zip(batch.feature_names, batch.bags, strict=True))
         pooled: dict[str, Tensor] = {}
-        for tower in self.towers:
+        for tower in self.tower_list:
             vectors = tower.pool([bags[name] for name in tower.features])
             pooled.update(zip(tower.features, vectors, strict=True))
         for name in self.spec.flat.feature_names:
             yield f"pooled embedding of {name}", pooled[name]
         emitted = []
-        for t, tower in enumerate(self.towers):
+        for t, tower in enumerate(self.tower_list):
             joined = torch.cat([pooled[name] for name in tower.features], dim=1)
             emitted.append(tower.tower_module(joined))
             yield f"output of tower {t}", emitted[-1]

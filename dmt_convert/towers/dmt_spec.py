@@ -115,9 +115,7 @@ class DmtSpec:
     @property
     def tower_widths(self) -> tuple[int, ...]:
         """Elements that every tower emits per sample."""
-        return tuple(
-            tower.module.width(self.tower_dims(t)) for t, tower in enumerate(self.towers)
-        )
+        return tuple(tower.module.width(self.tower_dims(t)) for t, tower in enumerate(self.towers))
 
     @property
     def compression(self) -> float:

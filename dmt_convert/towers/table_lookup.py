@@ -1,11 +1,12 @@
 """Pooled lookups: from bags of ids to one vector per feature, from disk or from memory.
 
-Letters: B batch, N embedding dim.
+Letters: B batch, N embedding dim, U rows that a batch touches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from dmt_convert.checkpoint import TensorInfo, gather_rows
 from dmt_convert.data import Bag
 from dmt_convert.errors import CheckpointError
-from dmt_convert.spec import FeatureSpec, ModelSpec
+from dmt_convert.spec import Dtype, FeatureSpec, ModelSpec
+
+_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def to_tensor(array: npt.NDArray[np.generic]) -> Tensor:
@@ -60,10 +63,18 @@ class MappedTables(nn.Module):
     Args:
         spec: The model.
         infos: Table -> its tensor in the file.
+        stored_as: Round rows to this type, as a bundle would that stores them so.
     """
 
-    def __init__(self, spec: ModelSpec, infos: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        infos: Mapping[str, TensorInfo],
+        *,
+        stored_as: Dtype | None = None,
+    ) -> None:
         super().__init__()
+        self._rounded = None if stored_as is None else _TORCH_DTYPES[stored_as]
         self._features = {feature.name: feature for feature in spec.features}
         self._infos = infos
 
@@ -85,7 +96,10 @@ class MappedTables(nn.Module):
                 hint="the training diverged or the file is damaged; use another checkpoint",
             )
         local = Bag(values=inverse.astype(np.int64), offsets=bag.offsets, weights=bag.weights)
-        return pool_bag(to_tensor(gathered), local, spec)
+        rows_UN = to_tensor(gathered)
+        if self._rounded is not None:
+            rows_UN = rows_UN.to(self._rounded).float()
+        return pool_bag(rows_UN, local, spec)
 
 
 class TrainableTables(nn.ModuleDict):

@@ -49,9 +49,7 @@ class DlrmTowerModule(nn.Module):
         if self.spec.c:
             emitted.append(self._per_feature(pooled_BM))
         if self.spec.p:
-            emitted.append(
-                nn.functional.linear(pooled_BM, self.tower_weight, self.tower_bias)
-            )
+            emitted.append(nn.functional.linear(pooled_BM, self.tower_weight, self.tower_bias))
         return torch.cat(emitted, dim=1)
 
     def _per_feature(self, pooled_BM: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from dmt_convert.sampling import Sample
 from dmt_convert.towers.dmt_model import DmtModel
@@ -13,27 +14,34 @@ from dmt_convert.towers.dmt_spec import DmtSpec
 from dmt_convert.towers.flat_model import FlatModel
 from dmt_convert.towers.initialisation.dcn_conversion import start_dcn
 from dmt_convert.towers.initialisation.dot_conversion import start_dot
+from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
 from dmt_convert.towers.initialisation.linear_conversion import start_linear
 from dmt_convert.towers.initialisation.ridge import refit_linear
 from dmt_convert.towers.initialisation.start import Start
-from dmt_convert.towers.initialisation.trace import FlatTrace, trace_flat
 from dmt_convert.towers.table_lookup import to_tensor
 
 Method = Literal["exact", "closed-form", "random"]
 
 
 def initialise(
-    flat: FlatModel, spec: DmtSpec, sample: Sample | None, *, method: Method, seed: int = 0
+    flat: FlatModel,
+    spec: DmtSpec,
+    sample: Sample | None,
+    *,
+    method: Method,
+    tables: nn.Module | None = None,
+    seed: int = 0,
 ) -> tuple[DmtModel, tuple[str, ...]]:
     """Build a converted model over the flat model's tables.
 
     Args:
-        flat: The flat model; its table lookups are shared, not copied.
+        flat: The flat model.
         spec: The converted model.
         sample: Rows to fit on; needed for the closed form.
         method: exact: every weight is the flat model's (passthrough only). closed-form: DESIGN
             section 4. random: tower modules and layers whose inputs change are drawn as
             `torch.nn.Linear` draws them, all else is the flat model's: the yardstick.
+        tables: Lookups that the towers share; by default the flat model's.
         seed: Seed of the random method.
 
     Returns:
@@ -41,7 +49,7 @@ def initialise(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DmtModel(spec, [flat.tables] * len(spec.towers))
+        model = DmtModel(spec, [flat.tables if tables is None else tables] * len(spec.towers))
     _copy_unchanged(flat, model)
     model.eval()
     if method == "exact":
@@ -106,6 +114,7 @@ def _refit_over_arch(model: DmtModel, trace: FlatTrace, start: Start) -> str:
     prior = np.asarray(start.dense["over_arch.0.weight"], dtype=np.float64)
     fit = refit_linear(inputs, trace.pre_activation, prior)
     layer = model.over_arch[0]
+    assert isinstance(layer, nn.Linear)
     layer.weight.copy_(to_tensor(fit.weight.astype(np.float32)))
     layer.bias.copy_(to_tensor(fit.bias.astype(np.float32)))
     return f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}"

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from dmt_convert.towers.dmt_spec import DmtSpec
 from dmt_convert.towers.initialisation.dcn_start import choose_coordinates, rebuild
+from dmt_convert.towers.initialisation.flat_trace import FlatTrace
 from dmt_convert.towers.initialisation.ridge import refit_linear
 from dmt_convert.towers.initialisation.start import Start
-from dmt_convert.towers.initialisation.trace import FlatTrace
 
 Array = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.float32]
@@ -109,15 +109,14 @@ def _refit_layers(
         chosen_w = w[picked].astype(np.float64)
         dense[f"cross.{layer}.w"] = chosen_w
         dense[f"cross.{layer}.v"] = fit.weight
-        dense[f"cross.{layer}.bias"] = bias[picked] + chosen_w @ fit.bias
+        shifted = bias[picked] + chosen_w @ fit.bias
+        dense[f"cross.{layer}.bias"] = shifted
         notes.append(f"cross.{layer}.v refitted: R^2 {fit.prior_r2:.6f} -> {fit.r2:.6f}")
-        z = (x @ fit.weight.T) @ chosen_w.T + dense[f"cross.{layer}.bias"]
+        z = (x @ fit.weight.T) @ chosen_w.T + shifted
         x = (x0 * z + x).astype(np.float32)
-        flat_x = flat_x0 * (flat_x @ v.T @ w.T + bias) + flat_x
+        flat_x = (flat_x0 * (flat_x @ v.T @ w.T + bias) + flat_x).astype(np.float32)
     first = trace.weights["over_arch.0.weight"].astype(np.float64)
     fit = refit_linear(x, trace.pre_activation, first @ back)
     dense["over_arch.0.weight"], dense["over_arch.0.bias"] = fit.weight, fit.bias
-    notes.append(
-        f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}"
-    )
-    return Start(modules=list(modules), dense=dense, notes=tuple(notes))
+    notes.append(f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}")
+    return Start(modules=modules, dense=dense, notes=tuple(notes))

@@ -16,8 +16,8 @@ from dmt_convert.towers.initialisation.dot_start import (
     fit_projections,
     second_moments,
 )
+from dmt_convert.towers.initialisation.flat_trace import FlatTrace
 from dmt_convert.towers.initialisation.start import Start
-from dmt_convert.towers.initialisation.trace import FlatTrace
 
 Array = npt.NDArray[np.float64]
 _FLOOR = 1e-3

@@ -97,7 +97,9 @@ def _balance(projections: Array, moments: Array) -> Array:
     return balanced
 
 
-def fit_combinations(pair_weights: Array, norms: Array, members: npt.NDArray[np.intp], p: int) -> Array:
+def fit_combinations(
+    pair_weights: Array, norms: Array, members: npt.NDArray[np.intp], p: int
+) -> Array:
     """Choose p combinations of a tower's features that keep most of what over_arch reads.
 
     over_arch's first layer reads sum_fg W_hfg <e_f, e_g>. For one tower, W unfolds into a

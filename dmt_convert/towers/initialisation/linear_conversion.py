@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.towers.dmt_spec import DmtSpec
+from dmt_convert.towers.initialisation.flat_trace import FlatTrace
 from dmt_convert.towers.initialisation.linear_start import fit_outputs
 from dmt_convert.towers.initialisation.ridge import refit_linear
 from dmt_convert.towers.initialisation.start import Start
-from dmt_convert.towers.initialisation.trace import FlatTrace
 
 Array = npt.NDArray[np.float64]
 
@@ -24,11 +24,11 @@ def start_linear(trace: FlatTrace, spec: DmtSpec) -> Start:
     stacked = np.concatenate(layers)
     starts = np.cumsum([0, *spec.flat.input_dims])
     columns = {
-        name: slice(starts[i + 1], starts[i + 2])
-        for i, name in enumerate(spec.flat.feature_names)
+        name: slice(starts[i + 1], starts[i + 2]) for i, name in enumerate(spec.flat.feature_names)
     }
     inputs = trace.inputs
-    modules, reads, emitted = [], [stacked[:, : starts[1]]], [trace.dense]
+    modules, reads = [], [stacked[:, : starts[1]]]
+    emitted: list[npt.NDArray[np.floating]] = [trace.dense]
     for tower in spec.towers:
         module = tower.module
         blocks = [(stacked[:, columns[f]], inputs[:, columns[f]]) for f in tower.features]
@@ -55,7 +55,9 @@ def start_linear(trace: FlatTrace, spec: DmtSpec) -> Start:
             emits.append(x @ emit.T)
         emitted += emits
         modules.append(state)
-    return _refit(trace, names, np.concatenate(reads, axis=1), np.concatenate(emitted, axis=1), modules)
+    return _refit(
+        trace, names, np.concatenate(reads, axis=1), np.concatenate(emitted, axis=1), modules
+    )
 
 
 def _refit(
@@ -74,7 +76,7 @@ def _refit(
         dense[f"{name}.weight"], dense[f"{name}.bias"] = fit.weight, fit.bias
         notes.append(f"{name} refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}")
         row += len(weight)
-    return Start(modules=list(modules), dense=dense, notes=tuple(notes))
+    return Start(modules=modules, dense=dense, notes=tuple(notes))
 
 
 def first_layers(spec: DmtSpec) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,9 +15,9 @@ Array = npt.NDArray[np.floating]
 class Start:
     """Weights that differ from the flat model's."""
 
-    modules: list[dict[str, Array]]
+    modules: Sequence[Mapping[str, Array]]
     """State of every tower's module, by name."""
-    dense: dict[str, Array] = field(default_factory=dict)
+    dense: Mapping[str, Array] = field(default_factory=dict)
     """Changed or new weights outside towers, by canonical name."""
     notes: tuple[str, ...] = ()
     """What was done, one line each."""

@@ -1,0 +1,152 @@
+"""What all commands share: how results, errors and progress reach the user."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress and no remarks.")]
+
+Progress = Callable[[str, int, int], None]
+
+_PIPE_WIDTH = 160
+_VERBS = {
+    "sampling": "Sampling inputs",
+    "partitioning": "Partitioning features",
+    "initialising": "Initialising towers",
+    "distilling": "Distilling",
+    "writing": "Writing the bundle",
+    "scoring": "Scoring",
+    "checking": "Checking digests",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """How this run talks to its user."""
+
+    json: bool
+    """Machines read: one JSON document on stdout."""
+    quiet: bool
+    """No progress, no remarks."""
+
+    def result(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
+        """Print a result: as JSON, or as what people read."""
+        if self.json:
+            print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+            return
+        from rich.console import Console
+
+        # in a pipe lines are long, so that they can be searched
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        console = Console(highlight=False, width=width)
+        for table in tables:
+            console.print(table)
+
+    def remark(self, text: str) -> None:
+        """Say something beside the result, on stderr."""
+        if not self.quiet and not self.json:
+            print(text, file=sys.stderr)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Show progress on a terminal; in a pipe, show none."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda step, done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(step: str, done: int, total: int) -> None:
+                if step not in tasks:
+                    for other in tasks.values():
+                        bars.update(other, visible=False)
+                    tasks[step] = bars.add_task(_VERBS.get(step, step), total=total or None)
+                bars.update(tasks[step], completed=done, total=total or None)
+
+            yield show
+
+
+def configure_logging(*, quiet: bool) -> None:
+    """Let the library's remarks reach stderr, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("dmt_convert")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+def make_output(*, json_: bool, quiet: bool) -> Output:
+    """Set up logging and return how to talk to the user."""
+    configure_logging(quiet=quiet or json_)
+    return Output(json=json_, quiet=quiet)
+
+
+def grid(rows: list[tuple[str, str]]) -> RenderableType:
+    """Make a two-column list of names and values."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> RenderableType:
+    """Make a table; columns whose name ends with `>` are right-aligned."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in columns:
+        right = column.endswith(">")
+        made.add_column(
+            escape(column.removesuffix(">")),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right,
+        )
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def number(value: float | None, digits: int = 6) -> str:
+    """Write a number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,262 @@
+"""`dmt convert`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import (
+    JsonOption,
+    Output,
+    QuietOption,
+    grid,
+    human_bytes,
+    make_output,
+    number,
+    table,
+)
+from .partition_options import (
+    AffinityOption,
+    ApartOption,
+    CalibrationOption,
+    GroupOption,
+    ModelConfigOption,
+    PartitionOption,
+    SeedOption,
+    TogetherOption,
+    TowersOption,
+    make_partition_config,
+)
+
+if TYPE_CHECKING:
+    from dmt_convert.convert import Conversion, Preview
+    from dmt_convert.plan import Cluster
+
+NAME = "convert"
+
+
+def run(
+    source: Annotated[Path, typer.Argument(help="Checkpoint file or directory.")],
+    towers: TowersOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the bundle. [default: CKPT-dmtT beside SOURCE]"),
+    ] = None,
+    partition: PartitionOption = "coherent",
+    affinity: AffinityOption = "cosine",
+    tower_module: Annotated[
+        str,
+        typer.Option(
+            "--tower-module",
+            help="auto is the architecture's own; passthrough computes exactly what the flat "
+            "model computes.",
+            metavar="auto|passthrough|dlrm|dcn",
+        ),
+    ] = "auto",
+    c: Annotated[int | None, typer.Option("--c", help="Vectors emitted per feature.")] = None,
+    p: Annotated[int | None, typer.Option("--p", help="Vectors emitted per tower.")] = None,
+    dim: Annotated[int | None, typer.Option("--dim", help="Output dim D of a vector.")] = None,
+    compression: Annotated[
+        float | None, typer.Option("--compression", help="Compression to reach, sets D. [2]")
+    ] = None,
+    together: TogetherOption = None,
+    apart: ApartOption = None,
+    group: GroupOption = None,
+    calibration: CalibrationOption = None,
+    distill_steps: Annotated[
+        int,
+        typer.Option("--distill-steps", min=0, help="Steps of distillation after the closed form."),
+    ] = 0,
+    hosts: Annotated[
+        int | None, typer.Option("--hosts", help="Hosts of the cluster. [one per tower]")
+    ] = None,
+    ranks_per_host: Annotated[
+        int | None, typer.Option("--ranks-per-host", help="Ranks (GPUs) per host. [8]")
+    ] = None,
+    hbm_gib: Annotated[
+        float | None, typer.Option("--hbm-gib", help="Memory per rank in GiB. [80]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", help="Store tables in this type. [as they are]", metavar="fp32|fp16|bf16"
+        ),
+    ] = None,
+    model_config: ModelConfigOption = None,
+    seed: SeedOption = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done; read headers, write nothing."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Convert a flat checkpoint into a Disaggregated Multi-Tower bundle.
+
+    The bundle holds the weights of every tower, a plan that puts towers on hosts, and a report
+    that says what compression cost. Tables are streamed: memory stays small whatever their size.
+
+    Examples:
+
+    `dmt convert ckpt.pt --towers 16`
+
+    `dmt convert ckpt.pt --towers 16 --tower-module passthrough --out exact`
+
+    `dmt convert ckpt.pt --towers 4 --compression 4 --calibration clicks/valid.npz`
+    """
+    from dmt_convert.convert import (
+        ConvertConfig,
+        convert_checkpoint,
+        default_out,
+        preview_conversion,
+    )
+
+    output = make_output(json_=json_, quiet=quiet)
+    config = ConvertConfig(
+        partition=make_partition_config(
+            towers=towers,
+            partition=partition,
+            affinity=affinity,
+            together=together,
+            apart=apart,
+            group=group,
+            seed=seed,
+        ),
+        tower_module=_choice("--tower-module", tower_module, _MODULES),  # type: ignore[arg-type]
+        c=c,
+        p=p,
+        dim=dim,
+        compression=compression,
+        calibration=calibration,
+        distill_steps=distill_steps,
+        cluster=_cluster(hosts, ranks_per_host, hbm_gib, towers),
+        dtype=None if dtype is None else _choice("--dtype", dtype, _DTYPES),  # type: ignore[arg-type]
+        model_config=_read_config(model_config),
+        seed=seed,
+        force=force,
+    )
+    target = default_out(source, towers) if out is None else out
+    if dry_run:
+        _show_preview(output, preview_conversion(source, target, config))
+        return
+    with output.progress() as progress:
+        conversion = convert_checkpoint(source, target, config=config, progress=progress)
+    _show_conversion(output, source, conversion)
+
+
+_MODULES = ("auto", "passthrough", "dlrm", "dcn")
+_DTYPES = ("fp32", "fp16", "bf16")
+
+
+def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    from dmt_convert.errors import ConfigError
+
+    if value not in allowed:
+        raise ConfigError(
+            f"{option} {value}", expected="one of " + ", ".join(allowed), hint="choose one of these"
+        )
+    return value
+
+
+def _read_config(path: Path | None) -> Any:
+    from dmt_convert.architectures import read_model_config
+
+    return None if path is None else read_model_config(path)
+
+
+def _cluster(
+    hosts: int | None, ranks: int | None, hbm_gib: float | None, towers: int | None
+) -> Cluster | None:
+    from dmt_convert.plan import GIB, Cluster
+
+    if hosts is None and ranks is None and hbm_gib is None:
+        return None
+    values: dict[str, Any] = {
+        "hosts": hosts if hosts is not None else (towers or 1),
+        "ranks_per_host": 8 if ranks is None else ranks,
+    }
+    if hbm_gib is not None:
+        values["hbm_bytes"] = int(hbm_gib * GIB)
+    return Cluster(**values)
+
+
+def _show_preview(output: Output, preview: Preview) -> None:
+    spec, module = preview.info.spec, preview.module
+    towers = None if preview.partition is None else preview.partition.assignment.towers
+    value = {
+        "dry_run": True,
+        "out": str(preview.out),
+        "spec": spec.to_json(),
+        "facts": [asdict(fact) for fact in preview.info.facts],
+        "towers": preview.num_towers,
+        "assignment": towers,
+        "tower_module": asdict(module),
+        "compression": preview.compression,
+        "table_bytes": preview.table_bytes,
+    }
+    facts = [[f.subject, f.value, f.source, f.reason] for f in preview.info.facts]
+    rows = [
+        ("would write", str(preview.out)),
+        ("tables", f"{len(spec.tables)}, {human_bytes(preview.table_bytes)}"),
+        ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
+        ("tower module", _module_text(asdict(module))),
+        ("compression", f"{preview.compression:.2f}"),
+        ("towers", "found from the weights when converting" if towers is None else ""),
+        *((f"  tower {t}", ", ".join(names)) for t, names in enumerate(towers or ())),
+    ]
+    facts_table = table("\nWhat is known, and how", ["what", "value", "how", "why"], facts)
+    output.result(value, grid(rows), facts_table)
+
+
+def _module_text(module: dict[str, Any]) -> str:
+    if module["kind"] == "passthrough":
+        return "passthrough (exact)"
+    if module["kind"] == "dcn":
+        return f"dcn, D={module['dim']}"
+    return f"dlrm, c={module['c']}, p={module['p']}, D={module['dim']}"
+
+
+def _show_conversion(output: Output, source: Path, conversion: Conversion) -> None:
+    bundle, quality = conversion.bundle, conversion.quality
+    manifest = bundle.manifest
+    model = manifest.model
+    value = {
+        "bundle": str(bundle.path),
+        "report": str(bundle.path / "report.html"),
+        "towers": [list(tower.features) for tower in model.towers],
+        "tower_module": asdict(model.towers[0].module),
+        "compression": model.compression,
+        "initialisation": dict(manifest.initialisation),
+        "quality": quality.to_json(),
+        "facts": [dict(fact) for fact in manifest.facts],
+    }
+    rows = [
+        ("bundle", str(bundle.path)),
+        ("report", str(bundle.path / "report.html")),
+        ("towers", f"{len(model.towers)} of {len(model.flat.features)} features"),
+        ("tower module", _module_text(asdict(model.towers[0].module))),
+        ("compression", f"{model.compression:.2f}"),
+        ("initialised", str(manifest.initialisation["method"])),
+    ]
+    columns = ["model", "R^2>", "max |diff|>", "rank corr.>"]
+    columns += ["AUC>", "log loss>", "NE>"] if quality.labelled else []
+    lines = []
+    for row in quality.rows:
+        cells = [row.name, number(row.r2), number(row.max_abs_diff), number(row.rank_correlation)]
+        if quality.labelled:
+            cells += [number(row.auc), number(row.log_loss), number(row.ne)]
+        lines.append(cells)
+    title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
+    output.result(value, grid(rows), table(title, columns, lines))
+    assumed = [f"{f['subject']} = {f['value']}" for f in manifest.facts if f["source"] == "assumed"]
+    if assumed:
+        output.remark("assumed: " + "; ".join(assumed) + "\n(say otherwise with --model-config)")
+    if not model.is_passthrough:
+        output.remark(
+            f"exact model: dmt convert {source} --towers {len(model.towers)} "
+            "--tower-module passthrough"
+        )

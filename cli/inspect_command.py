@@ -1,0 +1,139 @@
+"""`dmt inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_output, table
+
+if TYPE_CHECKING:
+    from dmt_convert.architectures import FlatModelInfo
+    from dmt_convert.bundle import Bundle
+
+NAME = "inspect"
+
+
+def run(
+    source: Annotated[Path, typer.Argument(help="Checkpoint file or directory, or a bundle.")],
+    model_config: Annotated[
+        Path | None, typer.Option(help="YAML that says what the checkpoint does not.")
+    ] = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what a checkpoint holds: what was read, inferred, assumed.
+
+    Reads headers only, whatever the checkpoint's size.
+
+    Example: `dmt inspect model.pt`
+    """
+    from dmt_convert.architectures import infer_model, read_model_config
+    from dmt_convert.bundle import is_bundle, open_bundle
+    from dmt_convert.checkpoint import open_checkpoint
+
+    output = make_output(json_=json_, quiet=quiet)
+    if is_bundle(source):
+        _show_bundle(output, open_bundle(source))
+        return
+    config = None if model_config is None else read_model_config(model_config)
+    info = infer_model(open_checkpoint(source), config)
+    output.result(_as_json(info), *_tables(info))
+
+
+def _as_json(info: FlatModelInfo) -> dict[str, Any]:
+    return {
+        "format": info.checkpoint.format,
+        "files": [
+            {"path": str(path), "bytes": path.stat().st_size} for path in info.checkpoint.files
+        ],
+        "bytes": info.checkpoint.nbytes,
+        "spec": info.spec.to_json(),
+        "facts": [asdict(fact) for fact in info.facts],
+        "tensors": {
+            name: {"source": tensor.path, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for name, tensor in info.tensors.items()
+        },
+        "optimizer_state": {name: tensor.path for name, tensor in info.row_state.items()},
+        "ignored": list(info.ignored),
+        "scalars": {key: _plain(value) for key, value in info.checkpoint.scalars.items()},
+    }
+
+
+def _plain(value: object) -> object:
+    """NaN and Inf are not JSON."""
+    finite = not isinstance(value, float) or value - value == 0
+    return value if finite else str(value)
+
+
+def _tables(info: FlatModelInfo) -> list[Any]:
+    spec, checkpoint = info.spec, info.checkpoint
+    rows = [
+        (
+            "checkpoint",
+            f"{checkpoint.source} ({checkpoint.format}, {len(checkpoint.files)} files, "
+            f"{human_bytes(checkpoint.nbytes)})",
+        ),
+        ("dense_arch", " -> ".join(map(str, spec.dense_arch.widths))),
+        ("interaction", spec.interaction.kind),
+        ("over_arch", " -> ".join(map(str, spec.over_arch.widths))),
+        ("tables", f"{len(spec.tables)}, {human_bytes(sum(t.nbytes for t in spec.tables))}"),
+        ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
+        *(("not used", line) for line in info.ignored),
+    ]
+    facts = [[fact.subject, fact.value, fact.source, fact.reason] for fact in info.facts]
+    features = []
+    for feature in spec.features:
+        of = spec.table(feature.table)
+        features.append(
+            [
+                feature.name,
+                of.name,
+                f"{of.rows:,}",
+                str(of.dim),
+                of.dtype,
+                feature.pooling,
+                human_bytes(of.nbytes),
+            ]
+        )
+    columns = ["feature", "table", "rows>", "dim>", "type", "pooling", "size>"]
+    return [
+        grid(rows),
+        table("\nWhat is known, and how", ["what", "value", "how", "why"], facts),
+        table("Features, in interaction order", columns, features),
+    ]
+
+
+def _show_bundle(output: Output, bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    model = manifest.model
+    rows = [
+        ("bundle", str(bundle.path)),
+        ("made of", f"{manifest.source.get('name')} ({manifest.source.get('format')})"),
+        ("by", f"dmt-convert {manifest.tool_version}"),
+        ("towers", str(len(model.towers))),
+        ("tower module", model.kind),
+        ("compression", f"{model.compression:.2f}"),
+        ("initialised", str(manifest.initialisation.get("method"))),
+    ]
+    towers = []
+    for t, tower in enumerate(model.towers):
+        size = manifest.weights[f"weights/tower_{t:03d}.safetensors"]["bytes"]
+        width = sum(model.tower_dims(t))
+        towers.append(
+            [
+                str(t),
+                str(len(tower.features)),
+                f"{width} -> {model.tower_widths[t]}",
+                human_bytes(size),
+                ", ".join(tower.features),
+            ]
+        )
+    output.result(
+        {"path": str(bundle.path), **manifest.to_json()},
+        grid(rows),
+        table("\nTowers", ["tower", "features>", "emits", "size>", "names"], towers),
+    )

@@ -1,0 +1,120 @@
+"""`dmt partition`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, QuietOption, human_bytes, make_output, number, table
+from .partition_options import (
+    AffinityOption,
+    ApartOption,
+    CalibrationOption,
+    GroupOption,
+    ModelConfigOption,
+    PartitionOption,
+    SeedOption,
+    TogetherOption,
+    TowersOption,
+    make_partition_config,
+)
+
+NAME = "partition"
+
+
+def run(
+    source: Annotated[Path, typer.Argument(help="Checkpoint file or directory.")],
+    towers: TowersOption = None,
+    partition: PartitionOption = "coherent",
+    affinity: AffinityOption = "cosine",
+    together: TogetherOption = None,
+    apart: ApartOption = None,
+    group: GroupOption = None,
+    calibration: CalibrationOption = None,
+    model_config: ModelConfigOption = None,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the towers to this JSON file.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw affinity and towers.", metavar="FILE.svg|png"),
+    ] = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find towers: which features belong together.
+
+    Example: `dmt partition ckpt.pt --towers 4 --out towers.json --plot towers.png`
+    """
+    from dmt_convert.architectures import infer_model, read_model_config
+    from dmt_convert.checkpoint import open_checkpoint
+    from dmt_convert.convert import describe_partition, partition_sample
+    from dmt_convert.partition import plot_partition
+    from dmt_convert.sampling import draw_sample
+
+    output = make_output(json_=json_, quiet=quiet)
+    request = make_partition_config(
+        towers=towers,
+        partition=partition,
+        affinity=affinity,
+        together=together,
+        apart=apart,
+        group=group,
+        seed=seed,
+    )
+    config = None if model_config is None else read_model_config(model_config)
+    info = infer_model(open_checkpoint(source), config)
+    with output.progress() as progress:
+        progress("sampling", 0, 0)
+        sample = draw_sample(info, calibration=calibration, seed=seed)
+        progress("partitioning", 0, 0)
+        found = partition_sample(info, sample, request)
+    assignment = found.assignment.towers
+    if out is not None:
+        write_text(out, json.dumps({"towers": assignment}, indent=1, ensure_ascii=False) + "\n")
+    if plot is not None:
+        plot_partition(info.spec, found, plot)
+    value = {"towers": assignment, **describe_partition(found), "sample": sample.description}
+    value["files"] = [str(path) for path in (out, plot) if path is not None]
+    rows = [
+        [
+            str(t),
+            str(load.features),
+            human_bytes(load.table_bytes),
+            f"{load.lookups:g}",
+            ", ".join(names),
+        ]
+        for t, (names, load) in enumerate(zip(assignment, found.loads, strict=True))
+    ]
+    title = (
+        f"{len(assignment)} towers, {found.strategy}; affinity within towers "
+        f"{number(found.within_affinity, 3)}, between {number(found.between_affinity, 3)}"
+    )
+    columns = ["tower", "features>", "tables>", "lookups>", "names"]
+    output.result(value, table(title, columns, rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    from dmt_convert.errors import ConfigError
+
+    staged = path.with_name(f".{path.name}.dmt-tmp")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror})",
+            expected="a file that can be written, in an existing folder",
+            hint="choose another file",
+        ) from None
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""`dmt verify`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import JsonOption, Output, QuietOption, grid, make_output, table
+from .partition_options import ModelConfigOption
+
+if TYPE_CHECKING:
+    from dmt_convert.scoring import ScoredModel
+    from dmt_convert.verify import VerifyReport
+
+NAME = "verify"
+
+
+def run(
+    a: Annotated[Path, typer.Argument(help="Reference: flat checkpoint or bundle.")],
+    b: Annotated[Path, typer.Argument(help="The other: flat checkpoint or bundle.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Rows to run on. [generated rows]")
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option("--atol", min=0, help="Absolute tolerance. [1e-6]")
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option("--rtol", min=0, help="Tolerance, times a stage's largest value. [1e-5]"),
+    ] = None,
+    checksums: Annotated[
+        bool,
+        typer.Option("--checksums", help="Also read every byte of a bundle and check its digests."),
+    ] = False,
+    model_config: ModelConfigOption = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check that two models give the same logits; name the first stage that differs.
+
+    Exits with 4 where they differ.
+
+    Example: `dmt verify ckpt.pt ckpt-dmt16 --data clicks/test.npz`
+    """
+    from dmt_convert.architectures import read_model_config
+    from dmt_convert.bundle import check_digests
+    from dmt_convert.scoring import open_model
+    from dmt_convert.verify import DEFAULT_ATOL, DEFAULT_RTOL, verify_models
+
+    output = make_output(json_=json_, quiet=quiet)
+    config = None if model_config is None else read_model_config(model_config)
+    models = (open_model(a, config), open_model(b, config))
+    with output.progress() as progress:
+        for model in models if checksums else ():
+            if model.bundle is not None:
+                check_digests(model.bundle)
+        report = verify_models(
+            *models,
+            data=data,
+            atol=DEFAULT_ATOL if atol is None else atol,
+            rtol=DEFAULT_RTOL if rtol is None else rtol,
+            on_rows=lambda done, total: progress("scoring", done, total),
+        )
+    _show(output, report, models[1])
+    if not report.same:
+        raise typer.Exit(4)
+
+
+def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
+    first = report.first_difference
+    value: dict[str, Any] = {
+        "same": report.same,
+        "first_difference": None if first is None else first.stage,
+        "data": report.data,
+        "atol": report.atol,
+        "rtol": report.rtol,
+        "checks": [_finite(asdict(check)) for check in report.checks],
+        "skipped": list(report.skipped),
+    }
+    shown = [c for c in report.checks if not c.stage.startswith("pooled") or not c.equal]
+    pooled = [c for c in report.checks if c.stage.startswith("pooled") and c.equal]
+    lines = [
+        [
+            c.stage,
+            f"{c.max_abs_diff:.3g}",
+            f"{c.scale:.3g}",
+            "identical" if c.identical else ("within tolerance" if c.equal else "DIFFERS"),
+        ]
+        for c in shown
+    ]
+    if pooled:
+        worst = max(c.max_abs_diff for c in pooled)
+        how = "identical" if all(c.identical for c in pooled) else "within tolerance"
+        lines.insert(
+            0,
+            [
+                f"pooled embeddings of {len(pooled)} features",
+                f"{worst:.3g}",
+                f"{max(c.scale for c in pooled):.3g}",
+                how,
+            ],
+        )
+    verdict = "the same" if first is None else f"different, first at: {first.stage}"
+    rows = [
+        ("verdict", verdict),
+        ("on", report.data),
+        ("tolerance", f"{report.atol:g} + {report.rtol:g} x the stage's largest value"),
+    ]
+    if first is not None and other.bundle is not None:
+        model = other.bundle.manifest.model
+        if not model.is_passthrough:
+            rows.append(
+                (
+                    "remark",
+                    f"the tower modules of {other.path.name} compress {model.compression:.2f}x, "
+                    "so logits agree but are not the same; `--tower-module passthrough` is exact",
+                )
+            )
+    columns = ["stage", "max |diff|>", "largest value>", ""]
+    output.result(value, grid(rows), table("", columns, lines))
+
+
+def _finite(check: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in check.items()
+    }

@@ -1,0 +1,221 @@
+"""A bundle on disk: written whole or not at all, opened by its headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from dmt_convert.bundle.digest import TreeDigest, digest_names
+from dmt_convert.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
+from dmt_convert.bundle.safetensors_writer import TensorSource, write_safetensors
+from dmt_convert.bundle.staging import staged_folder
+from dmt_convert.bundle.weights import DENSE_FILE, tower_file
+from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.errors import BundleError, CheckpointError
+from dmt_convert.plan import TowerPlan
+
+PLAN_NAME: Final = "plan.json"
+_DOCUMENT_BYTES: Final = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An opened bundle: manifest and headers are read, weights are not."""
+
+    path: Path
+    """Its folder."""
+    manifest: Manifest
+    """Its `dmt.json`."""
+    dense: Mapping[str, TensorInfo]
+    """Tensors outside towers, by canonical name."""
+    towers: tuple[Mapping[str, TensorInfo], ...]
+    """Tensors of every tower: `tables.{table}.weight` and `tower_module.*`."""
+
+    @property
+    def plan(self) -> TowerPlan:
+        """The plan that lies in the bundle.
+
+        Raises:
+            BundleError: It is missing or damaged.
+        """
+        path = self.path / PLAN_NAME
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(
+                f"{path} cannot be read ({error})",
+                expected="the plan that `dmt convert` or `dmt plan` wrote",
+                hint=f"write it again: dmt plan {self.path} --hosts H --ranks-per-host R "
+                f"--out {path}",
+            ) from None
+        return TowerPlan.from_json(value)
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether a path is a bundle's folder."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def write_bundle(
+    out: Path,
+    manifest: Manifest,
+    files: Mapping[str, list[TensorSource]],
+    *,
+    plan: TowerPlan,
+    documents: Callable[[Manifest], Mapping[str, str]],
+    force: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Bundle:
+    """Stream the weights beside the target, add the documents, put the bundle in place.
+
+    Args:
+        out: The bundle's folder.
+        manifest: Without digests; they are filled in as the weights are written.
+        files: Weights file -> its tensors.
+        plan: The plan.
+        documents: Given the final manifest, returns further files by name.
+        force: Replace a bundle that is there.
+        on_bytes: Told of every written piece, for progress.
+
+    Raises:
+        BundleError: The target is taken, or the disk is full.
+        CheckpointError: A table holds NaN or Inf, or its bytes are not what they were.
+    """
+    needed = sum(source.nbytes for sources in files.values() for source in sources)
+    with staged_folder(out, force=force, needed_bytes=needed + _DOCUMENT_BYTES) as staging:
+        (staging / "weights").mkdir(mode=0o755)
+        weights = {}
+        for name, sources in files.items():
+            digests = write_safetensors(
+                staging / name,
+                sources,
+                metadata={"format": "pt", "dmt_schema": str(manifest.schema_version)},
+                on_bytes=on_bytes,
+            )
+            weights[name] = {"bytes": (staging / name).stat().st_size, "digests": digests}
+        manifest = replace(
+            manifest,
+            weights=weights,
+            source={**manifest.source, "digest": _source_digest(files, weights)},
+        )
+        _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
+        for name, text in documents(manifest).items():
+            _write_text(staging / name, text)
+        _write_text(staging / MANIFEST_NAME, _dump(manifest.to_json()))
+    return open_bundle(out)
+
+
+def _source_digest(
+    files: Mapping[str, list[TensorSource]], weights: Mapping[str, Mapping[str, object]]
+) -> str:
+    """Digest of the flat model's tables as they were read (recoded tables: as written)."""
+    entries = []
+    for name, sources in files.items():
+        digests = weights[name]["digests"]
+        assert isinstance(digests, dict)
+        entries += [
+            (source.name, source.dtype, source.shape, digests[source.name])
+            for source in sources
+            if source.name.startswith("tables.")
+        ]
+    return digest_names(entries)
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+    path.chmod(0o644)
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle by its manifest and the headers of its weights.
+
+    Raises:
+        BundleError: A file is missing, damaged, cut short, or not what the manifest says.
+    """
+    if not path.exists():
+        raise BundleError(
+            f"{path} does not exist",
+            expected="a bundle, as `dmt convert` writes it",
+            hint="check the path",
+        )
+    manifest = read_manifest(path)
+    dense = _read_headers(path, DENSE_FILE, manifest)
+    towers = tuple(
+        _read_headers(path, tower_file(t), manifest) for t in range(len(manifest.model.towers))
+    )
+    _check_tables(path, manifest, towers)
+    return Bundle(path=path, manifest=manifest, dense=dense, towers=towers)
+
+
+def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, TensorInfo]:
+    path = folder / name
+    entry = manifest.weights.get(name)
+    if entry is None or not path.is_file():
+        raise _broken(folder, f"{name} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry['bytes']}")
+    try:
+        tensors = SafetensorsReader().read(path).tensors
+    except CheckpointError as error:
+        raise _broken(folder, error.found) from None
+    if {tensor.name for tensor in tensors} != set(entry["digests"]):
+        raise _broken(folder, f"{name} does not hold the tensors that the manifest lists")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _check_tables(
+    folder: Path, manifest: Manifest, towers: tuple[Mapping[str, TensorInfo], ...]
+) -> None:
+    flat = manifest.model.flat
+    for t, tower in enumerate(manifest.model.towers):
+        for feature in tower.features:
+            table = flat.table_of(feature)
+            info = towers[t].get(f"tables.{table.name}.weight")
+            if info is None or info.shape != (table.rows, table.dim):
+                found = "missing" if info is None else f"of shape {list(info.shape)}"
+                raise _broken(folder, f"table {table.name!r} of tower {t} is {found}")
+
+
+def _broken(folder: Path, what: str) -> BundleError:
+    return BundleError(
+        f"the bundle {folder} is damaged: {what}",
+        expected="the files that `dmt convert` wrote, unchanged",
+        hint="copy it again, or convert the checkpoint again",
+    )
+
+
+def check_digests(bundle: Bundle, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Read all weights of a bundle and compare their digests with the manifest.
+
+    Raises:
+        BundleError: Bytes changed since the bundle was written; every such tensor is named.
+    """
+    groups = {DENSE_FILE: bundle.dense}
+    groups |= {tower_file(t): tensors for t, tensors in enumerate(bundle.towers)}
+    changed = []
+    for file, tensors in groups.items():
+        expected = bundle.manifest.weights[file]["digests"]
+        for name, tensor in tensors.items():
+            digest = TreeDigest()
+            for chunk in stream_tensor(tensor):
+                digest.update(chunk)
+                on_bytes(chunk.nbytes)
+            if digest.finish() != expected[name]:
+                changed.append(f"{file}: {name}")
+    if changed:
+        raise BundleError(
+            f"the bundle {bundle.path} changed on disk: {len(changed)} tensors have other bytes",
+            expected="the digests in its manifest",
+            hint="copy it again, or convert the checkpoint again",
+            details=changed,
+        )

@@ -1,0 +1,77 @@
+"""The converted model of a bundle: dense parts in memory, tables on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dmt_convert.bundle.bundle import Bundle
+from dmt_convert.bundle.weights import Arrays
+from dmt_convert.checkpoint import read_tensor
+from dmt_convert.errors import BundleError
+from dmt_convert.towers.dmt_model import DmtModel
+from dmt_convert.towers.table_lookup import MappedTables, to_tensor
+
+_INNER = ("cross.", "branch1.", "branch2.")
+
+
+def open_bundle_model(bundle: Bundle) -> DmtModel:
+    """Build the model of a bundle, in eval mode.
+
+    Raises:
+        BundleError: A tensor is missing, or has another shape than the manifest's model.
+    """
+    spec = bundle.manifest.model
+    tables = []
+    for tensors in bundle.towers:
+        infos = {
+            name.removeprefix("tables.").removesuffix(".weight"): info
+            for name, info in tensors.items()
+            if name.startswith("tables.")
+        }
+        tables.append(MappedTables(spec.flat, infos))
+    with torch.device("meta"):
+        model = DmtModel(spec, tables)
+    state = {}
+    for name, info in bundle.dense.items():
+        key = f"interaction.{name}" if name.startswith(_INNER) else name
+        state[key] = read_tensor(info)
+    for t, tensors in enumerate(bundle.towers):
+        for name, info in tensors.items():
+            if name.startswith("tower_module."):
+                state[f"towers.{t}.{name}"] = read_tensor(info)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    problems = [f"missing: {name}" for name in expected if name not in state]
+    problems += [f"extra: {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {list(array.shape)}, expected {list(expected[name])}"
+        for name, array in state.items()
+        if name in expected and array.shape != expected[name]
+    ]
+    if problems:
+        raise BundleError(
+            f"the bundle {bundle.path} does not hold the model that its manifest describes",
+            expected="the tensors of its towers and dense parts",
+            hint="copy it again, or convert the checkpoint again",
+            details=problems,
+        )
+    tensors_ = {
+        name: to_tensor(np.asarray(array, dtype=np.float32)) for name, array in state.items()
+    }
+    model.load_state_dict(tensors_, assign=True)
+    return model.eval()
+
+
+def split_state(model: DmtModel) -> tuple[Arrays, tuple[Arrays, ...]]:
+    """Split a model's weights as a bundle stores them: dense parts, and every tower's module."""
+    dense = {}
+    modules: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in model.spec.towers)
+    for name, value in model.state_dict().items():
+        array = value.detach().numpy()
+        if name.startswith("towers."):
+            _, tower, kind, rest = name.split(".", maxsplit=3)
+            if kind == "tower_module":
+                modules[int(tower)][rest] = array
+        else:
+            dense[name.removeprefix("interaction.")] = array
+    return dense, modules

@@ -1,0 +1,110 @@
+"""`dmt.json`: what a bundle is, where it came from, how it was made, how well it agrees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dmt_convert import __version__
+from dmt_convert.errors import BundleError
+from dmt_convert.towers import DmtSpec
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_NAME: Final = "dmt.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The content of `dmt.json`."""
+
+    model: DmtSpec
+    """The converted model."""
+    source: Mapping[str, Any]
+    """format, name, files [{name, bytes}], bytes, digest of the model's tensors."""
+    facts: tuple[Mapping[str, str], ...] = ()
+    """How the flat model was understood: subject, value, source, reason."""
+    partition: Mapping[str, Any] = field(default_factory=dict)
+    """Strategy, affinity, mean affinity within and between towers, loads."""
+    initialisation: Mapping[str, Any] = field(default_factory=dict)
+    """method, sample, notes."""
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """How well the converted model agrees with the flat one."""
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """File below the bundle -> {bytes, digests: {tensor: digest}}."""
+    tool_version: str = __version__
+    """Version of dmt-convert that wrote the bundle."""
+    schema_version: int = SCHEMA_VERSION
+    """Layout of the bundle."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `dmt.json`; `from_json` reads it back."""
+        return {
+            "schema_version": self.schema_version,
+            "tool": {"name": "dmt-convert", "version": self.tool_version},
+            "source": dict(self.source),
+            "compression": self.model.compression,
+            "model": self.model.to_json(),
+            "facts": [dict(fact) for fact in self.facts],
+            "partition": dict(self.partition),
+            "initialisation": dict(self.initialisation),
+            "quality": dict(self.quality),
+            "weights": {name: dict(entry) for name, entry in self.weights.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """Read what `to_json` wrote."""
+        return cls(
+            model=DmtSpec.from_json(value["model"]),
+            source=value["source"],
+            facts=tuple(value["facts"]),
+            partition=value["partition"],
+            initialisation=value["initialisation"],
+            quality=value["quality"],
+            weights=value["weights"],
+            tool_version=value["tool"]["version"],
+            schema_version=value["schema_version"],
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's `dmt.json`.
+
+    Raises:
+        BundleError: It is missing, damaged, or of a newer layout.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder} has no {MANIFEST_NAME}",
+            expected="a bundle, as `dmt convert` writes it",
+            hint="convert a checkpoint first: dmt convert ckpt.pt --towers 4",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if type(version) is not int:
+        raise _damaged(path, "it has no schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}",
+            expected=f"schema version {SCHEMA_VERSION}",
+            hint="use the version of dmt-convert that wrote it, or convert again",
+        )
+    try:
+        return Manifest.from_json(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, repr(error)) from None
+
+
+def _damaged(path: Path, why: str) -> BundleError:
+    return BundleError(
+        f"{path} cannot be read ({why})",
+        expected="the JSON that `dmt convert` wrote",
+        hint="the bundle is damaged; convert the checkpoint again",
+    )

@@ -1,0 +1,159 @@
+"""Write a folder beside its target, then put it in place in one step.
+
+A reader sees the old folder or the new one, never a mixture; a process that is killed leaves a
+hidden sibling behind, which the next conversion to the same target removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from dmt_convert.bundle.manifest import MANIFEST_NAME
+from dmt_convert.errors import BundleError
+
+_MARK: Final = ".dmt-tmp-"
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refuse a target that must not be replaced.
+
+    Raises:
+        BundleError: Something is there and `force` is not given, or it is not a bundle.
+    """
+    if not out.parent.is_dir():
+        raise BundleError(
+            f"the folder {out.parent} does not exist",
+            expected="an existing folder to write the bundle into",
+            hint=f"mkdir -p {out.parent}",
+        )
+    if not os.path.lexists(out):
+        return
+    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if empty:
+        return
+    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{out} exists and is not a bundle",
+            expected="a path where nothing is, or a bundle that may be replaced",
+            hint="choose another --out; what is there is never deleted",
+        )
+    if not force:
+        raise BundleError(
+            f"{out} exists",
+            expected="a path where nothing is",
+            hint="choose another --out, or replace the bundle with --force",
+        )
+
+
+@contextmanager
+def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+    """Give a folder to write into; on success it becomes `out`, on failure it goes away.
+
+    Args:
+        out: The target.
+        force: Whether a bundle that is there may be replaced.
+        needed_bytes: How much will be written; refused at once where the disk has less.
+
+    Raises:
+        BundleError: The target is taken, or the disk is full.
+    """
+    check_target(out, force=force)
+    _remove_stale(out)
+    check_space(out, needed_bytes)
+    staging = out.parent / f".{out.name}{_MARK}{os.getpid()}"
+    staging.mkdir(mode=0o755)
+    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield staging
+        _sync_folder(staging)
+        _put_in_place(staging, out, force=force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BundleError(
+                f"the disk of {out.parent} is full ({os.strerror(error.errno)})",
+                expected=f"{needed_bytes} bytes for the bundle",
+                hint="free space, or choose another --out; nothing was changed",
+            ) from None
+        raise
+    finally:
+        os.close(lock)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_space(out: Path, needed_bytes: int) -> None:
+    """Refuse where the disk has less than `needed_bytes`.
+
+    Raises:
+        BundleError: It has less.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if free < needed_bytes:
+        raise BundleError(
+            f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
+            expected=f"{needed_bytes / 2**30:.2f} GiB for the bundle",
+            hint="free space, choose another --out, or store tables smaller with --dtype fp16",
+        )
+
+
+def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
+    """Rename; where a bundle is there, swap the two atomically (the old one then goes away)."""
+    check_target(out, force=force)  # again: conversions take a while
+    if out.is_dir() and any(out.iterdir()):
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.renameat2(
+            _AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE
+        )
+        if done != 0:
+            code = ctypes.get_errno()
+            raise BundleError(
+                f"{out} cannot be replaced in one step here ({os.strerror(code)})",
+                expected="a local Linux file system (renameat2 with RENAME_EXCHANGE)",
+                hint="choose another --out, or move the old bundle away first",
+            )
+    else:
+        staging.rename(out)
+    _sync_folder(out.parent)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed conversions to the same target left behind."""
+    for stale in out.parent.glob(f".{glob_escape(out.name)}{_MARK}*"):
+        if stale.is_symlink() or not stale.is_dir():
+            continue
+        descriptor = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(
+                f"another conversion to {out} is running ({stale.name})",
+                expected="one conversion at a time to one target",
+                hint="wait for it, or choose another --out",
+            ) from None
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def glob_escape(name: str) -> str:
+    """Escape a file name for `Path.glob`."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

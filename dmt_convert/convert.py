@@ -1,0 +1,363 @@
+"""From a flat checkpoint to a bundle: the flow of all stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.bundle import (
+    Bundle,
+    Manifest,
+    check_space,
+    check_target,
+    plan_weight_files,
+    table_bytes,
+    write_bundle,
+)
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.errors import BundleError, PlanError
+from dmt_convert.partition import (
+    Partition,
+    PartitionConfig,
+    measure_affinity,
+    partition_features,
+)
+from dmt_convert.plan import Cluster, TowerPlan, default_cluster, plan_towers
+from dmt_convert.sampling import Sample, draw_sample
+from dmt_convert.spec import Dtype
+from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+
+if TYPE_CHECKING:
+    from dmt_convert.scoring.quality import Quality
+    from dmt_convert.towers import DmtModel, FlatModel
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Told of the current step, and of units done and in all (0 where unknown)."""
+_HELD_OUT: Final = 0.25
+_MAX_HOSTS_PER_TOWER: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """What `dmt convert` is asked for."""
+
+    partition: PartitionConfig
+    """How features become towers."""
+    tower_module: Literal["auto", "passthrough", "dlrm", "dcn"] = "auto"
+    """Kind of tower module."""
+    c: int | None = None
+    """Vectors per feature."""
+    p: int | None = None
+    """Vectors per tower."""
+    dim: int | None = None
+    """Output dim D."""
+    compression: float | None = None
+    """Compression to reach, instead of `dim`."""
+    calibration: Path | None = None
+    """Data to measure moments and agreement on."""
+    distill_steps: int = 0
+    """Steps of distillation after the closed form."""
+    cluster: Cluster | None = None
+    """Cluster to plan for; by default one host of 8 ranks per tower."""
+    dtype: Dtype | None = None
+    """Store tables in this type."""
+    model_config: ModelConfig | None = None
+    """What the user says of the model."""
+    seed: int = 0
+    """Seed of everything random."""
+    force: bool = False
+    """Replace a bundle that is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What a conversion would do, from headers alone."""
+
+    info: FlatModelInfo
+    """The flat model."""
+    out: Path
+    """Where the bundle would go."""
+    module: TowerModuleSpec
+    """Module of every tower."""
+    num_towers: int
+    """Number of towers."""
+    compression: float
+    """What would cross hosts uncompressed, over what does."""
+    table_bytes: int
+    """Bytes of all tables in the bundle."""
+    partition: Partition | None
+    """The towers, where they can be told without reading weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion did."""
+
+    bundle: Bundle
+    """The bundle it wrote."""
+    info: FlatModelInfo
+    """The flat model."""
+    partition: Partition
+    """The towers."""
+    quality: Quality
+    """How well the converted model agrees with the flat one."""
+
+
+def default_out(source: Path, num_towers: int | None) -> Path:
+    """Return `ckpt-dmt16` beside `ckpt.pt`."""
+    stem = source.name if source.is_dir() else source.stem
+    return source.parent / f"{stem or 'model'}-dmt{num_towers or ''}"
+
+
+def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Preview:
+    """Say what a conversion would do; reads headers only, writes nothing.
+
+    Raises:
+        DmtError: The conversion would be refused.
+    """
+    info = infer_model(open_checkpoint(source), config.model_config)
+    _check_out(source, out, force=config.force)
+    check_space(out, table_bytes(info, config.dtype))
+    partition = None
+    if isinstance(config.partition.strategy, Path) or config.partition.strategy == "round-robin":
+        partition = partition_features(info.spec, config.partition)
+    else:
+        # towers are found from weights; that there can be so many is known now
+        round_robin = PartitionConfig(
+            num_towers=config.partition.num_towers,
+            strategy="round-robin",
+            together=config.partition.together,
+            apart=config.partition.apart,
+            groups=config.partition.groups,
+        )
+        sizes = partition_features(info.spec, round_robin).assignment.towers
+    towers = sizes if partition is None else partition.assignment.towers
+    module = _module(info, config, len(towers))
+    dims = dict(zip(info.spec.feature_names, info.spec.feature_dims, strict=True))
+    emitted = sum(module.width([dims[name] for name in tower]) for tower in towers)
+    return Preview(
+        info=info,
+        out=out,
+        module=module,
+        num_towers=len(towers),
+        compression=sum(info.spec.feature_dims) / emitted,
+        table_bytes=table_bytes(info, config.dtype),
+        partition=partition,
+    )
+
+
+def convert_checkpoint(
+    source: Path, out: Path, *, config: ConvertConfig, progress: Progress = lambda *_: None
+) -> Conversion:
+    """Convert a flat checkpoint into a bundle.
+
+    Args:
+        source: The checkpoint.
+        out: The bundle's folder, put in place whole or not at all.
+        config: What is asked for.
+        progress: Told of the steps.
+
+    Raises:
+        DmtError: The checkpoint, the options or the target cannot be had; nothing is changed.
+    """
+    from dmt_convert.towers import open_flat_model
+
+    preview = preview_conversion(source, out, config)
+    info = preview.info
+    progress("sampling", 0, 0)
+    sample = draw_sample(info, calibration=config.calibration, seed=config.seed)
+    flat = open_flat_model(info)
+    progress("partitioning", 0, 0)
+    partition = partition_sample(info, sample, config.partition)
+    spec = _dmt_spec(info, config, partition)
+    plan = _plan(info, spec, partition, config.cluster)
+    progress("initialising", 0, 0)
+    model, initialisation, quality = _initialise(info, flat, spec, sample, config, progress)
+    progress("writing", 0, preview.table_bytes)
+    bundle = _write(info, out, model, partition, plan, initialisation, quality, config, progress)
+    return Conversion(bundle=bundle, info=info, partition=partition, quality=quality)
+
+
+def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfig) -> Partition:
+    """Partition a checkpoint's features, by a sample of its inputs.
+
+    Raises:
+        PartitionError: The request cannot be met.
+    """
+    affinity = measure_affinity(info, sample, config.affinity)
+    return partition_features(info.spec, config, affinity)
+
+
+def _check_out(source: Path, out: Path, *, force: bool) -> None:
+    check_target(out, force=force)
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise BundleError(
+            f"--out {out} lies in the checkpoint {source}",
+            expected="a path outside the checkpoint",
+            hint="choose another --out; the checkpoint is never changed",
+        )
+
+
+def _module(info: FlatModelInfo, config: ConvertConfig, num_towers: int) -> TowerModuleSpec:
+    return module_spec(
+        info.spec,
+        config.tower_module,
+        num_towers=num_towers,
+        c=config.c,
+        p=config.p,
+        dim=config.dim,
+        compression=config.compression,
+    )
+
+
+def _dmt_spec(info: FlatModelInfo, config: ConvertConfig, partition: Partition) -> DmtSpec:
+    towers = partition.assignment.towers
+    module = _module(info, config, len(towers))
+    return DmtSpec(
+        flat=info.spec,
+        towers=tuple(TowerSpec(features=features, module=module) for features in towers),
+    )
+
+
+def _plan(
+    info: FlatModelInfo, spec: DmtSpec, partition: Partition, cluster: Cluster | None
+) -> TowerPlan:
+    """Plan for the given cluster, or for the smallest default one that holds the tables."""
+
+    def attempt(candidate: Cluster) -> TowerPlan:
+        return plan_towers(
+            info.spec, partition.assignment, candidate, tower_widths=spec.tower_widths
+        )
+
+    if cluster is not None:
+        return attempt(cluster)
+    base = default_cluster(len(spec.towers))
+    hosts = base.hosts
+    while True:
+        try:
+            return attempt(Cluster(hosts=hosts, ranks_per_host=base.ranks_per_host))
+        except PlanError:
+            if hosts >= base.hosts * _MAX_HOSTS_PER_TOWER:
+                raise
+            hosts *= 2
+
+
+def _initialise(
+    info: FlatModelInfo,
+    flat: FlatModel,
+    spec: DmtSpec,
+    sample: Sample,
+    config: ConvertConfig,
+    progress: Progress,
+) -> tuple[DmtModel, dict[str, Any], Quality]:
+    from dmt_convert.scoring.quality import compare_models
+    from dmt_convert.towers import MappedTables
+    from dmt_convert.towers.initialisation import distill, initialise
+
+    fit, held = sample.split(_HELD_OUT)
+    infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
+    tables = MappedTables(info.spec, infos, stored_as=config.dtype)
+    candidates: dict[str, DmtModel] = {}
+    if spec.is_passthrough:
+        model, notes = initialise(flat, spec, None, method="exact", tables=tables)
+        method = "exact"
+        candidates["passthrough"] = model
+    else:
+        model, notes = initialise(flat, spec, fit, method="closed-form", tables=tables)
+        candidates["closed form"] = model
+        method = "closed form"
+        if config.distill_steps:
+            model, note = distill(
+                flat,
+                model,
+                fit,
+                steps=config.distill_steps,
+                seed=config.seed,
+                on_step=lambda done, total: progress("distilling", done, total),
+            )
+            notes, method = (*notes, note), "closed form, then distilled"
+            candidates["distilled"] = model
+        candidates["random initialisation"], _ = initialise(
+            flat, spec, None, method="random", tables=tables, seed=config.seed
+        )
+    quality = compare_models(flat, candidates, held)
+    made = {"method": method, "sample": sample.description, "notes": list(notes)}
+    return model, made, quality
+
+
+def _write(
+    info: FlatModelInfo,
+    out: Path,
+    model: DmtModel,
+    partition: Partition,
+    plan: TowerPlan,
+    initialisation: dict[str, Any],
+    quality: Quality,
+    config: ConvertConfig,
+    progress: Progress,
+) -> Bundle:
+    from dmt_convert.bundle import split_state
+    from dmt_convert.report.documents import describe_conversion
+
+    dense, modules = split_state(model)
+    files = plan_weight_files(info, model.spec, dense=dense, modules=modules, dtype=config.dtype)
+    total = sum(source.nbytes for sources in files.values() for source in sources)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("writing", done, total)
+
+    manifest = Manifest(
+        model=model.spec,
+        source=describe_source(info),
+        facts=tuple(asdict(fact) for fact in info.facts),
+        partition=describe_partition(partition),
+        initialisation=initialisation,
+        quality=quality.to_json(),
+    )
+    return write_bundle(
+        out,
+        manifest,
+        files,
+        plan=plan,
+        documents=lambda final: describe_conversion(final, info, partition, plan, quality, out),
+        force=config.force,
+        on_bytes=on_bytes,
+    )
+
+
+def describe_source(info: FlatModelInfo) -> dict[str, Any]:
+    """Say where a bundle comes from: format, name, files, bytes (no absolute paths)."""
+    checkpoint = info.checkpoint
+    return {
+        "format": checkpoint.format,
+        "name": checkpoint.source.name,
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
+        "bytes": checkpoint.nbytes,
+    }
+
+
+def describe_partition(partition: Partition) -> dict[str, Any]:
+    """Say how the towers came about, for the manifest."""
+    return {
+        "strategy": partition.strategy,
+        "affinity": partition.affinity_kind,
+        "within_affinity": partition.within_affinity,
+        "between_affinity": partition.between_affinity,
+        "loads": [
+            {
+                "features": load.features,
+                "table_bytes": load.table_bytes,
+                "lookups": load.lookups,
+            }
+            for load in partition.loads
+        ],
+    }

@@ -1,0 +1,49 @@
+"""The affinity of a checkpoint's features, from a sample of its inputs.
+
+Letters: n sampled rows, F features.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.architectures import FlatModelInfo
+from dmt_convert.checkpoint import read_tensor
+from dmt_convert.partition.affinity import cosine_affinity, weights_affinity
+from dmt_convert.partition.config import AffinityKind
+from dmt_convert.sampling import Sample
+
+_MAX_ROWS: Final = 1024
+_MIN_ROWS: Final = 64
+_PAIR_BUDGET: Final = 1 << 31
+
+
+def measure_affinity(
+    info: FlatModelInfo, sample: Sample, kind: AffinityKind
+) -> npt.NDArray[np.float32]:
+    """Measure how much the features of a checkpoint belong together.
+
+    Args:
+        info: The flat model.
+        sample: Rows with their pooled embeddings; at most 1,024 are used, fewer for thousands
+            of features (the cost grows with n F^2).
+        kind: cosine or weights, see DESIGN section 2.
+
+    Returns:
+        Affinity in [0, 1], symmetric, shape (F, F).
+    """
+    count = len(info.spec.features)
+    rows = int(np.clip(_PAIR_BUDGET // count**2, _MIN_ROWS, _MAX_ROWS))
+    pooled = [vectors[:rows] for vectors in sample.per_feature(info.spec)]
+    if kind == "cosine":
+        affinity: npt.NDArray[np.float32] = cosine_affinity(pooled)
+        return affinity
+    weights = {
+        name: np.asarray(read_tensor(tensor), dtype=np.float32)
+        for name, tensor in info.dense_tensors.items()
+    }
+    used: npt.NDArray[np.float32] = weights_affinity(info.spec, weights, pooled)
+    return used

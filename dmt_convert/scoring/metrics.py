@@ -1,0 +1,88 @@
+"""How good are logits, and how well do two models' logits agree. Numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How well one model's logits follow another's."""
+
+    r2: float
+    """1 - sum of squared differences / variance of the reference; 1 is perfect."""
+    max_abs_diff: float
+    """Largest absolute difference of logits."""
+    rank_correlation: float
+    """Spearman's rho; 1 where both rank all rows alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How well logits predict labels."""
+
+    auc: float | None
+    """Area under the ROC curve; None where only one class occurs."""
+    log_loss: float
+    """Mean negative log likelihood, in nats."""
+    ne: float | None
+    """Normalised entropy: log loss over that of always predicting the mean label (He et al.,
+    ADKDD 2014); None where only one class occurs."""
+
+
+def measure_agreement(reference: Array, other: Array) -> Agreement:
+    """Compare logits of the same rows, each of shape (n,)."""
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    spread = float(np.square(a - a.mean()).sum())
+    error = float(np.square(a - b).sum())
+    if spread > 0:
+        r2 = 1 - error / spread
+    else:
+        r2 = 1.0 if error == 0 else -np.inf
+    return Agreement(
+        r2=r2,
+        max_abs_diff=float(np.abs(a - b).max(initial=0.0)),
+        rank_correlation=_correlation(rank(a), rank(b)),
+    )
+
+
+def measure_accuracy(logits: Array, labels: Array) -> Accuracy:
+    """Measure logits against labels of 0 or 1, each of shape (n,)."""
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    # log(1 + e^z) - y z, without overflow
+    loss = float(np.mean(np.logaddexp(0.0, z) - y * z))
+    rate = float(y.mean())
+    if not 0 < rate < 1:
+        return Accuracy(auc=None, log_loss=loss, ne=None)
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    return Accuracy(auc=area_under_curve(z, y), log_loss=loss, ne=float(loss / entropy))
+
+
+def area_under_curve(logits: Array, labels: Array) -> float:
+    """Area under the ROC curve: the chance that a positive ranks above a negative."""
+    positive = labels > 0.5
+    count = int(positive.sum())
+    others = len(labels) - count
+    total = float(rank(logits)[positive].sum())
+    return (total - count * (count + 1) / 2) / (count * others)
+
+
+def rank(values: Array) -> npt.NDArray[np.float64]:
+    """Ranks from 1; equal values share their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    x, y = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt(np.square(x).sum() * np.square(y).sum()))
+    if scale == 0:
+        return 1.0 if np.array_equal(a, b) else 0.0
+    return float((x * y).sum()) / scale

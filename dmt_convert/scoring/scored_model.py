@@ -1,0 +1,137 @@
+"""Any model that can be scored: a flat checkpoint or a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dmt_convert.architectures import ModelConfig, infer_model
+from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.data import Batch, adapt_batches, open_data
+from dmt_convert.errors import DataError
+from dmt_convert.spec import ModelSpec
+from dmt_convert.towers import DmtModel, FlatModel, open_flat_model
+
+FloatArray = npt.NDArray[np.float32]
+BATCH_ROWS: Final = 4096
+"""Rows scored at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredModel:
+    """A model opened for scoring; its tables stay on disk."""
+
+    path: Path
+    """What was opened."""
+    kind: Literal["flat", "bundle"]
+    """What it is."""
+    module: FlatModel | DmtModel
+    """The model itself."""
+    bundle: Bundle | None = None
+    """The bundle, where it is one."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The flat model's spec: what the data must fit."""
+        spec = self.module.spec
+        return spec if isinstance(spec, ModelSpec) else spec.flat
+
+    def score(self, batch: Batch) -> FloatArray:
+        """Return the logits of one batch, shape (B,)."""
+        with torch.inference_mode():
+            logits: FloatArray = self.module(batch).numpy()
+        return logits
+
+    def stages(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """Yield every intermediate result of one batch."""
+        with torch.inference_mode():
+            yield from self.module.stages(batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The logits of a data set."""
+
+    logits: FloatArray
+    """Shape (n,)."""
+    labels: FloatArray | None
+    """Shape (n,), where the data has labels."""
+    truth: FloatArray | None
+    """The original model's logits, shape (n,), where the data holds them (probes)."""
+    seconds: float
+    """Time spent reading and scoring."""
+
+
+def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
+    """Open a flat checkpoint or a bundle for scoring.
+
+    Args:
+        path: The checkpoint or the bundle.
+        config: What the user says of a flat checkpoint.
+
+    Raises:
+        DmtError: It cannot be read, or is no model that is known.
+    """
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        return ScoredModel(
+            path=path, kind="bundle", module=open_bundle_model(bundle), bundle=bundle
+        )
+    info = infer_model(open_checkpoint(path), config)
+    return ScoredModel(path=path, kind="flat", module=open_flat_model(info))
+
+
+def score_data(
+    model: ScoredModel,
+    data: Path,
+    *,
+    max_rows: int | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Score every row of a data set, in its order.
+
+    Args:
+        model: The model.
+        data: The data set.
+        max_rows: Score only so many rows.
+        on_rows: Told of rows done and rows in all, for progress.
+
+    Raises:
+        DataError: The data cannot be read, has no rows, or does not fit the model.
+    """
+    dataset = open_data(data)
+    total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
+    begin = time.perf_counter()
+    parts: list[tuple[FloatArray, FloatArray | None, FloatArray | None]] = []
+    done = 0
+    batches = dataset.batches(BATCH_ROWS, max_rows=max_rows)
+    for batch in adapt_batches(dataset, model.spec, batches):
+        parts.append((model.score(batch), batch.labels, batch.logits))
+        done += batch.num_rows
+        on_rows(done, total)
+    if not parts:
+        raise DataError(
+            f"{data} has no rows",
+            expected="at least one row to score",
+            hint="name a data set that has rows",
+        )
+    return Scores(
+        logits=np.concatenate([logits for logits, _, _ in parts]),
+        labels=_join([labels for _, labels, _ in parts]),
+        truth=_join([truth for _, _, truth in parts]),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _join(arrays: list[FloatArray | None]) -> FloatArray | None:
+    known = [array for array in arrays if array is not None]
+    return np.concatenate(known) if len(known) == len(arrays) else None

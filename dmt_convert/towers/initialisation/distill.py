@@ -1,0 +1,102 @@
+"""Distillation: after the closed form, teach the converted model the flat one's logits.
+
+Tables stay frozen, so pooled embeddings are computed once and training needs no lookups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dmt_convert.sampling import Sample
+from dmt_convert.towers.dmt_model import DmtModel
+from dmt_convert.towers.flat_model import FlatModel
+from dmt_convert.towers.table_lookup import to_tensor
+
+_BATCH: Final = 512
+_LEARNING_RATE: Final = 1e-3
+_VALIDATION: Final = 0.2
+_CHECK_EVERY: Final = 50
+_PATIENCE: Final = 20
+
+
+def distill(
+    flat: FlatModel,
+    model: DmtModel,
+    sample: Sample,
+    *,
+    steps: int,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[DmtModel, str]:
+    """Train tower modules, interaction and over_arch against the flat model's logits.
+
+    The mean squared error of logits on a fifth of the rows, never trained on, decides: the best
+    state is kept, training stops once it has not improved for 1,000 steps, and where nothing
+    beats the closed form there, the closed form is returned.
+
+    Args:
+        flat: The teacher.
+        model: Where to start; not changed.
+        sample: Rows with their pooled embeddings.
+        steps: Steps of Adam, 512 rows each.
+        seed: Seed of the order of rows.
+        on_step: Told of steps done and in all.
+
+    Returns:
+        The best model found, and one line on what came of it.
+    """
+    dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
+    with torch.no_grad():
+        target = flat.forward_pooled(dense, pooled)
+    cut = max(1, int(len(dense) * (1 - _VALIDATION)))
+    held = (dense[cut:], pooled[cut:], target[cut:])
+    student = _trainable_copy(model)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    )
+    start = best = _error(student, *held)
+    best_state, best_step = None, 0
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
+        with torch.enable_grad():
+            loss = (
+                (student.forward_pooled(dense[rows], pooled[rows]) - target[rows]).square().mean()
+            )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if step % _CHECK_EVERY == 0 or step == steps:
+            on_step(step, steps)
+            error = _error(student, *held)
+            if error < best:
+                best, best_step = error, step
+                best_state = {name: v.clone() for name, v in student.state_dict().items()}
+            elif step - best_step >= _PATIENCE * _CHECK_EVERY:
+                break
+    if best_state is None:
+        return model, f"distillation ({steps} steps) did not beat the closed form, which stays"
+    student.load_state_dict(best_state)
+    note = f"distilled, best after {best_step} steps: logit MSE {start:.3g} -> {best:.3g}"
+    return student.eval().requires_grad_(False), note
+
+
+def _trainable_copy(model: DmtModel) -> DmtModel:
+    """Copy the weights but not the table lookups, which stay shared."""
+    lookups = [tower.tables for tower in model.tower_list]
+    student = DmtModel(model.spec, lookups)
+    student.load_state_dict(model.state_dict())
+    return student.requires_grad_(True)
+
+
+def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:
+    with torch.no_grad():
+        return float((model.forward_pooled(dense, pooled) - target).square().mean())
