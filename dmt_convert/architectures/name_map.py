@@ -62,7 +62,8 @@ class NameMap:
         for source, target in self._patterns.items():
             if target is None:
                 continue
-            match = re.fullmatch(re.escape(target).replace(r"\{\}", r"(.+)"), canonical)
+            key_pattern = r"(.+)" if target.startswith("tables.") else r"(\d+)"
+            match = re.fullmatch(re.escape(target).replace(r"\{\}", key_pattern), canonical)
             if match is None:
                 continue
             key = match.group(1) if match.groups() else ""
