@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from dmt_convert.architectures import FlatModelInfo
 from dmt_convert.bundle import Manifest
 from dmt_convert.partition import Partition, figure_svg
 from dmt_convert.plan import TowerPlan
-from dmt_convert.report.report_data import QualityRow, ReportData
+from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
-from dmt_convert.scoring.quality import Quality
+from dmt_convert.scoring import Quality
 
 REPORT_NAME = "report.html"
 FIGURE_NAME = "partition.svg"
@@ -48,7 +47,7 @@ def describe_conversion(
         initialisation_method=str(manifest.initialisation["method"]),
         initialisation_notes=tuple(manifest.initialisation["notes"]),
         sample_description=str(manifest.initialisation["sample"]),
-        quality=tuple(QualityRow(**asdict(row)) for row in quality.rows),
+        quality=quality.rows,
         quality_data=f"{quality.count} held-out rows of: {quality.data}",
         labelled_data=quality.data if quality.labelled else None,
         weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
