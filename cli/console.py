@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,16 +47,26 @@ class Output:
 
     def result(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
         """Print a result: as JSON, or as what people read."""
+        try:
+            self._print(value, *tables)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # who reads has seen enough (head, less); what is still buffered has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _print(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
         if self.json:
-            print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False))
             return
         from rich.console import Console
 
         # in a pipe lines are long, so that they can be searched
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
         console = Console(highlight=False, width=width)
-        for table in tables:
-            console.print(table)
+        with console.capture() as printed:  # rich ends the process where a pipe was closed
+            for table in tables:
+                console.print(table)
+        print(printed.get(), end="")
 
     def remark(self, text: str) -> None:
         """Say something beside the result, on stderr."""
@@ -87,6 +99,15 @@ class Output:
                 bars.update(tasks[step], completed=done, total=total or None)
 
             yield show
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and Inf, which JSON does not have, by None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def configure_logging(*, quiet: bool) -> None:

@@ -100,7 +100,7 @@ def run(
     The bundle holds the weights of every tower, a plan that puts towers on hosts, and a report
     that says what compression cost. Tables are streamed: memory stays small whatever their size.
 
-    Examples:
+    For example:
 
     `dmt convert ckpt.pt --towers 16`
 
@@ -171,17 +171,15 @@ def _read_config(path: Path | None) -> Any:
 def _cluster(
     hosts: int | None, ranks: int | None, hbm_gib: float | None, towers: int | None
 ) -> Cluster | None:
-    from dmt_convert.plan import GIB, Cluster
+    from .cluster_options import make_cluster
 
     if hosts is None and ranks is None and hbm_gib is None:
         return None
-    values: dict[str, Any] = {
-        "hosts": hosts if hosts is not None else (towers or 1),
-        "ranks_per_host": 8 if ranks is None else ranks,
-    }
-    if hbm_gib is not None:
-        values["hbm_bytes"] = int(hbm_gib * GIB)
-    return Cluster(**values)
+    return make_cluster(
+        hosts=hosts if hosts is not None else (towers or 1),
+        ranks_per_host=8 if ranks is None else ranks,
+        hbm_gib=hbm_gib,
+    )
 
 
 def _show_preview(output: Output, preview: Preview) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-from typing import Annotated
+import traceback
+from collections.abc import Mapping
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -17,6 +21,9 @@ from . import (
     score_command,
     verify_command,
 )
+
+_INTERRUPT_CODE: Final = 130
+_INTERRUPTED: Final = "interrupted; nothing half-written was left in place"
 
 app = typer.Typer(
     name="dmt",
@@ -65,21 +72,70 @@ for _module in (
 
 
 def main() -> None:
-    """Run `dmt`; errors that a user can mend are printed, not raised."""
+    """Run `dmt`; what goes wrong is printed, and told by the exit code."""
     from dmt_convert.errors import DmtError
 
+    as_json = "--json" in sys.argv[1:]
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        # standalone, typer prints usage errors for people; otherwise it raises them
+        code = app(standalone_mode=not as_json)
+        if code == _INTERRUPT_CODE:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except DmtError as error:
-        if "--json" in sys.argv[1:]:
-            print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
+        _fail(error.to_json(), str(error), code=3, as_json=as_json)
+    except typer.TyperException as error:
+        found = error.format_message()
+        value = _parts("UsageError", found, "a command and options that it knows", "dmt --help")
+        _fail(value, found, code=2, as_json=as_json)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left in place", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+        value = _parts("Interrupted", "interrupted", "to run to the end", "run it again")
+        _fail(value, _INTERRUPTED, code=_INTERRUPT_CODE, as_json=as_json)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPT_CODE:  # what typer makes of an interrupt
+            print(_INTERRUPTED, file=sys.stderr)
+        raise
+    except Exception as error:
+        if os.environ.get("DMT_TRACEBACK") == "1":
+            traceback.print_exc()
+        _fail_unexpected(error, as_json=as_json)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail_unexpected(error: Exception, *, as_json: bool) -> None:
+    found = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename is not None else ""
+        value = _parts(
+            type(error).__name__,
+            f"{name}{error.strerror}",
+            "files and folders that can be read and written",
+            "check the path, its owner and its permissions; nothing half-written was left",
+        )
+        text = f"{value['found']}\nexpected: {value['expected']}\ntry: {value['hint']}"
+        _fail(value, text, code=3, as_json=as_json)
+    value = _parts(
+        type(error).__name__,
+        f"this is a bug in dmt: {type(error).__name__}: {found}",
+        "no such error, whatever the input",
+        "run it again with DMT_TRACEBACK=1 in the environment, and report what it prints",
+    )
+    _fail(value, f"{value['found']}\ntry: {value['hint']}", code=1, as_json=as_json)
+
+
+def _parts(error: str, found: str, expected: str, hint: str) -> dict[str, object]:
+    return {"error": error, "found": found, "expected": expected, "hint": hint, "details": []}
+
+
+def _fail(value: Mapping[str, object], text: str, *, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

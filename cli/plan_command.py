@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,18 +37,19 @@ def run(
     Example: `dmt plan ckpt-dmt16 --hosts 16 --ranks-per-host 8 --out plan.json`
     """
     from dmt_convert.bundle import open_bundle
-    from dmt_convert.plan import GIB, Cluster, plan_towers
+    from dmt_convert.plan import plan_towers
 
+    from .cluster_options import make_cluster
     from .partition_command import write_text
 
     output = make_output(json_=json_, quiet=quiet)
     opened = open_bundle(bundle)
-    links: dict[str, Any] = {"intra_gbps": intra_gbps, "inter_gbps": inter_gbps}
-    cluster = Cluster(
+    cluster = make_cluster(
         hosts=hosts,
         ranks_per_host=ranks_per_host,
-        hbm_bytes=int(hbm_gib * GIB),
-        **{name: value for name, value in links.items() if value is not None},
+        hbm_gib=hbm_gib,
+        intra_gbps=intra_gbps,
+        inter_gbps=inter_gbps,
     )
     model = opened.manifest.model
     plan = plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +77,7 @@ def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
         "data": report.data,
         "atol": report.atol,
         "rtol": report.rtol,
-        "checks": [_finite(asdict(check)) for check in report.checks],
+        "checks": [asdict(check) for check in report.checks],
         "skipped": list(report.skipped),
     }
     shown = [c for c in report.checks if not c.stage.startswith("pooled") or not c.equal]
@@ -122,10 +121,3 @@ def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
             )
     columns = ["stage", "max |diff|>", "largest value>", ""]
     output.result(value, grid(rows), table("", columns, lines))
-
-
-def _finite(check: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in check.items()
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
 from dmt_convert.bundle import (
     Bundle,
+    Documents,
     Manifest,
+    check_checksums,
     check_space,
     check_target,
-    plan_weight_files,
+    plan_table_files,
     table_bytes,
     write_bundle,
 )
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.errors import BundleError, PlanError
+from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
 from dmt_convert.partition import (
     Partition,
     PartitionConfig,
@@ -32,14 +35,14 @@ from dmt_convert.spec import Dtype
 from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
 
 if TYPE_CHECKING:
-    from dmt_convert.scoring.quality import Quality
-    from dmt_convert.towers import DmtModel, FlatModel
+    from dmt_convert.scoring import Quality
+    from dmt_convert.scoring.started_model import StartedModel
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told of the current step, and of units done and in all (0 where unknown)."""
-_HELD_OUT: Final = 0.25
+_MIN_ROWS: Final = 16
 _MAX_HOSTS_PER_TOWER: Final = 64
 
 
@@ -111,6 +114,10 @@ class Conversion:
 
 def default_out(source: Path, num_towers: int | None) -> Path:
     """Return `ckpt-dmt16` beside `ckpt.pt`."""
+    if source.name == ".metadata" or source.suffix == ".distcp":
+        source = source.parent  # one file of a directory names the directory
+    if source.name in ("", ".."):
+        source = source.resolve()
     stem = source.name if source.is_dir() else source.stem
     return source.parent / f"{stem or 'model'}-dmt{num_towers or ''}"
 
@@ -122,7 +129,7 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
         DmtError: The conversion would be refused.
     """
     info = infer_model(open_checkpoint(source), config.model_config)
-    _check_out(source, out, force=config.force)
+    _check_out(info.checkpoint.source, out, force=config.force)
     check_space(out, table_bytes(info, config.dtype))
     partition = None
     if isinstance(config.partition.strategy, Path) or config.partition.strategy == "round-robin":
@@ -166,22 +173,26 @@ def convert_checkpoint(
     Raises:
         DmtError: The checkpoint, the options or the target cannot be had; nothing is changed.
     """
-    from dmt_convert.towers import open_flat_model
-
     preview = preview_conversion(source, out, config)
     info = preview.info
+    for tensor in info.dense_tensors.values():
+        check_checksums(tensor, tensor.path)
     progress("sampling", 0, 0)
     sample = draw_sample(info, calibration=config.calibration, seed=config.seed)
-    flat = open_flat_model(info)
+    _check_enough(sample)
     progress("partitioning", 0, 0)
     partition = partition_sample(info, sample, config.partition)
     spec = _dmt_spec(info, config, partition)
     plan = _plan(info, spec, partition, config.cluster)
-    progress("initialising", 0, 0)
-    model, initialisation, quality = _initialise(info, flat, spec, sample, config, progress)
-    progress("writing", 0, preview.table_bytes)
-    bundle = _write(info, out, model, partition, plan, initialisation, quality, config, progress)
-    return Conversion(bundle=bundle, info=info, partition=partition, quality=quality)
+    # tables stream to the disk while the small weights are being computed
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(_start, info, spec, sample, config, progress)
+        bundle = _write(
+            info, out, spec, starting, sample, partition, plan, config=config, progress=progress
+        )
+    return Conversion(
+        bundle=bundle, info=info, partition=partition, quality=starting.result().quality
+    )
 
 
 def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfig) -> Partition:
@@ -192,6 +203,15 @@ def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfi
     """
     affinity = measure_affinity(info, sample, config.affinity)
     return partition_features(info.spec, config, affinity)
+
+
+def _check_enough(sample: Sample) -> None:
+    if sample.batch.num_rows < _MIN_ROWS:
+        raise DataError(
+            f"--calibration holds {sample.batch.num_rows} rows",
+            expected=f"at least {_MIN_ROWS}, better some thousand: a quarter is held out",
+            hint="give more rows, or leave --calibration out to draw inputs from the tables",
+        )
 
 
 def _check_out(source: Path, out: Path, *, force: bool) -> None:
@@ -205,6 +225,14 @@ def _check_out(source: Path, out: Path, *, force: bool) -> None:
 
 
 def _module(info: FlatModelInfo, config: ConvertConfig, num_towers: int) -> TowerModuleSpec:
+    sizes = {"--c": config.c, "--p": config.p, "--dim": config.dim}
+    negative = [f"{name} {value}" for name, value in sizes.items() if (value or 0) < 0]
+    if negative:
+        raise ConfigError(
+            ", ".join(negative),
+            expected="numbers of vectors and a dim that are not negative",
+            hint="the default is --c 1 --p 0 and half the embedding dim",
+        )
     return module_spec(
         info.spec,
         config.tower_module,
@@ -248,89 +276,91 @@ def _plan(
             hosts *= 2
 
 
-def _initialise(
+def _start(
     info: FlatModelInfo,
-    flat: FlatModel,
     spec: DmtSpec,
     sample: Sample,
     config: ConvertConfig,
     progress: Progress,
-) -> tuple[DmtModel, dict[str, Any], Quality]:
-    from dmt_convert.scoring.quality import compare_models
-    from dmt_convert.towers import MappedTables
-    from dmt_convert.towers.initialisation import distill, initialise
+) -> StartedModel:
+    # imports torch, which takes seconds: here, tables are being copied meanwhile
+    from dmt_convert.scoring.started_model import start_model
 
-    fit, held = sample.split(_HELD_OUT)
-    infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
-    tables = MappedTables(info.spec, infos, stored_as=config.dtype)
-    candidates: dict[str, DmtModel] = {}
-    if spec.is_passthrough:
-        model, notes = initialise(flat, spec, None, method="exact", tables=tables)
-        method = "exact"
-        candidates["passthrough"] = model
-    else:
-        model, notes = initialise(flat, spec, fit, method="closed-form", tables=tables)
-        candidates["closed form"] = model
-        method = "closed form"
-        if config.distill_steps:
-            model, note = distill(
-                flat,
-                model,
-                fit,
-                steps=config.distill_steps,
-                seed=config.seed,
-                on_step=lambda done, total: progress("distilling", done, total),
-            )
-            notes, method = (*notes, note), "closed form, then distilled"
-            candidates["distilled"] = model
-        candidates["random initialisation"], _ = initialise(
-            flat, spec, None, method="random", tables=tables, seed=config.seed
-        )
-    quality = compare_models(flat, candidates, held)
-    made = {"method": method, "sample": sample.description, "notes": list(notes)}
-    return model, made, quality
+    return start_model(
+        info,
+        spec,
+        sample,
+        distill_steps=config.distill_steps,
+        stored_as=config.dtype,
+        seed=config.seed,
+        on_step=lambda done, total: progress("distilling", done, total),
+    )
 
 
 def _write(
     info: FlatModelInfo,
     out: Path,
-    model: DmtModel,
+    spec: DmtSpec,
+    starting: Future[StartedModel],
+    sample: Sample,
     partition: Partition,
     plan: TowerPlan,
-    initialisation: dict[str, Any],
-    quality: Quality,
+    *,
     config: ConvertConfig,
     progress: Progress,
 ) -> Bundle:
-    from dmt_convert.bundle import split_state
     from dmt_convert.report.documents import describe_conversion
 
-    dense, modules = split_state(model)
-    files = plan_weight_files(info, model.spec, dense=dense, modules=modules, dtype=config.dtype)
-    total = sum(source.nbytes for sources in files.values() for source in sources)
+    tables = plan_table_files(info, partition.assignment.towers, dtype=config.dtype)
+    total = sum(source.nbytes for sources in tables.values() for source in sources)
     done = 0
 
     def on_bytes(count: int) -> None:
         nonlocal done
         done += count
-        progress("writing", done, total)
+        if done < total:
+            progress("writing", done, total)
+        else:
+            progress("initialising", 0, 0)
 
-    manifest = Manifest(
-        model=model.spec,
+    def describe() -> tuple[Manifest, TowerPlan, Documents]:
+        started = starting.result()
+        manifest = describe_manifest(info, spec, partition, started, sample)
+        return (
+            manifest,
+            plan,
+            lambda final: describe_conversion(final, info, partition, plan, started.quality, out),
+        )
+
+    return write_bundle(
+        out,
+        tables,
+        small=lambda: starting.result().weights,
+        describe=describe,
+        force=config.force,
+        on_bytes=on_bytes,
+    )
+
+
+def describe_manifest(
+    info: FlatModelInfo,
+    spec: DmtSpec,
+    partition: Partition,
+    started: StartedModel,
+    sample: Sample,
+) -> Manifest:
+    """Say all that `dmt.json` says, but for the weights."""
+    return Manifest(
+        model=spec,
         source=describe_source(info),
         facts=tuple(asdict(fact) for fact in info.facts),
         partition=describe_partition(partition),
-        initialisation=initialisation,
-        quality=quality.to_json(),
-    )
-    return write_bundle(
-        out,
-        manifest,
-        files,
-        plan=plan,
-        documents=lambda final: describe_conversion(final, info, partition, plan, quality, out),
-        force=config.force,
-        on_bytes=on_bytes,
+        initialisation={
+            "method": started.method,
+            "sample": sample.description,
+            "notes": list(started.notes),
+        },
+        quality=started.quality.to_json(),
     )
 
 

@@ -102,6 +102,12 @@ def score_to_file(
             expected="a file in an existing folder",
             hint=f"mkdir -p {out.parent}" if not out.parent.is_dir() else "name a file",
         )
+    if out.exists() and any(out.samefile(path) for path in (data, model.path) if path.exists()):
+        raise ConfigError(
+            f"--out {out} is what would be read",
+            expected="a file of its own for the scores",
+            hint="choose another --out",
+        )
     scores = score_data(model, data, max_rows=max_rows, on_rows=on_rows)
     staged = out.parent / f".{out.name}.dmt-tmp-{os.getpid()}"
     try:

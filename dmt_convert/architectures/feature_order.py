@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from dmt_convert.architectures.architecture import Architecture
@@ -32,7 +33,7 @@ def infer_features(
         derived = {table: table for table in tables}
     pooling, facts = _pooling(config)
     if config.features is not None:
-        pairs = _given_features(config.features, derived, tables)
+        pairs = _given_features(config.features, derived, tables, ordered=ordered, family=family)
         facts.append(_fact("features", f"{len(pairs)} features", "given", "--model-config"))
         own = {f.name: f.pooling for f in config.features if f.pooling is not None}
     else:
@@ -86,13 +87,18 @@ def _pooling_of(pooling: Pooling | Mapping[str, Pooling], name: str) -> Pooling:
 
 
 def _given_features(
-    features: tuple[FeatureConfig, ...], derived: Mapping[str, str], tables: list[str]
+    features: tuple[FeatureConfig, ...],
+    derived: Mapping[str, str],
+    tables: list[str],
+    *,
+    ordered: bool,
+    family: Architecture,
 ) -> list[tuple[str, str]]:
     """Resolve the user's list: explicit tables, known names, or new names by position."""
     known = [f.table is not None or f.name in derived or f.name in tables for f in features]
     if not any(known) and len(features) == len(tables):
-        natural = _natural_order(tables) or tables
-        return [(f.name, table) for f, table in zip(features, natural, strict=True)]
+        order, _ = _order(tables, ordered=ordered, family=family)
+        return [(f.name, table) for f, table in zip(features, order, strict=True)]
     names = {table: name for name, table in derived.items()}
     pairs = []
     for feature in features:
@@ -102,9 +108,10 @@ def _given_features(
             pairs.append((feature.name, derived[feature.name]))
         else:
             pairs.append((names.get(feature.name, feature.name), feature.name))
-    missing = [table for table in tables if table not in {table for _, table in pairs}]
-    unknown = [table for _, table in pairs if table not in tables]
-    twice = [name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1]
+    used = {table for _, table in pairs}
+    missing = [table for table in tables if table not in used]
+    unknown = sorted(used - set(tables))
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if missing or unknown or twice:
         raise ConfigError(
             f"the model config lists {len(features)} features that do not fit the "
@@ -113,14 +120,18 @@ def _given_features(
             hint="give `{name: ..., table: ...}` for every feature",
             details=[f"table without a feature: {table}" for table in missing]
             + [f"unknown table: {table}" for table in unknown]
-            + [f"feature named twice: {name}" for name in sorted(set(twice))],
+            + [f"feature named twice: {name}" for name in sorted(twice)],
         )
     return pairs
 
 
 def _order(tables: list[str], *, ordered: bool, family: Architecture) -> tuple[list[str], Fact]:
-    natural = _natural_order(tables)
+    natural, gapless = _natural_order(tables)
     shown = f"{tables[0]} ... " if len(tables) > 1 else tables[0]
+    sorted_as_strings = ordered and tables == sorted(tables) and not family.positional
+    if natural is not None and natural != tables and sorted_as_strings and not gapless:
+        # either the model was built so, or DMP sorted it: nothing tells
+        raise _order_lost(tables)
     if natural is not None and (not ordered or tables == sorted(tables) or family.positional):
         reason = "table names are numbered"
         if ordered and tables != natural:
@@ -140,7 +151,11 @@ def _order(tables: list[str], *, ordered: bool, family: Architecture) -> tuple[l
         )
     if len(tables) == 1:
         return tables, _fact("feature order", tables[0], "inferred", "there is one table")
-    raise ArchitectureError(
+    raise _order_lost(tables)
+
+
+def _order_lost(tables: list[str]) -> ArchitectureError:
+    return ArchitectureError(
         "the order in which the features enter the interaction is not in the checkpoint",
         expected="tables whose names are numbered, or a file that keeps the order",
         hint="list the features in the model's order with --model-config: "
@@ -149,8 +164,13 @@ def _order(tables: list[str], *, ordered: bool, family: Architecture) -> tuple[l
     )
 
 
-def _natural_order(tables: list[str]) -> list[str] | None:
-    """Sort by the one number in every name; None where that is not one sequence."""
+def _natural_order(tables: list[str]) -> tuple[list[str] | None, bool]:
+    """Sort by the one number in every name.
+
+    Returns:
+        The tables in order, None where their names are no sequence (`clicks_7d`, `clicks_30d`
+        are none); and whether the numbers run from 0 or 1 without gaps.
+    """
     keyed = []
     for table in tables:
         parts = re.split(r"(\d+)", table)
@@ -158,8 +178,15 @@ def _natural_order(tables: list[str]) -> list[str] | None:
     skeletons = {skeleton for skeleton, _ in keyed}
     numbers = [number for _, number in keyed]
     if len(skeletons) != 1 or len(set(numbers)) != len(numbers) or not numbers[0]:
-        return None
+        return None, False
     varying = [i for i in range(len(numbers[0])) if len({number[i] for number in numbers}) > 1]
     if len(varying) > 1:
-        return None
-    return [table for _, table in sorted(zip(numbers, tables, strict=True))]
+        return None, False
+    gapless, last = True, True
+    if varying:
+        own = sorted(number[varying[0]] for number in numbers)
+        gapless = own[0] in (0, 1) and own == list(range(own[0], own[0] + len(own)))
+        last = keyed[0][0][-1] == "" and varying[0] == len(numbers[0]) - 1
+    if not gapless and not last:
+        return None, False
+    return [table for _, table in sorted(zip(numbers, tables, strict=True))], gapless

@@ -16,8 +16,9 @@ from dmt_convert.architectures.optimizer_state import find_row_state
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.widths import ShapeReader
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
-from dmt_convert.errors import ArchitectureError
+from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.spec import (
+    DTYPE_BYTES,
     Dtype,
     FeatureSpec,
     InteractionKind,
@@ -29,6 +30,8 @@ from dmt_convert.spec import (
 
 ARCHITECTURES: Final[tuple[Architecture, ...]] = (TORCHREC_DLRM, FACEBOOK_DLRM)
 """All families."""
+_MAX_LISTED: Final = 100
+"""Tensors of a kind that an error lists."""
 
 
 def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> FlatModelInfo:
@@ -63,12 +66,17 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
             expected="one plain table per feature",
             hint="this variant cannot be converted yet",
         )
-    if shapes.missing or shapes.wrong or match.extra or spec is None:
-        raise _incomplete(checkpoint, match, shapes)
+    extra = [*match.extra]
+    tensors: Mapping[str, TensorInfo] = match.tensors
+    if spec is not None:
+        tensors = _number_last(match.tensors, spec)
+        extra += [info.path for name, info in tensors.items() if not _belongs(name, spec)]
+    if shapes.missing or shapes.wrong or extra or spec is None:
+        raise _incomplete(checkpoint, match, shapes, extra)
     return FlatModelInfo(
         checkpoint=checkpoint,
         spec=spec,
-        tensors=_number_last(match.tensors, spec),
+        tensors=tensors,
         row_state=find_row_state(checkpoint, match),
         facts=tuple(facts),
         ignored=_ignored(checkpoint, match),
@@ -79,6 +87,14 @@ def _number_last(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> dict[str
     """Give a last over_arch layer that stands apart its number."""
     last = f"over_arch.{spec.over_arch.num_layers - 1}."
     return {name.replace("over_arch.last.", last): info for name, info in tensors.items()}
+
+
+def _belongs(name: str, spec: ModelSpec) -> bool:
+    """Tell whether the model has a part for a tensor (a DCN has none for a projection's)."""
+    part = name.split(".", maxsplit=1)[0]
+    if part == "cross":
+        return spec.interaction.kind == "dcn"
+    return not part.startswith("branch") or spec.interaction.kind == "projection"
 
 
 def infer_spec(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> ModelSpec:
@@ -108,10 +124,12 @@ def _read_tables(match: Match, shapes: ShapeReader) -> list[TableSpec]:
     for name in names:
         shape = shapes.shape(name, 2)
         info = match.tensors[name]
-        if shape is not None and info.dtype in ("fp32", "fp16", "bf16"):
+        if shape is not None:
             table = name.removeprefix("tables.").removesuffix(".weight")
+            # another dtype is a problem that ShapeReader has noted; the widths still count
+            dtype = info.dtype if info.dtype in DTYPE_BYTES else "fp32"
             tables.append(
-                TableSpec(name=table, rows=shape[0], dim=shape[1], dtype=cast(Dtype, info.dtype))
+                TableSpec(name=table, rows=shape[0], dim=shape[1], dtype=cast(Dtype, dtype))
             )
     return tables
 
@@ -124,14 +142,19 @@ def _assemble(
     config: ModelConfig,
     facts: list[Fact],
 ) -> ModelSpec | None:
+    # without all tables no width fits: what is missing is reported, not what follows from it
+    whole = not shapes.missing and len(tables) == sum(
+        n.startswith("tables.") for n in match.tensors
+    )
     by_name = {table.name: table for table in tables}
     dims = [by_name[feature.table].dim for feature in features]
     kind = _parametric_kind(shapes)
+    _check_given_kind(kind, config)
     same_dim = kind in (None, "projection") and len(set(dims)) == 1
     dense_arch = shapes.mlp("dense_arch", output=dims[0] if same_dim else None, final_relu=True)
     last = "over_arch.last" if match.family.over_arch_last else None
     over_arch = shapes.mlp("over_arch", last=last, final_relu=False)
-    if dense_arch is None or over_arch is None:
+    if dense_arch is None or over_arch is None or not whole:
         return None
     interaction = _interaction(
         match, shapes, kind, [dense_arch.widths[-1], *dims], over_arch, config, facts
@@ -172,6 +195,19 @@ def _parametric_kind(shapes: ShapeReader) -> InteractionKind | None:
     if shapes.indices("branch1") or shapes.indices("branch2"):
         return "projection"
     return None
+
+
+def _check_given_kind(kind: InteractionKind | None, config: ModelConfig) -> None:
+    """Refuse an interaction in the model config that the tensors contradict."""
+    given = config.interaction
+    if given is None or given == kind or (kind is None and given in ("dot", "cat")):
+        return
+    raise ConfigError(
+        f"the model config says interaction {given}, the checkpoint "
+        + (f"holds the tensors of {kind}" if kind else f"holds no tensor of {given}"),
+        expected=kind or "dot or cat",
+        hint="leave `interaction` out; `dmt inspect` shows what the tensors tell",
+    )
 
 
 def _interaction(
@@ -241,13 +277,22 @@ def _dot_or_cat(
         shapes.wrong.append(_width_problem(shapes, dims, width, options))
         return None
     chosen = fitting[0]
-    label = chosen.kind + (" with self-pairs" if chosen.self_pairs else "")
+    label = _label(chosen)
     if config.interaction is not None:
         facts.append(
             Fact(subject="interaction", value=label, source="given", reason="--model-config")
         )
     elif len(fitting) > 1:
-        reason = "dot and cat give the same width here; dot is the trainer's default"
+        others = " and ".join(_label(option) for option in fitting[1:])
+        if label != "dot":
+            raise ArchitectureError(
+                f"{shapes.source_name('over_arch.0.weight')} takes {width} inputs, which "
+                f"{label} and {others} both give",
+                expected="a width that only one interaction gives, or dot, the trainer's default",
+                hint="say which one with --model-config: `interaction: cat`, or "
+                "`interaction: dot` (and `self_pairs: true`)",
+            )
+        reason = f"{others} would give the same width; dot is the trainer's default"
         facts.append(Fact(subject="interaction", value=label, source="assumed", reason=reason))
     else:
         facts.append(
@@ -273,38 +318,54 @@ def _width_problem(
     shapes: ShapeReader, dims: list[int], width: int, options: list[InteractionSpec]
 ) -> str:
     name = shapes.source_name("over_arch.0.weight")
-    gives = ", ".join(
-        f"{option.kind}{' with self-pairs' if option.self_pairs else ''} {option.output_width(dims)}"
-        for option in options
-    )
+    gives = ", ".join(f"{_label(option)} {option.output_width(dims)}" for option in options)
     if not options:
         gives = f"vectors of widths {sorted(set(dims))}, which dot cannot pair"
     text = (
         f"{name} takes {width} inputs; {len(dims) - 1} features and the dense vector give {gives}"
     )
-    implied = (1 + math.isqrt(max(0, 1 + 8 * (width - dims[0])))) // 2
-    if implied * (implied - 1) // 2 == width - dims[0] and implied > len(dims):
+    implied = {
+        f"a {_label(option)} of {count - 1} features"
+        for option in options
+        for count in (_implied_count(option, dims[0], width),)
+        if len(set(dims)) == 1 and count > len(dims)
+    }
+    if implied:
         text += (
-            f". A dot of {implied - 1} features would fit: tables are missing (a multi-rank run of "
+            f". {' or '.join(sorted(implied))} would fit: tables are missing (a multi-rank run of "
             "dlrm_s_pytorch.py saves only its own), or a table serves several features (list "
             "them with --model-config)"
         )
     return text
 
 
-def _incomplete(checkpoint: FlatCheckpoint, match: Match, shapes: ShapeReader) -> ArchitectureError:
-    details = [f"missing: {name}" for name in dict.fromkeys(shapes.missing)]
-    details += [f"wrong shape: {text}" for text in dict.fromkeys(shapes.wrong)]
-    details += [f"extra: {name}" for name in match.extra]
-    counts = [
-        f"{len(items)} {label}"
-        for items, label in (
-            (dict.fromkeys(shapes.missing), "missing"),
-            (dict.fromkeys(shapes.wrong), "misshapen"),
-            (match.extra, "extra"),
-        )
-        if items
-    ]
+def _label(option: InteractionSpec) -> str:
+    return option.kind + (" with self-pairs" if option.self_pairs else "")
+
+
+def _implied_count(option: InteractionSpec, dim: int, width: int) -> int:
+    """Return how many vectors of `dim` make an interaction so wide; 0 where no number does."""
+    guess = width // dim
+    if option.kind == "dot":
+        root = math.isqrt(max(0, 1 + 8 * (width - dim)))
+        guess = (root - 1 if option.self_pairs else root + 1) // 2
+    return guess if guess and option.output_width([dim] * guess) == width else 0
+
+
+def _incomplete(
+    checkpoint: FlatCheckpoint, match: Match, shapes: ShapeReader, extra: list[str]
+) -> ArchitectureError:
+    details, counts = [], []
+    for items, label, prefix in (
+        (shapes.missing, "missing", "missing"),
+        (shapes.wrong, "misshapen", "wrong shape"),
+        (extra, "extra", "extra"),
+    ):
+        found = [*dict.fromkeys(items)]
+        details += [f"{prefix}: {text}" for text in found[:_MAX_LISTED]]
+        if len(found) > _MAX_LISTED:
+            details.append(f"{prefix}: ... and {len(found) - _MAX_LISTED} more")
+        counts += [f"{len(found)} {label}"] if found else []
     return ArchitectureError(
         f"{checkpoint.source} is not a whole {match.family.name} model: "
         f"{', '.join(counts) or 'no'} tensors",

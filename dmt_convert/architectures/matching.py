@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 
 from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.model_config import ModelConfig
-from dmt_convert.architectures.name_map import strip_wrappers
+from dmt_convert.architectures.name_map import is_index, strip_wrappers
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
-from dmt_convert.errors import ArchitectureError
+from dmt_convert.errors import ArchitectureError, ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,12 @@ def find_model(
     groups: dict[tuple[str, ...], list[TensorInfo]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(tensor.container, []).append(tensor)
+    if config.family is not None and config.family not in {family.name for family in families}:
+        raise ConfigError(
+            f"the model config names the family {config.family!r}",
+            expected="one of " + ", ".join(family.name for family in families),
+            hint="leave it out: the family shows in the names of the tensors",
+        )
     candidates: list[tuple[Architecture, tuple[str, ...], str]] = []
     for container, tensors in groups.items():
         if config.container is not None and ".".join(container) != config.container:
@@ -93,6 +99,8 @@ def _match(
         known, target = False, None
         if name.startswith(prefix):
             known, target = family.names.to_canonical(name.removeprefix(prefix))
+        if target is not None and target.startswith("tables.") and family.positional:
+            known = is_index(target.split(".")[1])
         if known and target is not None and target not in canonical:
             canonical[target] = tensor
         elif not known and not any(fnmatch(tensor.name, glob) for glob in config.ignore):

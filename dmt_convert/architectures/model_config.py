@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -75,9 +76,10 @@ def read_model_config(path: Path) -> ModelConfig:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"the model config {path} cannot be read ({str(error).splitlines()[0]})",
+            f"the model config {path} cannot be read ({reason})",
             expected="a YAML file",
             hint=f"an example:\n{EXAMPLE}",
         ) from None
@@ -88,26 +90,35 @@ def read_model_config(path: Path) -> ModelConfig:
 
 def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
-    problems = [f"unknown key {key!r}" for key in content if key not in known]
+    problems = [f"unknown key {_show(key)}" for key in content if key not in known]
     checks = {
         "interaction": get_args(InteractionKind),
         "pair_order": get_args(PairOrder),
-        "self_pairs": (True, False),
-        "final_sigmoid": (True, False),
     }
     problems += [
-        f"{key}: {content[key]!r} is not one of {', '.join(map(str, allowed))}"
+        f"{key}: {_show(content[key])} is not one of {', '.join(allowed)}"
         for key, allowed in checks.items()
         if content.get(key) is not None and content[key] not in allowed
     ]
     problems += [
-        f"{key}: {content[key]!r} is not a string"
+        f"{key}: {_show(content[key])} is neither true nor false"
+        for key in ("self_pairs", "final_sigmoid")
+        if not isinstance(content.get(key), bool | None)
+    ]
+    problems += [
+        f"{key}: {_show(content[key])} is not a string"
         for key in ("family", "container", "prefix")
         if content.get(key) is not None and not isinstance(content[key], str)
     ]
     pooling = content.get("pooling")
     poolings = pooling.values() if isinstance(pooling, dict) else [pooling]
-    problems += [f"pooling: {p!r} is neither sum nor mean" for p in poolings if not _is_pooling(p)]
+    problems += [
+        f"pooling: {_show(p)} is neither sum nor mean"
+        for p in poolings
+        if not _is_pooling(p) or (p is None and isinstance(pooling, dict))
+    ]
+    if isinstance(pooling, dict):
+        problems += [f"pooling: {_show(k)} is no name" for k in pooling if not isinstance(k, str)]
     features = _parse_features(content.get("features"), problems)
     ignore = content.get("ignore") or []
     if not isinstance(ignore, list) or not all(isinstance(item, str) for item in ignore):
@@ -128,12 +139,13 @@ def _parse_features(value: object, problems: list[str]) -> tuple[FeatureConfig, 
     for item in value:
         entry = item if isinstance(item, dict) else {"name": item}
         unknown = set(entry) - {"name", "table", "pooling"}
-        if unknown or not isinstance(entry.get("name"), str | int):
-            problems.append(f"features: {item!r} is neither a name nor name, table, pooling")
+        table = entry.get("table")
+        named = _is_name(entry.get("name")) and (table is None or _is_name(table))
+        if unknown or not named:
+            problems.append(f"features: {_show(item)} is neither a name nor name, table, pooling")
         elif not _is_pooling(entry.get("pooling")):
-            problems.append(f"features: {item!r} has a pooling that is neither sum nor mean")
+            problems.append(f"features: {_show(item)} has a pooling that is neither sum nor mean")
         else:
-            table = entry.get("table")
             features.append(
                 FeatureConfig(
                     name=str(entry["name"]),
@@ -142,6 +154,15 @@ def _parse_features(value: object, problems: list[str]) -> tuple[FeatureConfig, 
                 )
             )
     return tuple(features)
+
+
+def _is_name(value: object) -> bool:
+    # YAML reads a bare 7 as a number and a bare no as false
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def _show(value: object) -> str:
+    return reprlib.repr(value)
 
 
 def _is_pooling(value: object) -> bool:

@@ -48,11 +48,11 @@ class NameMap:
             key = match.group(1) if match.groups() else ""
             renumber = self._renumber.get(target.split(".", maxsplit=1)[0])
             if renumber is not None:
-                index = renumber[0](int(key)) if key.isdecimal() and len(key) < 6 else None
+                index = renumber[0](int(key)) if is_index(key) else None
                 if index is None:
                     return False, None
                 key = str(index)
-            elif "{}" in target and not target.startswith("tables.") and not key.isdecimal():
+            elif "{}" in target and not target.startswith("tables.") and not is_index(key):
                 return False, None
             return True, target.replace("{}", key)
         return False, None
@@ -72,6 +72,11 @@ class NameMap:
                 key = str(renumber[1](int(key)))
             return source.replace("{}", key)
         return None
+
+
+def is_index(key: str) -> bool:
+    """Tell whether a name component is an index as torch writes it: `7`, not `07`."""
+    return key.isascii() and key.isdecimal() and len(key) < 6 and str(int(key)) == key
 
 
 def strip_wrappers(name: str) -> str:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 from dmt_convert.bundle.bundle import (
     PLAN_NAME,
     Bundle,
+    Documents,
+    Weights,
     check_digests,
     is_bundle,
     open_bundle,
     write_bundle,
 )
+from dmt_convert.bundle.checksums import check_checksums
 from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
 from dmt_convert.bundle.staging import check_space, check_target
-from dmt_convert.bundle.weights import plan_weight_files, table_bytes
+from dmt_convert.bundle.weights import SmallWeights, plan_table_files, table_bytes
 
 if TYPE_CHECKING:
     from dmt_convert.bundle.bundle_model import open_bundle_model, split_state
@@ -25,14 +28,18 @@ __all__ = [
     "PLAN_NAME",
     "SCHEMA_VERSION",
     "Bundle",
+    "Documents",
     "Manifest",
+    "SmallWeights",
+    "Weights",
+    "check_checksums",
     "check_digests",
     "check_space",
     "check_target",
     "is_bundle",
     "open_bundle",
     "open_bundle_model",
-    "plan_weight_files",
+    "plan_table_files",
     "read_manifest",
     "split_state",
     "table_bytes",

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dmt_convert.bundle.digest import TreeDigest, digest_names
-from dmt_convert.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
-from dmt_convert.bundle.safetensors_writer import TensorSource, write_safetensors
-from dmt_convert.bundle.staging import staged_folder
-from dmt_convert.bundle.weights import DENSE_FILE, tower_file
+from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
+from dmt_convert.bundle.safetensors_writer import StreamedFile, TensorSource
+from dmt_convert.bundle.staging import make_folder, staged_folder
+from dmt_convert.bundle.weights import DENSE_FILE, SmallWeights, tower_file
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.plan import TowerPlan
 
 PLAN_NAME: Final = "plan.json"
 _DOCUMENT_BYTES: Final = 8 << 20
+
+Weights = Mapping[str, Mapping[str, Any]]
+"""Weights file -> its bytes and the digests of its tensors."""
+Documents = Callable[[Manifest], Mapping[str, str]]
+"""Given the final manifest, further files of a bundle by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +67,10 @@ def is_bundle(path: Path) -> bool:
 
 def write_bundle(
     out: Path,
-    manifest: Manifest,
-    files: Mapping[str, list[TensorSource]],
+    tables: Mapping[str, list[TensorSource]],
     *,
-    plan: TowerPlan,
-    documents: Callable[[Manifest], Mapping[str, str]],
+    small: Callable[[], SmallWeights],
+    describe: Callable[[], tuple[Manifest, TowerPlan, Documents]],
     force: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Bundle:
@@ -73,10 +78,10 @@ def write_bundle(
 
     Args:
         out: The bundle's folder.
-        manifest: Without digests; they are filled in as the weights are written.
-        files: Weights file -> its tensors.
-        plan: The plan.
-        documents: Given the final manifest, returns further files by name.
+        tables: Weights file -> its tables, which are streamed first.
+        small: Gives all other weights, once the tables are written.
+        describe: Gives the manifest (weights and digests are filled in), the plan, and what
+            makes further documents.
         force: Replace a bundle that is there.
         on_bytes: Told of every written piece, for progress.
 
@@ -84,22 +89,15 @@ def write_bundle(
         BundleError: The target is taken, or the disk is full.
         CheckpointError: A table holds NaN or Inf, or its bytes are not what they were.
     """
-    needed = sum(source.nbytes for sources in files.values() for source in sources)
+    needed = sum(source.nbytes for sources in tables.values() for source in sources)
     with staged_folder(out, force=force, needed_bytes=needed + _DOCUMENT_BYTES) as staging:
-        (staging / "weights").mkdir(mode=0o755)
-        weights = {}
-        for name, sources in files.items():
-            digests = write_safetensors(
-                staging / name,
-                sources,
-                metadata={"format": "pt", "dmt_schema": str(manifest.schema_version)},
-                on_bytes=on_bytes,
-            )
-            weights[name] = {"bytes": (staging / name).stat().st_size, "digests": digests}
+        make_folder(staging / "weights")
+        weights = _write_weights(staging, tables, small, on_bytes)
+        manifest, plan, documents = describe()
         manifest = replace(
             manifest,
             weights=weights,
-            source={**manifest.source, "digest": _source_digest(files, weights)},
+            source={**manifest.source, "digest": _source_digest(tables, weights)},
         )
         _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
         for name, text in documents(manifest).items():
@@ -108,18 +106,34 @@ def write_bundle(
     return open_bundle(out)
 
 
-def _source_digest(
-    files: Mapping[str, list[TensorSource]], weights: Mapping[str, Mapping[str, object]]
-) -> str:
+def _write_weights(
+    staging: Path,
+    tables: Mapping[str, list[TensorSource]],
+    small: Callable[[], SmallWeights],
+    on_bytes: Callable[[int], None],
+) -> Weights:
+    metadata = {"format": "pt", "dmt_schema": str(SCHEMA_VERSION)}
+    files = {
+        name: StreamedFile(staging / name, sources, metadata=metadata)
+        for name, sources in tables.items()
+    }
+    for file in files.values():
+        file.write_large(on_bytes)
+    late = small().sources()
+    weights = {}
+    for name, file in files.items():
+        digests = file.finish(late[name])
+        weights[name] = {"bytes": (staging / name).stat().st_size, "digests": digests}
+    return weights
+
+
+def _source_digest(tables: Mapping[str, list[TensorSource]], weights: Weights) -> str:
     """Digest of the flat model's tables as they were read (recoded tables: as written)."""
     entries = []
-    for name, sources in files.items():
+    for name, sources in tables.items():
         digests = weights[name]["digests"]
-        assert isinstance(digests, dict)
         entries += [
-            (source.name, source.dtype, source.shape, digests[source.name])
-            for source in sources
-            if source.name.startswith("tables.")
+            (source.name, source.dtype, source.shape, digests[source.name]) for source in sources
         ]
     return digest_names(entries)
 
@@ -132,7 +146,8 @@ def _write_text(path: Path, text: str) -> None:
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-    path.chmod(0o644)
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
 
 
 def open_bundle(path: Path) -> Bundle:

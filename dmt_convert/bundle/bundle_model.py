@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dmt_convert.bundle.bundle import Bundle
-from dmt_convert.bundle.weights import Arrays
+from dmt_convert.bundle.weights import SmallWeights
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import BundleError
 from dmt_convert.towers.dmt_model import DmtModel
@@ -62,7 +62,7 @@ def open_bundle_model(bundle: Bundle) -> DmtModel:
     return model.eval()
 
 
-def split_state(model: DmtModel) -> tuple[Arrays, tuple[Arrays, ...]]:
+def split_state(model: DmtModel) -> SmallWeights:
     """Split a model's weights as a bundle stores them: dense parts, and every tower's module."""
     dense = {}
     modules: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in model.spec.towers)
@@ -74,4 +74,4 @@ def split_state(model: DmtModel) -> tuple[Arrays, tuple[Arrays, ...]]:
                 modules[int(tower)][rest] = array
         else:
             dense[name.removeprefix("interaction.")] = array
-    return dense, modules
+    return SmallWeights(dense=dense, modules=modules)

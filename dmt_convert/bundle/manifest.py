@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert import __version__
-from dmt_convert.errors import BundleError
+from dmt_convert.errors import BundleError, DmtError
 from dmt_convert.towers import DmtSpec
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "dmt.json"
+_KINDS: Final[Mapping[str, type]] = {
+    "tool": dict,
+    "source": dict,
+    "model": dict,
+    "facts": list,
+    "partition": dict,
+    "initialisation": dict,
+    "quality": dict,
+    "weights": dict,
+}
+"""What the parts of `dmt.json` are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +67,19 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            TypeError: A part is of another kind than it should be; likewise KeyError, ValueError
+                and AttributeError.
+        """
+        for name, kind in _KINDS.items():
+            if not isinstance(value[name], kind):
+                raise TypeError(f"{name} is {type(value[name]).__name__}")
+        for name, entry in value["weights"].items():
+            digests = entry["digests"]
+            if type(entry["bytes"]) is not int or not isinstance(digests, dict):
+                raise TypeError(f"the entry of {name} lacks its size or its digests")
         return cls(
             model=DmtSpec.from_json(value["model"]),
             source=value["source"],
@@ -79,13 +102,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{folder} has no {MANIFEST_NAME}",
+            f"{folder} is no bundle: it has no {MANIFEST_NAME}",
             expected="a bundle, as `dmt convert` writes it",
             hint="convert a checkpoint first: dmt convert ckpt.pt --towers 4",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if type(version) is not int:
@@ -98,6 +121,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.from_json(value)
+    except DmtError as error:
+        raise _damaged(path, error.found) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, repr(error)) from None
 
@@ -106,5 +131,5 @@ def _damaged(path: Path, why: str) -> BundleError:
     return BundleError(
         f"{path} cannot be read ({why})",
         expected="the JSON that `dmt convert` wrote",
-        hint="the bundle is damaged; convert the checkpoint again",
+        hint="copy the bundle again, or convert the checkpoint again",
     )

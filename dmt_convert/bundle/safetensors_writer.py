@@ -1,14 +1,13 @@
 """Write `.safetensors` files as streams: one chunk in memory, whatever the tensor's size.
 
-While one chunk is written, the next is read and the last is checked and hashed, so that a
-conversion runs at the disk's pace.
+Tables that are stored as they shall be are copied by the kernel, others chunk by chunk; either way
+another thread looks at every byte, so that a conversion runs at the disk's pace.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,18 +16,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from dmt_convert.bundle.digest import TreeDigest
+from dmt_convert.bundle.checksums import checksum_error
+from dmt_convert.bundle.digest import TreeDigest, combine_crc32
+from dmt_convert.bundle.raw_copy import FileRange, copy_range
 from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows
 from dmt_convert.errors import CheckpointError
 
 _SAFETENSORS_DTYPES: Final = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
-_EXPONENTS: Final[Mapping[str, tuple[np.dtype[Any], int, int]]] = {
-    "fp64": (np.dtype("<u8"), 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "fp32": (np.dtype("<u4"), 0x7FFF_FFFF, 0x7F80_0000),
-    "fp16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
-    "bf16": (np.dtype("<u2"), 0x7FFF, 0x7F80),
+_ALIGNMENT: Final = 4096
+_LATE_HEADER_BYTES: Final = 16_384
+_INFINITIES: Final[Mapping[str, tuple[np.dtype[Any], np.dtype[Any], int]]] = {
+    "fp64": (np.dtype("<i8"), np.dtype("<u8"), 0x7FF0_0000_0000_0000),
+    "fp32": (np.dtype("<i4"), np.dtype("<u4"), 0x7F80_0000),
+    "fp16": (np.dtype("<i2"), np.dtype("<u2"), 0x7C00),
+    "bf16": (np.dtype("<i2"), np.dtype("<u2"), 0x7F80),
 }
-"""Per float dtype: its bits as integers, the mask without the sign, and the bits of Inf."""
+"""Per float dtype: its bits as signed and unsigned integers, and the bits of Inf."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,8 @@ class TensorSource:
     """Gives its bytes; chunks are whole elements, valid until the next but one is asked for."""
     origin: str
     """What to call it in errors."""
-    crc32: int | None = None
-    """Checksum that its bytes must have."""
+    ranges: tuple[FileRange, ...] = ()
+    """The same bytes as runs of files, where they are stored just so: copied by the kernel."""
 
     @property
     def nbytes(self) -> int:
@@ -69,41 +72,92 @@ def array_source(name: str, array: np.ndarray) -> TensorSource:
     )
 
 
-def write_safetensors(
-    path: Path,
-    sources: Sequence[TensorSource],
-    *,
-    metadata: Mapping[str, str],
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> dict[str, str]:
-    """Write a file with mode 0644 and bring it to the disk.
+class StreamedFile:
+    """A file whose large tensors are written first; small ones and the header follow.
+
+    So tables stream to the disk while the small tensors beside them are still being computed.
+    The file has mode 0644, whatever the umask says.
 
     Args:
         path: Where to; must not exist.
-        sources: The tensors, in the order of the file.
+        sources: The large tensors, first in the file.
         metadata: Strings for the header.
-        on_bytes: Told of every written piece, for progress.
-
-    Returns:
-        Tensor name -> digest.
-
-    Raises:
-        CheckpointError: A tensor holds NaN or Inf, or not the bytes that its checksum says.
-        OSError: The disk is full, or fails.
     """
-    digests = {}
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
-        os.fchmod(file.fileno(), 0o644)
-        header = _header(sources, metadata)
-        _write_all(file.fileno(), memoryview(header))
-        for source in sources:
-            digests[source.name] = _write_tensor(file.fileno(), source, pool, on_bytes)
-        file.truncate(len(header) + sum(source.nbytes for source in sources))
-        os.fsync(file.fileno())
-    return digests
+
+    def __init__(
+        self, path: Path, sources: Sequence[TensorSource], *, metadata: Mapping[str, str]
+    ) -> None:
+        self._path = path
+        self._metadata = metadata
+        self._written: list[TensorSource] = []
+        self._digests: dict[str, str] = {}
+        self._sources = sources
+        # room for the header: what is known now, and some dozens of small tensors
+        self._begin = _align(8 + len(_header_text(sources, metadata)) + _LATE_HEADER_BYTES)
+
+    def write_large(self, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+        """Stream the large tensors.
+
+        Raises:
+            CheckpointError: A tensor holds NaN or Inf, or not the bytes that its checksum says.
+            OSError: The disk is full, or fails.
+        """
+        with self._path.open("xb", buffering=0) as file:
+            os.fchmod(file.fileno(), 0o644)
+            os.lseek(file.fileno(), self._begin, os.SEEK_SET)
+            self._write(file.fileno(), self._sources, on_bytes)
+
+    def finish(
+        self,
+        late: Sequence[TensorSource] = (),
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, str]:
+        """Append the small tensors, write the header, bring the file to the disk.
+
+        Returns:
+            Tensor name -> digest.
+
+        Raises:
+            CheckpointError: A tensor holds NaN or Inf.
+            OSError: The disk is full, or fails.
+        """
+        with self._path.open("r+b", buffering=0) as file:
+            os.lseek(file.fileno(), self._begin + _total(self._written), os.SEEK_SET)
+            self._write(file.fileno(), late, on_bytes)
+            file.truncate(self._begin + _total(self._written))
+            text = _header_text(self._written, self._metadata)
+            assert 8 + len(text) <= self._begin, "the header outgrew its room"
+            text += b" " * (self._begin - 8 - len(text))
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
+            os.fsync(file.fileno())
+        return self._digests
+
+    def _write(
+        self, descriptor: int, sources: Sequence[TensorSource], on_bytes: Callable[[int], None]
+    ) -> None:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as checker:
+            for source in sources:
+                check = _Check(source)
+                for part in source.ranges:
+                    copy_range(descriptor, part, look=check.update, on_bytes=on_bytes, pool=checker)
+                    check.end_range(part)
+                if not source.ranges:
+                    _write_chunks(descriptor, source, check, reader, checker, on_bytes)
+                self._digests[source.name] = check.finish()
+                self._written.append(source)
 
 
-def _header(sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> bytes:
+def write_safetensors(
+    path: Path, sources: Sequence[TensorSource], *, metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Write a whole file at once; see `StreamedFile`."""
+    file = StreamedFile(path, sources, metadata=metadata)
+    file.write_large()
+    return file.finish()
+
+
+def _header_text(sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for source in sources:
@@ -113,24 +167,33 @@ def _header(sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> byt
             "data_offsets": [position, position + source.nbytes],
         }
         position += source.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # tensors begin aligned
-    return len(text).to_bytes(8, "little") + text
+    return json.dumps(entries, separators=(",", ":")).encode()
 
 
-def _write_tensor(
+def _total(sources: Sequence[TensorSource]) -> int:
+    return sum(source.nbytes for source in sources)
+
+
+def _align(length: int) -> int:
+    """Round up, so that the first tensor begins aligned."""
+    return length + -length % _ALIGNMENT
+
+
+def _write_chunks(
     descriptor: int,
     source: TensorSource,
-    pool: ThreadPoolExecutor,
+    check: _Check,
+    reader: ThreadPoolExecutor,
+    checker: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
-) -> str:
-    check = _Check(source)
+) -> None:
+    """Write a tensor that is made chunk by chunk: the next is made while one is written."""
     chunks = source.chunks()
     written = 0
-    ahead: Future[ByteRows | None] = pool.submit(next, chunks, None)
+    ahead: Future[ByteRows | None] = reader.submit(next, chunks, None)
     while (chunk := ahead.result()) is not None:
-        ahead = pool.submit(next, chunks, None)
-        checking = pool.submit(check.update, chunk, written)
+        ahead = reader.submit(next, chunks, None)
+        checking = checker.submit(check.update, chunk)
         if chunk is ZEROS:
             os.lseek(descriptor, chunk.nbytes, os.SEEK_CUR)
         else:
@@ -139,7 +202,6 @@ def _write_tensor(
         written += chunk.nbytes
         on_bytes(chunk.nbytes)
     assert written == source.nbytes, (source.name, written, source.nbytes)
-    return check.finish()
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -154,23 +216,26 @@ class _Check:
         self._source = source
         self._digest = TreeDigest()
         self._crc32 = 0
+        self._position = 0
 
-    def update(self, chunk: ByteRows, position: int) -> None:
-        self._digest.update(chunk)
-        if self._source.crc32 is not None:
-            self._crc32 = zlib.crc32(chunk.data, self._crc32)
-        if chunk is not ZEROS and self._source.dtype in _EXPONENTS:
-            bad = first_non_finite(chunk, self._source.dtype)
-            if bad is not None:
-                self._refuse(position // ITEM_BYTES[self._source.dtype] + bad)
+    def update(self, chunk: ByteRows) -> None:
+        """Take the next bytes of the tensor."""
+        self._crc32 = combine_crc32(self._crc32, self._digest.update(chunk), chunk.nbytes)
+        bad = None if chunk is ZEROS else first_non_finite(chunk, self._source.dtype)
+        if bad is not None:
+            self._refuse(self._position // ITEM_BYTES[self._source.dtype] + bad)
+        self._position += chunk.nbytes
+
+    def end_range(self, part: FileRange) -> None:
+        """Hold what was seen since the last range against the range's checksum."""
+        if part.crc32 is not None and part.crc32 != self._crc32:
+            raise checksum_error(
+                f"{self._source.origin} in {part.path.name}", self._crc32, part.crc32
+            )
+        self._crc32 = 0
 
     def finish(self) -> str:
-        if self._source.crc32 is not None and self._source.crc32 != self._crc32:
-            raise CheckpointError(
-                f"{self._source.origin} has the checksum {self._crc32:08x}",
-                expected=f"{self._source.crc32:08x}, as the file says: its bytes changed on disk",
-                hint="copy the checkpoint again from where it was written",
-            )
+        """Return the digest of the tensor."""
         return self._digest.finish()
 
     def _refuse(self, element: int) -> None:
@@ -185,10 +250,16 @@ class _Check:
 
 
 def first_non_finite(chunk: ByteRows, dtype: str) -> int | None:
-    """Return the index of the first NaN or Inf, None where all elements are finite."""
-    kind, mask, infinity = _EXPONENTS[dtype]
-    bits = chunk.view(kind)
-    magnitude = np.bitwise_and(bits, kind.type(mask))
-    if int(magnitude.max(initial=0)) < infinity:
+    """Return the index of the first NaN or Inf, None where all elements are finite.
+
+    As integers, NaN and Inf are the largest values: above Inf's bits among the positive ones
+    (signed), above those of -Inf among the negative ones (unsigned).
+    """
+    if dtype not in _INFINITIES:
         return None
-    return int(np.flatnonzero(magnitude >= infinity)[0])
+    signed, unsigned, infinity = _INFINITIES[dtype]
+    negative = infinity | (1 << (8 * signed.itemsize - 1))
+    positive_bits, bits = chunk.view(signed), chunk.view(unsigned)
+    if not bits.size or (int(positive_bits.max()) < infinity and int(bits.max()) < negative):
+        return None
+    return int(np.flatnonzero((positive_bits >= infinity) | (bits >= negative))[0])

@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,19 +22,27 @@ from dmt_convert.errors import BundleError
 _MARK: Final = ".dmt-tmp-"
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_BUNDLE_NAMES: Final = frozenset(
+    {MANIFEST_NAME, "plan.json", "weights", "report.html", "partition.svg"}
+)
+"""What lies in a bundle's folder; with anything else in it, it is never replaced."""
 
 
 def check_target(out: Path, *, force: bool) -> None:
     """Refuse a target that must not be replaced.
 
     Raises:
-        BundleError: Something is there and `force` is not given, or it is not a bundle.
+        BundleError: Something is there and `force` is not given, or it is not a bundle, or
+            holds more than a bundle does.
     """
-    if not out.parent.is_dir():
+    if not out.parent.is_dir() or out.name in ("", ".."):
+        found = f"--out {out} names no new folder" if out.parent.is_dir() else None
         raise BundleError(
-            f"the folder {out.parent} does not exist",
-            expected="an existing folder to write the bundle into",
-            hint=f"mkdir -p {out.parent}",
+            found or f"the folder {out.parent} does not exist",
+            expected="the name of a folder to write, in a folder that exists",
+            hint="name the bundle, as in --out models/ckpt-dmt4"
+            if found
+            else f"mkdir -p {out.parent}",
         )
     if not os.path.lexists(out):
         return
@@ -42,8 +50,9 @@ def check_target(out: Path, *, force: bool) -> None:
     if empty:
         return
     if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        kind = "a symbolic link" if out.is_symlink() else "not a bundle"
         raise BundleError(
-            f"{out} exists and is not a bundle",
+            f"{out} exists and is {kind}",
             expected="a path where nothing is, or a bundle that may be replaced",
             hint="choose another --out; what is there is never deleted",
         )
@@ -52,6 +61,14 @@ def check_target(out: Path, *, force: bool) -> None:
             f"{out} exists",
             expected="a path where nothing is",
             hint="choose another --out, or replace the bundle with --force",
+        )
+    others = sorted({path.name for path in out.iterdir()} - _BUNDLE_NAMES)
+    if others:
+        raise BundleError(
+            f"{out} holds files beside the bundle's own",
+            expected="a bundle and nothing else, where it is to be replaced",
+            hint="move these files away, or choose another --out; they are never deleted",
+            details=others,
         )
 
 
@@ -68,15 +85,12 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
         BundleError: The target is taken, or the disk is full.
     """
     check_target(out, force=force)
-    _remove_stale(out)
-    check_space(out, needed_bytes)
     staging = out.parent / f".{out.name}{_MARK}{os.getpid()}"
-    staging.mkdir(mode=0o755)
-    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    lock = _make_locked(staging, out, needed_bytes)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield staging
-        _sync_folder(staging)
+        for folder in (*(path for path in staging.iterdir() if path.is_dir()), staging):
+            _sync_folder(folder)
         _put_in_place(staging, out, force=force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -89,6 +103,29 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that others may read, whatever the umask says."""
+    path.mkdir()
+    path.chmod(0o755)
+
+
+def _make_locked(staging: Path, out: Path, needed_bytes: int) -> int:
+    """Make the staging folder and lock it; conversions to siblings wait for each other here."""
+    parent = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(parent, fcntl.LOCK_EX)
+        _remove_stale(out)
+        check_space(out, needed_bytes)
+        make_folder(staging)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    finally:
+        os.close(parent)
 
 
 def check_space(out: Path, needed_bytes: int) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.architectures import FlatModelInfo
+from dmt_convert.bundle.checksums import stream_checked
+from dmt_convert.bundle.raw_copy import FileRange
 from dmt_convert.bundle.safetensors_writer import TensorSource, array_source
 from dmt_convert.checkpoint import (
     ZEROS,
     ByteRows,
     TensorInfo,
     resolve_segments,
-    stream_tensor,
     to_fp32,
 )
 from dmt_convert.spec import Dtype
-from dmt_convert.towers import DmtSpec
 
 DENSE_FILE: Final = "weights/dense.safetensors"
 Arrays = Mapping[str, npt.NDArray[np.floating]]
@@ -30,31 +31,39 @@ def tower_file(index: int) -> str:
     return f"weights/tower_{index:03d}.safetensors"
 
 
-def plan_weight_files(
-    info: FlatModelInfo,
-    spec: DmtSpec,
-    *,
-    dense: Arrays,
-    modules: tuple[Arrays, ...],
-    dtype: Dtype | None = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallWeights:
+    """What a bundle holds beside tables: computed, not streamed."""
+
+    dense: Arrays
+    """Weights outside towers, by canonical name."""
+    modules: tuple[Arrays, ...]
+    """State of every tower's module."""
+
+    def sources(self) -> dict[str, list[TensorSource]]:
+        """List the tensors by weights file."""
+        files = {DENSE_FILE: [array_source(name, array) for name, array in self.dense.items()]}
+        for t, module in enumerate(self.modules):
+            files[tower_file(t)] = [
+                array_source(f"tower_module.{name}", array) for name, array in module.items()
+            ]
+        return files
+
+
+def plan_table_files(
+    info: FlatModelInfo, towers: Sequence[Sequence[str]], *, dtype: Dtype | None = None
 ) -> dict[str, list[TensorSource]]:
-    """List the tensors of every weights file.
+    """List the tables of every weights file; the one of the dense parts has none.
 
     Args:
         info: The flat checkpoint: tables are streamed from it, byte for byte.
-        spec: The converted model.
-        dense: Weights outside towers, by canonical name.
-        modules: State of every tower's module.
+        towers: Features of every tower.
         dtype: Store tables in this type instead of their own.
     """
-    files = {DENSE_FILE: [array_source(name, array) for name, array in sorted(dense.items())]}
-    for t, tower in enumerate(spec.towers):
-        names = dict.fromkeys(info.spec.table_of(feature).name for feature in tower.features)
-        sources = [_table_source(info.table_info(name), name, dtype) for name in names]
-        sources += [
-            array_source(f"tower_module.{name}", array) for name, array in modules[t].items()
-        ]
-        files[tower_file(t)] = sources
+    files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
+    for t, features in enumerate(towers):
+        names = dict.fromkeys(info.spec.table_of(feature).name for feature in features)
+        files[tower_file(t)] = [_table_source(info.table_info(name), name, dtype) for name in names]
     return files
 
 
@@ -68,26 +77,42 @@ def table_bytes(info: FlatModelInfo, dtype: Dtype | None) -> int:
 
 def _table_source(tensor: TensorInfo, table: str, dtype: Dtype | None) -> TensorSource:
     recoded = dtype is not None and dtype != tensor.dtype
-    segments = resolve_segments(tensor)
-    whole = len(segments) == 1 and not recoded and segments[0].strides is None
+    origin = f"table {table!r} ({tensor.path})"
     return TensorSource(
         name=f"tables.{table}.weight",
         dtype=dtype if dtype is not None else tensor.dtype,
         shape=tensor.shape,
-        chunks=(lambda: _recode(tensor, dtype))
+        chunks=(lambda: _recode(tensor, dtype, origin))
         if dtype is not None and recoded
-        else (lambda: stream_tensor(tensor)),
-        origin=f"table {table!r} ({tensor.path})",
-        crc32=segments[0].crc32 if whole else None,
+        else (lambda: stream_checked(tensor, origin)),
+        origin=origin,
+        ranges=() if recoded else _ranges(tensor),
     )
 
 
-def _recode(tensor: TensorInfo, dtype: Dtype) -> Iterator[ByteRows]:
+def _ranges(tensor: TensorInfo) -> tuple[FileRange, ...]:
+    """Runs of files that hold a table's rows one after the other; none where they do not."""
+    segments = sorted(resolve_segments(tensor), key=lambda segment: segment.starts)
+    if any(s.strides is not None or s.sizes[1:] != tensor.shape[1:] for s in segments):
+        return ()
+    width = tensor.nbytes // tensor.shape[0]
+    return tuple(
+        FileRange(
+            path=segment.path,
+            offset=segment.offset,
+            length=segment.sizes[0] * width,
+            crc32=segment.crc32,
+        )
+        for segment in segments
+    )
+
+
+def _recode(tensor: TensorInfo, dtype: Dtype, origin: str) -> Iterator[ByteRows]:
     """Convert chunk by chunk; a value that does not fit becomes Inf, which is then refused."""
     import torch
 
     target = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    for chunk in stream_tensor(tensor):
+    for chunk in stream_checked(tensor, origin):
         if chunk is ZEROS:
             chunk = ZEROS.copy()
         values = torch.from_numpy(np.array(to_fp32(chunk.reshape(1, -1), tensor.dtype)))

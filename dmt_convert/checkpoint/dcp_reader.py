@@ -10,8 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, Scalar, TensorInfo
-from dmt_convert.checkpoint.safe_unpickler import DCP_GLOBALS, Record, read_pickle
+from dmt_convert.checkpoint.flat_checkpoint import (
+    ITEM_BYTES,
+    FlatCheckpoint,
+    Piece,
+    Scalar,
+    TensorInfo,
+)
+from dmt_convert.checkpoint.inert_objects import DCP_GLOBALS, Record, is_size
+from dmt_convert.checkpoint.safe_unpickler import read_pickle
 from dmt_convert.errors import CheckpointError
 
 _Location = tuple[str, int, int]
@@ -82,10 +89,10 @@ def _read_entries(
             scalars[fqn] = "(bytes)"
             continue
         pieces = tuple(
-            _piece(folder, fqn, tuple(chunk.get("offsets")), tuple(chunk.get("sizes")), locations)
+            _piece(folder, fqn, _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes")), locations)
             for chunk in entry.get("chunks")
         )
-        shape = tuple(entry.get("size"))
+        shape = _sizes(entry.get("size"))
         _check_tiling(folder, fqn, shape, pieces)
         tensors.append(
             TensorInfo(
@@ -118,15 +125,21 @@ def _keys(fqn: str, paths: Mapping[str, Any]) -> tuple[str, ...]:
     return (fqn,)
 
 
+def _sizes(values: object) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or not all(is_size(value) for value in values):
+        raise TypeError("a shape or an offset that is none")
+    return tuple(values)
+
+
 def _dtype(properties: Record) -> str:
     # TensorProperties pickles as a tuple (dtype, layout, ...); older versions as a dict
     if "dtype" in properties.fields:
         dtype = properties.get("dtype")
     else:
-        state = next(arg for arg in properties.args if isinstance(arg, tuple))
-        dtype = state[0]
-    if not isinstance(dtype, str):
-        raise TypeError("a tensor without a dtype")
+        states = [arg for arg in properties.args if isinstance(arg, tuple)]
+        dtype = states[0][0]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise TypeError("a tensor without a dtype that is known")
     return dtype
 
 
@@ -141,8 +154,8 @@ def _piece(
     path = (folder / relative).resolve()
     if not path.is_relative_to(folder.resolve()) or Path(relative).is_absolute():
         raise ValueError(f"a payload outside the directory: {relative}")
-    if not (type(offset) is int and type(length) is int and offset >= 0 and length >= 0):
-        raise ValueError(f"a payload at {offset!r:.40} of length {length!r:.40}")
+    if not (is_size(offset) and is_size(length)):
+        raise ValueError("a payload without an offset and a length")
     return Piece(
         path=folder / relative,
         offset=offset,
@@ -166,16 +179,27 @@ def _check_tiling(
         if not inside:
             raise ValueError(f"a shard of {fqn} at {piece.starts} reaches outside {shape}")
         covered += _count(piece.sizes)
-    overlap = any(
-        _overlaps(a, b) for i, a in enumerate(pieces) for b in pieces[:i] if _count(a.sizes)
-    )
-    if covered != _count(shape) or overlap:
+    whole = covered == _count(shape)
+    overlap = whole and _any_overlap(pieces)
+    if not whole or overlap:
         raise CheckpointError(
             f"{folder}: the {len(pieces)} shards of {fqn} hold {covered} elements"
             + (", some twice" if overlap else ""),
             expected=f"shards that tile the shape {list(shape)} ({_count(shape)} elements)",
             hint="the save did not finish, or files of two saves are mixed",
         )
+
+
+def _any_overlap(pieces: tuple[Piece, ...]) -> bool:
+    """Tell whether two shards share an element; shards far apart in dim 0 are not compared."""
+    solid = sorted((p for p in pieces if _count(p.sizes)), key=lambda piece: piece.starts)
+    for i, piece in enumerate(solid):
+        for later in solid[i + 1 :]:
+            if piece.starts and later.starts[0] >= piece.starts[0] + piece.sizes[0]:
+                break
+            if _overlaps(piece, later):
+                return True
+    return False
 
 
 def _overlaps(a: Piece, b: Piece) -> bool:

@@ -37,6 +37,19 @@ def open_checkpoint(path: Path) -> FlatCheckpoint:
     Raises:
         CheckpointError: Nothing is there, nothing can read it, or it is damaged.
     """
+    try:
+        checkpoint = _open(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read ({error.strerror or error})",
+            expected="files that you may read",
+            hint="check the path and its permissions",
+        ) from None
+    _check_names(checkpoint)
+    return checkpoint
+
+
+def _open(path: Path) -> FlatCheckpoint:
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist",
@@ -60,6 +73,19 @@ def open_checkpoint(path: Path) -> FlatCheckpoint:
                 )
             return checkpoint
     raise _unknown(path)
+
+
+def _check_names(checkpoint: FlatCheckpoint) -> None:
+    """Refuse names that cannot be written to a file or a terminal (lone surrogates)."""
+    for tensor in checkpoint.tensors:
+        try:
+            tensor.path.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{checkpoint.source} holds a tensor named {ascii(tensor.path)[:80]}",
+                expected="names that are text",
+                hint="the file is damaged; copy it again",
+            ) from None
 
 
 def _unknown(path: Path) -> CheckpointError:

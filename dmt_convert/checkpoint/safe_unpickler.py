@@ -8,257 +8,26 @@ metadata of torch.distributed.checkpoint, which torch itself unpickles without a
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, ClassVar, Final
 
-import numpy as np
-
+from dmt_convert.checkpoint.inert_objects import (
+    TENSOR_GLOBALS,
+    InertDict,
+    Record,
+    StorageRef,
+    StorageType,
+    check_key,
+    is_size,
+)
 from dmt_convert.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A storage that a pickle refers to: its key, element type (None: bytes) and length."""
-
-    key: str
-    dtype: str | None
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor as a pickle describes it: a strided view of a storage, in elements."""
-
-    storage: StorageRef
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the view is row-major without gaps."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def extent(self) -> int:
-        """Elements of the storage that the view reaches from its offset."""
-        if self.numel == 0:
-            return 0
-        return 1 + sum((s - 1) * t for s, t in zip(self.shape, self.strides, strict=True))
-
-
-class Record:
-    """An inert object: keeps the arguments and the state that a pickle gives it."""
-
-    args: tuple[object, ...]
-    fields: dict[str, Any]
-
-    def __new__(cls, *args: object, **kwargs: object) -> Record:
-        # pickles make objects by __new__ alone as well as by a call
-        record = super().__new__(cls)
-        record.args = args
-        record.fields = dict(kwargs)
-        return record
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.fields.update((key, value) for key, value in dict.items(state))
-        else:
-            self.args = (*self.args, state)
-
-    def get(self, name: str) -> Any:
-        """Return a field; KeyError where the pickle did not set it."""
-        return self.fields[name]
 
 
 class ForbiddenGlobalError(Exception):
     """A pickle names a global that is not on the list."""
 
-
-class _Dict(dict[Any, Any]):
-    """Stands for OrderedDict, Counter and defaultdict; attributes set by pickles are dropped."""
-
-    def __setstate__(self, state: object) -> None:
-        return None
-
-
-def _make_dict(*args: Any) -> _Dict:
-    return _Dict(args[0]) if args and isinstance(args[0], (list, dict)) else _Dict()
-
-
-def _make_size(*args: Any) -> tuple[int, ...]:
-    return _int_tuple(args[0] if args else ())
-
-
-def _int_tuple(values: object) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)):
-        raise TypeError(f"a shape is {type(values).__name__}")
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"a shape or stride holds {values!r:.60}")
-    return tuple(values)
-
-
-def _rebuild_tensor(
-    storage: object, offset: int, size: object, stride: object, *_: object
-) -> TensorRef:
-    if not isinstance(storage, StorageRef) or type(offset) is not int or offset < 0:
-        raise TypeError("a tensor without a storage")
-    if storage.dtype is None:
-        raise TypeError("a tensor over an untyped storage without a dtype")
-    return _tensor(storage, storage.dtype, offset, size, stride)
-
-
-def _rebuild_tensor_v3(
-    storage: object,
-    offset: int,
-    size: object,
-    stride: object,
-    requires_grad: object,
-    hooks: object,
-    dtype: object,
-    *_: object,
-) -> TensorRef:
-    if not isinstance(storage, StorageRef) or type(offset) is not int or offset < 0:
-        raise TypeError("a tensor without a storage")
-    if not isinstance(dtype, str):
-        raise TypeError("a tensor without a dtype")
-    return _tensor(storage, dtype, offset, size, stride)
-
-
-def _tensor(
-    storage: StorageRef, dtype: str, offset: int, size: object, stride: object
-) -> TensorRef:
-    shape, strides = _int_tuple(size), _int_tuple(stride)
-    if len(shape) != len(strides) or len(shape) > 16:
-        raise ValueError(f"shape {shape} with strides {strides}")
-    return TensorRef(storage, dtype, offset, shape, strides)
-
-
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1", "utf-8"):
-        raise ValueError(f"encoding {encoding!r:.40}")
-    return text.encode(encoding)
-
-
-def _numpy_scalar(dtype: Record, data: object = b"") -> object:
-    code = dtype.args[0] if isinstance(dtype, Record) and dtype.args else None
-    if code in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
-        if not isinstance(data, bytes):
-            raise TypeError("a numpy scalar without bytes")
-        return np.frombuffer(data, dtype=f"<{code}", count=1)[0].item()
-    return Record(code, data)
-
-
-_DTYPES: Final[Mapping[str, str]] = {
-    "float64": "fp64",
-    "double": "fp64",
-    "float32": "fp32",
-    "float": "fp32",
-    "float16": "fp16",
-    "half": "fp16",
-    "bfloat16": "bf16",
-    "int64": "int64",
-    "int32": "int32",
-    "int16": "int16",
-    "int8": "int8",
-    "uint8": "uint8",
-    "bool": "bool",
-}
-_STORAGES: Final[Mapping[str, str | None]] = {
-    "DoubleStorage": "fp64",
-    "FloatStorage": "fp32",
-    "HalfStorage": "fp16",
-    "BFloat16Storage": "bf16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": None,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: str | None
-
-
-TENSOR_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
-    ("collections", "OrderedDict"): _make_dict,
-    ("collections", "defaultdict"): lambda *args: _Dict(),
-    ("collections", "Counter"): _make_dict,
-    ("builtins", "dict"): _make_dict,
-    ("builtins", "list"): list,
-    ("builtins", "set"): set,
-    ("builtins", "int"): "int",
-    ("builtins", "float"): "float",
-    ("torch", "Size"): _make_size,
-    ("torch", "device"): Record,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch.serialization", "_get_layout"): Record,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "dtype"): Record,
-    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
-    ("torch.storage", "UntypedStorage"): _StorageType(None),
-}
-"""Globals of a state dict and of what trainers store beside it."""
-
-DCP_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
-    **TENSOR_GLOBALS,
-    **{
-        ("torch.distributed.checkpoint.metadata", name): Record
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
-    ("torch.distributed.checkpoint.filesystem", "SerializationFormat"): Record,
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): Record,
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Record,
-    ("torch.distributed._shard.metadata", "ShardMetadata"): Record,
-    ("pathlib", "PosixPath"): Record,
-    ("pathlib", "PurePosixPath"): Record,
-    ("pathlib", "Path"): Record,
-}
-"""Globals of the `.metadata` file of torch.distributed.checkpoint."""
 
 _CORRUPT: Final = (
     pickle.UnpicklingError,
@@ -273,27 +42,102 @@ _CORRUPT: Final = (
     TypeError,
     UnicodeError,
     ValueError,
+    struct.error,
 )
 """What the unpickler raises on damaged input."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _BoundedFile:
+    """Reads no more than the file holds: a pickle may claim any length."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        position = file.tell()
+        self._end = file.seek(0, 2)
+        file.seek(position)
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, max(0, self._end - self._file.tell())))
+
+    def readinto(self, buffer: bytearray) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readline(self) -> bytes:
+        return self._file.readline()
+
+
+class _Unpickler(pickle._Unpickler):
+    """The unpickler in Python, not the one in C.
+
+    The C one allocates its memo for any index that a pickle names, and nothing of it can be
+    overridden: an object's state would be set behind the checks of its constructor.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
     def __init__(self, file: IO[bytes], allowed: Mapping[tuple[str, str], object]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(_BoundedFile(file), encoding="utf-8")
         self._allowed = allowed
+        self.stack: list[Any] = []
+        self.storages: dict[str, StorageRef] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
+        key = ("builtins" if module == "__builtin__" else module, name)
+        if key not in self._allowed:
             raise ForbiddenGlobalError(f"{module}.{name}")
-        return self._allowed[module, name]
+        return self._allowed[key]
 
     def persistent_load(self, pid: Any) -> StorageRef:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise pickle.UnpicklingError("a persistent id that is not a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
-        if not isinstance(kind, _StorageType) or type(numel) is not int or numel < 0:
+        if not isinstance(kind, StorageType) or not is_size(numel):
             raise pickle.UnpicklingError("a storage of unknown type")
-        return StorageRef(str(key), kind.dtype, numel)
+        if len(pid) > 5 and pid[5] is not None:
+            raise pickle.UnpicklingError("a view of a storage, as torch before 0.4 saved it")
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage without a name")
+        storage = StorageRef(key, kind.dtype, numel)
+        return self.storages.setdefault(key, storage)
+
+    def load_build(self) -> None:
+        """Set an object's state, where the object is made for it."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, Record | InertDict):
+            raise pickle.UnpicklingError(f"state for a {type(target).__name__}")
+        target.__setstate__(state)
+
+    def load_setitem(self) -> None:
+        """Set one item of a dict."""
+        check_key(self.stack[-2])
+        self._base(pickle.SETITEM)
+
+    def load_setitems(self) -> None:
+        """Set items of a dict, which lies on the stack below the mark."""
+        for key in self.stack[0::2]:
+            check_key(key)
+        self._base(pickle.SETITEMS)
+
+    def load_dict(self) -> None:
+        """Make a dict of what lies above the mark."""
+        for key in self.stack[0::2]:
+            check_key(key)
+        self._base(pickle.DICT)
+
+    def _base(self, opcode: bytes) -> None:
+        base: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+        base[opcode[0]](self)
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    # sets would hash what they hold, bytearrays allocate what they claim: no trainer has them
+    for _opcode in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8):
+        del dispatch[_opcode[0]]
 
 
 def read_pickle(
@@ -301,7 +145,7 @@ def read_pickle(
     *,
     source: Path,
     allowed: Mapping[tuple[str, str], object] = TENSOR_GLOBALS,
-    on_forbidden: Callable[[str], CheckpointError] | None = None,
+    storages: dict[str, StorageRef] | None = None,
 ) -> Any:
     """Unpickle one object, building inert data only.
 
@@ -309,30 +153,54 @@ def read_pickle(
         file: Where to read from; left just behind the pickle.
         source: The file to name in errors.
         allowed: The globals that the pickle may name, and what stands for them.
-        on_forbidden: Makes the error for any other global, given its name.
+        storages: Takes all storages that the pickle refers to, by key.
 
     Raises:
         CheckpointError: The pickle is damaged, or names a global that is not allowed.
     """
     try:
-        return _Unpickler(file, allowed).load()
+        unpickler = _Unpickler(file, allowed)
+        value = unpickler.load()
     except ForbiddenGlobalError as error:
-        raise (on_forbidden or _refusal(source))(str(error)) from None
+        raise _refusal(source, str(error)) from None
     except _CORRUPT as error:
         raise CheckpointError(
             f"{source} holds a damaged pickle ({type(error).__name__}: {str(error)[:120]})",
             expected="a file that the trainer wrote whole",
             hint="copy the checkpoint again and compare sizes or checksums with the original",
         ) from None
+    if storages is not None:
+        storages.update(unpickler.storages)
+    return value
 
 
-def _refusal(source: Path) -> Callable[[str], CheckpointError]:
-    def refuse(name: str) -> CheckpointError:
+_SHARDED: Final = (
+    "torch._utils._rebuild_wrapper_subclass",
+    "torch.distributed._shard.",
+    "torch.distributed.tensor.",
+    "torchrec.distributed.",
+)
+
+
+def _refusal(source: Path, name: str) -> CheckpointError:
+    """Say why a global is not read, and what to do about the commonest ones."""
+    if name.startswith(_SHARDED):
         return CheckpointError(
-            f"{source} asks to run code while loading: it names {name}",
-            expected="tensors and plain values only (what torch.load(weights_only=True) accepts)",
-            hint="where the file is trusted, load it in the trainer's own environment and save "
-            "only the weights: torch.save(model.state_dict(), 'weights.pt')",
+            f"{source} holds one rank's shards of a sharded model: it names {name}",
+            expected="whole tensors",
+            hint="save the model of all ranks with torch.distributed.checkpoint.save, and give "
+            "that directory",
         )
-
-    return refuse
+    if name.startswith(("torchrec.models.", "torchrec.modules.", "torch.nn.modules.")):
+        return CheckpointError(
+            f"{source} holds a pickled module, not its weights: it names {name}",
+            expected="a state dict",
+            hint="load it in the trainer's own environment and save only the weights: "
+            "torch.save(model.state_dict(), 'weights.pt')",
+        )
+    return CheckpointError(
+        f"{source} asks to run code while loading: it names {name[:200]}",
+        expected="tensors and plain values only (what torch.load(weights_only=True) accepts)",
+        hint="where the file is trusted, load it in the trainer's own environment and save "
+        "only the weights: torch.save(model.state_dict(), 'weights.pt')",
+    )

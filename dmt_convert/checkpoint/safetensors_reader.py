@@ -63,11 +63,11 @@ class SafetensorsReader:
             if not isinstance(header, dict):
                 raise TypeError("the header is not an object")
             metadata = header.pop("__metadata__", None) or {}
+            scalars: dict[str, Scalar] = {str(k): str(v) for k, v in dict(metadata).items()}
             tensors = tuple(_tensor_info(path, 8 + length, *item) for item in header.items())
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(path, f"a header that cannot be read ({error})") from None
         _check_layout(path, 8 + length, size, tensors)
-        scalars: dict[str, Scalar] = {str(key): str(value) for key, value in metadata.items()}
         return FlatCheckpoint(
             source=path,
             format=self.format,

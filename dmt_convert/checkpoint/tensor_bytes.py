@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Piece, Segment, TensorInfo
-from dmt_convert.checkpoint.safe_unpickler import TensorRef, read_pickle
+from dmt_convert.checkpoint.inert_objects import TensorRef
+from dmt_convert.checkpoint.safe_unpickler import read_pickle
 from dmt_convert.checkpoint.zip_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 

@@ -15,13 +15,14 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     Scalar,
     TensorInfo,
 )
-from dmt_convert.checkpoint.safe_unpickler import StorageRef, TensorRef, read_pickle
+from dmt_convert.checkpoint.inert_objects import MAX_SIZE, StorageRef, TensorRef
+from dmt_convert.checkpoint.safe_unpickler import read_pickle
 from dmt_convert.checkpoint.zip_archive import ZipArchive, ZipRecord, read_zip_archive
 from dmt_convert.errors import CheckpointError
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _MAX_DEPTH: Final = 32
-_MAX_ITEMS: Final = 2_000_000
+_MAX_ITEMS: Final = 1_000_000
 _MAX_SCALARS: Final = 1000
 
 
@@ -67,16 +68,18 @@ class TorchReader:
 def _walk(content: object, path: Path) -> Iterator[tuple[tuple[str, ...], TensorRef | Scalar]]:
     """Yield all tensors and plain values of nested dicts and lists with their keys."""
     stack: list[tuple[tuple[str, ...], object]] = [((), content)]
-    visited = 0
+    found = 1
     while stack:
         keys, value = stack.pop()
-        visited += 1
-        if len(keys) > _MAX_DEPTH or visited > _MAX_ITEMS:
+        found += len(value) if isinstance(value, dict | list | tuple) else 0
+        if len(keys) > _MAX_DEPTH or found > _MAX_ITEMS:
             raise CheckpointError(
                 f"{path} nests dicts more than {_MAX_DEPTH} deep or holds over {_MAX_ITEMS} items",
                 expected="a state dict, or a dict that holds one",
                 hint="save only the weights: torch.save(model.state_dict(), 'weights.pt')",
             )
+        if isinstance(value, int) and abs(value) >= MAX_SIZE:
+            continue
         if isinstance(value, TensorRef | str | int | float | bool) or value is None:
             yield keys, value
         elif isinstance(value, dict):
@@ -88,7 +91,7 @@ def _walk(content: object, path: Path) -> Iterator[tuple[tuple[str, ...], Tensor
 
 
 def _key_name(key: object) -> str:
-    return str(key) if isinstance(key, str) or (type(key) is int and abs(key) < 1 << 63) else "?"
+    return str(key) if isinstance(key, str) or (type(key) is int and abs(key) < MAX_SIZE) else "?"
 
 
 def _tensor_info(archive: ZipArchive, keys: tuple[str, ...], tensor: TensorRef) -> TensorInfo:
@@ -131,10 +134,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> ZipArchive:
         )
     begin = file.tell()
     storages: dict[str, StorageRef] = {}
-    content = read_pickle(file, source=path)
-    for _, value in _walk(content, path):
-        if isinstance(value, TensorRef):
-            storages[value.storage.key] = value.storage
+    read_pickle(file, source=path, storages=storages)
     end = file.tell()
     order = read_pickle(file, source=path)
     records = _legacy_records(path, file, order, storages)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES
-from dmt_convert.checkpoint.safe_unpickler import TensorRef
+from dmt_convert.checkpoint.inert_objects import TensorRef
 from dmt_convert.errors import CheckpointError
 
 _LOCAL_HEADER_BYTES = 30
@@ -190,4 +190,9 @@ def _data_offset(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     if len(header) != _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"record {member.filename} has no header")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
-    return member.header_offset + _LOCAL_HEADER_BYTES + int(name_length) + int(extra_length)
+    if file.read(name_length) != member.orig_filename.encode():
+        raise zipfile.BadZipFile(f"record {member.filename} has the header of another")
+    begin = member.header_offset + _LOCAL_HEADER_BYTES + int(name_length) + int(extra_length)
+    if begin + member.file_size > archive.start_dir:
+        raise zipfile.BadZipFile(f"record {member.filename} reaches beyond the records")
+    return begin

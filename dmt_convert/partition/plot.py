@@ -6,7 +6,9 @@ Letters: F features, T towers.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -57,6 +59,7 @@ def plot_partition(spec: ModelSpec, partition: Partition, path: Path) -> None:
     path.write_bytes(_render(spec, partition, path.suffix.lower().removeprefix(".")))
 
 
+@lru_cache(maxsize=1)  # a bundle holds the figure twice: as a file and in its report
 def figure_svg(spec: ModelSpec, partition: Partition) -> str:
     """Draw a partition as an `<svg>` element, to be embedded in HTML."""
     text = _render(spec, partition, "svg").decode("utf-8")
@@ -69,7 +72,9 @@ def _render(spec: ModelSpec, partition: Partition, kind: str) -> bytes:
 
     buffer = io.BytesIO()
     style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # names may use any script; what the font lacks is shown as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = _draw(spec, partition)
         FigureCanvasAgg(figure)
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
@@ -99,9 +104,9 @@ def _draw(spec: ModelSpec, partition: Partition) -> Figure:
 
 
 def _title(spec: ModelSpec, partition: Partition) -> str:
+    towers = len(partition.assignment.towers)
     title = (
-        f"{len(spec.features)} features in {len(partition.assignment.towers)} towers, "
-        f"{partition.strategy}"
+        f"{len(spec.features)} features in {towers} tower{'s' * (towers > 1)}, {partition.strategy}"
     )
     if partition.within_affinity is not None and partition.between_affinity is not None:
         title += (
@@ -168,9 +173,15 @@ def _name_axes(ax: Axes, names: Sequence[str]) -> None:
         ax.set_xlabel(f"{len(names)} features")
         return
     size = 6.5 if len(names) <= 32 else 4.5
-    short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+    short = [_label(name, 12) for name in names]
     ax.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
     ax.set_yticks(range(len(names)), short, fontsize=size)
+
+
+def _label(name: str, limit: int) -> str:
+    """Shorten a name out of a checkpoint and make it harmless: `$` would start a formula."""
+    short = name if len(name) <= limit else f"{name[: limit - 1]}…"
+    return "".join(char if char.isprintable() else "\ufffd" for char in short).replace("$", r"\$")
 
 
 def _shrink(affinity: AnyFloats, order: Sequence[int]) -> AnyFloats:
@@ -203,10 +214,9 @@ def _draw_points(ax: Axes, spec: ModelSpec, partition: Partition) -> None:
         dots.set_rasterized(not named)
     if named:
         for (x, y), name, t in zip(partition.points, spec.feature_names, mine, strict=True):
-            label = name if len(name) <= 10 else f"{name[:9]}…"
             ax.annotate(str(t), (x, y), ha="center", va="center", fontsize=5.5, color="white")
             ax.annotate(
-                label,
+                _label(name, 10),
                 (x, y),
                 xytext=(5, 4),
                 textcoords="offset points",

@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.checkpoint import TensorInfo, gather_rows, read_tensor
+from dmt_convert.checkpoint import (
+    ITEM_BYTES,
+    Piece,
+    TensorInfo,
+    gather_rows,
+    resolve_segments,
+)
 from dmt_convert.data import (
     Bag,
     Batch,
@@ -158,16 +164,36 @@ def draw_rows(
         candidates = np.arange(rows, dtype=np.int64)
     else:
         candidates = np.unique(rng.integers(0, rows, size=_MAX_CANDIDATES, dtype=np.int64))
-    if len(state.shape) == 2:
-        weight = gather_rows(state, candidates).mean(axis=1, dtype=np.float64)
-    else:
-        weight = np.asarray(read_tensor(state), dtype=np.float64)[candidates]
+    table = state if len(state.shape) == 2 else _as_column(state)
+    weight = gather_rows(table, candidates).mean(axis=1, dtype=np.float64)
     if state.name.endswith("exp_avg_sq"):
         weight = (weight > 0).astype(np.float64)
     weight = np.where(np.isfinite(weight), np.maximum(weight, 0.0), 0.0)
     if weight.sum() <= 0:
         return rng.integers(0, rows, size=count, dtype=np.int64)
     return rng.choice(candidates, size=count, p=weight / weight.sum())
+
+
+def _as_column(info: TensorInfo) -> TensorInfo:
+    """Describe a vector as a table of one column, so that single elements can be gathered."""
+    pieces = tuple(
+        Piece(
+            path=segment.path,
+            offset=segment.offset,
+            length=segment.sizes[0] * ITEM_BYTES[info.dtype],
+            starts=(*segment.starts, 0),
+            sizes=(*segment.sizes, 1),
+            strides=None if segment.strides is None else (*segment.strides, 1),
+        )
+        for segment in resolve_segments(info)
+    )
+    return TensorInfo(
+        name=info.name,
+        container=info.container,
+        dtype=info.dtype,
+        shape=(*info.shape, 1),
+        pieces=pieces,
+    )
 
 
 def pool_batch(info: FlatModelInfo, batch: Batch) -> FloatArray:

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dmt_convert.scoring.metrics import Accuracy, Agreement, measure_accuracy, measure_agreement
+from dmt_convert.scoring.quality_table import Quality, QualityRow
 
 if TYPE_CHECKING:
     from dmt_convert.scoring.scored_model import ScoredModel, Scores, open_model, score_data
@@ -13,6 +14,8 @@ _LAZY = ("ScoredModel", "Scores", "open_model", "score_data")
 __all__ = [
     "Accuracy",
     "Agreement",
+    "Quality",
+    "QualityRow",
     "ScoredModel",
     "Scores",
     "measure_accuracy",

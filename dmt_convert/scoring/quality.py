@@ -1,10 +1,8 @@
-"""The quality table: what each way of initialising keeps of the flat model."""
+"""Measure what each way of initialising keeps of the flat model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,52 +12,9 @@ from torch import nn
 from dmt_convert.data import Batch, take_rows
 from dmt_convert.sampling import Sample
 from dmt_convert.scoring.metrics import measure_accuracy, measure_agreement
+from dmt_convert.scoring.quality_table import Quality, QualityRow
 
 _BATCH = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityRow:
-    """One model on the held-out rows."""
-
-    name: str
-    """flat, closed form, distilled, passthrough, random initialisation."""
-    r2: float
-    """1 - squared error of the logits / their variance in the flat model."""
-    max_abs_diff: float
-    """Largest absolute difference of logits from the flat model."""
-    rank_correlation: float
-    """Spearman's rho with the flat model's logits."""
-    auc: float | None = None
-    """Where labels are known."""
-    log_loss: float | None = None
-    """Where labels are known, in nats."""
-    ne: float | None = None
-    """Normalised entropy, where labels are known."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """The quality table of a conversion."""
-
-    rows: tuple[QualityRow, ...]
-    """The flat model first, then the converted one, then yardsticks."""
-    data: str
-    """What the held-out rows are."""
-    count: int
-    """How many held-out rows."""
-    labelled: bool
-    """Whether they have labels."""
-
-    @property
-    def converted(self) -> QualityRow:
-        """The row of the model that was written: the last one before the yardstick."""
-        own = [row for row in self.rows[1:] if row.name != "random initialisation"]
-        return own[-1]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return asdict(self)
 
 
 def compare_models(flat: nn.Module, candidates: Mapping[str, nn.Module], held: Sample) -> Quality:

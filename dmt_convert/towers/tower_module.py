@@ -61,8 +61,8 @@ class DlrmTowerModule(nn.Module):
             )
             return y_FBW.transpose(0, 1).reshape(len(pooled_BM), -1)
         pieces = zip(
-            pooled_BM.split(self.dims, dim=1),
-            self.feature_weight.split(self.dims, dim=0),
+            torch.split(pooled_BM, list(self.dims), dim=1),
+            torch.split(self.feature_weight, list(self.dims), dim=0),
             self.feature_bias,
             strict=True,
         )

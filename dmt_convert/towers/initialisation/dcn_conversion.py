@@ -5,6 +5,8 @@ Letters: n rows, M width of the flat concatenation (dense first), S chosen coord
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +19,7 @@ from dmt_convert.towers.initialisation.start import Start
 Array = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
+_BLOCK_ROWS: Final = 512
 
 
 def start_dcn(trace: FlatTrace, spec: DmtSpec) -> Start:
@@ -26,17 +29,11 @@ def start_dcn(trace: FlatTrace, spec: DmtSpec) -> Start:
     read its r numbers from fewer inputs. It is refitted by ridge regression on what the
     converted layer really sees, so later layers make up for what earlier ones lost.
     """
-    dense_width = spec.flat.input_dims[0]
-    width = sum(spec.flat.input_dims)
     modules, chosen, blocks = _choose(trace, spec)
-    picked = np.concatenate([np.arange(dense_width), *chosen]).astype(np.intp)
-    back = np.zeros((width, len(picked)))
-    back[:dense_width, :dense_width] = np.eye(dense_width)
-    column = dense_width
-    for rows, block in blocks:
-        back[rows, column : column + block.shape[1]] = block
-        column += block.shape[1]
-    return _refit_layers(trace, spec, picked, back, modules)
+    dense = np.arange(spec.flat.input_dims[0])
+    blocks = [(dense, np.eye(len(dense))), *blocks]
+    picked = np.concatenate([dense, *chosen]).astype(np.intp)
+    return _refit_layers(trace, spec, picked, blocks, modules)
 
 
 def _choose(
@@ -94,29 +91,54 @@ def _refit_layers(
     trace: FlatTrace,
     spec: DmtSpec,
     picked: Indices,
-    back: Array,
+    blocks: list[tuple[Indices, Array]],
     modules: list[dict[str, Array]],
 ) -> Start:
-    flat_x0 = trace.inputs
-    x0 = flat_x0[:, picked]
-    x0[:, ~back.any(axis=0)] = 0.0
-    flat_x, x = flat_x0, x0
+    dense_width = trace.dense.shape[1]
+    x0 = np.concatenate([trace.dense, trace.pooled[:, picked[dense_width:] - dense_width]], axis=1)
+    x0[:, ~np.concatenate([block.any(axis=0) for _, block in blocks])] = 0.0
+    x = x0
     dense: dict[str, npt.NDArray[np.floating]] = {}
     notes = []
-    for layer in range(spec.interaction.cross_layers):
+    for layer, target in enumerate(_flat_reads(trace, spec.interaction.cross_layers)):
         w, v, bias = (trace.weights[f"cross.{layer}.{kind}"] for kind in ("w", "v", "bias"))
-        fit = refit_linear(x, flat_x @ v.T, v.astype(np.float64) @ back)
-        chosen_w = w[picked].astype(np.float64)
+        fit = refit_linear(x, target, _carry(v, blocks))
+        chosen_w, chosen_v = w[picked], fit.weight.astype(np.float32)
+        shifted = (bias[picked] + chosen_w @ fit.bias).astype(np.float32)
         dense[f"cross.{layer}.w"] = chosen_w
-        dense[f"cross.{layer}.v"] = fit.weight
-        shifted = bias[picked] + chosen_w @ fit.bias
+        dense[f"cross.{layer}.v"] = chosen_v
         dense[f"cross.{layer}.bias"] = shifted
         notes.append(f"cross.{layer}.v refitted: R^2 {fit.prior_r2:.6f} -> {fit.r2:.6f}")
-        z = (x @ fit.weight.T) @ chosen_w.T + shifted
-        x = (x0 * z + x).astype(np.float32)
-        flat_x = (flat_x0 * (flat_x @ v.T @ w.T + bias) + flat_x).astype(np.float32)
-    first = trace.weights["over_arch.0.weight"].astype(np.float64)
-    fit = refit_linear(x, trace.pre_activation, first @ back)
+        x = np.concatenate(
+            [x0[i] * ((x[i] @ chosen_v.T) @ chosen_w.T + shifted) + x[i] for i in _blocks(len(x))]
+        )
+    first = _carry(trace.weights["over_arch.0.weight"], blocks)
+    fit = refit_linear(x, trace.pre_activation, first)
     dense["over_arch.0.weight"], dense["over_arch.0.bias"] = fit.weight, fit.bias
     notes.append(f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}")
     return Start(modules=modules, dense=dense, notes=tuple(notes))
+
+
+def _carry(weight: FloatArray, blocks: list[tuple[Indices, Array]]) -> Array:
+    """Weights on the chosen coordinates that read what the flat weights read of the rebuilt."""
+    return np.concatenate([weight[:, rows] @ block for rows, block in blocks], axis=1)
+
+
+def _flat_reads(trace: FlatTrace, layers: int) -> list[FloatArray]:
+    """What every flat cross layer reads of its input: V x, shape (n, r) per layer.
+
+    A block of rows at a time: only V x is kept, not the layers' inputs.
+    """
+    reads: list[list[FloatArray]] = [[] for _ in range(layers)]
+    for rows in _blocks(len(trace.dense)):
+        x0 = np.concatenate([trace.dense[rows], trace.pooled[rows]], axis=1)
+        x = x0
+        for layer in range(layers):
+            w, v, bias = (trace.weights[f"cross.{layer}.{kind}"] for kind in ("w", "v", "bias"))
+            reads[layer].append(x @ v.T)
+            x = x0 * (reads[layer][-1] @ w.T + bias) + x
+    return [np.concatenate(parts) for parts in reads]
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(a, a + _BLOCK_ROWS) for a in range(0, count, _BLOCK_ROWS)]

@@ -65,6 +65,6 @@ def rebuild(covariance: Array, chosen: Indices) -> Array:
     inner = covariance[np.ix_(chosen, chosen)]
     ridge = 1e-6 * max(float(np.trace(inner)) / max(1, len(chosen)), 1e-30)
     solution = np.linalg.solve(inner + ridge * np.eye(len(chosen)), covariance[chosen])
-    back: Array = solution.T.copy()
+    back: Array = np.array(solution.T, dtype=np.float64)
     back[chosen] = np.eye(len(chosen))
     return back

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmt_convert.sampling import Sample
 from dmt_convert.towers.dmt_model import DmtModel
@@ -55,9 +55,8 @@ def distill(
         target = flat.forward_pooled(dense, pooled)
     cut = max(1, int(len(dense) * (1 - _VALIDATION)))
     held = (dense[cut:], pooled[cut:], target[cut:])
-    student = _trainable_copy(model)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+    student, trained = _trainable_copy(model)
+    optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
@@ -79,22 +78,29 @@ def distill(
             error = _error(student, *held)
             if error < best:
                 best, best_step = error, step
-                best_state = {name: v.clone() for name, v in student.state_dict().items()}
+                best_state = {name: value.detach().clone() for name, value in trained.items()}
             elif step - best_step >= _PATIENCE * _CHECK_EVERY:
                 break
     if best_state is None:
         return model, f"distillation ({steps} steps) did not beat the closed form, which stays"
-    student.load_state_dict(best_state)
+    student.load_state_dict(best_state, strict=False)
+    for value in trained.values():
+        value.requires_grad_(False)
     note = f"distilled, best after {best_step} steps: logit MSE {start:.3g} -> {best:.3g}"
-    return student.eval().requires_grad_(False), note
+    return student.eval(), note
 
 
-def _trainable_copy(model: DmtModel) -> DmtModel:
-    """Copy the weights but not the table lookups, which stay shared."""
+def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]:
+    """Copy the weights but not the table lookups, which stay shared and frozen.
+
+    Returns:
+        The copy, and what of it is to be trained, by name.
+    """
     lookups = [tower.tables for tower in model.tower_list]
     student = DmtModel(model.spec, lookups)
     student.load_state_dict(model.state_dict())
-    return student.requires_grad_(True)
+    parameters = student.named_parameters(remove_duplicate=False)
+    return student, {name: value for name, value in parameters if ".tables." not in name}
 
 
 def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:

@@ -15,8 +15,11 @@ _ITERATIONS = 30
 
 def second_moments(vectors: npt.NDArray[np.float32]) -> Array:
     """Second moments of every vector: (n, V, N) to (V, N, N)."""
-    x = vectors.astype(np.float64).transpose(1, 0, 2)
-    moments: Array = x.transpose(0, 2, 1) @ x / max(1, len(vectors))
+    count, width, dim = vectors.shape
+    moments = np.empty((width, dim, dim))
+    for i in range(width):
+        x = vectors[:, i].astype(np.float64)
+        moments[i] = x.T @ x / max(1, count)
     return moments
 
 
@@ -42,16 +45,18 @@ def fit_projections(moments: Array, importance: Array, width: int) -> Array:
     shared = _shared_projection(moments, importance, width)
     current = np.repeat(shared[None], count, axis=0)
     best, best_loss = current.copy(), _pair_loss(moments, importance, current)
+    moved = moments @ current  # C_j P_j
+    emitted = current.transpose(0, 2, 1) @ moved  # P_j^T C_j P_j
     for _ in range(_ITERATIONS):
         for i in range(count):
-            weighted = np.einsum("j,jnd->nd", importance[i], moments @ current)
-            gram = np.einsum(
-                "j,jda,jdb->ab", importance[i], current, moments @ current, optimize=True
-            )
+            weighted = np.tensordot(importance[i], moved, axes=1)
+            gram = np.tensordot(importance[i], emitted, axes=1)
             scale = np.trace(gram) / width
             if scale <= 0:
                 continue
             current[i] = np.linalg.solve(gram + 1e-9 * scale * np.eye(width), weighted.T).T
+            moved[i] = moments[i] @ current[i]
+            emitted[i] = current[i].T @ moved[i]
         loss = _pair_loss(moments, importance, current)
         if not loss < best_loss:
             break

@@ -18,7 +18,7 @@ from dmt_convert.towers.table_lookup import to_tensor
 
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
-_BATCH = 1024
+_BATCH = 256  # what autograd keeps of a batch is many times its inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +53,11 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
         model: The flat model.
         sample: Rows with their pooled embeddings.
     """
-    parts: dict[str, list[FloatArray]] = {"dense": [], "pre": [], "gradient": []}
-    squares: Array | float = 0.0
     rows = sample.batch.num_rows
+    out_dense = np.empty((rows, model.spec.input_dims[0]), dtype=np.float32)
+    out_pre = np.empty((rows, model.spec.over_arch.widths[1]), dtype=np.float32)
+    out_gradient = np.empty_like(sample.pooled)
+    squares: Array | float = 0.0
     for begin in range(0, rows, _BATCH):
         chosen = slice(begin, begin + _BATCH)
         pooled = to_tensor(sample.pooled[chosen]).clone().requires_grad_(True)
@@ -65,17 +67,17 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
             pre = model.over_arch[0](interacted)
             logits = model.over_arch(interacted).sum()
             by_pooled, by_interacted = torch.autograd.grad(logits, (pooled, interacted))
-        parts["dense"].append(dense.detach().numpy())
-        parts["pre"].append(pre.detach().numpy())
-        parts["gradient"].append(by_pooled.numpy())
+        out_dense[chosen] = dense.detach().numpy()
+        out_pre[chosen] = pre.detach().numpy()
+        out_gradient[chosen] = by_pooled.numpy()
         squares = squares + by_interacted.double().square().sum(dim=0).numpy()
     return FlatTrace(
         spec=model.spec,
         weights=dense_weights(model),
-        dense=np.concatenate(parts["dense"]),
+        dense=out_dense,
         pooled=sample.pooled,
-        pre_activation=np.concatenate(parts["pre"]),
-        pooled_gradient=np.concatenate(parts["gradient"]),
+        pre_activation=out_pre,
+        pooled_gradient=out_gradient,
         interaction_gradient=np.asarray(squares, dtype=np.float64) / max(1, rows),
     )
 

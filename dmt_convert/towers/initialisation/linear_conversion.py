@@ -40,24 +40,30 @@ def start_linear(trace: FlatTrace, spec: DmtSpec) -> Start:
             state["feature_weight"] = np.concatenate([emit.T for emit, _ in fitted])
             state["feature_bias"] = np.zeros((len(blocks), width))
             reads += [read for _, read in fitted]
-            emits += [x @ emit.T for (emit, _), (_, x) in zip(fitted, blocks, strict=True)]
-            blocks = [
-                (block - read @ emit, x)
-                for (block, x), (emit, read) in zip(blocks, fitted, strict=True)
-            ]
+            emits += [_emit(x, emit) for (emit, _), (_, x) in zip(fitted, blocks, strict=True)]
         if module.p:
+            if module.c:  # the tower's vectors carry what its features' own leave
+                blocks = [
+                    (block - read @ emit, x)
+                    for (block, x), (emit, read) in zip(blocks, fitted, strict=True)
+                ]
             joined = np.concatenate([block for block, _ in blocks], axis=1)
             x = np.concatenate([x for _, x in blocks], axis=1)
             emit, read = fit_outputs(joined, x, module.p * module.dim)
             state["tower_weight"] = emit
             state["tower_bias"] = np.zeros(len(emit))
             reads.append(read)
-            emits.append(x @ emit.T)
+            emits.append(_emit(x, emit))
         emitted += emits
         modules.append(state)
-    return _refit(
-        trace, names, np.concatenate(reads, axis=1), np.concatenate(emitted, axis=1), modules
-    )
+    prior = np.concatenate(reads, axis=1)
+    targets = [inputs @ trace.weights[f"{name}.weight"].T for name in names]
+    del inputs, blocks
+    return _refit(trace, names, prior, np.concatenate(emitted, axis=1), targets, modules)
+
+
+def _emit(x: npt.NDArray[np.float32], emit: Array) -> npt.NDArray[np.float32]:
+    return x @ emit.T.astype(np.float32)
 
 
 def _refit(
@@ -65,17 +71,18 @@ def _refit(
     names: tuple[str, ...],
     prior: Array,
     emitted: npt.NDArray[np.floating],
+    targets: list[npt.NDArray[np.float32]],
     modules: list[dict[str, Array]],
 ) -> Start:
     dense: dict[str, npt.NDArray[np.floating]] = {}
     notes, row = [], 0
-    for name in names:
-        weight, bias = trace.weights[f"{name}.weight"], trace.weights[f"{name}.bias"]
-        target = trace.inputs @ weight.T + bias
-        fit = refit_linear(emitted, target, prior[row : row + len(weight)])
-        dense[f"{name}.weight"], dense[f"{name}.bias"] = fit.weight, fit.bias
+    for name, target in zip(names, targets, strict=True):
+        count = target.shape[1]
+        fit = refit_linear(emitted, target, prior[row : row + count])
+        dense[f"{name}.weight"] = fit.weight
+        dense[f"{name}.bias"] = fit.bias + trace.weights[f"{name}.bias"]
         notes.append(f"{name} refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}")
-        row += len(weight)
+        row += count
     return Start(modules=modules, dense=dense, notes=tuple(notes))
 
 

@@ -27,11 +27,9 @@ def fit_outputs(block: Array, x: npt.NDArray[np.float32], width: int) -> tuple[A
         The emitting map (k, N) and the reading map (H, k). Emitted coordinates have unit
         variance where they vary at all; coordinates beyond the block's rank are zero.
     """
-    outputs = x.astype(np.float64) @ block.T
-    centred = outputs - outputs.mean(axis=0)
-    values, axes = np.linalg.eigh(centred.T @ centred / max(1, len(x)))
+    axes, values = _principal_axes(block, x)
     take = min(width, len(values))
-    leading, spread = axes[:, ::-1][:, :take], np.sqrt(np.maximum(values[::-1][:take], 0.0))
+    leading, spread = axes[:, :take], values[:take]
     live = spread > 1e-7 * max(float(spread.max(initial=0.0)), 1e-30)
     scale = np.where(live, spread, 1.0)
     emit = np.zeros((width, block.shape[1]))
@@ -39,3 +37,23 @@ def fit_outputs(block: Array, x: npt.NDArray[np.float32], width: int) -> tuple[A
     emit[:take] = np.where(live[:, None], leading.T @ block / scale[:, None], 0.0)
     read[:, :take] = np.where(live, leading * scale, 0.0)
     return emit, read
+
+
+def _principal_axes(block: Array, x: npt.NDArray[np.float32]) -> tuple[Array, Array]:
+    """Principal axes of block x as columns, and the spread along each, largest first.
+
+    By way of whichever covariance is smaller: that of x, or that of the outputs.
+    """
+    if block.shape[1] < block.shape[0]:
+        values, axes = _eigen(x.astype(np.float64))
+        left, spread, _ = np.linalg.svd(block @ (axes * np.sqrt(values)), full_matrices=False)
+        return left, spread
+    values, axes = _eigen(x.astype(np.float64) @ block.T)
+    return axes, np.sqrt(values)
+
+
+def _eigen(samples: Array) -> tuple[Array, Array]:
+    """Eigenvalues of the covariance, largest first, and eigenvectors as columns."""
+    centred = samples - samples.mean(axis=0)
+    values, axes = np.linalg.eigh(centred.T @ centred / max(1, len(samples)))
+    return np.maximum(values[::-1], 0.0), axes[:, ::-1]

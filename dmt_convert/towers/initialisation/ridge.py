@@ -1,5 +1,6 @@
 """Refit a linear layer to given outputs, starting from weights that are already good.
 
+Inputs stay float32; their moments are summed in float64, a block of rows at a time.
 Letters: n rows, k inputs, m outputs.
 """
 
@@ -10,10 +11,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Array = npt.NDArray[np.float64]
-_STRENGTHS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+Floats = npt.NDArray[np.floating]
+_STRENGTHS: Final = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+_PATIENCE: Final = 2
 _HELD_OUT: Final = 0.25
+_BLOCK_ROWS: Final = 512
 MAX_INPUTS: Final = 6_144
 """Widest layer that is refitted: beyond it the normal equations outgrow memory and minutes."""
 
@@ -34,9 +39,7 @@ class Refit:
     """Ridge strength chosen on held-out rows; infinite where the prior was kept."""
 
 
-def refit_linear(
-    inputs: npt.NDArray[np.floating], targets: npt.NDArray[np.floating], prior: Array
-) -> Refit:
+def refit_linear(inputs: Floats, targets: Floats, prior: Array) -> Refit:
     """Minimise |targets - (inputs weight^T + bias)|^2 + strength |weight - prior|^2.
 
     The strength is chosen on the last quarter of the rows; the prior itself (with the best
@@ -48,41 +51,86 @@ def refit_linear(
         targets: What it should give, shape (n, m).
         prior: Weights to start from, shape (m, k).
     """
+    problem = _Problem(inputs, targets, prior)
     cut = int(len(inputs) * (1 - _HELD_OUT))
-    fit, held = slice(0, cut), slice(cut, None)
-    mean_x = inputs.mean(axis=0, dtype=np.float64)
-    mean_y = targets.mean(axis=0, dtype=np.float64)
-    scale = inputs.std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-12 * max(1.0, float(scale.max(initial=0.0))), scale, 1.0)
-    x = (inputs - mean_x) / scale
-    y = targets - mean_y
-    start = prior * scale
-    residual = y - x @ start.T
-    total = float(np.square(y[held]).sum()) or 1.0
-    best_loss, best = float(np.square(residual[held]).sum()), np.inf
-    prior_loss = best_loss
-    if x.shape[1] <= MAX_INPUTS and cut > 1:
-        gram, cross = x[fit].T @ x[fit], x[fit].T @ residual[fit]
+    x, residual = problem.design(slice(cut, len(inputs)))
+    y = targets[cut:] - problem.mean_y
+    total = float(np.square(y).sum()) or 1.0
+    prior_loss = best_loss = float(np.square(residual).sum())
+    scaled, best = problem.start, np.inf
+    if inputs.shape[1] <= MAX_INPUTS and cut > 1:
+        gram, cross = problem.moments(cut)
+        diagonal = gram.diagonal().copy()
+        rises, last = 0, prior_loss
         for strength in _STRENGTHS:
-            delta = _solve(gram, cross, strength * cut)
-            loss = float(np.square(residual[held] - x[held] @ delta).sum())
+            delta = _solve(gram, cross, diagonal + strength * cut)
+            loss = float(np.square(residual - x @ delta).sum())
             if loss < best_loss * (1 - 1e-9):
                 best_loss, best = loss, strength
-    scaled = start
-    if np.isfinite(best):
-        delta = _solve(x.T @ x, x.T @ residual, best * len(x))
-        scaled = start + delta.T
-    weight = scaled / scale
+            rises, last = (rises + 1 if loss >= last else 0), loss
+            if rises == _PATIENCE:
+                break
+        if np.isfinite(best):
+            np.fill_diagonal(gram, diagonal)
+            gram += x.T @ x
+            cross += x.T @ residual
+            delta = _solve(gram, cross, gram.diagonal() + best * len(inputs))
+            scaled = scaled + delta.T
+    weight = scaled / problem.scale
     return Refit(
         weight=weight,
-        bias=mean_y - weight @ mean_x,
+        bias=problem.mean_y - weight @ problem.mean_x,
         prior_r2=1 - prior_loss / total,
         r2=1 - best_loss / total,
         strength=best,
     )
 
 
-def _solve(gram: Array, cross: Array, penalty: float) -> Array:
-    damped = gram + penalty * np.eye(len(gram))
-    solution: Array = np.linalg.solve(damped, cross)
+class _Problem:
+    """Standardised inputs, and what the prior leaves of the targets, in blocks of rows."""
+
+    def __init__(self, inputs: Floats, targets: Floats, prior: Array) -> None:
+        self._inputs, self._targets = inputs, targets
+        self.mean_x: Array = inputs.mean(axis=0, dtype=np.float64)
+        self.mean_y: Array = targets.mean(axis=0, dtype=np.float64)
+        squares = np.zeros(inputs.shape[1])
+        for rows in _blocks(len(inputs)):
+            squares += np.square(inputs[rows] - self.mean_x).sum(axis=0)
+        spread = np.sqrt(squares / max(1, len(inputs)))
+        # what varies less than its own rounding is a constant: scaled up, it would be noise
+        floor = 1e-12 * max(1.0, float(spread.max(initial=0.0)))
+        live = spread > np.maximum(floor, _rounding(inputs) * np.abs(self.mean_x))
+        self.scale: Array = np.where(live, spread, 1.0)
+        self.start: Array = prior * self.scale
+
+    def design(self, rows: slice) -> tuple[Array, Array]:
+        """Return x, shape (rows, k), and the residual of the prior, shape (rows, m)."""
+        x: Array = (self._inputs[rows] - self.mean_x) / self.scale
+        residual: Array = self._targets[rows] - self.mean_y - x @ self.start.T
+        return x, residual
+
+    def moments(self, count: int) -> tuple[Array, Array]:
+        """Return x^T x and x^T residual over the first rows, shapes (k, k) and (k, m)."""
+        width = self._inputs.shape[1]
+        gram, cross = np.zeros((width, width)), np.zeros((width, self._targets.shape[1]))
+        for rows in _blocks(count):
+            x, residual = self.design(rows)
+            gram += x.T @ x
+            cross += x.T @ residual
+        return gram, cross
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(a, min(a + _BLOCK_ROWS, count)) for a in range(0, count, _BLOCK_ROWS)]
+
+
+def _rounding(values: Floats) -> float:
+    return float(np.finfo(values.dtype).eps)
+
+
+def _solve(gram: Array, cross: Array, diagonal: Array) -> Array:
+    """Solve with the given diagonal in place of the matrix's own (which is overwritten)."""
+    np.fill_diagonal(gram, diagonal)
+    factor = torch.linalg.cholesky(torch.from_numpy(gram))
+    solution: Array = torch.cholesky_solve(torch.from_numpy(cross), factor).numpy()
     return solution

@@ -1,0 +1,316 @@
+"""What stands for the objects of a pickle: inert records and references, nothing that runs.
+
+Every global that a checkpoint may name has a stand-in here. What a pickle can do with one is
+bounded: it copies no large value and keeps no number that is no size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES
+
+MAX_SIZE: Final = 1 << 62
+"""Numbers from here on are no sizes, offsets or lengths of anything."""
+_MAX_COPY: Final = 64
+"""Longest byte string that is decoded; only numbers are read from such strings."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage that a pickle refers to: its key, element type (None: bytes) and length."""
+
+    key: str
+    dtype: str | None
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor as a pickle describes it: a strided view of a storage, in elements."""
+
+    storage: StorageRef
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the view is row-major without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def extent(self) -> int:
+        """Elements of the storage that the view reaches from its offset."""
+        if self.numel == 0:
+            return 0
+        return 1 + sum((s - 1) * t for s, t in zip(self.shape, self.strides, strict=True))
+
+
+class Record:
+    """An inert object: keeps the arguments and the state that a pickle gives it."""
+
+    args: tuple[object, ...]
+    fields: dict[str, Any]
+
+    def __new__(cls, *args: object, **kwargs: object) -> Record:
+        """Keep the arguments; pickles make objects by __new__ alone as well as by a call."""
+        record = super().__new__(cls)
+        record.args = args
+        record.fields = dict(kwargs)
+        return record
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            if self.fields:
+                raise TypeError("an object whose state is set twice")
+            self.fields = state
+        else:
+            self.args = (*self.args, state)
+
+    def get(self, name: str) -> Any:
+        """Return a field; KeyError where the pickle did not set it."""
+        return self.fields[name]
+
+
+class InertDict(dict[Any, Any]):
+    """Stands for OrderedDict, Counter and defaultdict; attributes set by pickles are dropped."""
+
+    def __setstate__(self, state: object) -> None:
+        return None
+
+
+def check_key(key: object) -> None:
+    """Refuse a dict key that is not flat: hashing deeply nested tuples overflows the stack.
+
+    Raises:
+        TypeError: The key is a tuple that holds more than plain values.
+    """
+    if isinstance(key, tuple) and not all(
+        part is None or isinstance(part, str | int | float | bytes) for part in key
+    ):
+        raise TypeError("a dict key is a nested tuple")
+
+
+def _make_dict(*args: Any) -> InertDict:
+    pairs = args[0] if args else None
+    if isinstance(pairs, InertDict):
+        return pairs
+    made = InertDict()
+    if isinstance(pairs, list):
+        for key, value in pairs:
+            check_key(key)
+            made[key] = value
+        # moved, not copied: a pickle that repeats the call gains nothing
+        pairs.clear()
+    return made
+
+
+def _make_list(*args: Any) -> list[Any]:
+    # sets become lists too: nothing needs to look a member up, and nothing need be hashed
+    return args[0] if args and isinstance(args[0], list) else []
+
+
+def _make_size(*args: Any) -> tuple[int, ...]:
+    return _int_tuple(args[0] if args else ())
+
+
+def is_size(value: object) -> bool:
+    """Tell whether a value can be a size, an offset or a length."""
+    return type(value) is int and 0 <= value < MAX_SIZE
+
+
+def _int_tuple(values: object) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)) or len(values) > 16:
+        raise TypeError(f"a shape is a {type(values).__name__}, or has over 16 dims")
+    if not all(is_size(value) for value in values):
+        raise ValueError("a shape or stride holds something else than sizes")
+    return tuple(values)
+
+
+def _rebuild_tensor(
+    storage: object, offset: int, size: object, stride: object, *_: object
+) -> TensorRef:
+    if not isinstance(storage, StorageRef) or not is_size(offset):
+        raise TypeError("a tensor without a storage")
+    if storage.dtype is None:
+        raise TypeError("a tensor over an untyped storage without a dtype")
+    return _tensor(storage, storage.dtype, offset, size, stride)
+
+
+def _rebuild_tensor_v3(
+    storage: object,
+    offset: int,
+    size: object,
+    stride: object,
+    _grad: object,
+    _hooks: object,
+    dtype: object,
+    *_: object,
+) -> TensorRef:
+    if not isinstance(storage, StorageRef) or not is_size(offset):
+        raise TypeError("a tensor without a storage")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise TypeError("a tensor without a dtype")
+    return _tensor(storage, dtype, offset, size, stride)
+
+
+def _tensor(
+    storage: StorageRef, dtype: str, offset: int, size: object, stride: object
+) -> TensorRef:
+    shape, strides = _int_tuple(size), _int_tuple(stride)
+    if len(shape) != len(strides):
+        raise ValueError(f"shape {shape} with strides {strides}")
+    return TensorRef(storage, dtype, offset, shape, strides)
+
+
+def _rebuild_parameter(data: object, *_: object) -> object:
+    return data
+
+
+def _rebuild_from_type(build: object, _: object, args: object, *__: object) -> object:
+    # a tensor with attributes of its own; they do not matter here
+    if build not in (_rebuild_tensor, _rebuild_tensor_v3) or not isinstance(args, tuple):
+        raise TypeError("a tensor that is built in an unknown way")
+    return build(*args)
+
+
+def _encode(text: str, encoding: str = "latin1") -> object:
+    if len(text) > _MAX_COPY:
+        return Record()
+    if encoding not in ("latin1", "latin-1", "utf-8"):
+        raise ValueError(f"encoding {encoding!r:.40}")
+    return text.encode(encoding)
+
+
+def _numpy_scalar(dtype: object, data: object = b"") -> object:
+    code = dtype.args[0] if isinstance(dtype, Record) and dtype.args else None
+    if code in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
+        if not isinstance(data, bytes):
+            raise TypeError("a numpy scalar without bytes")
+        return np.frombuffer(data, dtype=f"<{code}", count=1)[0].item()
+    return Record(code, data)
+
+
+_DTYPES: Final[Mapping[str, str]] = {
+    "float64": "fp64",
+    "double": "fp64",
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "int64": "int64",
+    "int32": "int32",
+    "int16": "int16",
+    "int8": "int8",
+    "uint8": "uint8",
+    "bool": "bool",
+}
+_STORAGES: Final[Mapping[str, str | None]] = {
+    "DoubleStorage": "fp64",
+    "FloatStorage": "fp32",
+    "HalfStorage": "fp16",
+    "BFloat16Storage": "bf16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StorageType:
+    """A storage class of torch: its element type, or None for bytes."""
+
+    dtype: str | None
+
+
+TENSOR_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
+    ("collections", "OrderedDict"): _make_dict,
+    ("collections", "defaultdict"): lambda *args: InertDict(),
+    ("collections", "Counter"): _make_dict,
+    ("builtins", "dict"): _make_dict,
+    ("builtins", "list"): _make_list,
+    ("builtins", "set"): _make_list,
+    ("builtins", "frozenset"): _make_list,
+    **{
+        ("builtins", name): name
+        for name in ("int", "long", "float", "str", "unicode", "bool", "bytes", "tuple")
+    },
+    ("argparse", "Namespace"): Record,
+    ("pathlib", "PosixPath"): Record,
+    ("pathlib", "PurePosixPath"): Record,
+    ("pathlib", "Path"): Record,
+    ("torch", "Size"): _make_size,
+    ("torch", "device"): Record,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_sparse_tensor"): Record,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("torch", "Tensor"): "Tensor",
+    ("torch.nn.parameter", "Parameter"): "Parameter",
+    ("torch.torch_version", "TorchVersion"): Record,
+    ("torch.serialization", "_get_layout"): Record,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): Record,
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy.core.multiarray", "_reconstruct"): Record,
+    ("numpy._core.multiarray", "_reconstruct"): Record,
+    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
+    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    **{("torch", name): StorageType(dtype) for name, dtype in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): StorageType(None),
+}
+"""Globals of a state dict and of what trainers store beside it."""
+
+DCP_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
+    **TENSOR_GLOBALS,
+    **{
+        ("torch.distributed.checkpoint.metadata", name): Record
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
+    ("torch.distributed.checkpoint.filesystem", "SerializationFormat"): Record,
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): Record,
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Record,
+    ("torch.distributed._shard.metadata", "ShardMetadata"): Record,
+}
+"""Globals of the `.metadata` file of torch.distributed.checkpoint."""
