@@ -1,0 +1,51 @@
+"""What dlrm_s_pytorch.py documents to compute: the same logits, whatever the widths."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmt_convert.architectures import ModelConfig, infer_model
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.errors import ArchitectureError
+
+ROWS = (1, 7, 30, 11, 2, 16, 9, 40, 5, 12, 21)
+
+
+@pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("dot", True), ("cat", False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bottom": (), "top": ()},
+        {"rows": (8,), "dim": 4, "top": (9,)},
+        {"bottom": (9, 4), "top": (8, 3)},
+    ],
+    ids=["plain", "one layer each", "one feature", "more layers"],
+)
+def test_facebook_models(
+    interaction, itself, options, facebook_original, save_facebook, assert_agrees, tmp_path
+):
+    original = facebook_original(interaction, itself=itself, **options)
+    assert_agrees(save_facebook(original, tmp_path / "model.pt"), original)
+
+
+@pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("cat", False), ("dot", True)])
+@pytest.mark.parametrize(("tables", "dim"), [(11, 6), (7, 4), (1, 3), (2, 3)])
+def test_widths_that_two_interactions_give(
+    interaction, itself, tables, dim, facebook_original, save_facebook, assert_agrees, tmp_path
+):
+    original = facebook_original(interaction, itself=itself, rows=ROWS[:tables], dim=dim)
+    path = save_facebook(original, tmp_path / "model.pt")
+    given = ModelConfig(interaction=interaction, self_pairs=itself)  # type: ignore[arg-type]
+    assert_agrees(path, original, given)
+    if tables > 2 and interaction == "cat":  # the trainer's default, and said to be one
+        facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
+        assert (facts["interaction"].value, facts["interaction"].source) == ("dot", "assumed")
+    elif tables <= 2 and (itself or interaction == "cat"):
+        with pytest.raises(ArchitectureError, match="dot with self-pairs and cat both give"):
+            infer_model(open_checkpoint(path))
+
+
+def test_facebook_models_in_every_container(save, facebook_original, assert_agrees, tmp_path):
+    original = facebook_original("dot")
+    assert_agrees(save(original.state, tmp_path), original)

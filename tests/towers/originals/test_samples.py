@@ -1,0 +1,76 @@
+"""Checkpoints that other people's trainers wrote, with a batch and its logits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dmt_convert.architectures import infer_model
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.data import Bag, Batch
+from dmt_convert.errors import DmtError
+
+SAMPLES = {
+    "fb-dlrm-cat": "model.pt",
+    "fb-dlrm-dot": "model.pt",
+    "fb-dlrm-random-multihot": "model.pt",
+    "torchrec-dcn-dcp-2rank": "dcp",
+    "torchrec-dcn-dlrmtrain-pt": "model.pt",
+    "torchrec-dcn-fp16-tables-pt": "model.pt",
+    "torchrec-dcn-safetensors": "model.safetensors",
+    "torchrec-dlrm-pt": "model.pt",
+    "torchrec-dlrmtrain-pt-multihot-probe": "model.pt",
+    "torchrec-projection-pt": "model.pt",
+}
+
+
+@pytest.mark.parametrize("sample", sorted(SAMPLES))
+def test_checkpoints_of_other_peoples_trainers(
+    sample, shared, flat_logits, passthrough, difference
+):
+    folder = shared / "checkpoints" / sample
+    if not folder.is_dir():
+        pytest.skip(f"no sample {sample}")
+    assert json.loads((folder / "meta.json").read_text())
+    info = infer_model(open_checkpoint(folder / SAMPLES[sample]))
+    with np.load(folder / "probe.npz") as probe:
+        names = [str(name) for name in probe["feature_names"]]
+        bags = [
+            Bag(values=probe[f"values_{i}"].astype(np.int64), offsets=probe[f"offsets_{i}"])
+            for i in range(len(names))
+        ]
+        dense, logits = probe["dense"].astype(np.float32), probe["logits"]
+    if set(names) == set(info.spec.feature_names):
+        bags = [bags[names.index(name)] for name in info.spec.feature_names]
+    batch = Batch(dense=dense, feature_names=info.spec.feature_names, bags=tuple(bags))
+    flat, ours = flat_logits(info, batch)
+    assert difference(ours, logits) <= 1e-5
+    with torch.no_grad():
+        assert np.array_equal(passthrough(flat, 3)(batch).numpy(), ours)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("deepctr-dcnmix/model.h5", "no model of a known family"),
+        ("fuxictr-dlrm-dot/fuxictr-dlrm-dot.model", "no model of a known family"),
+        ("fb-dlrm-qr-concat/model.pt", "quotient-remainder tables"),
+        ("nvidia-dlrm-dot-4gpu-unordered/checkpoint", "not a checkpoint of a known kind"),
+        ("torchrec-dcn-dmp-2rank-pt/dmp_rank0.pt", "one rank's shards"),
+        ("torchrec-dcn-dmp-2rank-pt", "not a checkpoint of a known kind"),
+        ("torchrec-dcn-pickled-module/model.pt", "a pickled module"),
+        ("torchrec-dcn-torchsnapshot-2rank/snapshot", "not a checkpoint of a known kind"),
+        ("tzrec-dlrm/model.ckpt-585", "not a checkpoint of a known kind"),
+        ("tzrec-dlrm/model.ckpt-585/model", "no model of a known family"),
+    ],
+)
+def test_trainers_that_are_not_read_yet_are_refused(path, says, shared):
+    sample = shared / "checkpoints" / path
+    if not sample.exists():
+        pytest.skip(f"no sample {path}")
+    with pytest.raises(DmtError, match=says) as caught:
+        infer_model(open_checkpoint(sample))
+    assert caught.value.expected and caught.value.hint
