@@ -79,7 +79,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         # standalone, typer prints usage errors for people; otherwise it raises them
-        code = app(standalone_mode=not as_json)
+        code = app(prog_name="dmt", standalone_mode=not as_json)
         if code == _INTERRUPT_CODE:
             raise KeyboardInterrupt
         sys.exit(code)

@@ -26,6 +26,7 @@ from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
 from dmt_convert.partition import (
     Partition,
     PartitionConfig,
+    figure_svg,
     measure_affinity,
     partition_features,
 )
@@ -186,7 +187,7 @@ def convert_checkpoint(
     plan = _plan(info, spec, partition, config.cluster)
     # tables stream to the disk while the small weights are being computed
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(_start, info, spec, sample, config, progress)
+        starting = pool.submit(_start, info, spec, sample, partition, config, progress)
         bundle = _write(
             info, out, spec, starting, sample, partition, plan, config=config, progress=progress
         )
@@ -280,13 +281,14 @@ def _start(
     info: FlatModelInfo,
     spec: DmtSpec,
     sample: Sample,
+    partition: Partition,
     config: ConvertConfig,
     progress: Progress,
 ) -> StartedModel:
     # imports torch, which takes seconds: here, tables are being copied meanwhile
     from dmt_convert.scoring.started_model import start_model
 
-    return start_model(
+    started = start_model(
         info,
         spec,
         sample,
@@ -295,6 +297,8 @@ def _start(
         seed=config.seed,
         on_step=lambda done, total: progress("distilling", done, total),
     )
+    figure_svg(info.spec, partition)  # drawn once and kept: the documents want it at the end
+    return started
 
 
 def _write(

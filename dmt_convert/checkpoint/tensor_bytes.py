@@ -148,8 +148,22 @@ class _MappedBlock:
 
     def rows(self, index: npt.NDArray[np.int64]) -> ByteRows:
         assert self._block is not None
+        self._read_ahead(index)
         picked: ByteRows = self._block[index]
         return picked.reshape(len(index), -1)
+
+    def _read_ahead(self, index: npt.NDArray[np.int64]) -> None:
+        """Ask for all pages at once: a disk serves many requests faster than one by one."""
+        index, size = np.sort(index), mmap.PAGESIZE
+        shift = self._segment.offset % mmap.ALLOCATIONGRANULARITY
+        first = (shift + index * self._strides[0]) // size
+        last = (shift + (index + 1) * self._strides[0] - 1) // size
+        breaks = np.flatnonzero(first[1:] > last[:-1] + 1)
+        begins = first[np.concatenate([[0], breaks + 1])]
+        ends = last[np.concatenate([breaks, [len(index) - 1]])]
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            length = min((end + 1) * size, len(self._map)) - begin * size
+            self._map.madvise(mmap.MADV_WILLNEED, begin * size, length)
 
     def __exit__(self, *_: object) -> None:
         self._block = None

@@ -59,7 +59,7 @@ class DlrmTowerModule(nn.Module):
             y_FBW = torch.baddbmm(
                 self.feature_bias.unsqueeze(1), x_FBN, self.feature_weight.reshape(count, dim, -1)
             )
-            return y_FBW.transpose(0, 1).reshape(len(pooled_BM), -1)
+            return y_FBW.transpose(0, 1).flatten(1)
         pieces = zip(
             torch.split(pooled_BM, list(self.dims), dim=1),
             torch.split(self.feature_weight, list(self.dims), dim=0),

@@ -119,9 +119,14 @@ def _carry_columns(
 
 
 def _combined_pairs(pairs: Array, combos: list[Array]) -> Array:
-    """Rewrite W for vectors that are combinations: A^T W A with A the pseudo-inverse."""
+    """Rewrite W for vectors that are combinations: A^T W A with A the pseudo-inverse.
+
+    Twice the quadratic form: W holds a pair of different vectors twice, so a self-pair counts
+    double as well; the caller halves the diagonal.
+    """
+    doubled = pairs * (1 + np.eye(pairs.shape[1]))
     dense = np.zeros((1, pairs.shape[1]))
     dense[0, 0] = 1.0
     back = np.linalg.pinv(np.concatenate([dense, *combos]))
-    combined: Array = np.einsum("fk,hfg,gl->hkl", back, pairs, back, optimize=True)
+    combined: Array = np.einsum("fk,hfg,gl->hkl", back, doubled, back, optimize=True)
     return combined
