@@ -92,7 +92,7 @@ class StreamedFile:
         self._written: list[TensorSource] = []
         self._digests: dict[str, str] = {}
         self._sources = sources
-        # room for the header: what is known now, and some dozens of small tensors
+        # room for the header: what is known now, and the few tensors of a tower module
         self._begin = _align(8 + len(_header_text(sources, metadata)) + _LATE_HEADER_BYTES)
 
     def write_large(self, on_bytes: Callable[[int], None] = lambda count: None) -> None:
@@ -121,6 +121,8 @@ class StreamedFile:
             CheckpointError: A tensor holds NaN or Inf.
             OSError: The disk is full, or fails.
         """
+        if not self._written:  # nothing stands behind the header yet: it takes what it needs
+            self._begin = _align(8 + len(_header_text(late, self._metadata)))
         with self._path.open("r+b", buffering=0) as file:
             os.lseek(file.fileno(), self._begin + _total(self._written), os.SEEK_SET)
             self._write(file.fileno(), late, on_bytes)
