@@ -1,7 +1,7 @@
 """Write `.safetensors` files as streams: one chunk in memory, whatever the tensor's size.
 
-Tables that are stored as they shall be are copied by the kernel, others chunk by chunk; either way
-another thread looks at every byte, so that a conversion runs at the disk's pace.
+One thread reads, one looks at every byte, one writes, so that a conversion runs at the disk's
+pace.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from dmt_convert.bundle.checksums import checksum_error
-from dmt_convert.bundle.digest import TreeDigest, combine_crc32
-from dmt_convert.bundle.raw_copy import FileRange, copy_range
+from dmt_convert.bundle.aligned_writer import ALIGNMENT, AlignedWriter
+from dmt_convert.bundle.digest import TreeDigest
 from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows
 from dmt_convert.errors import CheckpointError
 
 _SAFETENSORS_DTYPES: Final = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
-_ALIGNMENT: Final = 4096
 _LATE_HEADER_BYTES: Final = 16_384
 _INFINITIES: Final[Mapping[str, tuple[np.dtype[Any], np.dtype[Any], int]]] = {
     "fp64": (np.dtype("<i8"), np.dtype("<u8"), 0x7FF0_0000_0000_0000),
@@ -48,8 +46,6 @@ class TensorSource:
     """Gives its bytes; chunks are whole elements, valid until the next but one is asked for."""
     origin: str
     """What to call it in errors."""
-    ranges: tuple[FileRange, ...] = ()
-    """The same bytes as runs of files, where they are stored just so: copied by the kernel."""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +72,6 @@ class StreamedFile:
     """A file whose large tensors are written first; small ones and the header follow.
 
     So tables stream to the disk while the small tensors beside them are still being computed.
-    The file has mode 0644, whatever the umask says.
 
     Args:
         path: Where to; must not exist.
@@ -102,16 +97,15 @@ class StreamedFile:
             CheckpointError: A tensor holds NaN or Inf, or not the bytes that its checksum says.
             OSError: The disk is full, or fails.
         """
-        with self._path.open("xb", buffering=0) as file:
-            os.fchmod(file.fileno(), 0o644)
-            os.lseek(file.fileno(), self._begin, os.SEEK_SET)
-            self._write(file.fileno(), self._sources, on_bytes)
+        with (
+            AlignedWriter(self._path, self._begin) as writer,
+            ThreadPoolExecutor(1) as reader,
+            ThreadPoolExecutor(1) as checker,
+        ):
+            for source in self._sources:
+                self._stream(source, writer, reader, checker, on_bytes)
 
-    def finish(
-        self,
-        late: Sequence[TensorSource] = (),
-        on_bytes: Callable[[int], None] = lambda count: None,
-    ) -> dict[str, str]:
+    def finish(self, late: Sequence[TensorSource] = ()) -> dict[str, str]:
         """Append the small tensors, write the header, bring the file to the disk.
 
         Returns:
@@ -121,33 +115,49 @@ class StreamedFile:
             CheckpointError: A tensor holds NaN or Inf.
             OSError: The disk is full, or fails.
         """
-        if not self._written:  # nothing stands behind the header yet: it takes what it needs
+        if not self._written:  # then the header may take what it needs
             self._begin = _align(8 + len(_header_text(late, self._metadata)))
         with self._path.open("r+b", buffering=0) as file:
-            os.lseek(file.fileno(), self._begin + _total(self._written), os.SEEK_SET)
-            self._write(file.fileno(), late, on_bytes)
             file.truncate(self._begin + _total(self._written))
+            file.seek(0, os.SEEK_END)
+            for source in late:
+                check = _Check(source)
+                for chunk in source.chunks():
+                    check.update(chunk)
+                    _write_all(file.fileno(), chunk.data)
+                self._done(source, check)
             text = _header_text(self._written, self._metadata)
             assert 8 + len(text) <= self._begin, "the header outgrew its room"
             text += b" " * (self._begin - 8 - len(text))
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            file.seek(0)
             _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
             os.fsync(file.fileno())
         return self._digests
 
-    def _write(
-        self, descriptor: int, sources: Sequence[TensorSource], on_bytes: Callable[[int], None]
+    def _stream(
+        self,
+        source: TensorSource,
+        writer: AlignedWriter,
+        reader: ThreadPoolExecutor,
+        checker: ThreadPoolExecutor,
+        on_bytes: Callable[[int], None],
     ) -> None:
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as checker:
-            for source in sources:
-                check = _Check(source)
-                for part in source.ranges:
-                    copy_range(descriptor, part, look=check.update, on_bytes=on_bytes, pool=checker)
-                    check.end_range(part)
-                if not source.ranges:
-                    _write_chunks(descriptor, source, check, reader, checker, on_bytes)
-                self._digests[source.name] = check.finish()
-                self._written.append(source)
+        """While one chunk is written, the next is read and the same one is looked at."""
+        check = _Check(source)
+        chunks = source.chunks()
+        ahead: Future[ByteRows | None] = reader.submit(next, chunks, None)
+        while (chunk := ahead.result()) is not None:
+            ahead = reader.submit(next, chunks, None)
+            checking = checker.submit(check.update, chunk)
+            writer.write(chunk)
+            checking.result()
+            on_bytes(chunk.nbytes)
+        self._done(source, check)
+
+    def _done(self, source: TensorSource, check: _Check) -> None:
+        assert check.seen == source.nbytes, (source.name, check.seen, source.nbytes)
+        self._digests[source.name] = check.finish()
+        self._written.append(source)
 
 
 def write_safetensors(
@@ -178,32 +188,7 @@ def _total(sources: Sequence[TensorSource]) -> int:
 
 def _align(length: int) -> int:
     """Round up, so that the first tensor begins aligned."""
-    return length + -length % _ALIGNMENT
-
-
-def _write_chunks(
-    descriptor: int,
-    source: TensorSource,
-    check: _Check,
-    reader: ThreadPoolExecutor,
-    checker: ThreadPoolExecutor,
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Write a tensor that is made chunk by chunk: the next is made while one is written."""
-    chunks = source.chunks()
-    written = 0
-    ahead: Future[ByteRows | None] = reader.submit(next, chunks, None)
-    while (chunk := ahead.result()) is not None:
-        ahead = reader.submit(next, chunks, None)
-        checking = checker.submit(check.update, chunk)
-        if chunk is ZEROS:
-            os.lseek(descriptor, chunk.nbytes, os.SEEK_CUR)
-        else:
-            _write_all(descriptor, chunk.data)
-        checking.result()
-        written += chunk.nbytes
-        on_bytes(chunk.nbytes)
-    assert written == source.nbytes, (source.name, written, source.nbytes)
+    return length + -length % ALIGNMENT
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -212,29 +197,20 @@ def _write_all(descriptor: int, view: memoryview) -> None:
 
 
 class _Check:
-    """Looks at every chunk once: finite, checksum, digest."""
+    """Looks at every chunk once: finite, digest."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
         self._digest = TreeDigest()
-        self._crc32 = 0
-        self._position = 0
+        self.seen = 0
 
     def update(self, chunk: ByteRows) -> None:
         """Take the next bytes of the tensor."""
-        self._crc32 = combine_crc32(self._crc32, self._digest.update(chunk), chunk.nbytes)
+        self._digest.update(chunk)
         bad = None if chunk is ZEROS else first_non_finite(chunk, self._source.dtype)
         if bad is not None:
-            self._refuse(self._position // ITEM_BYTES[self._source.dtype] + bad)
-        self._position += chunk.nbytes
-
-    def end_range(self, part: FileRange) -> None:
-        """Hold what was seen since the last range against the range's checksum."""
-        if part.crc32 is not None and part.crc32 != self._crc32:
-            raise checksum_error(
-                f"{self._source.origin} in {part.path.name}", self._crc32, part.crc32
-            )
-        self._crc32 = 0
+            self._refuse(self.seen // ITEM_BYTES[self._source.dtype] + bad)
+        self.seen += chunk.nbytes
 
     def finish(self) -> str:
         """Return the digest of the tensor."""

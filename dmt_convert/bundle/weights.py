@@ -11,13 +11,11 @@ import numpy.typing as npt
 
 from dmt_convert.architectures import FlatModelInfo
 from dmt_convert.bundle.checksums import stream_checked
-from dmt_convert.bundle.raw_copy import FileRange
 from dmt_convert.bundle.safetensors_writer import TensorSource, array_source
 from dmt_convert.checkpoint import (
     ZEROS,
     ByteRows,
     TensorInfo,
-    resolve_segments,
     to_fp32,
 )
 from dmt_convert.spec import Dtype
@@ -86,24 +84,6 @@ def _table_source(tensor: TensorInfo, table: str, dtype: Dtype | None) -> Tensor
         if dtype is not None and recoded
         else (lambda: stream_checked(tensor, origin)),
         origin=origin,
-        ranges=() if recoded else _ranges(tensor),
-    )
-
-
-def _ranges(tensor: TensorInfo) -> tuple[FileRange, ...]:
-    """Runs of files that hold a table's rows one after the other; none where they do not."""
-    segments = sorted(resolve_segments(tensor), key=lambda segment: segment.starts)
-    if any(s.strides is not None or s.sizes[1:] != tensor.shape[1:] for s in segments):
-        return ()
-    width = tensor.nbytes // tensor.shape[0]
-    return tuple(
-        FileRange(
-            path=segment.path,
-            offset=segment.offset,
-            length=segment.sizes[0] * width,
-            crc32=segment.crc32,
-        )
-        for segment in segments
     )
 
 

@@ -104,10 +104,9 @@ def _draw(spec: ModelSpec, partition: Partition) -> Figure:
 
 
 def _title(spec: ModelSpec, partition: Partition) -> str:
-    towers = len(partition.assignment.towers)
-    title = (
-        f"{len(spec.features)} features in {towers} tower{'s' * (towers > 1)}, {partition.strategy}"
-    )
+    features, towers = len(spec.features), len(partition.assignment.towers)
+    title = f"{features} feature{'s' * (features > 1)} in {towers} tower{'s' * (towers > 1)}"
+    title += f", {partition.strategy}"
     if partition.within_affinity is not None and partition.between_affinity is not None:
         title += (
             f"; mean {partition.affinity_kind} affinity {partition.within_affinity:.3f} inside "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dmt_convert.errors import PartitionError
@@ -46,7 +48,7 @@ def test_one_feature(make_spec, make_affinity):
     spec = make_spec(1)
     partition = partition_features(spec, PartitionConfig(num_towers=1), make_affinity(1))
     assert partition.within_affinity is None
-    assert "1 features in 1 towers" in figure_svg(spec, partition)
+    assert "1 feature in 1 tower" in figure_svg(spec, partition)
 
 
 def test_other_suffixes_are_refused(make_spec, tmp_path):
@@ -54,3 +56,18 @@ def test_other_suffixes_are_refused(make_spec, tmp_path):
     partition = partition_features(spec, PartitionConfig(num_towers=2, strategy="round-robin"))
     with pytest.raises(PartitionError, match=r"p\.pdf"):
         plot_partition(spec, partition, tmp_path / "p.pdf")
+
+
+def test_hostile_names_are_drawn_as_they_are(make_spec, make_affinity):
+    """`$` would start a formula, which may not parse; control characters have no place in XML."""
+    spec = make_spec(3)
+    names = (r"$\frac$", "a\x00b\ud800", "特徴")
+    features = tuple(
+        dataclasses.replace(feature, name=name)
+        for feature, name in zip(spec.features, names, strict=True)
+    )
+    spec = dataclasses.replace(spec, features=features)
+    found = partition_features(spec, PartitionConfig(num_towers=2), make_affinity(3, 0))
+    svg = figure_svg(spec, found)
+    assert "$\\frac$" in svg
+    assert "\x00" not in svg

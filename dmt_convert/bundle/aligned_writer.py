@@ -1,0 +1,105 @@
+"""Write large files past the page cache, at the disk's own pace.
+
+What goes through the page cache is copied once more by the kernel, throttled when too much of it
+is dirty, and pushes everything else out of memory. Aligned blocks written directly avoid all
+three, and are on the disk when the call returns. Where a file system cannot do that, the same
+blocks go through the cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
+
+ALIGNMENT: Final = 4096
+
+
+class AlignedWriter:
+    """Appends bytes to a new file; runs of zeros from holes stay holes.
+
+    Args:
+        path: Where to; must not exist. Its mode is 0644, whatever the umask says.
+        begin: Where in the file to begin, a multiple of `ALIGNMENT`.
+
+    Raises:
+        OSError: The disk is full, or fails.
+    """
+
+    def __init__(self, path: Path, begin: int) -> None:
+        assert begin % ALIGNMENT == 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(path, flags, 0o644)
+        os.fchmod(self._descriptor, 0o644)
+        self._set_direct(wanted=True)
+        self._buffer = mmap.mmap(-1, CHUNK_BYTES)  # anonymous maps are aligned to pages
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._all_zero = True
+        self._position = begin
+
+    def __enter__(self) -> AlignedWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, chunk: ByteRows) -> None:
+        """Append bytes; `ZEROS` itself stands for a hole."""
+        self._all_zero &= chunk is ZEROS
+        data = chunk.data
+        while len(data):
+            part = data[: CHUNK_BYTES - self._filled]
+            self._view[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == CHUNK_BYTES:
+                if not self._all_zero:
+                    self._flush(CHUNK_BYTES)
+                self._position += CHUNK_BYTES
+                self._filled = 0
+                self._all_zero = chunk is ZEROS
+
+    def _finish(self) -> None:
+        """Write what is left; its end is not aligned, so it goes through the cache."""
+        self._set_direct(wanted=False)
+        self._flush(self._filled)
+        os.ftruncate(self._descriptor, self._position + self._filled)
+
+    def _flush(self, count: int) -> None:
+        done = 0
+        while done < count:
+            try:
+                done += os.pwrite(self._descriptor, self._view[done:count], self._position + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._set_direct(wanted=False):
+                    raise
+            if done % ALIGNMENT:
+                self._set_direct(wanted=False)  # a short write, as before a full disk
+
+    def _set_direct(self, *, wanted: bool) -> bool:
+        """Turn direct writing on or off; returns whether that changed anything."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        changed = flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, changed)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return changed != flags

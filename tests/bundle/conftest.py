@@ -1,0 +1,82 @@
+"""A tiny checkpoint, and bundles of it that are written without the other stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmt_convert.architectures import FlatModelInfo, infer_model
+from dmt_convert.bundle import Bundle, Manifest, plan_table_files, split_state, write_bundle
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.plan import Cluster, plan_towers
+from dmt_convert.towers import (
+    DmtSpec,
+    MappedTables,
+    TowerModuleSpec,
+    TowerSpec,
+    open_flat_model,
+)
+from dmt_convert.towers.initialisation import initialise
+
+TOWERS = (("cat_0", "cat_2"), ("cat_1", "cat_3"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+    return make_flat(tmp_path_factory.mktemp("flat") / "ckpt.pt")
+
+
+BundleWriter = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def write(source: Path) -> BundleWriter:
+    """Write the passthrough bundle of a checkpoint: `write(out, source=..., force=...)`."""
+
+    def write_passthrough(out: Path, *, source: Path = source, **options: Any) -> Bundle:
+        info = infer_model(open_checkpoint(source))
+        spec = passthrough(info)
+        infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
+        flat = open_flat_model(info)
+        model, _ = initialise(
+            flat, spec, None, method="exact", tables=MappedTables(info.spec, infos)
+        )
+        plan = plan_towers(
+            info.spec,
+            spec.assignment,
+            Cluster(hosts=2, ranks_per_host=1),
+            tower_widths=spec.tower_widths,
+        )
+        manifest = Manifest(
+            model=spec,
+            source={"format": "torch", "name": source.name, "files": [], "bytes": 0},
+            facts=({"subject": "s", "value": "v", "source": "read", "reason": "r"},),
+        )
+        return write_bundle(
+            out,
+            plan_table_files(info, TOWERS),
+            small=lambda: split_state(model),
+            describe=lambda: (
+                manifest,
+                plan,
+                lambda final: {"report.html": final.source["digest"]},
+            ),
+            **options,
+        )
+
+    return write_passthrough
+
+
+def passthrough(info: FlatModelInfo) -> DmtSpec:
+    module = TowerModuleSpec(kind="passthrough")
+    return DmtSpec(
+        flat=info.spec,
+        towers=tuple(TowerSpec(features=features, module=module) for features in TOWERS),
+    )
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory, write: BundleWriter) -> Path:
+    """A bundle that tests copy before they damage it."""
+    return write(tmp_path_factory.mktemp("bundle") / "ckpt-dmt2").path
