@@ -12,6 +12,8 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -19,6 +21,8 @@ from typing import Final
 from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
 
 ALIGNMENT: Final = 4096
+_IN_FLIGHT: Final = 3
+"""Blocks on their way to the disk at a time: one leaves it idle between two."""
 
 
 class AlignedWriter:
@@ -38,8 +42,11 @@ class AlignedWriter:
         self._descriptor = os.open(path, flags, 0o644)
         os.fchmod(self._descriptor, 0o644)
         self._set_direct(wanted=True)
-        self._buffer = mmap.mmap(-1, CHUNK_BYTES)  # anonymous maps are aligned to pages
-        self._view = memoryview(self._buffer)
+        # anonymous maps are aligned to pages
+        self._blocks = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(_IN_FLIGHT + 1)]
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT)
+        self._pending: deque[Future[None]] = deque()
+        self._turn = 0
         self._filled = 0
         self._all_zero = True
         self._position = begin
@@ -57,6 +64,7 @@ class AlignedWriter:
             if kind is None:
                 self._finish()
         finally:
+            self._pool.shutdown(cancel_futures=True)
             os.close(self._descriptor)
 
     def write(self, chunk: ByteRows) -> None:
@@ -65,27 +73,38 @@ class AlignedWriter:
         data = chunk.data
         while len(data):
             part = data[: CHUNK_BYTES - self._filled]
-            self._view[self._filled : self._filled + len(part)] = part
+            block = self._blocks[self._turn]
+            block[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             data = data[len(part) :]
             if self._filled == CHUNK_BYTES:
-                if not self._all_zero:
-                    self._flush(CHUNK_BYTES)
-                self._position += CHUNK_BYTES
-                self._filled = 0
+                self._send()
                 self._all_zero = chunk is ZEROS
+
+    def _send(self) -> None:
+        """Have the full block written, and go on with one that is free."""
+        if not self._all_zero:
+            block = self._blocks[self._turn]
+            self._pending.append(self._pool.submit(self._flush, block, self._position))
+            self._turn = (self._turn + 1) % len(self._blocks)
+            while len(self._pending) > _IN_FLIGHT:
+                self._pending.popleft().result()
+        self._position += CHUNK_BYTES
+        self._filled = 0
 
     def _finish(self) -> None:
         """Write what is left; its end is not aligned, so it goes through the cache."""
+        for future in self._pending:
+            future.result()
         self._set_direct(wanted=False)
-        self._flush(self._filled)
+        self._flush(self._blocks[self._turn][: self._filled], self._position)
         os.ftruncate(self._descriptor, self._position + self._filled)
 
-    def _flush(self, count: int) -> None:
+    def _flush(self, block: memoryview, position: int) -> None:
         done = 0
-        while done < count:
+        while done < len(block):
             try:
-                done += os.pwrite(self._descriptor, self._view[done:count], self._position + done)
+                done += os.pwrite(self._descriptor, block[done:], position + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._set_direct(wanted=False):
                     raise
