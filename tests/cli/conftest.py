@@ -1,0 +1,28 @@
+"""A checkpoint and its bundles, converted once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.partition import PartitionConfig
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+    return make_flat(tmp_path_factory.mktemp("cli") / "ckpt.pt")
+
+
+@pytest.fixture(scope="session")
+def exact(flat: Path) -> Path:
+    """The passthrough bundle."""
+    config = ConvertConfig(partition=PartitionConfig(num_towers=2), tower_module="passthrough")
+    return convert_checkpoint(flat, flat.parent / "exact", config=config).bundle.path
+
+
+@pytest.fixture(scope="session")
+def compressed(flat: Path) -> Path:
+    """The bundle that `dmt convert` writes by default."""
+    config = ConvertConfig(partition=PartitionConfig(num_towers=2))
+    return convert_checkpoint(flat, flat.parent / "ckpt-dmt2", config=config).bundle.path

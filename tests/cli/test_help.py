@@ -1,0 +1,115 @@
+"""Help is instant, complete, and gives an example; option names do not change unnoticed."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPTIONS = {
+    "inspect": "--model-config --json --quiet",
+    "convert": "--towers --out --partition --affinity --tower-module --c --p --dim --compression "
+    "--together --apart --group --calibration --distill-steps --hosts --ranks-per-host --hbm-gib "
+    "--dtype --model-config --seed --dry-run --force --json --quiet",
+    "partition": "--towers --partition --affinity --together --apart --group --calibration "
+    "--model-config --seed --out --plot --json --quiet",
+    "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --json --quiet",
+    "score": "--data --out --model-config --json --quiet",
+    "evaluate": "--data --model-config --json --quiet",
+    "verify": "--data --atol --rtol --checksums --model-config --json --quiet",
+}
+ARGUMENTS = {
+    "inspect": ["source"],
+    "convert": ["source"],
+    "partition": ["source"],
+    "plan": ["bundle"],
+    "score": ["model"],
+    "evaluate": ["model"],
+    "verify": ["a", "b"],
+}
+DMT = Path(sys.executable).with_name("dmt")
+
+
+def test_every_command_is_listed(call_dmt: Callable[..., Any]) -> None:
+    run = call_dmt("--help")
+    assert run.code == 0
+    found = re.findall(r"^│ (\w+) ", run.stdout, re.MULTILINE)
+    assert [name for name in found if name in OPTIONS] == list(OPTIONS)
+    assert "Exit codes: 0 done, 1 bug, 2 usage, 3 " in run.stdout
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_of_a_command(command: str, call_dmt: Callable[..., Any]) -> None:
+    run = call_dmt(command, "--help")
+    assert run.code == 0
+    options = re.findall(r"^│ \*? +(--[a-z-]+)", run.stdout, re.MULTILINE)
+    options += re.findall(r"^│ (--[a-z-]+)", run.stdout, re.MULTILINE)
+    assert sorted(set(options) - {"--help"}) == sorted(OPTIONS[command].split())
+    arguments = re.findall(r"^│ \* +([a-z]\w*) ", run.stdout, re.MULTILINE)
+    assert arguments == ARGUMENTS[command]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_has_an_example_that_parses(
+    command: str, call_dmt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every example is a command line that gets past its options."""
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = call_dmt(command, "--help").stdout
+    examples = re.findall(rf"dmt {command} [^\n]*", shown.split("─ Arguments")[0])
+    examples = [line.strip() for line in examples if "[OPTIONS]" not in line]
+    assert examples
+    for example in examples:
+        run = call_dmt(*example.split()[1:])
+        assert run.code == 3, run  # the files of the example are not there
+        assert "does not exist" in run.stderr
+
+
+@pytest.mark.parametrize("command", ["", *OPTIONS])
+def test_help_is_instant(command: str) -> None:
+    if not DMT.exists():
+        pytest.skip(f"{DMT} is not installed")
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        process = subprocess.Popen([DMT, *command.split(), "--help"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        # a machine that is busy with other things does not make help slow
+        busy = usage.ru_utime + usage.ru_stime
+        times.append(min(time.perf_counter() - begin, busy if os.getloadavg()[0] > 1.5 else 9))
+        if times[-1] < 0.5:
+            break
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom dmt_convert.cli.main import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'numpy', 'matplotlib', 'pyarrow', 'yaml'} & set(sys.modules)\n"
+        "    print(sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "[]"
+
+
+def test_version(call_dmt: Callable[..., Any]) -> None:
+    from dmt_convert import __version__
+
+    assert call_dmt("--version").stdout == f"dmt-convert {__version__}\n"
+
+
+def test_without_arguments_help_is_shown(call_dmt: Callable[..., Any]) -> None:
+    run = call_dmt()
+    assert run.code == 2
+    assert "Usage: dmt" in run.stdout + run.stderr
