@@ -60,7 +60,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 flat_path = Path(folder) / "flat.pt"
                 config = TrainConfig(
-                    data=options.data, arch=arch, epochs=options.epochs, seed=seed,
+                    data=options.data,
+                    arch=arch,
+                    epochs=options.epochs,
+                    seed=seed,
                     learning_rate=1e-3,
                 )
                 save_flat(*train_flat(config), flat_path)
@@ -71,9 +74,7 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1))
 
 
-def measure_seed(
-    arch: str, seed: int, path: Path, options: argparse.Namespace
-) -> list[Outcome]:
+def measure_seed(arch: str, seed: int, path: Path, options: argparse.Namespace) -> list[Outcome]:
     info = infer_model(open_checkpoint(path))
     flat = open_flat_model(info)
     test = read_all(info, options.data / "test.npz")
@@ -113,7 +114,10 @@ def make_spec(
     flat: FlatModel, towers: tuple[tuple[str, ...], ...], kind: str, compression: float | None
 ) -> DmtSpec:
     module = module_spec(
-        flat.spec, kind, num_towers=len(towers), compression=compression  # type: ignore[arg-type]
+        flat.spec,
+        kind,
+        num_towers=len(towers),
+        compression=compression,  # type: ignore[arg-type]
     )
     specs = tuple(TowerSpec(features=features, module=module) for features in towers)
     return DmtSpec(flat=flat.spec, towers=specs)

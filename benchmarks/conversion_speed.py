@@ -1,6 +1,6 @@
 """How long a conversion takes against `cp -r` of the same checkpoint, and what memory it needs.
 
-    python benchmarks/conversion_speed.py --gib 8 --repeats 3
+    python benchmarks/conversion_speed.py --gib 8 --repeats 4
 
 Writes a TorchRec-named DLRM checkpoint of that size with random tables, then runs, interleaved,
 `cp -r`, `cp -r` with `sync`, and `dmt convert` (compressed, and passthrough). A conversion brings
@@ -12,6 +12,8 @@ is warm for all. Times of `dmt inspect` and `--dry-run` follow.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -30,7 +32,7 @@ DIM, FEATURES, DENSE = 128, 26, 13
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gib", type=float, default=8.0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("speed-benchmark"))
     parser.add_argument("--format", choices=("safetensors", "torch"), default="safetensors")
     options = parser.parse_args()
@@ -55,13 +57,18 @@ def run_all(folder: Path, options: argparse.Namespace) -> None:
         "cp -r, then sync": ["sh", "-c", f"cp -r '{checkpoint}' '{{out}}' && sync -f '{{out}}'"],
         "dmt convert": [*convert, "{out}"],
         "dmt convert --tower-module passthrough": [
-            *convert, "{out}", "--tower-module", "passthrough",
+            *convert,
+            "{out}",
+            "--tower-module",
+            "passthrough",
         ],
     }
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     peaks: dict[str, float] = dict.fromkeys(jobs, 0.0)
     for turn in range(options.repeats):
-        for name, command in jobs.items():
+        # what ran before leaves its mark on the machine's memory, so the order rotates
+        order = list(jobs.items())
+        for name, command in [*order[turn % len(order) :], *order[: turn % len(order)]]:
             out = folder / "out"
             drop_caches()
             words = [word.replace("{out}", str(out)) for word in command]
@@ -103,10 +110,8 @@ def measure(words: list[str]) -> tuple[float, float]:
 
 def drop_caches() -> None:
     os.sync()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        pass
 
 
 def write_checkpoint(folder: Path, gib: float, kind: str) -> Path:
@@ -134,7 +139,9 @@ def write_checkpoint(folder: Path, gib: float, kind: str) -> Path:
     for name, shape in shapes.items():
         length = 4 * int(np.prod(shape))
         header[name] = {
-            "dtype": "F32", "shape": list(shape), "data_offsets": [position, position + length],
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [position, position + length],
         }
         position += length
     text = json.dumps(header).encode()
@@ -152,7 +159,7 @@ def write_checkpoint(folder: Path, gib: float, kind: str) -> Path:
 
 def mlp(stem: str, widths: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         shapes[f"{stem.format(i)}.weight"] = (fan_out, fan_in)
         shapes[f"{stem.format(i)}.bias"] = (fan_out,)
     return shapes

@@ -52,8 +52,9 @@ def run(
     """
     from dmt_convert.architectures import infer_model, read_model_config
     from dmt_convert.checkpoint import open_checkpoint
-    from dmt_convert.convert import describe_partition, partition_sample
+    from dmt_convert.convert import partition_sample
     from dmt_convert.partition import plot_partition
+    from dmt_convert.report.documents import describe_partition
     from dmt_convert.sampling import draw_sample
 
     output = make_output(json_=json_, quiet=quiet)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
 from dmt_convert.bundle import (
@@ -186,14 +188,25 @@ def convert_checkpoint(
     spec = _dmt_spec(info, config, partition)
     plan = _plan(info, spec, partition, config.cluster)
     # tables stream to the disk while the small weights are being computed
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(_start, info, spec, sample, partition, config, progress)
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as pool, _set_on_error(stopped):
+        starting = pool.submit(_start, info, spec, sample, partition, config, progress, stopped)
         bundle = _write(
             info, out, spec, starting, sample, partition, plan, config=config, progress=progress
         )
     return Conversion(
         bundle=bundle, info=info, partition=partition, quality=starting.result().quality
     )
+
+
+@contextmanager
+def _set_on_error(event: threading.Event) -> Iterator[None]:
+    """Tell another thread to stop when this one fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
 
 
 def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfig) -> Partition:
@@ -284,9 +297,15 @@ def _start(
     partition: Partition,
     config: ConvertConfig,
     progress: Progress,
+    stopped: threading.Event,
 ) -> StartedModel:
     # imports torch, which takes seconds: here, tables are being copied meanwhile
     from dmt_convert.scoring.started_model import start_model
+
+    def on_step(done: int, total: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        progress("distilling", done, total)
 
     started = start_model(
         info,
@@ -295,7 +314,7 @@ def _start(
         distill_steps=config.distill_steps,
         stored_as=config.dtype,
         seed=config.seed,
-        on_step=lambda done, total: progress("distilling", done, total),
+        on_step=on_step,
     )
     figure_svg(info.spec, partition)  # drawn once and kept: the documents want it at the end
     return started
@@ -313,7 +332,7 @@ def _write(
     config: ConvertConfig,
     progress: Progress,
 ) -> Bundle:
-    from dmt_convert.report.documents import describe_conversion
+    from dmt_convert.report.documents import describe_conversion, describe_manifest
 
     tables = plan_table_files(info, partition.assignment.towers, dtype=config.dtype)
     total = sum(source.nbytes for sources in tables.values() for source in sources)
@@ -344,54 +363,3 @@ def _write(
         force=config.force,
         on_bytes=on_bytes,
     )
-
-
-def describe_manifest(
-    info: FlatModelInfo,
-    spec: DmtSpec,
-    partition: Partition,
-    started: StartedModel,
-    sample: Sample,
-) -> Manifest:
-    """Say all that `dmt.json` says, but for the weights."""
-    return Manifest(
-        model=spec,
-        source=describe_source(info),
-        facts=tuple(asdict(fact) for fact in info.facts),
-        partition=describe_partition(partition),
-        initialisation={
-            "method": started.method,
-            "sample": sample.description,
-            "notes": list(started.notes),
-        },
-        quality=started.quality.to_json(),
-    )
-
-
-def describe_source(info: FlatModelInfo) -> dict[str, Any]:
-    """Say where a bundle comes from: format, name, files, bytes (no absolute paths)."""
-    checkpoint = info.checkpoint
-    return {
-        "format": checkpoint.format,
-        "name": checkpoint.source.name,
-        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
-        "bytes": checkpoint.nbytes,
-    }
-
-
-def describe_partition(partition: Partition) -> dict[str, Any]:
-    """Say how the towers came about, for the manifest."""
-    return {
-        "strategy": partition.strategy,
-        "affinity": partition.affinity_kind,
-        "within_affinity": partition.within_affinity,
-        "between_affinity": partition.between_affinity,
-        "loads": [
-            {
-                "features": load.features,
-                "table_bytes": load.table_bytes,
-                "lookups": load.lookups,
-            }
-            for load in partition.loads
-        ],
-    }

@@ -1,10 +1,12 @@
-"""What a person finds in a bundle: `report.html` and `partition.svg`."""
+"""What a bundle says of itself: the manifest for machines, report and figure for people."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dmt_convert.architectures import FlatModelInfo
 from dmt_convert.bundle import Manifest
@@ -12,7 +14,12 @@ from dmt_convert.partition import Partition, figure_svg
 from dmt_convert.plan import TowerPlan
 from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
+from dmt_convert.sampling import Sample
 from dmt_convert.scoring import Quality
+from dmt_convert.towers import DmtSpec
+
+if TYPE_CHECKING:
+    from dmt_convert.scoring.started_model import StartedModel
 
 REPORT_NAME = "report.html"
 FIGURE_NAME = "partition.svg"
@@ -72,3 +79,54 @@ def _commands(info: FlatModelInfo, manifest: Manifest, out: Path) -> tuple[str, 
             f"--tower-module passthrough --out {bundle}-exact"
         )
     return tuple(commands)
+
+
+def describe_manifest(
+    info: FlatModelInfo,
+    spec: DmtSpec,
+    partition: Partition,
+    started: StartedModel,
+    sample: Sample,
+) -> Manifest:
+    """Say all that `dmt.json` says, but for the weights."""
+    return Manifest(
+        model=spec,
+        source=describe_source(info),
+        facts=tuple(asdict(fact) for fact in info.facts),
+        partition=describe_partition(partition),
+        initialisation={
+            "method": started.method,
+            "sample": sample.description,
+            "notes": list(started.notes),
+        },
+        quality=started.quality.to_json(),
+    )
+
+
+def describe_source(info: FlatModelInfo) -> dict[str, Any]:
+    """Say where a bundle comes from: format, name, files, bytes (no absolute paths)."""
+    checkpoint = info.checkpoint
+    return {
+        "format": checkpoint.format,
+        "name": checkpoint.source.name,
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
+        "bytes": checkpoint.nbytes,
+    }
+
+
+def describe_partition(partition: Partition) -> dict[str, Any]:
+    """Say how the towers came about, for the manifest."""
+    return {
+        "strategy": partition.strategy,
+        "affinity": partition.affinity_kind,
+        "within_affinity": partition.within_affinity,
+        "between_affinity": partition.between_affinity,
+        "loads": [
+            {
+                "features": load.features,
+                "table_bytes": load.table_bytes,
+                "lookups": load.lookups,
+            }
+            for load in partition.loads
+        ],
+    }
