@@ -116,7 +116,6 @@ def configure_logging(*, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("dmt_convert")
     logger.handlers = [handler]
-    logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 

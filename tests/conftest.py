@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -198,6 +199,8 @@ def call_dmt(
     from dmt_convert.cli.main import main
 
     terminate = signal.getsignal(signal.SIGTERM)
+    logger = logging.getLogger("dmt_convert")
+    handlers, level = logger.handlers, logger.level
 
     def call(*args: object) -> Run:
         monkeypatch.setattr(sys, "argv", ["dmt", *map(str, args)])
@@ -211,6 +214,8 @@ def call_dmt(
 
     yield call
     signal.signal(signal.SIGTERM, terminate)
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

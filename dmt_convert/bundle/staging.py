@@ -86,8 +86,9 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
     """
     check_target(out, force=force)
     staging = out.parent / f".{out.name}{_MARK}{os.getpid()}"
-    lock = _make_locked(staging, out, needed_bytes)
-    try:
+    lock = None
+    try:  # from before the folder is made: an interrupt may come at any moment
+        lock = _make_locked(staging, out, needed_bytes)
         yield staging
         for folder in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             _sync_folder(folder)
@@ -101,7 +102,8 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
             ) from None
         raise
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
 
 

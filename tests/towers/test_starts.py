@@ -221,3 +221,23 @@ def test_rebuild_recovers_dependent_coordinates():
 def test_a_coordinate_that_the_logit_does_not_feel_is_left_out():
     chosen = choose_coordinates(np.eye(4), np.diag([1.0, 0.0, 2.0, 0.0]), 2)
     assert list(chosen) == [0, 2]
+
+
+def test_wide_towers_choose_by_a_sketch_nearly_as_well(monkeypatch):
+    """Beyond 1,024 coordinates only an estimate of the gains is affordable."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((900, 60)) @ rng.standard_normal((60, 200)) * np.linspace(0.1, 2, 200)
+    gradient = rng.standard_normal((900, 20)) @ rng.standard_normal((20, 200))
+    covariance, sensitivity = x.T @ x / 900, gradient.T @ gradient / 900
+
+    def loss(chosen):
+        left = np.eye(200)
+        left[:, chosen] -= rebuild(covariance, chosen)
+        return np.trace(sensitivity @ left @ covariance @ left.T)
+
+    exact = loss(choose_coordinates(covariance, sensitivity, 30))
+    blind = loss(choose_coordinates(covariance, np.eye(200), 30))
+    monkeypatch.setattr("dmt_convert.towers.initialisation.dcn_start._EXACT_WIDTH", 100)
+    sketched = loss(choose_coordinates(covariance, sensitivity, 30))
+    assert sketched < 1.15 * exact
+    assert sketched < 0.9 * blind

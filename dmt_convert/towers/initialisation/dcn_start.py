@@ -9,8 +9,13 @@ Letters: M_t widths' sum of a tower, k coordinates chosen.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
+
+_EXACT_WIDTH: Final = 1024
+_SKETCH_ROWS: Final = 256
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -32,15 +37,13 @@ def choose_coordinates(covariance: Array, sensitivity: Array, count: int) -> Ind
     Returns:
         Sorted indices, shape (k,); once nothing is left to explain, the first free ones.
     """
-    residual = covariance.copy()
-    values, axes = np.linalg.eigh(sensitivity)
-    keep = values > max(float(values.max(initial=0.0)), 0.0) * 1e-6
-    root = (axes[:, keep] * np.sqrt(values[keep])).T @ residual
-    floor = 1e-10 * max(float(np.diag(covariance).max(initial=0.0)), 1e-30)
+    root = _square_root(sensitivity) @ covariance
+    diagonal = np.diag(covariance).astype(np.float64)
+    factors = np.empty((count, len(covariance)))  # covariance - factors^T factors is what is left
+    floor = 1e-10 * max(float(diagonal.max(initial=0.0)), 1e-30)
     chosen: list[int] = []
     free = np.ones(len(covariance), dtype=bool)
-    for _ in range(count):
-        diagonal = np.diag(residual)
+    for step in range(count):
         usable = free & (diagonal > floor)
         if not usable.any():
             break
@@ -49,11 +52,31 @@ def choose_coordinates(covariance: Array, sensitivity: Array, count: int) -> Ind
         k = int(np.argmax(gain))
         chosen.append(k)
         free[k] = False
-        column = residual[:, k].copy()
-        root -= np.outer(root[:, k], column) / column[k]
-        residual -= np.outer(column, column) / column[k]
+        scale = float(np.sqrt(diagonal[k]))
+        factors[step] = (covariance[k] - factors[:step, k] @ factors[:step]) / scale
+        root -= np.outer(root[:, k] / scale, factors[step])
+        diagonal = diagonal - np.square(factors[step])
     rest = [int(i) for i in np.flatnonzero(free)[: count - len(chosen)]]
     return np.sort(np.array(chosen + rest, dtype=np.intp))
+
+
+def _square_root(sensitivity: Array) -> Array:
+    """Return A with A^T A = G, shape (rank, M_t); for wide towers A^T A only estimates G.
+
+    Beyond 1,024 coordinates the eigenvectors take longer than all else; 256 random combinations
+    of the rows of a Cholesky factor keep every gain to within some per cent.
+    """
+    width = len(sensitivity)
+    if width <= _EXACT_WIDTH:
+        values, axes = np.linalg.eigh(sensitivity)
+        keep = values > max(float(values.max(initial=0.0)), 0.0) * 1e-6
+        exact: Array = (axes[:, keep] * np.sqrt(values[keep])).T
+        return exact
+    damping = 1e-9 * max(float(np.trace(sensitivity)) / width, 1e-30)
+    factor = np.linalg.cholesky(sensitivity + damping * np.eye(width))
+    mix = np.random.default_rng(0).standard_normal((_SKETCH_ROWS, width))
+    sketch: Array = mix @ factor.T / np.sqrt(_SKETCH_ROWS)
+    return sketch
 
 
 def rebuild(covariance: Array, chosen: Indices) -> Array:
