@@ -41,7 +41,7 @@ class AlignedWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(path, flags, 0o644)
         os.fchmod(self._descriptor, 0o644)
-        self._set_direct(wanted=True)
+        self._direct = self._write_directly()
         # anonymous maps are aligned to pages
         self._blocks = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(_IN_FLIGHT + 1)]
         self._pool = ThreadPoolExecutor(_IN_FLIGHT)
@@ -96,29 +96,36 @@ class AlignedWriter:
         """Write what is left; its end is not aligned, so it goes through the cache."""
         for future in self._pending:
             future.result()
-        self._set_direct(wanted=False)
+        self._write_cached()
         self._flush(self._blocks[self._turn][: self._filled], self._position)
         os.ftruncate(self._descriptor, self._position + self._filled)
 
     def _flush(self, block: memoryview, position: int) -> None:
         done = 0
         while done < len(block):
+            direct = self._direct
             try:
                 done += os.pwrite(self._descriptor, block[done:], position + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._set_direct(wanted=False):
+                if error.errno != errno.EINVAL or not direct:
                     raise
+                self._write_cached()
             if done % ALIGNMENT:
-                self._set_direct(wanted=False)  # a short write, as before a full disk
+                self._write_cached()  # a short write, as before a full disk
 
-    def _set_direct(self, *, wanted: bool) -> bool:
-        """Turn direct writing on or off; returns whether that changed anything."""
+    def _write_directly(self) -> bool:
+        """Turn direct writing on; returns whether the file system takes it."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        changed = flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT
         try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, changed)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             return False
-        return changed != flags
+        return True
+
+    def _write_cached(self) -> None:
+        """Turn direct writing off, for this block and all that follow."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._direct = False

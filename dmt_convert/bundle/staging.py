@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dmt_convert.errors import BundleError
 _MARK: Final = ".dmt-tmp-"
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_COUNTER: Final = itertools.count()
 _BUNDLE_NAMES: Final = frozenset(
     {MANIFEST_NAME, "plan.json", "weights", "report.html", "partition.svg"}
 )
@@ -85,7 +87,8 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
         BundleError: The target is taken, or the disk is full.
     """
     check_target(out, force=force)
-    staging = out.parent / f".{out.name}{_MARK}{os.getpid()}"
+    # a name of our own: whatever goes wrong, what is removed is what this call made
+    staging = out.parent / f".{out.name}{_MARK}{os.getpid()}-{next(_COUNTER)}"
     lock = None
     try:  # from before the folder is made: an interrupt may come at any moment
         lock = _make_locked(staging, out, needed_bytes)

@@ -71,7 +71,7 @@ def test_a_file_system_that_refuses_direct_writes(
     data = os.urandom(3 * BLOCK + 5)
     assert (tmp_path / "x").exists() is False
     expected = write(tmp_path / "x", 0, [data])
-    assert refused == 1
+    assert 1 <= refused <= 3  # every block in flight may meet the refusal once
     assert (tmp_path / "x").read_bytes() == expected
 
 
