@@ -13,6 +13,7 @@ from dmt_convert.architectures.findings import Fact, FlatModelInfo
 from dmt_convert.architectures.matching import Match, find_model
 from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.architectures.optimizer_state import find_row_state
+from dmt_convert.architectures.table_faults import blame_tables
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.widths import ShapeReader
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
@@ -155,6 +156,9 @@ def _assemble(
     last = "over_arch.last" if match.family.over_arch_last else None
     over_arch = shapes.mlp("over_arch", last=last, final_relu=False)
     if dense_arch is None or over_arch is None or not whole:
+        return None
+    widths = {"dense": dense_arch.widths[-1], "over": over_arch.widths[0]}
+    if config.features is None and blame_tables(shapes, match.family, tables, kind, **widths):
         return None
     interaction = _interaction(
         match, shapes, kind, [dense_arch.widths[-1], *dims], over_arch, config, facts

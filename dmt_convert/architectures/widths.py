@@ -98,6 +98,19 @@ class ShapeReader:
             return None
         return MlpSpec(widths=tuple(known), final_relu=final_relu)
 
+    def input_width(self, stem: str) -> int | None:
+        """Width that most tensors of `cross`, or the first layer of a branch, take."""
+        axis = {"w": 0, "v": 1, "bias": 0} if stem == "cross" else {"0.weight": 1}
+        votes = Counter(
+            info.shape[axis[kind]]
+            for name, info in self._tensors.items()
+            for kind in axis
+            if name.startswith(f"{stem}.")
+            and name.endswith(f".{kind}")
+            and len(info.shape) > axis[kind]
+        )
+        return votes.most_common(1)[0][0] if votes else None
+
     def cross(self, width: int) -> tuple[int, int] | None:
         """Read the low-rank cross layers over `width` inputs: (layers, rank)."""
         layers = self.indices("cross")

@@ -273,3 +273,45 @@ def test_what_is_given_is_said_to_be(torchrec, checkpoint):
     assert info.spec.final_sigmoid and info.spec.interaction.pair_order == "tril"
     for subject in ("pooling", "final sigmoid", "order of pairs", "interaction"):
         assert facts(info)[subject][1] == "given"
+
+
+NUMBERED = {f"t_cat_{i}": 3 + i for i in range(6)}
+
+
+@pytest.mark.parametrize("kind", ["dot", "dcn", "projection"])
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_missing_table_is_named(kind, lost, torchrec, checkpoint):
+    shapes = torchrec(NUMBERED, kind=kind)
+    del shapes[f"{EBC}.t_cat_{lost}.weight"]
+    with pytest.raises(ArchitectureError, match=": 1 missing tensors") as caught:
+        infer_model(checkpoint(("", shapes)))
+    assert caught.value.details == (f"missing: {EBC}.t_cat_{lost}.weight",)
+
+
+@pytest.mark.parametrize("kind", ["dot", "dcn", "projection"])
+def test_a_table_of_a_wrong_dim_is_named(kind, torchrec, checkpoint):
+    shapes = torchrec(NUMBERED, kind=kind) | {f"{EBC}.t_cat_4.weight": (7, 3)}
+    with pytest.raises(ArchitectureError, match=": 1 misshapen tensors") as caught:
+        infer_model(checkpoint(("", shapes)))
+    detail = f"wrong shape: {EBC}.t_cat_4.weight has shape [7, 3], expected [7, 4]"
+    assert caught.value.details == (detail,)
+
+
+def test_a_missing_and_a_misshapen_table_are_named_together(torchrec, checkpoint):
+    shapes = torchrec(NUMBERED) | {f"{EBC}.t_cat_4.weight": (7, 3)}
+    del shapes[f"{EBC}.t_cat_1.weight"]
+    with pytest.raises(ArchitectureError, match=": 1 missing, 1 misshapen tensors") as caught:
+        infer_model(checkpoint(("", shapes)))
+    assert "t_cat_1" in caught.value.details[0] and "t_cat_4" in caught.value.details[1]
+
+
+def test_tables_of_different_dims_that_fit_are_right(torchrec, checkpoint):
+    shapes = torchrec(NUMBERED, kind="dcn")
+    shapes |= {f"{EBC}.t_cat_1.weight": (4, 2), f"{EBC}.t_cat_4.weight": (7, 6)}
+    spec = infer_spec(checkpoint(("", shapes)))
+    assert spec.feature_dims == (4, 2, 4, 4, 6, 4)
+
+
+def test_gaps_that_explain_nothing_are_not_reported(torchrec, checkpoint):
+    spec = infer_spec(checkpoint(("", torchrec({"t_1": 3, "t_5": 4, "t_9": 2}))))
+    assert len(spec.tables) == 3
