@@ -13,8 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dmt_convert.architectures import ModelConfig, infer_model
-from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
+from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.bundle import (
+    Bundle,
+    check_checksums,
+    is_bundle,
+    open_bundle,
+    open_bundle_model,
+)
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError
@@ -24,6 +30,9 @@ from dmt_convert.towers import DmtModel, FlatModel, open_flat_model
 FloatArray = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096
 """Rows scored at a time."""
+_CHECKED_BYTES: Final = 256 << 20
+"""Tables of so many bytes in all are compared with their checksums; larger ones would take long
+to read, and are compared when they are converted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +96,15 @@ def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
             path=path, kind="bundle", module=open_bundle_model(bundle), bundle=bundle
         )
     info = infer_model(open_checkpoint(path), config)
+    _check_bytes(info)
     return ScoredModel(path=path, kind="flat", module=open_flat_model(info))
+
+
+def _check_bytes(info: FlatModelInfo) -> None:
+    """Compare what will be read with the container's checksums, where that is quick."""
+    small = sum(table.nbytes for table in info.spec.tables) <= _CHECKED_BYTES
+    for tensor in (info.tensors if small else info.dense_tensors).values():
+        check_checksums(tensor, tensor.path)
 
 
 def score_data(

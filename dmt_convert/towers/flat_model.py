@@ -88,16 +88,23 @@ def open_flat_model(info: FlatModelInfo) -> FlatModel:
     infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
     with torch.device("meta"):
         model = FlatModel(info.spec, MappedTables(info.spec, infos))
-    load_dense(model, {name: read_tensor(t) for name, t in info.dense_tensors.items()})
+    origins = {name: tensor.path for name, tensor in info.dense_tensors.items()}
+    arrays = {name: read_tensor(tensor) for name, tensor in info.dense_tensors.items()}
+    load_dense(model, arrays, origins)
     return model.eval()
 
 
-def load_dense(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def load_dense(
+    model: nn.Module,
+    arrays: Mapping[str, np.ndarray],
+    origins: Mapping[str, str] | None = None,
+) -> None:
     """Give a model's dense parts their weights, as float32.
 
     Args:
         model: The model, dense parts on the meta device or in memory.
         arrays: Canonical name -> array. `cross.*` and `branch*` belong to the interaction.
+        origins: Canonical name -> what the checkpoint calls it, for errors.
 
     Raises:
         CheckpointError: An array holds NaN or Inf.
@@ -107,7 +114,8 @@ def load_dense(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
         if not np.isfinite(array).all():
             count = int((~np.isfinite(array)).sum())
             raise CheckpointError(
-                f"{name} holds NaN or Inf ({count} of {array.size} elements)",
+                f"{(origins or {}).get(name, name)} holds NaN or Inf ({count} of {array.size} "
+                "elements)",
                 expected="finite weights",
                 hint="the training diverged or the file is damaged; use another checkpoint",
             )

@@ -108,3 +108,24 @@ def test_the_quality_table_holds_the_flat_model_first(checkpoint, bundles, write
     assert quality.count == 1500 and not quality.labelled
     assert quality.to_json()["rows"][0]["name"] == "flat"
     assert logits_of(flat, batch).shape == (1500,)
+
+
+@pytest.mark.parametrize("tensor", ["embedding_bags.t_f2", "over_arch.model.1"])
+def test_bytes_that_changed_on_disk_are_not_scored(checkpoint, tmp_path, tensor):
+    raw = bytearray(checkpoint.read_bytes())
+    name, value = next((n, v) for n, v in torch.load(checkpoint).items() if tensor in n)
+    at = raw.index(value.numpy().tobytes())
+    raw[at + 1] ^= 1
+    copy = tmp_path / "flipped.pt"
+    copy.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="has the checksum") as caught:
+        open_model(copy)
+    assert name in caught.value.found
+
+
+def test_a_weight_that_is_no_number_is_named_as_the_trainer_does(checkpoint, tmp_path):
+    state = torch.load(checkpoint)
+    state["over_arch.model.1.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(CheckpointError, match=r"^over_arch\.model\.1\.bias holds NaN"):
+        open_model(tmp_path / "nan.pt")
