@@ -95,6 +95,9 @@ def _unknown(path: Path) -> CheckpointError:
         names = ", ".join(p.name for p in inside[:5])
         hint = f"name one of: {names}" if inside else "name the checkpoint itself"
         found = f"{path} is a directory, and not a checkpoint of a known kind"
+        if (path / "dmt.json").is_file():
+            found = f"{path} is a bundle, not a flat checkpoint"
+            hint = "give the checkpoint that it was converted from"
     else:
         with path.open("rb") as file:
             head = file.read(8)

@@ -181,6 +181,19 @@ _SHARDED: Final = (
     "torchrec.distributed.",
 )
 
+_OTHER_TENSORS: Final = (
+    "torch.float8_",
+    "torch.float4_",
+    "torch.complex",
+    "torch.Complex",
+    "torch.q",
+    "torch.Q",
+    "torch.uint",
+    "torch.UInt",
+    "torch._utils._rebuild_",
+)
+"""Beginnings of what names dtypes, storages and layouts that no flat model has."""
+
 
 def _refusal(source: Path, name: str) -> CheckpointError:
     """Say why a global is not read, and what to do about the commonest ones."""
@@ -197,6 +210,13 @@ def _refusal(source: Path, name: str) -> CheckpointError:
             expected="a state dict",
             hint="load it in the trainer's own environment and save only the weights: "
             "torch.save(model.state_dict(), 'weights.pt')",
+        )
+    if name.startswith(_OTHER_TENSORS):
+        return CheckpointError(
+            f"{source} holds a tensor of a type that is not read: it names {name[:200]}",
+            expected="plain dense tensors in fp64, fp32, fp16, bf16, or of whole numbers",
+            hint="load it in the trainer's own environment, convert such tensors (or leave them "
+            "out), and save the weights: torch.save(model.state_dict(), 'weights.pt')",
         )
     return CheckpointError(
         f"{source} asks to run code while loading: it names {name[:200]}",

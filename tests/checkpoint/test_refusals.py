@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor, stream_tensor
 from dmt_convert.checkpoint.inert_objects import TENSOR_GLOBALS, StorageType
@@ -351,3 +352,16 @@ def test_a_file_that_shrinks_while_it_is_read(save, state, tmp_path):
         file.truncate(last.pieces[0].offset + 1)
     with pytest.raises(CheckpointError):
         b"".join(chunk.tobytes() for chunk in stream_tensor(last))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2).to(torch.float8_e4m3fn),
+    ],
+    ids=["complex", "float8"],
+)
+def test_tensors_of_other_types_are_not_called_code(tensor, tmp_path):
+    torch.save({"x": tensor}, tmp_path / "x.pt")
+    refuse(tmp_path / "x.pt", "holds a tensor of a type that is not read")
