@@ -63,7 +63,7 @@ class Cluster:
     @property
     def usable_bytes(self) -> int:
         """What tables and their optimizer state may take of one rank's memory, in bytes."""
-        return int(self.hbm_bytes * (1 - HBM_RESERVE))
+        return max(1, int(self.hbm_bytes * (1 - HBM_RESERVE)))
 
     def host_of(self, rank: int) -> int:
         """Host of a global rank (ranks are numbered host by host)."""
