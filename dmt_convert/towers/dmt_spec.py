@@ -210,7 +210,7 @@ def module_spec(
     """Choose a tower module.
 
     `auto` is the architecture's own: dcn for DCNv2, dlrm for all others; with nothing else said
-    c = 1, p = 0, D = N / 2 (compression 2).
+    c = 1, p = 0, D = N / 2 (compression 2), or 1 where that is less.
 
     Args:
         spec: The flat model.
@@ -255,6 +255,8 @@ def module_spec(
     per_feature, per_tower = 1 if c is None else c, 0 if p is None else p
     if dim is None:
         ratio = 2.0 if compression is None else compression
+        if compression is None and (c, p) == (None, None):
+            ratio = min(ratio, sum(spec.feature_dims) / len(spec.features))
         dim = _dim_for(spec, num_towers, per_feature, per_tower, ratio)
     if chosen == "dcn":
         rank = min(spec.interaction.cross_rank, max(spec.feature_dims))

@@ -193,3 +193,11 @@ def test_a_given_dim_is_taken(make):
 def test_contradicting_options_are_refused(make, flat, kind, options, match):
     with pytest.raises(ConfigError, match=match):
         module_spec(make.spec(flat), kind, num_towers=2, **options)
+
+
+@pytest.mark.parametrize("kind", ["dot", "cat", "dcn", "projection"])
+def test_auto_cannot_halve_a_dim_of_one(make, kind):
+    flat = make.spec(kind, dims=(1, 1, 1), dense=1)
+    assert module_spec(flat, "auto", num_towers=2).dim == 1
+    with pytest.raises(ConfigError, match="--compression 2"):
+        module_spec(flat, "auto", num_towers=2, compression=2)
