@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn trained flat recommendation models (DLRM, DCNv2) into Disaggregated Multi-Tower "
-    "models.\n\nStart with `dmt convert ckpt.pt --towers 16`.",
+    "models.\n\nExample, to start with: `dmt convert ckpt.pt --towers 16`.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 something you can mend, 4 verification found a "
     "difference.",
 )

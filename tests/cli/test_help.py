@@ -113,3 +113,7 @@ def test_without_arguments_help_is_shown(call_dmt: Callable[..., Any]) -> None:
     run = call_dmt()
     assert run.code == 2
     assert "Usage: dmt" in run.stdout + run.stderr
+
+
+def test_the_first_help_has_an_example(call_dmt: Callable[..., Any]) -> None:
+    assert "Example, to start with: dmt convert ckpt.pt --towers 16" in call_dmt("--help").stdout
