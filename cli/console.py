@@ -51,8 +51,10 @@ class Output:
             self._print(value, *tables)
             sys.stdout.flush()
         except BrokenPipeError:
-            # who reads has seen enough (head, less); what is still buffered has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_stdout()  # who reads has seen enough (head, less)
+        except OSError:
+            drop_stdout()
+            raise
 
     def _print(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
         if self.json:
@@ -99,6 +101,11 @@ class Output:
                 bars.update(tasks[step], completed=done, total=total or None)
 
             yield show
+
+
+def drop_stdout() -> None:
+    """Let what is still buffered for stdout go nowhere, where it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def finite(value: Any) -> Any:

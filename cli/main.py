@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
@@ -21,6 +22,7 @@ from . import (
     score_command,
     verify_command,
 )
+from .console import drop_stdout
 
 _INTERRUPT_CODE: Final = 130
 _INTERRUPTED: Final = "interrupted; nothing half-written was left in place"
@@ -75,6 +77,8 @@ def main() -> None:
     """Run `dmt`; what goes wrong is printed, and told by the exit code."""
     from dmt_convert.errors import DmtError
 
+    if sys.stdout is None:  # closed by who called: nothing is to be printed
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     as_json = "--json" in sys.argv[1:]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -133,7 +137,10 @@ def _parts(error: str, found: str, expected: str, hint: str) -> dict[str, object
 
 def _fail(value: Mapping[str, object], text: str, *, code: int, as_json: bool) -> NoReturn:
     if as_json:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
+        try:
+            print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
+        except OSError:  # closed, or on a full disk: stderr still says it
+            drop_stdout()
     print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
 

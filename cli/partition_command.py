@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +82,8 @@ def run(
     if out is not None:
         write_text(out, json.dumps({"towers": assignment}, indent=1, ensure_ascii=False) + "\n")
     if plot is not None:
-        plot_partition(info.spec, found, plot)
+        with staged_file(plot) as staged:
+            plot_partition(info.spec, found, staged)
     value = {"towers": assignment, **describe_partition(found), "sample": sample.description}
     value["files"] = [str(path) for path in (out, plot) if path is not None]
     rows = [
@@ -105,17 +110,29 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ConfigError: It cannot be written.
     """
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Give a file to write near `path`; on success it becomes `path`, else it goes away.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     from dmt_convert.errors import ConfigError
 
-    staged = path.with_name(f".{path.name}.dmt-tmp")
+    folder = path.parent / f".dmt-tmp-{os.getpid()}"
     try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        folder.mkdir()
+        yield folder / path.name  # errors and the kind of picture go by the name
+        (folder / path.name).replace(path)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written ({error.strerror})",
-            expected="a file that can be written, in an existing folder",
+            expected="a file that can be written, in an existing folder, on a disk with space",
             hint="choose another file",
         ) from None
     finally:
-        staged.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -270,3 +270,51 @@ def test_a_reader_that_goes_away_is_no_error(flat: Path, options: tuple[str, ...
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("name", ["good", "missing"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_result_that_cannot_be_printed_is_no_traceback(
+    flat: Path, name: str, options: list[str]
+) -> None:
+    source = flat if name == "good" else flat.with_name("missing.pt")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dmt_convert.cli.main", "inspect", source, *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    expected = "No space left" if name == "good" else "does not exist"
+    assert expected in done.stderr and "try:" in done.stderr
+
+
+def test_a_closed_stdout_is_no_bug(flat: Path) -> None:
+    command = f"exec {sys.executable} -m dmt_convert.cli.main inspect {flat} --json >&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_partition_leaves_no_half_file(
+    flat: Path, tmp_path: Path, call_dmt: Call, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def write(path: Path, data: Any, **_: Any) -> int:
+        with path.open("wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(Path, "write_text", write)
+    run = call_dmt("partition", flat, "--towers", 2, option, tmp_path / "x.png")
+    assert run.code == 3
+    assert "x.png cannot be written (No space left on device)" in run.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_plot_of_another_kind_is_named(flat: Path, tmp_path: Path, call_dmt: Call) -> None:
+    run = call_dmt("partition", flat, "--towers", 2, "--plot", tmp_path / "x.gif")
+    assert run.code == 3 and "a plot named x.gif" in run.stderr
+    assert not [*tmp_path.iterdir()]
