@@ -103,6 +103,12 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
                 expected=f"{needed_bytes} bytes for the bundle",
                 hint="free space, or choose another --out; nothing was changed",
             ) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lock is None:
+            raise BundleError(
+                f"nothing can be written to {out.parent.absolute()} ({os.strerror(error.errno)})",
+                expected="a folder that you may write to",
+                hint="choose another place with --out",
+            ) from None
         raise
     finally:
         if lock is not None:

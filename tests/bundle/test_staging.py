@@ -308,3 +308,16 @@ def test_the_old_bundle_is_there_until_the_new_one_is(
     monkeypatch.setattr(os, "fsync", fsync)
     write(tmp_path / "out", force=True)
     assert seen > 5
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("dmt_convert.bundle.staging.make_folder", refuse)
+    target = staged_folder(tmp_path / "out", force=False, needed_bytes=1)
+    with pytest.raises(BundleError, match="nothing can be written to") as caught, target:
+        pass
+    assert str(tmp_path) in caught.value.found and "--out" in caught.value.hint
