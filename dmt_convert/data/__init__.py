@@ -4,6 +4,7 @@ from dmt_convert.data.adapter import FeatureMatch, adapt_batches, match_features
 from dmt_convert.data.batch import Bag, Batch, FloatArray, IntArray
 from dmt_convert.data.dataset import DataReader, Dataset
 from dmt_convert.data.registry import READERS, open_data
+from dmt_convert.data.row_range import take_range
 from dmt_convert.data.row_selection import join_batches, take_rows, uniform_offsets
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "join_batches",
     "match_features",
     "open_data",
+    "take_range",
     "take_rows",
     "uniform_offsets",
 ]
