@@ -80,8 +80,8 @@ def write_bundle(
         out: The bundle's folder.
         tables: Weights file -> its tables, which are streamed first.
         small: Gives all other weights, once the tables are written.
-        describe: Gives the manifest (weights and digests are filled in), the plan, and what
-            makes further documents.
+        describe: Gives the manifest (weights and digests are filled in, that of the source where
+            it has none), the plan, and what makes further documents.
         force: Replace a bundle that is there.
         on_bytes: Told of every written piece, for progress.
 
@@ -97,7 +97,8 @@ def write_bundle(
         manifest = replace(
             manifest,
             weights=weights,
-            source={**manifest.source, "digest": _source_digest(tables, weights)},
+            # a bundle made of another one keeps the digest of the flat model
+            source={"digest": _source_digest(tables, weights), **manifest.source},
         )
         _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
         for name, text in documents(manifest).items():

@@ -40,7 +40,8 @@ class Manifest:
     partition: Mapping[str, Any] = field(default_factory=dict)
     """Strategy, affinity, mean affinity within and between towers, loads."""
     initialisation: Mapping[str, Any] = field(default_factory=dict)
-    """method, sample, notes."""
+    """method, sample, notes; in a fine-tuned bundle also finetune: parent, data, settings, steps,
+    best_step, before, after, history, notes, previous (the parent's own record)."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     """How well the converted model agrees with the flat one."""
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmt_convert.architectures import FlatModelInfo
+from dmt_convert.architectures import Fact, FlatModelInfo
 from dmt_convert.bundle import Manifest
-from dmt_convert.partition import Partition, figure_svg
+from dmt_convert.partition import Partition, figure_svg, measure_loads
 from dmt_convert.plan import TowerPlan
 from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
 from dmt_convert.sampling import Sample
-from dmt_convert.scoring import Quality
+from dmt_convert.scoring import Quality, QualityRow
 from dmt_convert.towers import DmtSpec
 
 if TYPE_CHECKING:
@@ -64,6 +64,71 @@ def describe_conversion(
         REPORT_NAME: render_report(data),
         FIGURE_NAME: figure_svg(info.spec, partition),
     }
+
+
+def describe_bundle(
+    manifest: Manifest, plan: TowerPlan, out: Path, *, figure: str | None = None
+) -> Mapping[str, str]:
+    """Return the text of every document of a bundle that was made of another bundle.
+
+    Args:
+        manifest: The bundle's manifest, digests included.
+        plan: Where the towers go.
+        out: Where the bundle goes, for the commands to copy.
+        figure: The partition as an `<svg>` element; drawn anew without affinities where there
+            is none.
+    """
+    partition = _read_partition(manifest)
+    flat = manifest.model.flat
+    if figure is None:
+        figure = figure_svg(flat, partition)
+    quality, initialisation = manifest.quality, manifest.initialisation
+    bundle = shlex.quote(out.name)
+    data = ReportData(
+        title=str(manifest.source.get("name", out.name)),
+        tool_version=manifest.tool_version,
+        source=manifest.source,
+        facts=[Fact(**fact) for fact in manifest.facts],  # type: ignore[arg-type]
+        spec=manifest.model,
+        partition=partition,
+        plan=plan,
+        initialisation_method=str(initialisation.get("method", "unknown")),
+        initialisation_notes=tuple(initialisation.get("notes", ())),
+        sample_description=str(initialisation.get("sample", "unknown")),
+        quality=[QualityRow(**row) for row in quality.get("rows", ())],
+        quality_data=f"{quality.get('count', 0)} held-out rows of: {quality.get('data', '-')}",
+        labelled_data=quality.get("data") if quality.get("labelled") else None,
+        weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
+        commands=(
+            f"dmt evaluate {bundle} --data DATA",
+            f"dmt score {bundle} --data DATA --out scores.npz",
+            f"dmt plan {bundle} --hosts {len(manifest.model.towers)} --ranks-per-host 8",
+        ),
+        finetune=initialisation.get("finetune"),
+        figure=figure,
+    )
+    return {REPORT_NAME: render_report(data), FIGURE_NAME: figure}
+
+
+def _read_partition(manifest: Manifest) -> Partition:
+    """What the manifest says of the towers; affinities of pairs are not in it."""
+    said, assignment = manifest.partition, manifest.model.assignment
+    loads = measure_loads(manifest.model.flat, assignment)
+    lookups = [load.get("lookups") for load in said.get("loads", ())]
+    if len(lookups) == len(loads) and None not in lookups:
+        loads = tuple(
+            replace(load, lookups=count) for load, count in zip(loads, lookups, strict=True)
+        )
+    return Partition(
+        assignment=assignment,
+        strategy=str(said.get("strategy", "file")),
+        affinity_kind=said.get("affinity"),
+        affinity=None,
+        points=None,
+        loads=loads,
+        within_affinity=said.get("within_affinity"),
+        between_affinity=said.get("between_affinity"),
+    )
 
 
 def _commands(info: FlatModelInfo, manifest: Manifest, out: Path) -> tuple[str, ...]:

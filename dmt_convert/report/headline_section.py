@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from dmt_convert.report.finetune_section import show_gain, show_rows
 from dmt_convert.report.markup import EMPTY, Html, bar, escape, join, name_of, paragraph, tag
 from dmt_convert.report.quantities import (
     DASH,
@@ -14,6 +15,7 @@ from dmt_convert.report.quantities import (
     show_bytes,
     show_bytes_change,
     show_factor,
+    show_metric,
     show_number,
     show_small,
 )
@@ -40,7 +42,13 @@ class Verdict:
 
 
 def judge(data: ReportData) -> Verdict:
-    """Say how near the converted model is to the flat one."""
+    """Say how near the converted model is to the flat one, or what fine-tuning gained."""
+    if data.finetune is not None:
+        return Verdict(
+            level="unknown",
+            headline="Fine-tuned, so its logits are no longer the flat model's",
+            text=f"On {show_rows(data.finetune)}: {show_gain(data.finetune)}.",
+        )
     row = data.converted
     if data.spec.is_passthrough:
         return _judge_exact(None if row is None else row.max_abs_diff)
@@ -122,7 +130,6 @@ def render_headline(data: ReportData) -> Html:
 
 def _tiles(data: ReportData) -> Html:
     spec, traffic = data.spec, data.plan.traffic
-    row = data.converted
     one_host = data.plan.cluster.hosts == 1
     crossing = (
         "nothing"
@@ -146,11 +153,7 @@ def _tiles(data: ReportData) -> Html:
             crossing,
             "the plan has one host" if one_host else "embeddings, one direction; flat → towers",
         ),
-        (
-            "Agreement, R²",
-            DASH if row is None else show_agreement(row.r2),
-            "not measured" if row is None else row.name,
-        ),
+        _quality_tile(data),
     )
     return tag(
         "dl",
@@ -163,6 +166,18 @@ def _tiles(data: ReportData) -> Html:
             for label, value, note in tiles
         ),
         class_="tiles",
+    )
+
+
+def _quality_tile(data: ReportData) -> tuple[str, str, str]:
+    row = data.converted
+    if data.finetune is not None:
+        before, after = data.finetune["before"]["auc"], data.finetune["after"]["auc"]
+        return "Validation AUC", show_metric(after), f"{show_metric(before)} before fine-tuning"
+    return (
+        "Agreement, R²",
+        DASH if row is None else show_agreement(row.r2),
+        "not measured" if row is None else row.name,
     )
 
 

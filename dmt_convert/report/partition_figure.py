@@ -41,7 +41,9 @@ def write_partition_svg(spec: ModelSpec, partition: Partition, path: Path) -> No
     plot_partition(spec, partition, path)
 
 
-def embed_figure(spec: ModelSpec, partition: Partition, *, description: str) -> Html:
+def embed_figure(
+    spec: ModelSpec, partition: Partition, *, description: str, drawn: str | None = None
+) -> Html:
     """Draw a partition as an `<svg>` element for an HTML page.
 
     Ids get a prefix of their own; what only a file needs (namespaces, metadata, comments) and
@@ -51,8 +53,9 @@ def embed_figure(spec: ModelSpec, partition: Partition, *, description: str) -> 
         spec: The flat model.
         partition: The towers.
         description: What the picture shows, for those who do not see it.
+        drawn: The picture, where there is one already.
     """
-    svg = _FORBIDDEN.sub("\ufffd", figure_svg(spec, partition))
+    svg = _FORBIDDEN.sub("\ufffd", figure_svg(spec, partition) if drawn is None else drawn)
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="', f'id="{_PREFIX}', svg)
     svg = re.sub(r'href="#', f'href="#{_PREFIX}', svg)

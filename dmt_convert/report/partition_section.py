@@ -26,12 +26,19 @@ def render_partition(data: ReportData) -> Html:
         "tower costs."
         if partition.affinity is not None
         else "What every tower costs."
+        if data.figure is None
+        else "The partition, as it was drawn when the flat model was converted."
     )
     figure = tag(
         "figure",
         tag(
             "div",
-            embed_figure(data.spec.flat, partition, description=f"{shown} {_affinity(data)}"),
+            embed_figure(
+                data.spec.flat,
+                partition,
+                description=f"{shown} {_affinity(data)}",
+                drawn=data.figure,
+            ),
             class_="card",
             tabindex="0",
             role="group",
@@ -51,7 +58,7 @@ def render_partition(data: ReportData) -> Html:
 
 def _affinity(data: ReportData) -> str:
     partition = data.partition
-    if partition.affinity is None:
+    if partition.affinity_kind is None:
         return (
             "There is no affinity matrix to show: this strategy does not go by affinity, and none "
             "was measured."

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
+from dmt_convert.report.finetune_section import FINETUNED_ROW, show_gain, show_rows
 from dmt_convert.report.markup import (
     EMPTY,
     Html,
@@ -41,12 +42,18 @@ def render_quality(data: ReportData) -> Html:
         "Quality",
         paragraph(_meaning(data)),
         _table(data) if data.quality else EMPTY,
-        _labels(data),
-        _exact(data),
+        *((_labels(data), _exact(data)) if data.finetune is None else ()),
     )
 
 
 def _meaning(data: ReportData) -> Html:
+    if data.finetune is not None:
+        return escape(
+            f"The model of this bundle was fine-tuned. Its row is measured on "
+            f"{show_rows(data.finetune)}, with the change from before: "
+            f"{show_gain(data.finetune)}. The other rows are of the conversion, measured on "
+            f"{data.quality_data or 'other rows'}; compare models by dmt evaluate on one data set."
+        )
     row = data.converted
     if row is None or row.r2 is None:
         return escape("The agreement of the converted model with the flat one was not measured.")
@@ -74,7 +81,9 @@ def _table(data: ReportData) -> Html:
     columns = (*_COLUMNS, *_LABELLED)
     rows = [_row(data, row) for row in data.quality]
     return table(
-        "Agreement with the flat model, and accuracy with the change from it",
+        "Agreement with the flat model, and accuracy with the change from it"
+        if data.finetune is None
+        else "Agreement with the flat model, and accuracy with its change",
         columns,
         rows,
         numeric=range(1, len(columns)),
@@ -83,13 +92,12 @@ def _table(data: ReportData) -> Html:
 
 
 def _row(data: ReportData, row: QualityRow) -> Sequence[Html]:
-    flat = data.flat
     name = name_of(row.name)
     if row is data.converted:
         name = join([name, tag("span", escape("this bundle"), class_="badge own")])
     elif row.name in YARDSTICK_ROWS:
         name = join([name, tag("span", escape("yardstick"), class_="badge")])
-    own = row is flat
+    before = _reference(data, row)
     share = row.r2 if row.r2 is not None and math.isfinite(row.r2) else 0.0
     r2 = join([bar(share, kind="dmt"), escape(show_agreement(row.r2))])
     return (
@@ -97,10 +105,20 @@ def _row(data: ReportData, row: QualityRow) -> Sequence[Html]:
         r2,
         escape(show_agreement(row.rank_correlation)),
         escape(show_small(row.max_abs_diff)),
-        _metric(row.auc, None if own or flat is None else flat.auc, better=1),
-        _metric(row.log_loss, None if own or flat is None else flat.log_loss, better=-1),
-        _metric(row.ne, None if own or flat is None else flat.ne, better=-1),
+        _metric(row.auc, before.get("auc"), better=1),
+        _metric(row.log_loss, before.get("log_loss"), better=-1),
+        _metric(row.ne, before.get("ne"), better=-1),
     )
+
+
+def _reference(data: ReportData, row: QualityRow) -> Mapping[str, float | None]:
+    """The metrics on the same rows that a row's are compared with; none where there are none."""
+    if row.name.startswith(FINETUNED_ROW):
+        is_last = data.finetune is not None and row is data.converted
+        return data.finetune["before"] if data.finetune is not None and is_last else {}
+    if data.flat is None or row is data.flat:
+        return {}
+    return {"auc": data.flat.auc, "log_loss": data.flat.log_loss, "ne": data.flat.ne}
 
 
 def _metric(value: float | None, flat: float | None, *, better: int) -> Html:

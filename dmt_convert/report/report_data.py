@@ -52,6 +52,10 @@ class ReportData:
     """Name and bytes of every weight file of the bundle."""
     commands: Sequence[str]
     """Commands to copy."""
+    finetune: Mapping[str, Any] | None = None
+    """How the bundle was fine-tuned: `finetune` of the manifest's initialisation."""
+    figure: str | None = None
+    """The partition as an `<svg>` element, where it cannot be drawn anew."""
 
     def __post_init__(self) -> None:
         assert self.partition.assignment == self.spec.assignment, "towers differ"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from dmt_convert.report.finetune_section import render_finetune
 from dmt_convert.report.headline_section import render_headline
 from dmt_convert.report.markup import Html, escape, join, tag
 from dmt_convert.report.partition_section import render_partition
@@ -21,6 +22,7 @@ from dmt_convert.report.tower_section import render_towers
 
 _SECTIONS: Final = (
     ("quality", "Quality", render_quality),
+    ("finetune", "Fine-tuning", render_finetune),
     ("towers", "Towers", render_towers),
     ("partition", "Partition", render_partition),
     ("plan", "Plan", render_plan),

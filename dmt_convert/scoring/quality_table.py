@@ -12,7 +12,8 @@ class QualityRow:
     """One model on the held-out rows."""
 
     name: str
-    """flat, closed form, distilled, passthrough, random initialisation."""
+    """flat, closed form, distilled, passthrough, random initialisation; fine-tuned, which is
+    measured on the validation rows of its training and not on those of the other rows."""
     r2: float | None
     """1 - squared error of the logits / their variance in the flat model."""
     max_abs_diff: float | None
