@@ -1,0 +1,274 @@
+"""A fine-tuned model as a new bundle, beside the one that it came from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from dmt_convert.bundle import (
+    Bundle,
+    Documents,
+    Manifest,
+    check_space,
+    check_target,
+    open_bundle_model,
+    split_state,
+    write_bundle,
+)
+from dmt_convert.bundle.digest import digest_names
+from dmt_convert.bundle.safetensors_writer import TensorSource
+from dmt_convert.bundle.weights import DENSE_FILE, tower_file
+from dmt_convert.checkpoint import CHUNK_BYTES, ByteRows, TensorInfo, stream_tensor
+from dmt_convert.errors import BundleError
+from dmt_convert.finetune.finetune_config import FinetuneConfig
+from dmt_convert.finetune.loading import table_infos
+from dmt_convert.finetune.loop import Evaluation, TrainResult
+from dmt_convert.finetune.trainable_model import TrainableModel
+from dmt_convert.finetune.training import measure_rows
+from dmt_convert.finetune.training_data import TrainingData
+from dmt_convert.plan import TowerPlan
+from dmt_convert.report.documents import describe_bundle
+from dmt_convert.towers import DmtModel
+
+logger = logging.getLogger(__name__)
+
+ROW_NAME: Final = "fine-tuned"
+"""Name of the quality row."""
+_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetuned:
+    """What fine-tuning wrote."""
+
+    bundle: Bundle
+    """The new bundle."""
+    before: Evaluation
+    """The bundle that it came from, on the validation rows."""
+    after: Evaluation
+    """The new bundle, as stored, on the same rows."""
+    notes: tuple[str, ...]
+    """What a user should know, one line each."""
+
+
+def check_out(parent: Bundle, out: Path, *, force: bool) -> None:
+    """Refuse a target before training starts.
+
+    Args:
+        parent: The bundle to be fine-tuned.
+        out: Where the new one goes.
+        force: Replace a bundle that is there.
+
+    Raises:
+        BundleError: The target is taken, lies in the bundle itself, or the disk is full.
+    """
+    check_target(out, force=force)
+    if out.resolve() == parent.path.resolve() or parent.path.resolve() in out.resolve().parents:
+        raise BundleError(
+            f"--out {out} lies in the bundle {parent.path}",
+            expected="a path outside the bundle",
+            hint="choose another --out; the bundle that is fine-tuned is never changed",
+        )
+    weights = parent.manifest.weights.values()
+    check_space(out, sum(entry["bytes"] for entry in weights))
+
+
+def write_finetuned(
+    parent: Bundle,
+    out: Path,
+    model: TrainableModel,
+    result: TrainResult,
+    *,
+    config: FinetuneConfig,
+    data: TrainingData,
+    force: bool = False,
+) -> Finetuned:
+    """Write a trained model as a bundle of the same layout as the one that it came from.
+
+    Tables go back into the type in which they were stored; what that rounding costs is measured,
+    and where it makes the model worse than the start, the start is written.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        out: The new bundle's folder, put in place whole or not at all.
+        model: The model in its best state; its fp16 and bf16 tables are rounded here.
+        result: What came of training.
+        config: With which settings.
+        data: On which rows.
+        force: Replace a bundle that is there.
+
+    Raises:
+        BundleError: The target is taken, or the disk is full.
+        CheckpointError: A weight is not finite, or overflows the type it is stored in.
+    """
+    check_out(parent, out, force=force)
+    assert isinstance(model.module, DmtModel)
+    after, notes = _settle(parent, model, result, data)
+    tables, module = _table_sources(parent, model.store.table), model.module
+    if after is result.start and result.improved:  # rounding spoilt it
+        tables, module = _table_sources(parent, None), open_bundle_model(parent)
+    record = _record(parent, result, after, notes, config=config, data=data)
+    quality = extend_quality(parent.manifest.quality, after, data)
+    manifest = replace(
+        parent.manifest,
+        initialisation={**parent.manifest.initialisation, "finetune": record},
+        quality=quality,
+        weights={},
+        tool_version=Manifest(model=parent.manifest.model, source={}).tool_version,
+    )
+    plan = parent.plan
+
+    def describe() -> tuple[Manifest, TowerPlan, Documents]:
+        figure = _read_figure(parent.path)
+        return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
+
+    bundle = write_bundle(
+        out, tables, small=lambda: split_state(module), describe=describe, force=force
+    )
+    return Finetuned(bundle=bundle, before=result.start, after=after, notes=notes)
+
+
+def _settle(
+    parent: Bundle, model: TrainableModel, result: TrainResult, data: TrainingData
+) -> tuple[Evaluation, tuple[str, ...]]:
+    """Round what is stored in fewer bits; say what will be written, and what it is worth."""
+    if not result.improved:
+        return result.start, (
+            "nothing beat the start on the validation rows: the new bundle has the weights of "
+            "the one it came from",
+        )
+    infos = table_infos(parent)
+    rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
+    if not rounded:
+        return result.best, ()
+    for name, dtype in rounded.items():
+        view = model.store.table(name)
+        view.copy_(view.to(_TORCH_DTYPES[dtype]))
+    accuracy = measure_rows(model, data.valid)
+    after = replace(result.best, auc=accuracy.auc, ne=accuracy.ne, log_loss=accuracy.log_loss)
+    kinds = ", ".join(sorted(set(rounded.values())))
+    if not after.score <= result.start.score:
+        return result.start, (
+            f"rounded to {kinds}, in which the tables are stored, nothing beat the start: the new "
+            "bundle has the weights of the one it came from",
+        )
+    return after, (
+        f"{len(rounded)} tables were trained in fp32 and are stored in {kinds} again; accuracy is "
+        "measured after rounding",
+    )
+
+
+def _table_sources(parent: Bundle, table: Any | None) -> dict[str, list[TensorSource]]:
+    """List the tables of every weights file, out of memory, or where `table` is None the parent's.
+
+    Args:
+        parent: Says which table lies in which file, and in what type.
+        table: Gives the rows of a table by its name, shape (rows, N), float32.
+    """
+    files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
+    for t, tensors in enumerate(parent.towers):
+        files[tower_file(t)] = [
+            _source(name, info, None if table is None else table(_table_name(name)))
+            for name, info in tensors.items()
+            if name.startswith("tables.")
+        ]
+    return files
+
+
+def _table_name(tensor: str) -> str:
+    return tensor.removeprefix("tables.").removesuffix(".weight")
+
+
+def _source(name: str, info: TensorInfo, rows: Tensor | None) -> TensorSource:
+    return TensorSource(
+        name=name,
+        dtype=info.dtype,
+        shape=info.shape,
+        chunks=(lambda: stream_tensor(info))
+        if rows is None
+        else (lambda: _stream_rows(rows, info.dtype)),
+        origin=f"table {_table_name(name)!r} after training",
+    )
+
+
+def _stream_rows(rows: Tensor, dtype: str) -> Iterator[ByteRows]:
+    flat = rows.reshape(-1)
+    step = CHUNK_BYTES // 4
+    for begin in range(0, len(flat), step):
+        piece = flat[begin : begin + step].to(_TORCH_DTYPES[dtype])
+        yield piece.view(torch.uint8).numpy()
+
+
+def _record(
+    parent: Bundle,
+    result: TrainResult,
+    after: Evaluation,
+    notes: tuple[str, ...],
+    *,
+    config: FinetuneConfig,
+    data: TrainingData,
+) -> dict[str, Any]:
+    """Say how the bundle came to be, for the manifest."""
+    return {
+        "parent": {"name": parent.path.resolve().name, "digest": bundle_digest(parent)},
+        "data": data.to_json(),
+        "settings": asdict(config),
+        "steps": result.steps,
+        "best_step": after.step,
+        "before": result.start.to_json(),
+        "after": after.to_json(),
+        "history": [evaluation.to_json() for evaluation in result.history],
+        "notes": list(notes),
+        "previous": parent.manifest.initialisation.get("finetune"),
+    }
+
+
+def bundle_digest(bundle: Bundle) -> str:
+    """Digest of all weights of a bundle, by the digests in its manifest."""
+    files = {DENSE_FILE: bundle.dense}
+    files |= {tower_file(t): tensors for t, tensors in enumerate(bundle.towers)}
+    return digest_names(
+        (f"{file}: {name}", info.dtype, info.shape, bundle.manifest.weights[file]["digests"][name])
+        for file, tensors in files.items()
+        for name, info in tensors.items()
+    )
+
+
+def extend_quality(
+    quality: Mapping[str, Any], after: Evaluation, data: TrainingData
+) -> dict[str, Any]:
+    """Add the fine-tuned model to a bundle's quality table; other rows stay.
+
+    Args:
+        quality: The table of the bundle that it came from; may be empty.
+        after: The new model, on the validation rows.
+        data: Names them.
+    """
+    rows = list(quality.get("rows", ()))
+    times = sum(str(row["name"]).startswith(ROW_NAME) for row in rows) + 1
+    row = {
+        "name": ROW_NAME if times == 1 else f"{ROW_NAME} ({times})",
+        "r2": None,
+        "max_abs_diff": None,
+        "rank_correlation": None,
+        "auc": after.auc,
+        "log_loss": after.log_loss,
+        "ne": after.ne,
+    }
+    base = {"data": data.valid_name, "count": data.valid.num_rows, "labelled": True}
+    return {**base, **quality, "rows": [*rows, row]}
+
+
+def _read_figure(folder: Path) -> str | None:
+    """The partition's picture of a bundle, without what comes before `<svg`."""
+    try:
+        text = (folder / "partition.svg").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return text[text.index("<svg") :] if "<svg" in text else None

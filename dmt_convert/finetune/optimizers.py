@@ -1,0 +1,222 @@
+"""What moves the weights: one optimizer per part of the model.
+
+Letters: R rows of all tables of one dim, N embedding dim, U rows that a batch touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.finetune.finetune_config import FinetuneConfig
+from dmt_convert.finetune.table_store import TableStore
+
+EPSILON: Final = 1e-8
+"""Added to the root of squared gradients, as in TorchRec's row-wise Adagrad."""
+_BETAS: Final = (0.9, 0.999)
+
+
+class PartOptimizer(Protocol):
+    """Moves one part of a model; parts of a distributed model have others of this kind."""
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+
+    def step(self, lr_factor: float) -> None:
+        """Move the weights by their gradients.
+
+        Args:
+            lr_factor: What the learning rate is multiplied by in this step.
+        """
+
+
+class DenseOptimizer:
+    """Adam over everything but tables, with the gradient's norm clipped.
+
+    Args:
+        parameters: What is moved.
+        config: Learning rate and norm.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> None:
+        self._parameters = list(parameters)
+        self._lr, self._clip_norm = config.dense_lr, config.clip_norm
+        for parameter in self._parameters:
+            parameter.requires_grad_(config.dense_lr > 0)
+        self._adam = torch.optim.Adam(
+            self._parameters, lr=config.dense_lr, betas=_BETAS, fused=True
+        )
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self._adam.zero_grad()
+
+    def step(self, lr_factor: float) -> None:
+        """Clip, then move."""
+        if self._lr == 0:
+            return
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self._adam.param_groups[0]["lr"] = self._lr * lr_factor
+        self._adam.step()
+
+
+class RowRule(Protocol):
+    """How touched rows are moved; state lies beside every row."""
+
+    def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
+        """Move rows of a group.
+
+        Args:
+            index: The group.
+            weight: Its rows, shape (R, N).
+            rows: Those touched, shape (U,), each once.
+            gradient: Their gradients, shape (U, N).
+            lr: Learning rate.
+        """
+
+
+class TableOptimizer:
+    """Moves the rows that a batch touched, and no others.
+
+    Args:
+        store: The tables.
+        config: Kind of optimizer and learning rate.
+    """
+
+    def __init__(self, store: TableStore, config: FinetuneConfig) -> None:
+        self._store, self._lr = store, config.table_lr
+        self._rule = make_rule(store, config)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self._store.forget_gradients()
+
+    def step(self, lr_factor: float) -> None:
+        """Move the rows that were looked up since `zero_grad`."""
+        if self._lr == 0:
+            return
+        with torch.no_grad():
+            for index, rows, gradient in self._store.gradients():
+                self._store.note_update(index, rows)
+                weight = self._store.groups[index].weight
+                self._rule.update(index, weight, rows, gradient, self._lr * lr_factor)
+
+
+def make_rule(store: TableStore, config: FinetuneConfig) -> RowRule:
+    """Make the rule that a config names."""
+    kind = config.table_optimizer
+    if kind == "sgd":
+        return Sgd()
+    if kind == "adam":
+        return Adam(store)
+    return Adagrad(store, rowwise=kind == "rowwise-adagrad", start=config.initial_accumulator)
+
+
+class Sgd:
+    """w -= lr * g."""
+
+    def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
+        """Move rows; see `RowRule`."""
+        _subtract(weight, rows, gradient * lr)
+
+
+class Adagrad:
+    """s += g^2 (row-wise: its mean over the row), w -= lr * g / (sqrt(s) + 1e-8).
+
+    A bundle holds no optimizer state. By default s starts, for every table, at the mean of the
+    squared gradients of the rows that the first batch touches: as if each row had been touched
+    once before. From zero, the first step of every row would have the full learning rate,
+    however small its gradient.
+
+    Args:
+        store: The tables.
+        rowwise: One s per row, instead of one per element.
+        start: Where s starts; None: as above.
+    """
+
+    def __init__(self, store: TableStore, *, rowwise: bool, start: float | None) -> None:
+        self._rowwise = rowwise
+        self._states = [
+            torch.full((len(g.weight), 1 if rowwise else g.weight.shape[1]), start or 0.0)
+            for g in store.groups
+        ]
+        self._starts: list[Sequence[int] | None] = [
+            sorted(group.starts.values()) if start is None else None for group in store.groups
+        ]
+
+    def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
+        """Move rows; see `RowRule`."""
+        squared = gradient.square()
+        if self._rowwise:
+            squared = squared.mean(dim=1, keepdim=True)
+        state = self._states[index]
+        starts = self._starts[index]
+        if starts is not None:
+            _fill_tables(state, starts, rows, squared)
+            self._starts[index] = None
+        accumulated = state.index_select(0, rows).add_(squared)
+        state.index_copy_(0, rows, accumulated)
+        _subtract(weight, rows, gradient * (lr / accumulated.sqrt().add_(EPSILON)))
+
+
+def _subtract(weight: Tensor, rows: Tensor, change: Tensor) -> None:
+    # as rows occur once, they can be copied: several times as fast as index_add_
+    weight.index_copy_(0, rows, weight.index_select(0, rows).sub_(change))
+
+
+def _fill_tables(state: Tensor, starts: Sequence[int], rows: Tensor, squared: Tensor) -> None:
+    """Fill every table's state with the mean of the squared gradients that it has met so far.
+
+    A table without any takes the mean over all.
+    """
+    edges = [*starts, len(state)]
+    table_of = torch.bucketize(rows, torch.tensor(edges[1:]), right=True)
+    for table, (first, last) in enumerate(pairwise(edges)):
+        own = squared[table_of == table]
+        state[first:last] = (own if len(own) else squared).mean()
+
+
+class Adam:
+    """Adam on the touched rows alone, as `torch.optim.SparseAdam`: others keep their moments.
+
+    Args:
+        store: The tables.
+    """
+
+    def __init__(self, store: TableStore) -> None:
+        self._moments = [
+            (torch.zeros_like(group.weight), torch.zeros_like(group.weight))
+            for group in store.groups
+        ]
+        self._steps = [0] * len(store.groups)
+
+    def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
+        """Move rows; see `RowRule`."""
+        self._steps[index] += 1
+        step, (beta1, beta2) = self._steps[index], _BETAS
+        first, second = self._moments[index]
+        mean = first.index_select(0, rows).lerp_(gradient, 1 - beta1)
+        square = second.index_select(0, rows).lerp_(gradient.square(), 1 - beta2)
+        first.index_copy_(0, rows, mean)
+        second.index_copy_(0, rows, square)
+        scale = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        _subtract(weight, rows, scale * mean / square.sqrt().add_(EPSILON))
+
+
+def state_bytes(config: FinetuneConfig, rows: int, elements: int) -> int:
+    """Bytes of the state that a config's table optimizer keeps.
+
+    Args:
+        config: Kind of optimizer.
+        rows: Rows of all tables.
+        elements: Elements of all tables.
+    """
+    per_row = {"rowwise-adagrad": 4, "adagrad": 0, "sgd": 0, "adam": 0}
+    per_element = {"rowwise-adagrad": 0, "adagrad": 4, "sgd": 0, "adam": 8}
+    kind = config.table_optimizer
+    return rows * per_row[kind] + elements * per_element[kind]
