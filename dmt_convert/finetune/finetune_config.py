@@ -29,9 +29,9 @@ class FinetuneConfig:
     """Rows per step, over all ranks."""
     eval_every: int | None = None
     """Steps between evaluations; a tenth of a pass, or of `max_steps`, by default."""
-    patience: int | None = 5
+    patience: int | None = 10
     """Evaluations without improvement after which training stops; None for never."""
-    dense_lr: float = 1e-3
+    dense_lr: float = 5e-4
     """Learning rate of Adam over everything but tables; 0 freezes it."""
     table_lr: float = 0.02
     """Learning rate of the tables; 0 freezes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
@@ -114,6 +115,9 @@ def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None =
         rows: Labelled rows.
         max_rows: Measure only so many.
 
+    Returns:
+        The measures; log loss NaN and the others None where a logit is not finite.
+
     Raises:
         DataError: The data do not fit the model.
     """
@@ -124,4 +128,7 @@ def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None =
             assert batch.labels is not None
             logits.append(model(batch).numpy())
             labels.append(batch.labels)
-    return measure_accuracy(np.concatenate(logits), np.concatenate(labels))
+    joined = np.concatenate(logits)
+    if not np.isfinite(joined).all():
+        return Accuracy(auc=None, log_loss=math.nan, ne=None)
+    return measure_accuracy(joined, np.concatenate(labels))

@@ -1,0 +1,153 @@
+"""Tiny models, a tiny bundle, and rows whose labels can be learnt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.data import Bag, Batch
+from dmt_convert.partition import PartitionConfig
+from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
+from dmt_convert.towers import DmtModel, DmtSpec, TowerSpec, module_spec
+
+ROWS = (7, 50, 11, 6)
+NUM_DENSE = 5
+
+
+def write_rows(folder: Path, name: str, count: int, *, seed: int, **changes: Any) -> Path:
+    """Rows whose label depends on ids and dense inputs; `changes` replace arrays."""
+    folder.mkdir(exist_ok=True)
+    truth = np.random.default_rng(7)
+    effects = [truth.standard_normal(rows) * 1.5 for rows in ROWS]
+    rng = np.random.default_rng(seed)
+    sparse = np.stack([rng.integers(0, rows, count) for rows in ROWS], axis=1).astype(np.int32)
+    dense = rng.standard_normal((count, NUM_DENSE)).astype(np.float32)
+    logits = sum(effect[sparse[:, f]] for f, effect in enumerate(effects)) + dense[:, 0]
+    label = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(np.uint8)
+    arrays = {"dense": dense, "sparse": sparse, "label": label, **changes}
+    path = folder / f"{name}.npz"
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    schema = {"sparse_features": [{"name": f"cat_{i}"} for i in range(len(ROWS))]}
+    (folder / "schema.json").write_text(json.dumps(schema))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> None:
+    """Models are so small that a second thread only waits for the first."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[..., Path]:
+    return write_rows
+
+
+@pytest.fixture(scope="session")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.npz and valid.npz."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder, "train", 2000, seed=0)
+    write_rows(folder, "valid", 500, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_bundle(
+    tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]
+) -> Callable[..., Path]:
+    """Convert a tiny checkpoint: `make_bundle(dtype=..., tower_module=...)`."""
+
+    def make(**options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("bundle")
+        source = make_flat(folder / "ckpt.pt")
+        config = ConvertConfig(
+            partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+            return convert_checkpoint(source, folder / "ckpt-dmt2", config=config).bundle.path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_path(make_bundle: Callable[..., Path]) -> Path:
+    return make_bundle()
+
+
+def build_spec(*, rows: tuple[int, ...] = ROWS, **features: Any) -> ModelSpec:
+    """A cat model of four features; `features` are fields of all of them."""
+    dims = (8, 8, 4, 8) if len(rows) == 4 else (8,) * len(rows)
+    return ModelSpec(
+        family="torchrec-dlrm",
+        tables=tuple(TableSpec(name=f"t{i}", rows=n, dim=dims[i]) for i, n in enumerate(rows)),
+        features=tuple(
+            FeatureSpec(name=f"cat_{i}", table=f"t{i}", **features) for i in range(len(rows))
+        ),
+        dense_arch=MlpSpec(widths=(NUM_DENSE, 8), final_relu=True),
+        interaction=InteractionSpec(kind="cat"),
+        over_arch=MlpSpec(widths=(8 + sum(dims), 8, 1), final_relu=False),
+    )
+
+
+def build_model(spec: ModelSpec | None = None, *, seed: int = 0) -> DmtModel:
+    """A random model in two towers, its tables in memory."""
+    spec = spec or build_spec()
+    module = module_spec(spec, "passthrough", num_towers=2)
+    names = spec.feature_names
+    torch.manual_seed(seed)
+    return DmtModel(
+        DmtSpec(
+            flat=spec,
+            towers=tuple(TowerSpec(features=names[t::2], module=module) for t in range(2)),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def make_spec() -> Callable[..., ModelSpec]:
+    return build_spec
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., DmtModel]:
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """A random batch: one id per bag, or `multi` 0 to 3 ids, perhaps weighted."""
+
+    def make(
+        spec: ModelSpec,
+        *,
+        size: int = 16,
+        seed: int = 0,
+        multi: bool = False,
+        weighted: bool = False,
+    ) -> Batch:
+        rng = np.random.default_rng(seed)
+        bags = []
+        for feature in spec.features:
+            lengths = rng.integers(0, 4, size) if multi else np.ones(size, dtype=np.int64)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            count = int(offsets[-1])
+            weights = rng.random(count).astype(np.float32) if weighted else None
+            values = rng.integers(0, spec.table(feature.table).rows, count)
+            bags.append(Bag(values=values, offsets=offsets, weights=weights))
+        return Batch(
+            dense=rng.standard_normal((size, spec.num_dense)).astype(np.float32),
+            feature_names=spec.feature_names,
+            bags=tuple(bags),
+            labels=rng.integers(0, 2, size).astype(np.float32),
+        )
+
+    return make

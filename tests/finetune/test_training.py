@@ -1,0 +1,258 @@
+"""The loop: the best state stays, training ends in time, the same seed gives the same bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmt_convert.data import Dataset, open_data
+from dmt_convert.errors import ConfigError, DataError
+from dmt_convert.finetune import FinetuneConfig, make_trainable, measure_rows, train
+from dmt_convert.finetune.loop import Schedule, TrainingParts, run_loop, take_step
+from dmt_convert.finetune.optimizers import DenseOptimizer
+from dmt_convert.finetune.training_data import open_training_data, training_batches
+from dmt_convert.scoring import Accuracy
+from dmt_convert.towers import FlatModel
+
+
+@pytest.fixture
+def rows(clicks: Path) -> tuple[Dataset, Dataset]:
+    return open_data(clicks / "train.npz"), open_data(clicks / "valid.npz")
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+SETTINGS = FinetuneConfig(epochs=4, batch_size=64, dense_lr=3e-3, table_lr=0.05, eval_every=16)
+
+
+def test_training_from_scratch_learns(make_model, rows) -> None:
+    model = make_model()
+    told = []
+    result = train(model, *rows, SETTINGS, on_evaluation=told.append)
+    assert result.start.auc < 0.6 < 0.72 < result.best.auc
+    assert result.best.ne < 0.95 < result.start.ne
+    assert tuple(told) == result.history
+    assert [found.step for found in told[:3]] == [0, 16, 32]
+    # the model is in its best state, and its own lookups see it
+    best = measure_rows(make_trainable(model), rows[1])
+    assert (best.auc, best.ne) == (result.best.auc, result.best.ne)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_bits(make_model, rows) -> None:
+    states = []
+    for seed in (3, 3, 4):
+        model = make_model()
+        train(model, *rows, FinetuneConfig(max_steps=20, batch_size=64, seed=seed))
+        states.append(state_of(model))
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_what_only_gets_worse_ends_as_it_began(make_model, rows) -> None:
+    model = make_model()
+    train(model, *rows, SETTINGS)
+    before = state_of(model)
+    spoil = FinetuneConfig(
+        epochs=9, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=2, patience=3
+    )
+    result = train(model, *rows, spoil)
+    assert not result.improved
+    assert result.best_step == 0
+    assert result.steps == 6
+    assert result.history[-1].ne > result.start.ne
+    assert same(before, state_of(model))
+
+
+def test_a_flat_model_is_trained_as_well(make_spec, rows) -> None:
+    torch.manual_seed(0)
+    result = train(FlatModel(make_spec()), *rows, SETTINGS)
+    assert result.best.auc > 0.72
+
+
+def test_frozen_parts_stay(make_model, rows) -> None:
+    for frozen in ("dense_lr", "table_lr"):
+        model = make_model()
+        before = state_of(model)
+        train(model, *rows, FinetuneConfig(max_steps=10, batch_size=64, **{frozen: 0}))
+        after = state_of(model)
+        moved = {".tables." in n for n in after if not torch.equal(before[n], after[n])}
+        assert moved == {frozen == "dense_lr"}
+
+
+class Fakes:
+    """Parts whose measurements are a given sequence of NE."""
+
+    def __init__(self, scores: list[float | None], loss: Callable[[int], float] = float) -> None:
+        self.scores, self.log = iter(scores), list[str]()
+        self.factors = list[float]()
+
+    def measure(self) -> Accuracy:
+        score = next(self.scores)
+        return Accuracy(auc=score and 1 - score, log_loss=abs(score or 0.5), ne=score)
+
+    def keep(self) -> None:
+        self.log.append("keep")
+
+    def restore(self) -> None:
+        self.log.append("restore")
+
+    def zero_grad(self) -> None:
+        pass
+
+    def step(self, lr_factor: float) -> None:
+        self.log.append("step")
+        self.factors.append(lr_factor)
+
+
+def run_fakes(
+    fakes: Fakes, config: FinetuneConfig, make_model: Any, clicks: Path, **schedule: Any
+) -> Any:
+    data = open_data(clicks / "train.npz")
+    model = make_trainable(make_model())
+    parts = TrainingParts(
+        model=model,
+        optimizers=(fakes,),
+        batches=training_batches(data, model.spec, config),
+        measure=fakes.measure,
+        best_state=fakes,
+    )
+    return run_loop(parts, config, Schedule(**{"total_steps": 50, "eval_every": 1, **schedule}))
+
+
+def test_patience_counts_evaluations_since_the_best(make_model, clicks) -> None:
+    fakes = Fakes([0.9, 0.95, 0.8, 0.85, 0.8, 0.81, 0.1])
+    config = FinetuneConfig(batch_size=8, patience=3)
+    result = run_fakes(fakes, config, make_model, clicks)
+    assert (result.steps, result.best_step, result.best.ne) == (5, 2, 0.8)
+    assert fakes.log == ["keep", "step", "step", "keep", "step", "step", "step", "restore"]
+
+
+def test_without_ne_the_log_loss_decides(make_model, clicks) -> None:
+    fakes = Fakes([None, None])
+    config = FinetuneConfig(batch_size=8, patience=1)
+    assert run_fakes(fakes, config, make_model, clicks).best_step == 0
+
+
+def test_no_patience_means_all_steps(make_model, clicks) -> None:
+    config = FinetuneConfig(batch_size=8, patience=None)
+    fakes = Fakes([0.5] * 100)
+    assert run_fakes(fakes, config, make_model, clicks).steps == 50
+
+
+def test_evaluations_come_when_asked_for(make_model, clicks) -> None:
+    config = FinetuneConfig(batch_size=8, patience=None)
+    steps = {"eval_every": 20, "eval_at": frozenset({3, 7}), "total_steps": 45}
+    result = run_fakes(Fakes([0.9] * 9), config, make_model, clicks, **steps)
+    assert [found.step for found in result.history] == [0, 3, 7, 20, 40, 45]
+    until = {**steps, "stop_at": lambda found: found.ne < 0.5}
+    result = run_fakes(Fakes([0.9, 0.8, 0.4, 0.3]), config, make_model, clicks, **until)
+    assert (result.steps, result.best.ne) == (7, 0.4)
+
+
+def test_learning_rates_rise_and_fall(make_model, clicks) -> None:
+    for decay, last, middle in (
+        ("constant", 1.0, 1.0),
+        ("linear", 0.025, 0.5),
+        ("cosine", 0.0, 0.5),
+    ):
+        fakes = Fakes([0.9] * 99)
+        config = FinetuneConfig(batch_size=8, warmup_steps=10, lr_decay=decay, patience=None)
+        run_fakes(fakes, config, make_model, clicks)
+        assert fakes.factors[:10] == pytest.approx(np.arange(1, 11) / 10)
+        assert fakes.factors[30] == pytest.approx(middle, abs=0.05)
+        assert fakes.factors[-1] == pytest.approx(last, abs=0.01)
+        assert sorted(fakes.factors[10:], reverse=True) == fakes.factors[10:]
+
+
+def test_a_loss_that_is_not_finite_ends_training(make_model, make_spec, make_batch, rows) -> None:
+    model = make_model()
+    with pytest.raises(ConfigError, match=r"diverged: the .*loss is (nan|inf)") as refused:
+        train(model, *rows, FinetuneConfig(max_steps=50, dense_lr=1e30, batch_size=64))
+    assert "nothing was written" in refused.value.expected
+    trained = make_trainable(make_model())
+    trained.store.groups[0].weight.fill_(float("nan"))
+    fakes = Fakes([])
+    assert np.isnan(take_step(trained, (fakes,), make_batch(make_spec())))
+    assert fakes.log == []
+
+
+def test_gradients_are_clipped(make_model, make_spec, make_batch) -> None:
+    trained = make_trainable(make_model())
+    parameters = list(trained.dense_parameters().values())
+    optimizer = DenseOptimizer(parameters, FinetuneConfig(clip_norm=1e-3))
+    (trained(make_batch(make_spec())) * 1e3).sum().backward()
+    optimizer.step(1.0)
+    norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_every_pass_has_an_order_of_its_own_and_all_rows(make_model, clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+
+    def dense(seed: int) -> Iterator[np.ndarray]:
+        config = FinetuneConfig(batch_size=500, seed=seed)
+        batches = itertools.islice(training_batches(data, spec, config), 8)
+        parts = [batch.dense[:, 0] for batch in batches]
+        return np.concatenate(parts[:4]), np.concatenate(parts[4:])
+
+    first, second = dense(0)
+    assert not np.array_equal(first, second)
+    assert np.array_equal(np.sort(first), np.sort(second))
+    assert np.array_equal(dense(0)[1], second)
+    assert not np.array_equal(dense(1)[0], second)
+
+
+def test_ranks_share_the_rows_of_a_step(make_model, clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+    config = FinetuneConfig(batch_size=500)
+    parts = [
+        next(training_batches(data, spec, config, rank=rank, world_size=2)) for rank in range(2)
+    ]
+    assert [part.num_rows for part in parts] == [250, 250]
+    assert not np.intersect1d(parts[0].dense[:, 0], parts[1].dense[:, 0]).size
+
+
+def test_a_folder_is_trained_on_train_and_measured_on_valid(clicks) -> None:
+    data = open_training_data(clicks)
+    assert (data.train.num_rows, data.valid.num_rows) == (2000, 500)
+    assert (data.train_name, data.valid_name) == ("train.npz", "valid.npz")
+    other = open_training_data(clicks, clicks / "train.npz")
+    assert other.valid.num_rows == 2000
+
+
+def test_without_validation_rows_the_last_tenth_is_held_out(
+    make_rows, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_rows(tmp_path / "d", "train", 1000, seed=0)
+    with caplog.at_level("INFO", "dmt_convert"):
+        data = open_training_data(path.parent)
+    assert "the last 100 rows" in caplog.text
+    whole = np.load(path)["dense"]
+    held = np.concatenate([batch.dense for batch in data.valid.batches(64)])
+    assert np.array_equal(held, whole[900:])
+    for seed in (None, 0, 1):
+        rest = np.concatenate([b.dense for b in data.train.batches(64, shuffle_seed=seed)])
+        assert np.array_equal(np.sort(rest[:, 0]), np.sort(whole[:900, 0]))
+    few = make_rows(tmp_path / "few", "train", 9, seed=0)
+    with pytest.raises(DataError, match="too few"):
+        open_training_data(few)
+
+
+def test_rows_without_labels_are_refused(make_rows, tmp_path, clicks) -> None:
+    path = make_rows(tmp_path / "d", "rows", 100, seed=0, label=None)
+    for arguments in ((path,), (clicks, path)):
+        with pytest.raises(DataError, match="no labels"):
+            open_training_data(*arguments)
