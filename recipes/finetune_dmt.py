@@ -22,12 +22,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.errors import ConfigError, DmtError
 from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
 from dmt_convert.finetune.finetune_config import Decay, TableOptimizerKind
+
+if TYPE_CHECKING:
+    from dmt_convert.finetune import Evaluation, TrainResult
+    from dmt_convert.finetune.finetuned_bundle import Finetuned
 
 _INTERRUPT_CODE: Final = 130
 
@@ -70,39 +74,51 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
             data.valid,
             config,
             on_step=on_step,
-            on_evaluation=lambda found: say(
-                f"step {found.step:>6}: validation AUC {show(found.auc)}, NE {show(found.ne)}, "
-                f"log loss {found.log_loss:.5f}"
-                + (f", training loss {found.train_loss:.5f}" if found.step else "")
-            ),
+            on_evaluation=lambda found: say_evaluation(say, found),
         )
 
     # 4. A new bundle, whole or not at all
     written = write_finetuned(
         bundle, options.out, model, result, config=config, data=data, force=options.force
     )
-    for note in written.notes:
-        say(f"note: {note}")
-    before, after = written.before, written.after
-    per_step = 1e3 * result.seconds / max(1, result.steps)
-    say(
-        f"{result.steps:,} steps at {per_step:.1f} ms, best after {after.step:,}: validation AUC "
-        f"{show(before.auc)} -> {show(after.auc)}, NE {show(before.ne)} -> {show(after.ne)}"
-    )
-    say(f"wrote {options.out}")
+    say_result(say, options.out, result, written)
     return {
         "bundle": str(options.out),
         "parent": str(options.bundle),
         "steps": result.steps,
-        "best_step": after.step,
-        "improved": after.step > 0,
-        "ms_per_step": per_step,
-        "before": before.to_json(),
-        "after": after.to_json(),
+        "best_step": written.after.step,
+        "improved": written.after.step > 0,
+        "ms_per_step": result.ms_per_step,
+        "before": written.before.to_json(),
+        "after": written.after.to_json(),
         "history": [evaluation.to_json() for evaluation in result.history],
         "data": data.to_json(),
         "notes": list(written.notes),
     }
+
+
+def say_result(
+    say: Callable[[str], None], out: Path, result: TrainResult, written: Finetuned
+) -> None:
+    """Say what came of it."""
+    before, after = written.before, written.after
+    for note in written.notes:
+        say(f"note: {note}")
+    say(
+        f"{result.steps:,} steps at {result.ms_per_step:.1f} ms, best after {after.step:,}: "
+        f"validation AUC {show(before.auc)} -> {show(after.auc)}, NE {show(before.ne)} -> "
+        f"{show(after.ne)}"
+    )
+    say(f"wrote {out}")
+
+
+def say_evaluation(say: Callable[[str], None], found: Evaluation) -> None:
+    """Say how good the model is now."""
+    say(
+        f"step {found.step:>6}: validation AUC {show(found.auc)}, NE {show(found.ne)}, log loss "
+        f"{found.log_loss:.5f}"
+        + ("" if found.train_loss is None else f", training loss {found.train_loss:.5f}")
+    )
 
 
 def read_config(options: argparse.Namespace) -> FinetuneConfig:

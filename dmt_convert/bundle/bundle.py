@@ -94,12 +94,9 @@ def write_bundle(
         make_folder(staging / "weights")
         weights = _write_weights(staging, tables, small, on_bytes)
         manifest, plan, documents = describe()
-        manifest = replace(
-            manifest,
-            weights=weights,
-            # a bundle made of another one keeps the digest of the flat model
-            source={"digest": _source_digest(tables, weights), **manifest.source},
-        )
+        # a bundle made of another one keeps the digest of the flat model
+        digest = manifest.source.get("digest") or _source_digest(tables, weights)
+        manifest = replace(manifest, weights=weights, source={**manifest.source, "digest": digest})
         _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
         for name, text in documents(manifest).items():
             _write_text(staging / name, text)

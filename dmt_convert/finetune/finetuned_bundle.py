@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dmt_convert import __version__
 from dmt_convert.bundle import (
     Bundle,
     Documents,
@@ -114,13 +115,11 @@ def write_finetuned(
     if after is result.start and result.improved:  # rounding spoilt it
         tables, module = _table_sources(parent, None), open_bundle_model(parent)
     record = _record(parent, result, after, notes, config=config, data=data)
-    quality = extend_quality(parent.manifest.quality, after, data)
     manifest = replace(
         parent.manifest,
         initialisation={**parent.manifest.initialisation, "finetune": record},
-        quality=quality,
-        weights={},
-        tool_version=Manifest(model=parent.manifest.model, source={}).tool_version,
+        quality=extend_quality(parent.manifest.quality, after, data),
+        tool_version=__version__,
     )
     plan = parent.plan
 

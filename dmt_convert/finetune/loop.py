@@ -67,6 +67,11 @@ class TrainResult:
         return self.history[0]
 
     @property
+    def ms_per_step(self) -> float:
+        """Milliseconds per step."""
+        return 1e3 * self.seconds / max(1, self.steps)
+
+    @property
     def best_step(self) -> int:
         """Steps after which the model was best."""
         return self.best.step

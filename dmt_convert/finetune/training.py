@@ -80,7 +80,7 @@ def train(
         DataError: The data do not fit the model.
     """
     trained = model if isinstance(model, TrainableModel) else make_trainable(model)
-    parameters = trained.dense_parameters()
+    measure_rows(trained, valid_rows, max_rows=1)  # that the data fit is known before training
     num_rows = train_rows.num_rows
     schedule = Schedule(
         total_steps=config.total_steps(num_rows),
@@ -88,23 +88,30 @@ def train(
         eval_at=frozenset(eval_at),
         stop_at=stop_at,
     )
-    parts = TrainingParts(
-        model=trained,
-        optimizers=(
-            DenseOptimizer(parameters.values(), config),
-            TableOptimizer(trained.store, config),
-        ),
-        batches=training_batches(train_rows, trained.spec, config),
-        measure=lambda: measure_rows(trained, valid_rows),
-        best_state=BestInMemory(parameters, trained.store),
-    )
-    measure_rows(trained, valid_rows, max_rows=1)  # that the data fit is known before training
+    parts = _make_parts(trained, train_rows, valid_rows, config)
     try:
         return run_loop(parts, config, schedule, on_step=on_step, on_evaluation=on_evaluation)
     finally:
         trained.store.forget_gradients()
-        for parameter in parameters.values():
+        for parameter in trained.dense_parameters().values():
             parameter.grad = None
+
+
+def _make_parts(
+    model: TrainableModel, train_rows: Dataset, valid_rows: Dataset, config: FinetuneConfig
+) -> TrainingParts:
+    """What the loop works with where there is one process."""
+    parameters = model.dense_parameters()
+    return TrainingParts(
+        model=model,
+        optimizers=(
+            DenseOptimizer(parameters.values(), config),
+            TableOptimizer(model.store, config),
+        ),
+        batches=training_batches(train_rows, model.spec, config),
+        measure=lambda: measure_rows(model, valid_rows),
+        best_state=BestInMemory(parameters, model.store),
+    )
 
 
 def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None = None) -> Accuracy:
