@@ -76,19 +76,18 @@ def pair_indices(count: int, spec: InteractionSpec) -> tuple[Tensor, Tensor]:
 class DotPairs(nn.Module):
     """All pairwise dot products among K vectors of the same width."""
 
-    left: Tensor
-    right: Tensor
+    cells: Tensor
 
     def __init__(self, count: int, spec: InteractionSpec) -> None:
         super().__init__()
         left, right = pair_indices(count, spec)
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
+        self.register_buffer("cells", left * count + right, persistent=False)
 
     def forward(self, vectors_BKN: Tensor) -> Tensor:
         """Map (B, K, N) to (B, pairs)."""
         gram_BKK = torch.bmm(vectors_BKN, vectors_BKN.transpose(1, 2))
-        return gram_BKK[:, self.left, self.right]
+        # [:, left, right] is the same, and several times as slow in both directions
+        return gram_BKK.flatten(1).index_select(1, self.cells)
 
 
 class Interaction(nn.Module):
