@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.errors import ConfigError, DmtError
@@ -218,15 +218,29 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = finetune(options)
     except DmtError as error:
-        if options.json:
-            print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
+        fail(options, error, str(error), code=3)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        refusal = DmtError(
+            f"{where}{error.strerror or error}",
+            expected="files and folders that can be read and written",
+            hint="check the path, its owner and its permissions; nothing half-written was left",
+        )
+        fail(options, refusal, str(refusal), code=3)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left in place", file=sys.stderr)
-        sys.exit(_INTERRUPT_CODE)
+        stopped = DmtError("interrupted", expected="to run to the end", hint="run it again")
+        text = "interrupted; nothing half-written was left in place"
+        fail(options, stopped, text, code=_INTERRUPT_CODE)
     if options.json:
         print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def fail(options: argparse.Namespace, error: DmtError, text: str, *, code: int) -> NoReturn:
+    """Say what went wrong, with `--json` also as a document, and end."""
+    if options.json:
+        print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:

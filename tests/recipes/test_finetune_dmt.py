@@ -188,9 +188,31 @@ def test_an_interrupt_leaves_nothing(tune, tmp_path, capsys, monkeypatch, where)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"dmt_convert.finetune.{where}", interrupt)
-    assert tune("--max-steps", 2) == 130
-    assert "nothing half-written" in capsys.readouterr().err
+    assert tune("--max-steps", 2, "--json") == 130
+    printed = capsys.readouterr()
+    assert "nothing half-written" in printed.err
+    assert json.loads(printed.out)["found"] == "interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "weights")
+
+    monkeypatch.setattr("dmt_convert.finetune.finetuned_bundle.describe_bundle", fail)
+    assert tune("--max-steps", 2, "--quiet") == 3
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: weights: Permission denied\nexpected: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert tune("--max-steps", 3) == 0
+    assert "Fine-tuning" in capsys.readouterr().err
+    assert tune("--max-steps", 3, "--force", "--quiet") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_it_runs_as_a_file(scene, tmp_path, repository) -> None:
@@ -217,9 +239,3 @@ def test_usage_errors_end_with_2(capsys) -> None:
         == 2
     )
     assert "not allowed with" in capsys.readouterr().err
-
-
-def test_importing_it_needs_no_torch(repository) -> None:
-    code = "import sys; import dmt_convert.recipes.finetune_dmt; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -16,7 +16,15 @@ def imported_by(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["dmt_convert", "dmt_convert.spec", "dmt_convert.cli.main", "dmt_convert.recipes"]
+    "module",
+    [
+        "dmt_convert",
+        "dmt_convert.spec",
+        "dmt_convert.finetune",
+        "dmt_convert.cli.main",
+        "dmt_convert.recipes",
+        "dmt_convert.recipes.finetune_dmt",
+    ],
 )
 def test_import_is_lean(module: str) -> None:
     assert imported_by(module) == set()
