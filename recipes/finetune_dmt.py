@@ -30,7 +30,7 @@ from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
 from dmt_convert.finetune.finetune_config import Decay, TableOptimizerKind
 
 if TYPE_CHECKING:
-    from dmt_convert.finetune import Evaluation, TrainResult
+    from dmt_convert.finetune import Evaluation, TrainingData, TrainResult
     from dmt_convert.finetune.finetuned_bundle import Finetuned
 
 _INTERRUPT_CODE: Final = 130
@@ -82,6 +82,13 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
         bundle, options.out, model, result, config=config, data=data, force=options.force
     )
     say_result(say, options.out, result, written)
+    return summarise(options, result, written, data)
+
+
+def summarise(
+    options: argparse.Namespace, result: TrainResult, written: Finetuned, data: TrainingData
+) -> dict[str, Any]:
+    """Return what `--json` prints."""
     return {
         "bundle": str(options.out),
         "parent": str(options.bundle),
@@ -170,7 +177,13 @@ def show_steps(total: int, *, quiet: bool) -> Iterator[Callable[[int, float], No
         TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.4f}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    bars = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # lines meant for a pipe go there
+    )
+    with bars:
         task = bars.add_task("steps", total=total, loss=0.0)
         yield lambda step, loss: bars.update(task, completed=step, loss=loss)
 

@@ -97,7 +97,7 @@ def write_finetuned(
 
     Args:
         parent: The bundle that was fine-tuned.
-        out: The new bundle's folder, put in place whole or not at all.
+        out: The new bundle's folder.
         model: The model in its best state; its fp16 and bf16 tables are rounded here.
         result: What came of training.
         config: With which settings.
@@ -123,8 +123,9 @@ def write_finetuned(
     )
     plan = parent.plan
 
+    figure = _read_figure(parent.path)
+
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
-        figure = _read_figure(parent.path)
         return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
 
     bundle = write_bundle(

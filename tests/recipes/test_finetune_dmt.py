@@ -210,7 +210,9 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert tune("--max-steps", 3) == 0
-    assert "Fine-tuning" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "Fine-tuning" in printed.err
+    assert printed.out.count("\nstep ") == 4
     assert tune("--max-steps", 3, "--force", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
