@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,10 @@ class TrainConfig:
     """Rows per step."""
     learning_rate: float = 2e-3
     """Of Adam."""
+    table_decay: float = 1e-4
+    """L2 penalty on the tables: without one they overfit rare ids within the second epoch."""
+    table_spread: float = 0.01
+    """Standard deviation of the tables before training."""
     seed: int = 0
     """Seed of weights and of the order of rows."""
 
@@ -70,7 +74,7 @@ def train_flat(
     torch.manual_seed(config.seed)
     train, valid = (open_data(config.data / f"{split}.npz") for split in ("train", "valid"))
     model = FlatModel(make_spec(config, train))
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizer = _make_optimizer(model, config)
     best, best_state = -1.0, model.state_dict()
     for epoch in range(config.epochs):
         rows = train.batches(config.batch_size, shuffle_seed=config.seed * 1000 + epoch)
@@ -83,6 +87,19 @@ def train_flat(
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best_state)
     return model.eval(), optimizer
+
+
+def _make_optimizer(model: FlatModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Draw the tables anew, small; parameters stay in the model's order, tables first."""
+    tables = list(model.tables.parameters())
+    for table in tables:
+        nn.init.normal_(table, std=config.table_spread)
+    others = [p for name, p in model.named_parameters() if not name.startswith("tables.")]
+    groups: list[dict[str, Any]] = [
+        {"params": tables, "weight_decay": config.table_decay},
+        {"params": others},
+    ]
+    return torch.optim.Adam(groups, lr=config.learning_rate)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
@@ -158,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=defaults.epochs)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--table-decay", type=float, default=defaults.table_decay)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     values = vars(parser.parse_args(arguments))
     out: Path = values.pop("out")
