@@ -37,8 +37,9 @@ class FlatModelInfo:
     """What kind of model it is."""
     tensors: Mapping[str, TensorInfo]
     """Canonical name -> tensor; see `name_map`."""
-    row_state: Mapping[str, TensorInfo]
-    """Table -> its optimizer accumulator, where the checkpoint holds one: shape (rows, ...)."""
+    optimizer_state: Mapping[str, TensorInfo]
+    """Canonical name -> the optimizer's accumulator of squared gradients, where the checkpoint
+    holds one: as the tensor in shape, or one number per row of a table."""
     facts: tuple[Fact, ...]
     """How each part of the spec was come by."""
     ignored: tuple[str, ...]
@@ -47,6 +48,15 @@ class FlatModelInfo:
     def table_info(self, table: str) -> TensorInfo:
         """Return the tensor of a table."""
         return self.tensors[f"tables.{table}.weight"]
+
+    @property
+    def row_state(self) -> dict[str, TensorInfo]:
+        """Table -> its accumulator, where there is one: shape (rows, ...)."""
+        return {
+            name.removeprefix("tables.").removesuffix(".weight"): info
+            for name, info in self.optimizer_state.items()
+            if name.startswith("tables.")
+        }
 
     @property
     def dense_tensors(self) -> dict[str, TensorInfo]:

@@ -12,7 +12,7 @@ from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.findings import Fact, FlatModelInfo
 from dmt_convert.architectures.matching import Match, find_model
 from dmt_convert.architectures.model_config import ModelConfig
-from dmt_convert.architectures.optimizer_state import find_row_state
+from dmt_convert.architectures.optimizer_state import find_optimizer_state
 from dmt_convert.architectures.table_faults import blame_tables
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.widths import ShapeReader
@@ -78,7 +78,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         checkpoint=checkpoint,
         spec=spec,
         tensors=tensors,
-        row_state=find_row_state(checkpoint, match),
+        optimizer_state=find_optimizer_state(checkpoint, match),
         facts=tuple(facts),
         ignored=_ignored(checkpoint, match),
     )

@@ -1,7 +1,8 @@
-"""Find, per table, the accumulator that tells how often its rows were trained.
+"""Find the optimizer's accumulators of squared gradients: they tell what training saw.
 
-Adagrad's `sum` (rows, N), row-wise Adagrad's `momentum` or `momentum1` (rows,) and Adam's
-`exp_avg_sq` (rows, N) all stay at zero for a row that no batch ever touched.
+Adagrad's `sum`, row-wise Adagrad's `momentum` or `momentum1` (one number per row of a table) and
+Adam's `exp_avg_sq`. A table's rows gather squared gradients in proportion to how often they are
+looked up; a layer's columns in proportion to the squares of its inputs.
 """
 
 from __future__ import annotations
@@ -16,19 +17,16 @@ from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 _ACCUMULATORS: Final = ("sum", "momentum1", "momentum", "exp_avg_sq")
 
 
-def find_row_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[str, TensorInfo]:
-    """Return table -> accumulator; tables without one are left out.
+def find_optimizer_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[str, TensorInfo]:
+    """Return canonical name -> accumulator; tensors without one are left out.
 
     Handles states keyed by parameter name (DCP, fused optimizers) and by parameter index
     (a plain `optimizer.state_dict()`, whose order is that of the model's tensors).
     """
-    tables = {
-        info.name: name.removeprefix("tables.").removesuffix(".weight")
-        for name, info in match.tensors.items()
-        if name.startswith("tables.")
-    }
+    canonical = {info.name: name for name, info in match.tensors.items()}
     by_name = {
-        strip_wrappers(name).removeprefix(match.prefix): table for name, table in tables.items()
+        strip_wrappers(name).removeprefix(match.prefix): target
+        for name, target in canonical.items()
     }
     shapes = {info.name: info.shape for info in match.tensors.values()}
     states = [
@@ -40,12 +38,13 @@ def find_row_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[str, Ten
     found: dict[str, TensorInfo] = {}
     for tensor in states:
         name = indexed.get(tensor.container)
-        table = tables.get(name) if name is not None else _table_named(tensor, by_name)
-        if table is None:
+        target = canonical.get(name) if name is not None else _parameter_named(tensor, by_name)
+        if target is None:
             continue
-        rows, dim = match.tensors[f"tables.{table}.weight"].shape
-        if tensor.shape in ((rows,), (rows, 1), (rows, dim)):
-            found.setdefault(table, tensor)
+        shape = match.tensors[target].shape
+        rows = ((*shape[:1], 1), shape[:1]) if target.startswith("tables.") else ()
+        if tensor.shape in (shape, *rows):
+            found.setdefault(target, tensor)
     return found
 
 
@@ -76,12 +75,12 @@ def _by_index(
     return {key: name for key, name in names.items() if key[:-2] not in distrusted}
 
 
-def _table_named(tensor: TensorInfo, by_name: Mapping[str, str]) -> str | None:
-    """Find a table's parameter name within the path of a state."""
+def _parameter_named(tensor: TensorInfo, by_name: Mapping[str, str]) -> str | None:
+    """Find a parameter's name within the path of a state."""
     parts = strip_wrappers(tensor.path).split(".")
     for end in range(len(parts) - 1, 0, -1):
         for start in range(end):
-            table = by_name.get(".".join(parts[start:end]))
-            if table is not None:
-                return table
+            target = by_name.get(".".join(parts[start:end]))
+            if target is not None:
+                return target
     return None

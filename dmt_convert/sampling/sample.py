@@ -14,13 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.checkpoint import (
-    ITEM_BYTES,
-    Piece,
-    TensorInfo,
-    gather_rows,
-    resolve_segments,
-)
+from dmt_convert.checkpoint import gather_rows
 from dmt_convert.data import (
     Bag,
     Batch,
@@ -31,14 +25,14 @@ from dmt_convert.data import (
     uniform_offsets,
 )
 from dmt_convert.errors import CheckpointError, DataError
+from dmt_convert.sampling.dense_inputs import draw_dense, estimate_scale
+from dmt_convert.sampling.row_frequency import draw_rows
 from dmt_convert.spec import FeatureSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 _POOLED_BYTES: Final = 64 << 20
-_MAX_CANDIDATES: Final = 8_192
-_RUN_ROWS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +79,9 @@ def draw_sample(
     """Draw input rows and pool the model's embeddings for them.
 
     With calibration data the rows are a random choice of its rows. Without, every feature draws
-    one id on its own: rows by how often they were trained, where the checkpoint holds optimizer
-    state that tells, else uniformly; dense inputs are drawn as log(1 + x) of log-normal counts,
-    the form in which click models are commonly fed.
+    one id on its own: rows by how often they were trained, and dense inputs as large as training
+    saw them, where the checkpoint holds optimizer state that tells; else rows uniformly, and
+    dense inputs in the form in which click models are commonly fed.
 
     Args:
         info: The flat model.
@@ -107,11 +101,12 @@ def draw_sample(
         return Sample(batch=batch, pooled=pooled, source="calibration", description=description)
     batch = _drawn_rows(info, count, seed)
     by = "by how often they were trained" if info.row_state else "uniformly"
+    sized = "assumed" if estimate_scale(info) is None else "scaled as in training"
     return Sample(
         batch=batch,
         pooled=pool_batch(info, batch),
         source="tables",
-        description=f"{count} sampled inputs, table rows drawn {by}, dense inputs assumed",
+        description=f"{count} sampled inputs, table rows drawn {by}, dense inputs {sized}",
     )
 
 
@@ -139,70 +134,10 @@ def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
         )
         bags.append(Bag(values=ids, offsets=offsets))
     rng = np.random.default_rng((seed, len(spec.features)))
-    counts = rng.lognormal(mean=0.5, sigma=1.5, size=(count, spec.num_dense))
     return Batch(
-        dense=np.log1p(counts).astype(np.float32),
+        dense=draw_dense(info, count, rng),
         feature_names=spec.feature_names,
         bags=tuple(bags),
-    )
-
-
-def draw_rows(
-    rows: int, state: TensorInfo | None, count: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Draw row ids of one table, with repetition.
-
-    Args:
-        rows: Rows of the table.
-        state: Its optimizer accumulator, shape (rows,) or (rows, N): rows are drawn in
-            proportion to it (Adam's decaying average only says which rows were ever trained).
-        count: How many ids.
-        rng: Source of randomness.
-    """
-    candidates = _candidate_rows(rows, rng)
-    if state is None:
-        return rng.choice(candidates, size=count)
-    table = state if len(state.shape) == 2 else _as_column(state)
-    weight = gather_rows(table, candidates).mean(axis=1, dtype=np.float64)
-    if state.name.endswith("exp_avg_sq"):
-        weight = (weight > 0).astype(np.float64)
-    weight = np.where(np.isfinite(weight), np.maximum(weight, 0.0), 0.0)
-    if weight.sum() <= 0:
-        return rng.choice(candidates, size=count)
-    return rng.choice(candidates, size=count, p=weight / weight.sum())
-
-
-def _candidate_rows(rows: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Rows to draw from: all of a small table, short runs all over a large one.
-
-    A disk reads a run as fast as one row, and ids that are neighbours have nothing in common in
-    hashed or frequency-sorted tables, so runs cost little in variety.
-    """
-    if rows <= _MAX_CANDIDATES:
-        return np.arange(rows, dtype=np.int64)
-    starts = rng.integers(0, rows - _RUN_ROWS + 1, size=_MAX_CANDIDATES // _RUN_ROWS)
-    return np.unique(starts[:, None] + np.arange(_RUN_ROWS, dtype=np.int64))
-
-
-def _as_column(info: TensorInfo) -> TensorInfo:
-    """Describe a vector as a table of one column, so that single elements can be gathered."""
-    pieces = tuple(
-        Piece(
-            path=segment.path,
-            offset=segment.offset,
-            length=segment.sizes[0] * ITEM_BYTES[info.dtype],
-            starts=(*segment.starts, 0),
-            sizes=(*segment.sizes, 1),
-            strides=None if segment.strides is None else (*segment.strides, 1),
-        )
-        for segment in resolve_segments(info)
-    )
-    return TensorInfo(
-        name=info.name,
-        container=info.container,
-        dtype=info.dtype,
-        shape=(*info.shape, 1),
-        pieces=pieces,
     )
 
 
