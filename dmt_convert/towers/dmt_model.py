@@ -52,7 +52,7 @@ class DmtModel(nn.Module):
         tables: Pooled lookups of every tower; trainable tables in memory by default.
     """
 
-    unshuffle: Tensor
+    arrange: Tensor
 
     def __init__(self, spec: DmtSpec, tables: Sequence[nn.Module] | None = None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DmtModel(nn.Module):
         )
         self.interaction = Interaction(spec.interaction, spec.interaction_dims)
         self.over_arch = Mlp(spec.over_arch)
-        self.register_buffer("unshuffle", _unshuffle(spec), persistent=False)
+        self.register_buffer("arrange", _arrangement(spec), persistent=False)
 
     @property
     def tower_list(self) -> list[Tower]:
@@ -104,10 +104,13 @@ class DmtModel(nn.Module):
         """Return what over_arch takes, shape (B, width).
 
         A passthrough model first brings the embeddings back into the flat order, so that every
-        sum is taken in the order in which the flat model takes it.
+        sum is taken in the order in which the flat model takes it. Vectors for dot products are
+        filled up to one width.
         """
-        if self.spec.is_passthrough:
-            emitted_BO = emitted_BO[:, self.unshuffle]
+        if self.arrange.numel():
+            if not self.spec.is_passthrough:
+                emitted_BO = nn.functional.pad(emitted_BO, (0, 1))
+            emitted_BO = emitted_BO[:, self.arrange]
         part = dense_BN if self.dense_projection is None else self.dense_projection(dense_BN)
         interacted: Tensor = self.interaction(part, emitted_BO, dense_BN)
         return interacted
@@ -148,6 +151,17 @@ def _columns(spec: DmtSpec) -> list[Tensor]:
     ]
 
 
-def _unshuffle(spec: DmtSpec) -> Tensor:
-    """Column of the towers' joint output for every column of the flat order."""
-    return torch.argsort(torch.cat(_columns(spec)))
+def _arrangement(spec: DmtSpec) -> Tensor:
+    """Column of the towers' joint output for every column that the interaction takes.
+
+    Empty where they are the same. The column behind the last one holds zeros.
+    """
+    if spec.is_passthrough:
+        return torch.argsort(torch.cat(_columns(spec)))
+    dims = spec.emitted_dims
+    if spec.interaction.kind != "dot" or len(set(dims)) == 1:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    starts = torch.tensor([0, *dims], device="cpu").cumsum(0)
+    position = torch.arange(spec.dense_dim, device="cpu")
+    filled = position < torch.tensor(dims, device="cpu")[:, None]
+    return torch.where(filled, starts[:-1, None] + position, starts[-1]).reshape(-1)

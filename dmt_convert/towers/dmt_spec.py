@@ -79,16 +79,16 @@ class DmtSpec:
     flat: ModelSpec
     """The model that was converted."""
     towers: tuple[TowerSpec, ...]
-    """Its towers; all have the same kind of module."""
+    """Its towers; all have the same kind of module, each its own output dim."""
 
     def __post_init__(self) -> None:
         self.assignment.check_covers(self.flat.feature_names)
-        kinds = {tower.module.kind for tower in self.towers}
-        dims = {tower.module.dim for tower in self.towers}
-        if len(kinds) > 1 or (self.flat.interaction.kind == "dot" and len(dims) > 1):
+        shapes = {(t.module.kind, t.module.c, t.module.p) for t in self.towers}
+        if len(shapes) > 1:
             raise ConfigError(
-                f"towers with modules {sorted(kinds)} and output dims {sorted(dims)}",
-                expected="one kind of module; for dot interaction one output dim as well",
+                "towers with modules "
+                + ", ".join(f"{kind} c={c} p={p}" for kind, c, p in sorted(shapes)),
+                expected="one kind of module, one c and one p; D may differ",
                 hint="give all towers the same module",
             )
 
@@ -128,18 +128,29 @@ class DmtSpec:
         dense = self.flat.input_dims[0]
         if self.is_passthrough or self.flat.interaction.kind != "dot":
             return dense
-        return self.towers[0].module.dim
+        return max(tower.module.dim for tower in self.towers)
+
+    @property
+    def emitted_dims(self) -> tuple[int, ...]:
+        """Widths of all vectors that the towers emit, in their order (not for passthrough)."""
+        return tuple(
+            tower.module.dim
+            for t, tower in enumerate(self.towers)
+            for _ in range(tower.module.num_vectors(len(self.tower_dims(t))))
+        )
 
     @property
     def interaction_dims(self) -> tuple[int, ...]:
-        """Widths of the interaction's inputs, the dense vector first."""
+        """Widths of the interaction's inputs, the dense vector first.
+
+        Vectors that are paired by dot products have one width: narrower ones are filled up with
+        zeros where they arrive, so that no zero crosses the network.
+        """
         if self.is_passthrough:
             return self.flat.input_dims
-        dims: list[int] = [self.dense_dim]
-        for t, tower in enumerate(self.towers):
-            vectors = tower.module.num_vectors(len(self.tower_dims(t)))
-            dims += [tower.module.dim] * vectors
-        return tuple(dims)
+        if self.flat.interaction.kind == "dot":
+            return (self.dense_dim,) * (1 + len(self.emitted_dims))
+        return (self.dense_dim, *self.emitted_dims)
 
     @property
     def interaction(self) -> InteractionSpec:

@@ -9,11 +9,11 @@ import pytest
 
 from dmt_convert.towers.initialisation.dcn_start import choose_coordinates, rebuild
 from dmt_convert.towers.initialisation.dot_start import (
-    _pair_loss,
-    _shared_projection,
     fit_combinations,
     fit_projections,
+    pair_loss,
     second_moments,
+    shared_projection,
 )
 from dmt_convert.towers.initialisation.linear_start import fit_outputs
 
@@ -57,30 +57,30 @@ def test_the_pair_loss_is_the_mean_over_all_pairs_of_rows():
                 for b in x[:, j]
             ]
             brute += weights[i, j] * np.mean(errors)
-    assert _pair_loss(second_moments(vectors), weights, projections) == pytest.approx(brute)
+    assert pair_loss(second_moments(vectors), weights, projections) == pytest.approx(brute)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_projections_beat_the_shared_one_they_start_from(width, seed):
     moments, weights = second_moments(_vectors(seed=seed)), _importance(4, seed)
-    shared = np.repeat(_shared_projection(moments, weights, width)[None], 4, axis=0)
-    fitted = fit_projections(moments, weights, width)
-    before = _pair_loss(moments, weights, shared)
-    after = _pair_loss(moments, weights, fitted)
+    shared = np.repeat(shared_projection(moments, weights)[None, :, :width], 4, axis=0)
+    fitted = fit_projections(moments, weights, [width] * 4)
+    before = pair_loss(moments, weights, shared)
+    after = pair_loss(moments, weights, fitted)
     assert after < 0.95 * before
     # a stationary point: no small change of one projection makes it better
     rng = np.random.default_rng(seed)
     for _ in range(20):
         moved = fitted + 1e-2 * rng.standard_normal(fitted.shape)
-        assert _pair_loss(moments, weights, moved) > after
+        assert pair_loss(moments, weights, moved) > after
 
 
 def test_projections_are_exact_where_the_vectors_span_no_more():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((6, 2)))[0]
     vectors = (rng.standard_normal((50, 4, 2)) @ basis.T).astype(np.float32)
-    fitted = fit_projections(second_moments(vectors), _importance(4), 2)
+    fitted = fit_projections(second_moments(vectors), _importance(4), [2] * 4)
     emitted = np.einsum("nvd,vde->nve", vectors, fitted)
     np.testing.assert_allclose(
         np.einsum("nve,nwe->nvw", emitted, emitted)[:, ~np.eye(4, dtype=bool)],
@@ -90,7 +90,7 @@ def test_projections_are_exact_where_the_vectors_span_no_more():
 
 
 def test_a_wide_projection_is_the_identity():
-    fitted = fit_projections(second_moments(_vectors()), _importance(4), 6)
+    fitted = fit_projections(second_moments(_vectors()), _importance(4), [6] * 4)
     assert (fitted == np.eye(6)).all()
 
 
@@ -107,11 +107,11 @@ def test_a_wide_projection_is_the_identity():
     ],
 )
 def test_degenerate_moments_give_finite_projections(moments, weights):
-    fitted = fit_projections(moments, weights, 2)
+    fitted = fit_projections(moments, weights, [2] * len(moments))
     assert fitted.shape == (len(moments), 6, 2) and np.isfinite(fitted).all()
-    shared = np.repeat(_shared_projection(moments, weights, 2)[None], len(moments), axis=0)
-    loss = _pair_loss(moments, weights, shared)
-    assert _pair_loss(moments, weights, fitted) <= loss * (1 + 1e-9) + 1e-12 * abs(loss)
+    shared = np.repeat(shared_projection(moments, weights)[None, :, :2], len(moments), axis=0)
+    loss = pair_loss(moments, weights, shared)
+    assert pair_loss(moments, weights, fitted) <= loss * (1 + 1e-9) + 1e-12 * abs(loss)
 
 
 def test_combinations_span_what_over_arch_reads():

@@ -11,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.towers.dmt_spec import DmtSpec
-from dmt_convert.towers.initialisation.dcn_start import choose_coordinates, rebuild
+from dmt_convert.towers.initialisation.dcn_start import (
+    choose_coordinates,
+    rebuild,
+    tower_moments,
+)
 from dmt_convert.towers.initialisation.flat_trace import FlatTrace
 from dmt_convert.towers.initialisation.ridge import refit_linear
 from dmt_convert.towers.initialisation.start import Start
@@ -50,13 +54,11 @@ def _choose(
     modules, chosen, blocks = [], [], []
     for t, tower in enumerate(spec.towers):
         members = np.concatenate([columns[name] for name in tower.features])
-        x = trace.pooled[:, members - dense_width].astype(np.float64)
-        centred = x - x.mean(axis=0)
-        covariance = centred.T @ centred / len(x)
-        gradient = trace.pooled_gradient[:, members - dense_width].astype(np.float64)
+        own = members - dense_width
+        covariance, felt = tower_moments(trace.pooled[:, own], trace.pooled_gradient[:, own])
         count = spec.tower_widths[t]
         take = min(count, len(members))
-        local = choose_coordinates(covariance, gradient.T @ gradient / len(x), take)
+        local = choose_coordinates(covariance, felt, take)
         weight = np.zeros((count, len(members)))
         weight[np.arange(take), local] = 1.0
         rank = min(tower.module.cross_rank, len(members))

@@ -37,11 +37,50 @@ def choose_coordinates(covariance: Array, sensitivity: Array, count: int) -> Ind
     Returns:
         Sorted indices, shape (k,); once nothing is left to explain, the first free ones.
     """
+    chosen, _ = _choose_greedily(covariance, sensitivity, count)
+    free = np.ones(len(covariance), dtype=bool)
+    free[chosen] = False
+    rest = [int(i) for i in np.flatnonzero(free)[: count - len(chosen)]]
+    return np.sort(np.array(chosen + rest, dtype=np.intp))
+
+
+def coordinate_losses(vectors: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32]) -> Array:
+    """What the logit loses by 0, 1, ..., M_t coordinates, chosen as above.
+
+    Args:
+        vectors: The tower's embeddings on sampled rows, shape (n, M_t).
+        gradient: Gradient of the logit by them, shape (n, M_t).
+
+    Returns:
+        tr(G R_S) for every number of coordinates, shape (M_t + 1,).
+    """
+    covariance, sensitivity = tower_moments(vectors, gradient)
+    _, gains = _choose_greedily(covariance, sensitivity, len(covariance))
+    total = float(np.sum(sensitivity * covariance))
+    losses = np.zeros(len(covariance) + 1)
+    losses[: len(gains) + 1] = np.maximum(total - np.cumsum([0.0, *gains]), 0.0)
+    return losses
+
+
+def tower_moments(
+    vectors: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32]
+) -> tuple[Array, Array]:
+    """Covariance of a tower's embeddings, and G, each of shape (M_t, M_t)."""
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
+    felt = gradient.astype(np.float64)
+    return centred.T @ centred / len(vectors), felt.T @ felt / len(vectors)
+
+
+def _choose_greedily(
+    covariance: Array, sensitivity: Array, count: int
+) -> tuple[list[int], list[float]]:
+    """Coordinates in the order of choice, and by how much each lowers the loss."""
     root = _square_root(sensitivity) @ covariance
     diagonal = np.diag(covariance).astype(np.float64)
     factors = np.empty((count, len(covariance)))  # covariance - factors^T factors is what is left
     floor = 1e-10 * max(float(diagonal.max(initial=0.0)), 1e-30)
     chosen: list[int] = []
+    gains: list[float] = []
     free = np.ones(len(covariance), dtype=bool)
     for step in range(count):
         usable = free & (diagonal > floor)
@@ -51,13 +90,13 @@ def choose_coordinates(covariance: Array, sensitivity: Array, count: int) -> Ind
         gain = np.where(usable, gain / np.where(usable, diagonal, 1.0), -1.0)
         k = int(np.argmax(gain))
         chosen.append(k)
+        gains.append(float(gain[k]))
         free[k] = False
         scale = float(np.sqrt(diagonal[k]))
         factors[step] = (covariance[k] - factors[:step, k] @ factors[:step]) / scale
         root -= np.outer(root[:, k] / scale, factors[step])
         diagonal = diagonal - np.square(factors[step])
-    rest = [int(i) for i in np.flatnonzero(free)[: count - len(chosen)]]
-    return np.sort(np.array(chosen + rest, dtype=np.intp))
+    return chosen, gains
 
 
 def _square_root(sensitivity: Array) -> Array:

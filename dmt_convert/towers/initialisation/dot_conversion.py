@@ -29,37 +29,55 @@ def start_dot(trace: FlatTrace, spec: DmtSpec) -> Start:
     over_arch itself is refitted afterwards, on what these projections give.
     """
     flat = spec.flat
-    module = spec.towers[0].module
+    slots = max(1, spec.towers[0].module.c)
     vectors = trace.inputs.reshape(len(trace.dense), len(flat.input_dims), -1)
     moments = second_moments(vectors)
     pairs = _pair_matrix(trace, spec)
-    width = max(1, module.c) * module.dim
-    width = min(width, flat.input_dims[0])
-    projections = fit_projections(moments, _importance(trace, spec), width)
-    padded = np.zeros((*projections.shape[:2], max(1, module.c) * module.dim))
-    padded[:, :, :width] = projections
-    norms = np.sqrt(np.trace(moments, axis1=1, axis2=2))
     position = {name: i + 1 for i, name in enumerate(flat.feature_names)}
+    widths = [spec.dense_dim] * len(vectors[0])
+    for tower in spec.towers:
+        for name in tower.features:
+            widths[position[name]] = tower.module.dim
+    limit = flat.input_dims[0]
+    fitted = fit_projections(
+        moments, pair_importance(trace), [min(slots * k, limit) for k in widths]
+    )
+    projections = np.zeros((*fitted.shape[:2], slots * spec.dense_dim))
+    projections[:, :, : fitted.shape[2]] = fitted
+    norms = np.sqrt(np.trace(moments, axis1=1, axis2=2))
     modules, combos = [], []
     for tower in spec.towers:
+        module = tower.module
         members = np.array([position[name] for name in tower.features])
+        emit = projections[members][:, :, _slot_columns(slots, module.dim)]
         state: dict[str, Array] = {}
         if module.c:
-            state["feature_weight"] = padded[members].reshape(-1, padded.shape[2])
-            state["feature_bias"] = np.zeros((len(members), padded.shape[2]))
+            state["feature_weight"] = emit.reshape(-1, emit.shape[2])
+            state["feature_bias"] = np.zeros((len(members), emit.shape[2]))
         if module.p:
             combo = fit_combinations(pairs, norms, members, module.p)
+            leading = projections[members][:, :, : module.dim].transpose(0, 2, 1)
             state["tower_weight"] = np.concatenate(
-                [combo[:, m, None, None] * padded[m].T[None, : module.dim] for m in members], axis=2
+                [combo[:, m, None, None] * part for m, part in zip(members, leading, strict=True)],
+                axis=2,
             ).reshape(module.p * module.dim, -1)
             state["tower_bias"] = np.zeros(module.p * module.dim)
             combos.append(combo)
         modules.append(state)
     dense = {"over_arch.0.weight": _carry_columns(trace, spec, pairs, position, combos)}
     if spec.dense_dim != flat.input_dims[0]:
-        dense["dense_projection.weight"] = padded[0].T[: module.dim]
-        dense["dense_projection.bias"] = np.zeros(module.dim)
+        columns = _slot_columns(slots, spec.dense_dim)[: spec.dense_dim]
+        dense["dense_projection.weight"] = projections[0][:, columns].T
+        dense["dense_projection.bias"] = np.zeros(spec.dense_dim)
     return Start(modules=modules, dense=dense)
+
+
+def _slot_columns(slots: int, dim: int) -> npt.NDArray[np.intp]:
+    """Coordinates that a feature's vectors emit, one vector (slot) after the other.
+
+    Coordinate k lies in slot k mod c, so that towers of different D agree on all that both emit.
+    """
+    return np.arange(slots * dim).reshape(dim, slots).T.reshape(-1)
 
 
 def _pair_matrix(trace: FlatTrace, spec: DmtSpec) -> Array:
@@ -74,11 +92,12 @@ def _pair_matrix(trace: FlatTrace, spec: DmtSpec) -> Array:
     return matrix
 
 
-def _importance(trace: FlatTrace, spec: DmtSpec) -> Array:
-    """How much the logit feels an error in each pair: its mean square gradient."""
-    count = len(spec.flat.input_dims)
-    left, right = (index.numpy() for index in pair_indices(count, spec.flat.interaction))
-    squares = trace.interaction_gradient[spec.flat.input_dims[0] :]
+def pair_importance(trace: FlatTrace) -> Array:
+    """How much the logit feels an error in each pair: its mean square gradient, shape (V, V)."""
+    flat = trace.spec
+    count = len(flat.input_dims)
+    left, right = (index.numpy() for index in pair_indices(count, flat.interaction))
+    squares = trace.interaction_gradient[flat.input_dims[0] :]
     importance = np.zeros((count, count))
     importance[left, right] = importance[right, left] = squares
     floor = _FLOOR * float(squares.mean()) if squares.size else 0.0

@@ -6,6 +6,8 @@ c and p as in DESIGN section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +25,7 @@ def second_moments(vectors: npt.NDArray[np.float32]) -> Array:
     return moments
 
 
-def fit_projections(moments: Array, importance: Array, width: int) -> Array:
+def fit_projections(moments: Array, importance: Array, widths: Sequence[int]) -> Array:
     """Find projections P_i that keep the dot products of all pairs that matter.
 
     Minimises sum_ij w_ij E[(e_i^T (I - P_i P_j^T) e_j)^2] for independent e_i, e_j by
@@ -34,49 +36,54 @@ def fit_projections(moments: Array, importance: Array, width: int) -> Array:
     Args:
         moments: C_i = E[e_i e_i^T], shape (V, N, N).
         importance: w_ij >= 0, symmetric with zero diagonal, shape (V, V).
-        width: Columns of every P_i (c * D), at most N.
+        widths: Columns of every P_i, at most N. A narrower vector meets the leading coordinates
+            of a wider one.
 
     Returns:
-        P, shape (V, N, width).
+        P, shape (V, N, largest width), zero beyond a vector's own width.
     """
     count, dim, _ = moments.shape
-    if width >= dim:
+    width = max(widths)
+    if min(widths) >= dim:
         return np.repeat(np.eye(dim)[None], count, axis=0)
-    shared = _shared_projection(moments, importance, width)
-    current = np.repeat(shared[None], count, axis=0)
-    best, best_loss = current.copy(), _pair_loss(moments, importance, current)
+    shared = shared_projection(moments, importance)[:, :width]
+    own = np.arange(width) < np.asarray(widths)[:, None]
+    current = np.where(own[:, None, :], shared, 0.0)
+    best, best_loss = current.copy(), pair_loss(moments, importance, current)
     moved = moments @ current  # C_j P_j
     emitted = current.transpose(0, 2, 1) @ moved  # P_j^T C_j P_j
     for _ in range(_ITERATIONS):
         for i in range(count):
-            weighted = np.tensordot(importance[i], moved, axes=1)
-            gram = np.tensordot(importance[i], emitted, axes=1)
-            scale = np.trace(gram) / width
+            k = widths[i]
+            weighted = np.tensordot(importance[i], moved[:, :, :k], axes=1)
+            gram = np.tensordot(importance[i], emitted[:, :k, :k], axes=1)
+            scale = np.trace(gram) / k
             if scale <= 0:
                 continue
-            current[i] = np.linalg.solve(gram + 1e-9 * scale * np.eye(width), weighted.T).T
+            current[i, :, :k] = np.linalg.solve(gram + 1e-9 * scale * np.eye(k), weighted.T).T
             moved[i] = moments[i] @ current[i]
             emitted[i] = current[i].T @ moved[i]
-        loss = _pair_loss(moments, importance, current)
+        loss = pair_loss(moments, importance, current)
         if not loss < best_loss:
             break
         done = loss > best_loss * (1 - 1e-4)
         best, best_loss = current.copy(), loss
         if done:
             break
-    return _balance(best, moments)
+    return _balance(best, moments) if len(set(widths)) == 1 else best
 
 
-def _shared_projection(moments: Array, importance: Array, width: int) -> Array:
+def shared_projection(moments: Array, importance: Array) -> Array:
+    """Eigenvectors of sum_i w_i C_i as columns, the leading one first, shape (N, N)."""
     weights = importance.sum(axis=1)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1.0)
     total = np.einsum("i,inm->nm", weights, moments)
     _, vectors = np.linalg.eigh(total)
-    leading: Array = vectors[:, ::-1][:, :width]
+    leading: Array = vectors[:, ::-1]
     return leading
 
 
-def _pair_loss(moments: Array, importance: Array, projections: Array) -> float:
+def pair_loss(moments: Array, importance: Array, projections: Array) -> float:
     """Sum of w_ij tr(C_i E_ij C_j E_ij^T) with E_ij = I - P_i P_j^T, without forming E_ij."""
     cp = moments @ projections
     pcp = projections.transpose(0, 2, 1) @ cp

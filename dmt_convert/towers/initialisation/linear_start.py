@@ -39,6 +39,20 @@ def fit_outputs(block: Array, x: npt.NDArray[np.float32], width: int) -> tuple[A
     return emit, read
 
 
+def output_losses(block: Array, x: npt.NDArray[np.float32]) -> Array:
+    """Variance of the outputs that 0, 1, ... emitted elements leave out, as `fit_outputs` does.
+
+    Args:
+        block: A_f, shape (H, N).
+        x: Embeddings on sampled rows, shape (n, N).
+
+    Returns:
+        Shape (min(H, N) + 1,), falling to 0.
+    """
+    _, spread = _principal_axes(block, x)
+    return np.append(np.cumsum(np.square(spread)[::-1])[::-1], 0.0)
+
+
 def _principal_axes(block: Array, x: npt.NDArray[np.float32]) -> tuple[Array, Array]:
     """Principal axes of block x as columns, and the spread along each, largest first.
 
