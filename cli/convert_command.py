@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ from .partition_options import (
 if TYPE_CHECKING:
     from dmt_convert.convert import Conversion, Preview
     from dmt_convert.plan import Cluster
+    from dmt_convert.towers import TowerModuleSpec
 
 NAME = "convert"
 
@@ -67,9 +69,13 @@ def run(
     group: GroupOption = None,
     calibration: CalibrationOption = None,
     distill_steps: Annotated[
-        int,
-        typer.Option("--distill-steps", min=0, help="Steps of distillation after the closed form."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--distill-steps",
+            min=0,
+            help="Steps of distillation after the closed form. [as many as cost little]",
+        ),
+    ] = None,
     hosts: Annotated[
         int | None, typer.Option("--hosts", help="Hosts of the cluster. [one per tower]")
     ] = None,
@@ -193,6 +199,7 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "towers": preview.num_towers,
         "assignment": towers,
         "tower_module": asdict(module),
+        "alternatives": [asdict(other) for other in preview.alternatives],
         "compression": preview.compression,
         "table_bytes": preview.table_bytes,
     }
@@ -201,7 +208,8 @@ def _show_preview(output: Output, preview: Preview) -> None:
         ("would write", str(preview.out)),
         ("tables", f"{len(spec.tables)}, {human_bytes(preview.table_bytes)}"),
         ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
-        ("tower module", _module_text(asdict(module))),
+        ("tower module", _module_text([module])),
+        *(("  or", _module_text([other])) for other in preview.alternatives),
         ("compression", f"{preview.compression:.2f}"),
         ("towers", "found from the weights when converting" if towers is None else ""),
         *((f"  tower {t}", ", ".join(names)) for t, names in enumerate(towers or ())),
@@ -210,12 +218,15 @@ def _show_preview(output: Output, preview: Preview) -> None:
     output.result(value, grid(rows), facts_table)
 
 
-def _module_text(module: dict[str, Any]) -> str:
-    if module["kind"] == "passthrough":
+def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
+    module = modules[0]
+    if module.kind == "passthrough":
         return "passthrough (exact)"
-    if module["kind"] == "dcn":
-        return f"dcn, D={module['dim']}"
-    return f"dlrm, c={module['c']}, p={module['p']}, D={module['dim']}"
+    dims = [str(other.dim) for other in modules]
+    width = dims[0] if len(set(dims)) == 1 else "/".join(dims)
+    if module.kind == "dcn":
+        return f"dcn, D={width}"
+    return f"dlrm, c={module.c}, p={module.p}, D={width}"
 
 
 def _show_conversion(output: Output, source: Path, conversion: Conversion) -> None:
@@ -227,6 +238,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         "report": str(bundle.path / "report.html"),
         "towers": [list(tower.features) for tower in model.towers],
         "tower_module": asdict(model.towers[0].module),
+        "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
         "initialisation": dict(manifest.initialisation),
         "quality": quality.to_json(),
@@ -236,7 +248,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         ("bundle", str(bundle.path)),
         ("report", str(bundle.path / "report.html")),
         ("towers", f"{len(model.towers)} of {len(model.flat.features)} features"),
-        ("tower module", _module_text(asdict(model.towers[0].module))),
+        ("tower module", _module_text([tower.module for tower in model.towers])),
         ("compression", f"{model.compression:.2f}"),
         ("initialised", str(manifest.initialisation["method"])),
     ]

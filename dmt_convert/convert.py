@@ -35,7 +35,13 @@ from dmt_convert.partition import (
 from dmt_convert.plan import Cluster, TowerPlan, default_cluster, plan_towers
 from dmt_convert.sampling import Sample, draw_sample
 from dmt_convert.spec import Dtype
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.towers import (
+    DmtSpec,
+    TowerModuleSpec,
+    TowerSpec,
+    alternative_modules,
+    module_spec,
+)
 
 if TYPE_CHECKING:
     from dmt_convert.scoring import Quality
@@ -67,8 +73,8 @@ class ConvertConfig:
     """Compression to reach, instead of `dim`."""
     calibration: Path | None = None
     """Data to measure moments and agreement on."""
-    distill_steps: int = 0
-    """Steps of distillation after the closed form."""
+    distill_steps: int | None = None
+    """Steps of distillation after the closed form; None: as many as cost little."""
     cluster: Cluster | None = None
     """Cluster to plan for; by default one host of 8 ranks per tower."""
     dtype: Dtype | None = None
@@ -91,6 +97,8 @@ class Preview:
     """Where the bundle would go."""
     module: TowerModuleSpec
     """Module of every tower."""
+    alternatives: tuple[TowerModuleSpec, ...]
+    """Modules that emit as little, of which the best is taken once the weights are known."""
     num_towers: int
     """Number of towers."""
     compression: float
@@ -155,6 +163,7 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
         info=info,
         out=out,
         module=module,
+        alternatives=_alternatives(info, config, module, len(towers)),
         num_towers=len(towers),
         compression=sum(info.spec.feature_dims) / emitted,
         table_bytes=table_bytes(info, config.dtype),
@@ -185,14 +194,17 @@ def convert_checkpoint(
     _check_enough(sample)
     progress("partitioning", 0, 0)
     partition = partition_sample(info, sample, config.partition)
-    spec = _dmt_spec(info, config, partition)
-    plan = _plan(info, spec, partition, config.cluster)
+    specs = [
+        _dmt_spec(info, partition, module) for module in (preview.module, *preview.alternatives)
+    ]
+    # that the cluster holds the tables is known before anything is written
+    plan = _plan(info, specs[0], partition, config.cluster)
     # tables stream to the disk while the small weights are being computed
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool, _set_on_error(stopped):
-        starting = pool.submit(_start, info, spec, sample, partition, config, progress, stopped)
+        starting = pool.submit(_start, info, specs, sample, partition, config, progress, stopped)
         bundle = _write(
-            info, out, spec, starting, sample, partition, plan, config=config, progress=progress
+            info, out, starting, sample, partition, plan, config=config, progress=progress
         )
     return Conversion(
         bundle=bundle, info=info, partition=partition, quality=starting.result().quality
@@ -258,12 +270,23 @@ def _module(info: FlatModelInfo, config: ConvertConfig, num_towers: int) -> Towe
     )
 
 
-def _dmt_spec(info: FlatModelInfo, config: ConvertConfig, partition: Partition) -> DmtSpec:
-    towers = partition.assignment.towers
-    module = _module(info, config, len(towers))
+def _alternatives(
+    info: FlatModelInfo, config: ConvertConfig, module: TowerModuleSpec, num_towers: int
+) -> tuple[TowerModuleSpec, ...]:
+    """Other modules that reach the compression, where it is all that the user asked for."""
+    if config.compression is None or config.c is not None or config.p is not None:
+        return ()
+    return alternative_modules(
+        info.spec, module, num_towers=num_towers, compression=config.compression
+    )
+
+
+def _dmt_spec(info: FlatModelInfo, partition: Partition, module: TowerModuleSpec) -> DmtSpec:
     return DmtSpec(
         flat=info.spec,
-        towers=tuple(TowerSpec(features=features, module=module) for features in towers),
+        towers=tuple(
+            TowerSpec(features=features, module=module) for features in partition.assignment.towers
+        ),
     )
 
 
@@ -292,7 +315,7 @@ def _plan(
 
 def _start(
     info: FlatModelInfo,
-    spec: DmtSpec,
+    specs: list[DmtSpec],
     sample: Sample,
     partition: Partition,
     config: ConvertConfig,
@@ -309,8 +332,10 @@ def _start(
 
     started = start_model(
         info,
-        spec,
+        specs[0],
         sample,
+        alternatives=specs[1:],
+        allot=config.compression is not None,
         distill_steps=config.distill_steps,
         stored_as=config.dtype,
         seed=config.seed,
@@ -323,7 +348,6 @@ def _start(
 def _write(
     info: FlatModelInfo,
     out: Path,
-    spec: DmtSpec,
     starting: Future[StartedModel],
     sample: Sample,
     partition: Partition,
@@ -348,11 +372,13 @@ def _write(
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         started = starting.result()
-        manifest = describe_manifest(info, spec, partition, started, sample)
+        manifest = describe_manifest(info, partition, started, sample)
+        # the towers may emit less, or otherwise, than was asked for
+        final = _plan(info, started.spec, partition, plan.cluster)
         return (
             manifest,
-            plan,
-            lambda final: describe_conversion(final, info, partition, plan, started.quality, out),
+            final,
+            lambda done: describe_conversion(done, info, partition, final, started.quality, out),
         )
 
     return write_bundle(

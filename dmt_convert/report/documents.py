@@ -16,7 +16,6 @@ from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
 from dmt_convert.sampling import Sample
 from dmt_convert.scoring import Quality, QualityRow
-from dmt_convert.towers import DmtSpec
 
 if TYPE_CHECKING:
     from dmt_convert.scoring.started_model import StartedModel
@@ -148,14 +147,13 @@ def _commands(info: FlatModelInfo, manifest: Manifest, out: Path) -> tuple[str, 
 
 def describe_manifest(
     info: FlatModelInfo,
-    spec: DmtSpec,
     partition: Partition,
     started: StartedModel,
     sample: Sample,
 ) -> Manifest:
     """Say all that `dmt.json` says, but for the weights."""
     return Manifest(
-        model=spec,
+        model=started.spec,
         source=describe_source(info),
         facts=tuple(asdict(fact) for fact in info.facts),
         partition=describe_partition(partition),

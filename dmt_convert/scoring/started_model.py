@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import torch
 
 from dmt_convert.architectures import FlatModelInfo
 from dmt_convert.bundle import SmallWeights, split_state
@@ -12,16 +14,30 @@ from dmt_convert.sampling import Sample
 from dmt_convert.scoring.quality import compare_models
 from dmt_convert.scoring.quality_table import Quality
 from dmt_convert.spec import Dtype
-from dmt_convert.towers import DmtModel, DmtSpec, MappedTables, open_flat_model
-from dmt_convert.towers.initialisation import distill, initialise
+from dmt_convert.towers import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model
+from dmt_convert.towers.initialisation import (
+    allot_dims,
+    default_steps,
+    distill,
+    initialise,
+    trace_flat,
+)
+from dmt_convert.towers.table_lookup import to_tensor
 
 _HELD_OUT: Final = 0.25
+_BATCH: Final = 256
+_AS_GOOD: Final = 5e-4
+"""1 - R^2 of a closed form that distillation is not needed after, unless it is asked for."""
+
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedModel:
     """A converted model before any fine-tuning."""
 
+    spec: DmtSpec
+    """What it is: the spec that was asked for, or a better one that emits no more."""
     weights: SmallWeights
     """All its weights beside tables."""
     method: str
@@ -37,10 +53,12 @@ def start_model(
     spec: DmtSpec,
     sample: Sample,
     *,
-    distill_steps: int = 0,
+    alternatives: Sequence[DmtSpec] = (),
+    allot: bool = False,
+    distill_steps: int | None = None,
     stored_as: Dtype | None = None,
     seed: int = 0,
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: OnStep = lambda done, total: None,
 ) -> StartedModel:
     """Initialise a converted model, and measure it on rows that no fit has seen.
 
@@ -48,7 +66,10 @@ def start_model(
         info: The flat checkpoint.
         spec: The converted model.
         sample: Rows; the last quarter is held out.
-        distill_steps: Steps of distillation after the closed form.
+        alternatives: Further specs; the one whose closed form is best on held-out rows is taken.
+        allot: Whether towers may have output dims of their own.
+        distill_steps: Steps of distillation after the closed form; None: as many as cost little,
+            where the closed form leaves something to gain.
         stored_as: Type in which the tables will be stored.
         seed: Seed of everything random.
         on_step: Told of distillation steps done and in all.
@@ -60,25 +81,99 @@ def start_model(
     fit, held = sample.split(_HELD_OUT)
     infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
     tables = MappedTables(info.spec, infos, stored_as=stored_as)
-    candidates: dict[str, DmtModel] = {}
     if spec.is_passthrough:
         model, notes = initialise(flat, spec, None, method="exact", tables=tables)
-        method = "exact"
-        candidates["passthrough"] = model
+        method, candidates = "exact", {"passthrough": model}
     else:
-        model, notes = initialise(flat, spec, fit, method="closed-form", tables=tables)
-        candidates["closed form"] = model
-        method = "closed form"
-        if distill_steps:
-            model, note = distill(flat, model, fit, steps=distill_steps, seed=seed, on_step=on_step)
-            notes, method = (*notes, note), "closed form, then distilled"
-            candidates["distilled"] = model
+        start = _Start(flat, fit, held, tables)
+        model, notes = start.solve([spec, *alternatives], allot=allot)
+        method, candidates = "closed form", {"closed form": model}
+        better, note = start.distill(model, distill_steps, seed, on_step)
+        notes = (*notes, note)
+        if better is not None:
+            model, method = better, "closed form, then distilled"
+            candidates["distilled"] = better
         candidates["random initialisation"], _ = initialise(
-            flat, spec, None, method="random", tables=tables, seed=seed
+            flat, model.spec, None, method="random", tables=tables, seed=seed
         )
     return StartedModel(
+        spec=model.spec,
         weights=split_state(model),
         method=method,
         notes=notes,
         quality=compare_models(flat, candidates, held),
     )
+
+
+class _Start:
+    """The ways to a start, judged by the flat model's logits on held-out rows."""
+
+    def __init__(self, flat: FlatModel, fit: Sample, held: Sample, tables: MappedTables) -> None:
+        self._flat, self._fit, self._held, self._tables = flat, fit, held, tables
+        self._target = _logits(flat, held)
+
+    def solve(self, specs: Sequence[DmtSpec], *, allot: bool) -> tuple[DmtModel, tuple[str, ...]]:
+        """Solve the closed form of every spec, and keep the best."""
+        with torch.no_grad():
+            trace = trace_flat(self._flat, self._fit)
+        found = []
+        for spec in specs:
+            model, notes = initialise(
+                self._flat,
+                allot_dims(trace, spec) if allot else spec,
+                self._fit,
+                method="closed-form",
+                tables=self._tables,
+                trace=trace,
+            )
+            found.append((self._lost(model), model, notes))
+        _, model, notes = min(found, key=lambda entry: entry[0])
+        if len(found) > 1:
+            tried = [f"{_say(m.spec)}: R^2 {1 - loss:.6f}" for loss, m, _ in found]
+            notes = ("tower modules tried, the best one taken: " + "; ".join(tried), *notes)
+        return model, notes
+
+    def distill(
+        self, model: DmtModel, steps: int | None, seed: int, on_step: OnStep
+    ) -> tuple[DmtModel | None, str]:
+        """Distil; returns None where that is not needed, or not better on held-out rows."""
+        before = self._lost(model)
+        if steps is None:
+            if before <= _AS_GOOD:
+                return None, f"not distilled: the closed form has R^2 {1 - before:.6f} already"
+            steps = default_steps(model.spec)
+            if not steps:
+                return None, "not distilled: the model is large; ask for it with --distill-steps"
+        if steps == 0:
+            return None, "not distilled: not asked for"
+        better, note = distill(
+            self._flat, model, self._fit, steps=steps, seed=seed, on_step=on_step
+        )
+        after = self._lost(better)
+        if better is model or not after < before:
+            return None, f"distillation ({steps} steps) did not beat the closed form, which stays"
+        return better, note
+
+    def _lost(self, model: DmtModel) -> float:
+        """1 - R^2 of the logits on held-out rows."""
+        spread = float((self._target - self._target.mean()).square().sum())
+        error = float((_logits(model, self._held) - self._target).square().sum())
+        return error / spread if spread > 0 else error
+
+
+def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
+    dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
+    with torch.inference_mode():
+        parts = [
+            model.forward_pooled(dense[a : a + _BATCH], pooled[a : a + _BATCH])
+            for a in range(0, len(dense), _BATCH)
+        ]
+    return torch.cat(parts).double()
+
+
+def _say(spec: DmtSpec) -> str:
+    module = spec.towers[0].module
+    dims = [tower.module.dim for tower in spec.towers]
+    shown = str(dims[0]) if len(set(dims)) == 1 else "/".join(str(dim) for dim in dims)
+    counts = f"c={module.c} p={module.p} " if module.kind == "dlrm" else ""
+    return f"{module.kind} {counts}D={shown}"

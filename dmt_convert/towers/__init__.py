@@ -11,8 +11,8 @@ from dmt_convert.towers.dmt_spec import (
     TowerModuleKind,
     TowerModuleSpec,
     TowerSpec,
-    module_spec,
 )
+from dmt_convert.towers.module_choice import alternative_modules, module_spec
 
 if TYPE_CHECKING:
     from dmt_convert.towers.dmt_model import DmtModel, Tower
@@ -39,6 +39,7 @@ __all__ = [
     "TowerModuleSpec",
     "TowerSpec",
     "TrainableTables",
+    "alternative_modules",
     "load_dense",
     "module_spec",
     "open_flat_model",

@@ -77,7 +77,24 @@ def _take_dims(
                 fewer = [*dims[:t], dims[t] - 1, *dims[t + 1 :]]
                 options.append(((loss(fewer) - current) / cost, t))
         dims[min(options)[1]] -= 1
+    _fill(loss, dims, costs, limits, budget)
     return dims
+
+
+def _fill(
+    loss: Loss, dims: list[int], costs: Sequence[int], limits: Sequence[int], budget: int
+) -> None:
+    """Give back what the last dim taken left of the budget."""
+    while True:
+        left = budget - sum(cost * dim for cost, dim in zip(costs, dims, strict=True))
+        options = []
+        for t, cost in enumerate(costs):
+            if cost <= left and dims[t] < limits[t]:
+                more = [*dims[:t], dims[t] + 1, *dims[t + 1 :]]
+                options.append(((loss(more) - loss(dims)) / cost, t))
+        if not options:
+            return
+        dims[min(options)[1]] += 1
 
 
 def _tower_loss(trace: FlatTrace, spec: DmtSpec) -> Loss | None:

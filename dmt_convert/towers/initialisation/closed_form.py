@@ -31,6 +31,7 @@ def initialise(
     method: Method,
     tables: nn.Module | None = None,
     seed: int = 0,
+    trace: FlatTrace | None = None,
 ) -> tuple[DmtModel, tuple[str, ...]]:
     """Build a converted model over the flat model's tables.
 
@@ -43,6 +44,7 @@ def initialise(
             `torch.nn.Linear` draws them, all else is the flat model's: the yardstick.
         tables: Lookups that the towers share; by default the flat model's.
         seed: Seed of the random method.
+        trace: What the flat model computes on the sample, where that is known already.
 
     Returns:
         The model in eval mode, and one line per thing that was fitted.
@@ -59,7 +61,7 @@ def initialise(
         return model, ("tower modules and changed layers drawn at random",)
     assert sample is not None
     with torch.no_grad():
-        trace = trace_flat(flat, sample)
+        trace = trace_flat(flat, sample) if trace is None else trace
         start = _start(trace, spec)
         _load(model, start)
         notes = start.notes

@@ -5,6 +5,7 @@ Tables stay frozen, so pooled embeddings are computed once and training needs no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -13,15 +14,44 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.sampling import Sample
+from dmt_convert.spec import MlpSpec
 from dmt_convert.towers.dmt_model import DmtModel
+from dmt_convert.towers.dmt_spec import DmtSpec
 from dmt_convert.towers.flat_model import FlatModel
 from dmt_convert.towers.table_lookup import to_tensor
 
 _BATCH: Final = 512
-_LEARNING_RATE: Final = 1e-3
+_LEARNING_RATE: Final = 2e-3
 _VALIDATION: Final = 0.2
 _CHECK_EVERY: Final = 50
 _PATIENCE: Final = 20
+_DEFAULT_STEPS: Final = 500
+_FEWEST_STEPS: Final = 100
+_BUDGET: Final = 4e11
+"""Floating-point operations that distillation may cost unasked: some seconds on two cores."""
+
+
+def default_steps(spec: DmtSpec) -> int:
+    """Steps to take where the user does not say: 500, fewer for a large model, or none.
+
+    By the model's size alone, so that the same conversion gives the same weights anywhere.
+    """
+    flat, dims = spec.flat, spec.interaction_dims
+    elements = _mlp_size(flat.dense_arch) + _mlp_size(spec.over_arch)
+    for t, width in enumerate(spec.tower_widths):
+        elements += width * sum(spec.tower_dims(t))
+    interaction = spec.interaction
+    if interaction.kind == "dot":
+        elements += len(dims) * sum(dims)
+    elements += 2 * interaction.cross_layers * interaction.cross_rank * sum(dims)
+    for branch in (interaction.branch1, interaction.branch2):
+        elements += 0 if branch is None else _mlp_size(branch)
+    steps = int(_BUDGET / (6 * _BATCH * elements))  # 2 operations each, forward and twice back
+    return 0 if steps < _FEWEST_STEPS else min(_DEFAULT_STEPS, steps)
+
+
+def _mlp_size(spec: MlpSpec) -> int:
+    return sum(a * b for a, b in itertools.pairwise(spec.widths))
 
 
 def distill(
