@@ -5,6 +5,7 @@ from dmt_convert.architectures.findings import Fact, FlatModelInfo
 from dmt_convert.architectures.inference import ARCHITECTURES, infer_model, infer_spec
 from dmt_convert.architectures.model_config import FeatureConfig, ModelConfig, read_model_config
 from dmt_convert.architectures.name_map import NameMap
+from dmt_convert.architectures.optimizer_state import read_initial_value, subtract_initial
 
 __all__ = [
     "ARCHITECTURES",
@@ -16,5 +17,7 @@ __all__ = [
     "NameMap",
     "infer_model",
     "infer_spec",
+    "read_initial_value",
     "read_model_config",
+    "subtract_initial",
 ]

@@ -69,8 +69,9 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         )
     extra = [*match.extra]
     tensors: Mapping[str, TensorInfo] = match.tensors
+    state = find_optimizer_state(checkpoint, match)
     if spec is not None:
-        tensors = _number_last(match.tensors, spec)
+        tensors, state = _number_last(tensors, spec), _number_last(state, spec)
         extra += [info.path for name, info in tensors.items() if not _belongs(name, spec)]
     if shapes.missing or shapes.wrong or extra or spec is None:
         raise _incomplete(checkpoint, match, shapes, extra)
@@ -78,7 +79,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         checkpoint=checkpoint,
         spec=spec,
         tensors=tensors,
-        optimizer_state=find_optimizer_state(checkpoint, match),
+        optimizer_state=state,
         facts=tuple(facts),
         ignored=_ignored(checkpoint, match),
     )

@@ -1,20 +1,30 @@
 """Find the optimizer's accumulators of squared gradients: they tell what training saw.
 
 Adagrad's `sum`, row-wise Adagrad's `momentum` or `momentum1` (one number per row of a table) and
-Adam's `exp_avg_sq`. A table's rows gather squared gradients in proportion to how often they are
-looked up; a layer's columns in proportion to the squares of its inputs.
+Adam's `exp_avg_sq`. TorchRec's fused Adam calls its average of plain gradients `momentum1` too;
+it is told by the `exp_avg_sq`, formerly `momentum2`, beside it. A table's rows gather squared
+gradients in proportion to how often they are looked up; a layer's columns in proportion to the
+squares of its inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from dmt_convert.architectures.matching import Match
 from dmt_convert.architectures.name_map import strip_wrappers
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 
-_ACCUMULATORS: Final = ("sum", "momentum1", "momentum", "exp_avg_sq")
+Array = npt.NDArray[np.float64]
+_ADAM: Final = ("exp_avg_sq", "momentum2")
+_ADAGRAD: Final = ("sum", "momentum1", "momentum")
+_ROUNDING: Final = {"fp64": 1e-6, "fp32": 1e-6, "fp16": 2e-3, "bf16": 1e-2}
+"""Dtypes of accumulators, and how far off a number may be in them (fp64 is read as fp32)."""
 
 
 def find_optimizer_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[str, TensorInfo]:
@@ -32,20 +42,53 @@ def find_optimizer_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[st
     states = [
         tensor
         for tensor in checkpoint.tensors
-        if tensor.container != match.container and _last_key(tensor) in _ACCUMULATORS
+        if tensor.container != match.container
+        and _last_key(tensor) in (*_ADAM, *_ADAGRAD)
+        and tensor.dtype in _ROUNDING
     ]
     indexed = _by_index(states, match, shapes) if checkpoint.ordered else {}
-    found: dict[str, TensorInfo] = {}
+    options: dict[str, list[TensorInfo]] = {}
     for tensor in states:
         name = indexed.get(tensor.container)
         target = canonical.get(name) if name is not None else _parameter_named(tensor, by_name)
-        if target is None:
-            continue
+        if target is not None:
+            options.setdefault(target, []).append(tensor)
+    found: dict[str, TensorInfo] = {}
+    for target, tensors in options.items():
         shape = match.tensors[target].shape
         rows = ((*shape[:1], 1), shape[:1]) if target.startswith("tables.") else ()
-        if tensor.shape in (shape, *rows):
-            found.setdefault(target, tensor)
+        adam = [tensor for tensor in tensors if _last_key(tensor) in _ADAM]
+        for tensor in adam or tensors:
+            if tensor.shape in (shape, *rows):
+                found.setdefault(target, tensor)
     return found
+
+
+def read_initial_value(checkpoint: FlatCheckpoint, state: TensorInfo) -> float:
+    """Return what an accumulator held before training: Adagrad may start above zero.
+
+    torch's optimizers keep it in `param_groups`, beside `state`. 0 where nothing is said, or
+    several groups say different things.
+    """
+    if "state" not in state.container or _last_key(state) in _ADAM:
+        return 0.0
+    above = state.container[: state.container.index("state")]
+    start = ".".join((*above, "param_groups", ""))
+    values = {
+        value
+        for key, value in checkpoint.scalars.items()
+        if key.startswith(start) and key.endswith(".initial_accumulator_value")
+    }
+    value = values.pop() if len(values) == 1 else 0.0
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else 0.0
+
+
+def subtract_initial(values: Array, dtype: str, initial: float) -> Array:
+    """Return what was gathered since the accumulator held `initial`, rounded to its dtype."""
+    if not initial:
+        return values
+    untouched = values <= initial * (1 + _ROUNDING[dtype])
+    return np.where(untouched, 0.0, values - initial)
 
 
 def _last_key(tensor: TensorInfo) -> str:
