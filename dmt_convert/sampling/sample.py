@@ -13,7 +13,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.architectures import FlatModelInfo
+from dmt_convert.architectures import FlatModelInfo, read_initial_value
 from dmt_convert.checkpoint import gather_rows
 from dmt_convert.data import (
     Bag,
@@ -129,9 +129,10 @@ def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
     bags = []
     for i, feature in enumerate(spec.features):
         rng = np.random.default_rng((seed, i))
-        ids = draw_rows(
-            spec.table(feature.table).rows, info.row_state.get(feature.table), count, rng
-        )
+        state = info.row_state.get(feature.table)
+        initial = 0.0 if state is None else read_initial_value(info.checkpoint, state)
+        rows = spec.table(feature.table).rows
+        ids = draw_rows(rows, state, count, rng, initial=initial)
         bags.append(Bag(values=ids, offsets=offsets))
     rng = np.random.default_rng((seed, len(spec.features)))
     return Batch(

@@ -58,7 +58,9 @@ def vector(tmp_path: Path) -> Callable[..., Any]:
 
     def build(values: Any, name: str = "sum") -> Any:
         path = tmp_path / "state.pt"
-        torch.save({"state": {name: torch.as_tensor(np.asarray(values))}}, path)
+        if not isinstance(values, torch.Tensor):
+            values = torch.as_tensor(np.asarray(values))
+        torch.save({"state": {name: values}}, path)
         return next(t for t in open_checkpoint(path).tensors if t.name == name)
 
     return build

@@ -8,88 +8,12 @@ import torch
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError, DataError
-from dmt_convert.sampling import draw_rows, draw_sample, pool_batch, sample, sample_size
+from dmt_convert.sampling import draw_sample, pool_batch, sample_size
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 
 def _rng(seed=0):
     return np.random.default_rng(seed)
-
-
-@pytest.mark.parametrize("shape", ["vector", "matrix"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_rows_are_drawn_in_proportion_to_their_accumulator(vector, shape, dtype):
-    weight = np.array([0, 1, 2, 0, 4, 3], dtype=dtype)
-    state = weight if shape == "vector" else np.stack([weight, weight * 3, weight * 0], axis=1)
-    drawn = draw_rows(6, vector(state), 20_000, _rng())
-    counts = np.bincount(drawn, minlength=6)
-    expected = 20_000 * weight.astype(float) / 10
-    assert counts[0] == counts[3] == 0
-    live = expected > 0
-    # chi-square of 3 degrees of freedom: 16.3 is exceeded once in a thousand seeds
-    assert (np.square(counts - expected)[live] / expected[live]).sum() < 16.3
-
-
-def test_adams_average_only_tells_who_was_trained(vector):
-    state = vector([[0.0, 0], [1e-9, 0], [5, 5]], name="exp_avg_sq")
-    counts = np.bincount(draw_rows(3, state, 10_000, _rng()), minlength=3)
-    assert counts[0] == 0 and abs(counts[1] - counts[2]) < 500
-
-
-@pytest.mark.parametrize(
-    "weight", [[0.0, 0, 0], [np.nan, np.nan, np.nan], [-1.0, 0, -3], [np.inf, 0, np.inf]]
-)
-def test_accumulators_that_tell_nothing_fall_back_to_uniform(vector, weight):
-    counts = np.bincount(draw_rows(3, vector(weight), 9_000, _rng()), minlength=3)
-    assert (np.abs(counts - 3000) < 300).all()
-
-
-def test_rows_with_damaged_accumulators_are_passed_over(vector):
-    drawn = draw_rows(4, vector([np.nan, 1.0, np.inf, -5.0]), 1000, _rng())
-    assert set(drawn.tolist()) == {1}
-
-
-def test_without_state_rows_are_uniform_over_the_whole_table():
-    drawn = draw_rows(5, None, 5_000, _rng())
-    assert drawn.dtype == np.int64
-    assert (np.abs(np.bincount(drawn, minlength=5) - 1000) < 200).all()
-
-
-@pytest.mark.parametrize("shape", ["vector", "matrix"])
-def test_large_tables_are_weighed_on_candidates_only(vector, monkeypatch, shape):
-    """Only the candidates' elements are read, whatever the accumulator's length."""
-    monkeypatch.setattr(sample, "_MAX_CANDIDATES", 50)
-    asked = []
-    gather = sample.gather_rows
-
-    def spy(info, rows):
-        asked.append(len(rows))
-        return gather(info, rows)
-
-    monkeypatch.setattr(sample, "gather_rows", spy)
-    weight = np.zeros(10_000, dtype=np.float32)
-    weight[5000:] = 1
-    state = vector(weight if shape == "vector" else weight[:, None])
-    drawn = draw_rows(10_000, state, 2_000, _rng())
-    assert asked and max(asked) <= 50
-    assert drawn.min() >= 5000 and len(set(drawn.tolist())) <= 50
-
-
-def test_a_vector_is_gathered_element_by_element(vector):
-    values = _rng().standard_normal(1000)
-    info = sample._as_column(vector(values))
-    rows = np.array([0, 5, 999, 500])
-    np.testing.assert_allclose(sample.gather_rows(info, rows)[:, 0], values[rows], rtol=1e-6)
-
-
-def test_a_strided_vector_is_gathered(tmp_path):
-    from dmt_convert.checkpoint import open_checkpoint
-
-    values = torch.arange(40.0)
-    torch.save({"state": {"sum": values[::2], "whole": values}}, tmp_path / "state.pt")
-    tensors = open_checkpoint(tmp_path / "state.pt").tensors
-    info = sample._as_column(next(t for t in tensors if t.name == "sum"))
-    assert sample.gather_rows(info, np.array([0, 1, 19]))[:, 0].tolist() == [0, 2, 38]
 
 
 def test_the_checkpoints_accumulators_decide(info):
