@@ -13,13 +13,16 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.checkpoint import read_tensor
+from dmt_convert.architectures import FlatModelInfo, read_initial_value, subtract_initial
+from dmt_convert.checkpoint import TensorInfo, read_tensor
 
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
 _LIVE: Final = 1e-3
 _CONSTANT: Final = 1e-3
+_ROUNDED: Final = 1e-2
+_OVER_INITIAL: Final = 0.01
+_LARGEST: Final = 1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +62,22 @@ def estimate_scale(info: FlatModelInfo) -> DenseScale | None:
     states = [info.optimizer_state.get(f"dense_arch.0.{kind}") for kind in ("weight", "bias")]
     if states[0] is None or states[1] is None:
         return None
-    weight = np.asarray(read_tensor(states[0]), dtype=np.float64)
-    bias = np.asarray(read_tensor(states[1]), dtype=np.float64)
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all()) or bias.max(initial=0.0) <= 0:
+    initial = read_initial_value(info.checkpoint, states[1])
+    weight, bias = (_read_gathered(state, initial) for state in states if state is not None)
+    sound = all(np.isfinite(v).all() and v.min(initial=0.0) >= 0 for v in (weight, bias))
+    # what is little beside the initial value was lost in rounding
+    if not sound or bias.max(initial=0.0) <= _OVER_INITIAL * initial:
         return None
-    live = bias > _LIVE * np.median(bias[bias > 0])
-    ratio = np.maximum(weight[live], 0.0) / bias[live, None]
+    live = bias > max(_LIVE * float(np.median(bias[bias > 0])), _OVER_INITIAL * initial)
+    ratio = weight[live] / bias[live, None]
     square = np.median(ratio, axis=0)
     # a constant input scales all gradients alike; one that varies meets each unit in other rows
     spread = np.abs(ratio - square).max(axis=0, initial=0.0)
-    alike = (spread <= _CONSTANT * square) & (len(ratio) > 1)
-    return DenseScale(rms=np.sqrt(square), constant=alike)
+    rounding = _ROUNDED if states[0].dtype in ("fp16", "bf16") else _CONSTANT
+    alike = (spread <= rounding * square) & (len(ratio) > 1)
+    return None if square.max() > _LARGEST else DenseScale(rms=np.sqrt(square), constant=alike)
+
+
+def _read_gathered(state: TensorInfo, initial: float) -> Array:
+    values = np.asarray(read_tensor(state), dtype=np.float64)
+    return subtract_initial(values, state.dtype, initial)
