@@ -150,7 +150,7 @@ def test_a_folder_that_may_not_be_written(make_flat: Maker, call_dmt: Callable[.
             run = call_dmt("convert", source, "--towers", 2, "--out", closed / "out", "--json")
         assert run.code == 3, run
         value = json.loads(run.stdout)
-        assert value["found"].endswith("Permission denied")
+        assert value["found"].endswith("(Permission denied)")
         assert str(closed) in value["found"]
         assert "permissions" in value["hint"]
         assert "Traceback" not in run.stderr

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -30,12 +31,22 @@ _FEWEST_STEPS: Final = 100
 _BUDGET: Final = 4e11
 """Floating-point operations that distillation may cost unasked: some seconds on two cores."""
 
+_SMALL: Final = 1 << 20
+"""Weights that a row meets below which one thread is as fast as two."""
+
 
 def default_steps(spec: DmtSpec) -> int:
     """Steps to take where the user does not say: 500, fewer for a large model, or none.
 
     By the model's size alone, so that the same conversion gives the same weights anywhere.
     """
+    # 2 operations an element, forward and twice back
+    steps = int(_BUDGET / (6 * _BATCH * _elements(spec)))
+    return 0 if steps < _FEWEST_STEPS else min(_DEFAULT_STEPS, steps)
+
+
+def _elements(spec: DmtSpec) -> int:
+    """Weights that a row meets."""
     flat, dims = spec.flat, spec.interaction_dims
     elements = _mlp_size(flat.dense_arch) + _mlp_size(spec.over_arch)
     for t, width in enumerate(spec.tower_widths):
@@ -46,8 +57,7 @@ def default_steps(spec: DmtSpec) -> int:
     elements += 2 * interaction.cross_layers * interaction.cross_rank * sum(dims)
     for branch in (interaction.branch1, interaction.branch2):
         elements += 0 if branch is None else _mlp_size(branch)
-    steps = int(_BUDGET / (6 * _BATCH * elements))  # 2 operations each, forward and twice back
-    return 0 if steps < _FEWEST_STEPS else min(_DEFAULT_STEPS, steps)
+    return elements
 
 
 def _mlp_size(spec: MlpSpec) -> int:
@@ -86,31 +96,31 @@ def distill(
     cut = max(1, int(len(dense) * (1 - _VALIDATION)))
     held = (dense[cut:], pooled[cut:], target[cut:])
     student, trained = _trainable_copy(model)
-    optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE)
+    optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
     start = best = _error(student, *held)
     best_state, best_step = None, 0
     generator = torch.Generator().manual_seed(seed)
-    for step in range(1, steps + 1):
-        rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
-        with torch.enable_grad():
-            loss = (
-                (student.forward_pooled(dense[rows], pooled[rows]) - target[rows]).square().mean()
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if step % _CHECK_EVERY == 0 or step == steps:
-            on_step(step, steps)
-            error = _error(student, *held)
-            if error < best:
-                best, best_step = error, step
-                best_state = {name: value.detach().clone() for name, value in trained.items()}
-            elif step - best_step >= _PATIENCE * _CHECK_EVERY:
-                break
+    with _few_threads(model.spec):
+        for step in range(1, steps + 1):
+            rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
+            with torch.enable_grad():
+                logits = student.forward_pooled(dense[rows], pooled[rows])
+                loss = (logits - target[rows]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if step % _CHECK_EVERY == 0 or step == steps:
+                on_step(step, steps)
+                error = _error(student, *held)
+                if error < best:
+                    best, best_step = error, step
+                    best_state = {name: value.detach().clone() for name, value in trained.items()}
+                elif step - best_step >= _PATIENCE * _CHECK_EVERY:
+                    break
     if best_state is None:
         return model, f"distillation ({steps} steps) did not beat the closed form, which stays"
     student.load_state_dict(best_state, strict=False)
@@ -118,6 +128,18 @@ def distill(
         value.requires_grad_(False)
     note = f"distilled, best after {best_step} steps: logit MSE {start:.3g} -> {best:.3g}"
     return student.eval(), note
+
+
+@contextmanager
+def _few_threads(spec: DmtSpec) -> Iterator[None]:
+    """Train a small model on one thread: several would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    if _elements(spec) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]:
