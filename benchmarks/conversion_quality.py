@@ -1,172 +1,119 @@
-"""AUC and NE before and after conversion, without fine-tuning, on a labelled data set.
+"""What conversion keeps of a flat model: before fine-tuning, after it, and against starting anew.
 
-    python benchmarks/conversion_quality.py --data ../shared/data/criteo100k --seeds 3
+    python benchmarks/conversion_quality.py --data ../shared/data/criteo100k --json out.json
 
-Trains flat models (DLRM with dot interaction, DLRM-DCNv2), converts each to several numbers of
-towers and compressions, and prints one table per architecture: mean and spread (largest minus
-smallest) over the seeds. `closed form` uses no data; `calibrated` the validation rows, without
-their labels; `random` draws the tower modules and every layer whose inputs change.
+trains flat models (DLRM with dot interaction, DLRM-DCNv2; `--flat-cache` keeps them), converts
+each to several numbers of towers and compressions, and prints tables: mean over the seeds, in
+brackets the largest minus the smallest.
+
+- start: every start before any fine-tuning, on the test rows. `closed form` uses no data;
+  `calibrated` the validation rows, without their labels; `shared projection` is the baseline (one
+  projection for all vectors, no data); `random` draws the tower modules and every layer whose
+  inputs change. Module `default` is what `dmt convert --compression` chooses; `c0`, for dot, emits
+  p vectors per tower and none per feature.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-import numpy as np
+from flat_models import FlatJob, train_job
+from quality_at_start import StartJob, measure_start
+from quality_tables import Record, describe_machine, describe_training, group, print_table
+from worker_pool import run_jobs
 
-from dmt_convert.architectures import FlatModelInfo, infer_model
-from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.convert import partition_sample
-from dmt_convert.data import Batch, adapt_batches, join_batches, open_data
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.recipes.train_flat import TrainConfig, save_flat, train_flat
-from dmt_convert.sampling import draw_sample
-from dmt_convert.scoring import measure_accuracy, measure_agreement
-from dmt_convert.scoring.quality import logits_of
-from dmt_convert.towers import DmtSpec, FlatModel, TowerSpec, module_spec, open_flat_model
-from dmt_convert.towers.initialisation import initialise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    arch: str
-    towers: int
-    module: str
-    start: str
-    seed: int
-    auc: float
-    ne: float
-    auc_lost: float
-    r2: float
+PARTS = ("start",)
+MODULE_TITLES = {"default": "default module", "c0": "p vectors per tower alone (c = 0)"}
+TITLES_OF_KEYS = {"towers": "towers", "compression": "compression", "start": "start"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--towers", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--compressions", type=float, nargs="+", default=[2.0, 4.0])
-    parser.add_argument("--archs", nargs="+", default=["dlrm", "dcn"])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write every single outcome to this file")
-    options = parser.parse_args()
-    outcomes: list[Outcome] = []
-    for arch in options.archs:
-        for seed in range(options.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                flat_path = Path(folder) / "flat.pt"
-                config = TrainConfig(
-                    data=options.data,
-                    arch=arch,
-                    epochs=options.epochs,
-                    seed=seed,
-                    learning_rate=1e-3,
-                )
-                save_flat(*train_flat(config), flat_path)
-                outcomes += measure_seed(arch, seed, flat_path, options)
-        print_table(arch, [o for o in outcomes if o.arch == arch])
-    if options.json:
-        rows = [{f: getattr(o, f) for f in Outcome.__slots__} for o in outcomes]
-        options.json.write_text(json.dumps(rows, indent=1))
+    options = read_options()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = options.flat_cache or Path(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        run(options, cache)
 
 
-def measure_seed(arch: str, seed: int, path: Path, options: argparse.Namespace) -> list[Outcome]:
-    info = infer_model(open_checkpoint(path))
-    flat = open_flat_model(info)
-    test = read_all(info, options.data / "test.npz")
-    drawn = draw_sample(info, seed=seed)
-    calibration = draw_sample(info, calibration=options.data / "valid.npz", seed=seed)
-    reference = logits_of(flat, test)
-    outcomes = [outcome(arch, 0, "flat", "-", seed, test, reference, reference)]
-    for towers in options.towers:
-        partition = partition_sample(info, drawn, PartitionConfig(num_towers=towers))
-        assignment = partition.assignment.towers
-        exact = make_spec(flat, assignment, "passthrough", None)
-        model, _ = initialise(flat, exact, None, method="exact")
-        logits = logits_of(model, test)
-        outcomes.append(
-            outcome(arch, towers, "passthrough", "exact", seed, test, reference, logits)
-        )
-        for compression in options.compressions:
-            spec = make_spec(flat, assignment, "auto", compression)
-            for start, method, sample in (
-                ("closed form", "closed-form", drawn),
-                ("calibrated", "closed-form", calibration),
-                ("random", "random", None),
-            ):
-                model, _ = initialise(flat, spec, sample, method=method, seed=seed)  # type: ignore[arg-type]
-                name = f"compression {compression:g}"
-                logits = logits_of(model, test)
-                outcomes.append(outcome(arch, towers, name, start, seed, test, reference, logits))
-    return outcomes
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with train.npz, valid.npz, test.npz")
+    add("--archs", nargs="+", choices=("dlrm", "dcn"), default=["dlrm", "dcn"])
+    add("--seeds", type=int, default=3)
+    add("--towers", type=int, nargs="+", default=[4, 8, 16])
+    add("--compressions", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    add("--modules", nargs="+", choices=("default", "c0"), default=["default", "c0"])
+    add("--distill-steps", type=int, default=500, help="0 leaves distillation out")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--flat-cache", type=Path, help="folder that keeps the flat models' checkpoints")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    add("--json", type=Path, help="write every single outcome to this file")
+    return parser.parse_args()
 
 
-def read_all(info: FlatModelInfo, path: Path) -> Batch:
-    dataset = open_data(path)
-    return join_batches(list(adapt_batches(dataset, info.spec, dataset.batches(8192))))
-
-
-def make_spec(
-    flat: FlatModel, towers: tuple[tuple[str, ...], ...], kind: str, compression: float | None
-) -> DmtSpec:
-    module = module_spec(
-        flat.spec,
-        kind,
-        num_towers=len(towers),
-        compression=compression,  # type: ignore[arg-type]
-    )
-    specs = tuple(TowerSpec(features=features, module=module) for features in towers)
-    return DmtSpec(flat=flat.spec, towers=specs)
-
-
-def outcome(
-    arch: str,
-    towers: int,
-    module: str,
-    start: str,
-    seed: int,
-    test: Batch,
-    reference: np.ndarray,
-    logits: np.ndarray,
-) -> Outcome:
-    assert test.labels is not None
-    before, after = (measure_accuracy(x, test.labels) for x in (reference, logits))
-    assert before.auc is not None and after.auc is not None and after.ne is not None
-    return Outcome(
-        arch=arch,
-        towers=towers,
-        module=module,
-        start=start,
-        seed=seed,
-        auc=after.auc,
-        ne=after.ne,
-        auc_lost=before.auc - after.auc,
-        r2=measure_agreement(reference, logits).r2,
-    )
-
-
-def print_table(arch: str, outcomes: list[Outcome]) -> None:
-    seeds = len({o.seed for o in outcomes})
-    print(f"\n{arch}, {seeds} seeds: mean (largest - smallest)\n")
-    print("| towers | module | start | AUC | AUC lost | NE | R^2 of logits |")
-    print("|---:|---|---|---|---|---|---|")
-    keys = dict.fromkeys((o.towers, o.module, o.start) for o in outcomes)
-    for key in keys:
-        rows = [o for o in outcomes if (o.towers, o.module, o.start) == key]
-        cells = [
-            f"{np.mean(v):.5f} ({np.ptp(v):.5f})"
-            for v in (
-                [o.auc for o in rows],
-                [o.auc_lost for o in rows],
-                [o.ne for o in rows],
-                [o.r2 for o in rows],
+def run(options: argparse.Namespace, cache: Path) -> None:
+    flats = [
+        FlatJob(data=options.data, arch=arch, seed=seed, cache=cache)
+        for arch in options.archs
+        for seed in range(options.seeds)
+    ]
+    begin = time.perf_counter()
+    settings = describe_settings(options, flats[0])
+    print("\n".join(settings), flush=True)
+    run_jobs(train_job, flats, options.workers, "flat models")
+    results: dict[str, list[Record]] = {}
+    if "start" in options.parts:
+        jobs = [
+            StartJob(
+                flat=flat,
+                towers=tuple(options.towers),
+                compressions=tuple(options.compressions),
+                modules=tuple(options.modules),
+                distill_steps=options.distill_steps,
             )
+            for flat in flats
         ]
-        print(f"| {key[0] or '-'} | {key[1]} | {key[2]} | " + " | ".join(cells) + " |")
+        found = run_jobs(measure_start, jobs, options.workers, "start")
+        results["start"] = [record for records in found for record in records]
+        print_start(results["start"])
+        write_json(options.json, settings, results)
+    print(f"\n{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
+
+
+def describe_settings(options: argparse.Namespace, flat: FlatJob) -> list[str]:
+    return [
+        f"data: {options.data.name}; seeds 0 to {options.seeds - 1}; distillation of "
+        f"{options.distill_steps} steps; {flat.steps} steps of flat training",
+        describe_training(flat.config),
+        describe_machine(options.workers),
+    ]
+
+
+def print_start(records: list[Record]) -> None:
+    """Print one table per architecture and kind of module."""
+    for (arch,), of_arch in group(records, ["arch"]).items():
+        for (module,), of_module in group(of_arch, ["module"]).items():
+            if module not in MODULE_TITLES:
+                continue
+            yardsticks = [r for r in of_arch if r["module"] not in MODULE_TITLES]
+            print(f"\n{arch}, {MODULE_TITLES[module]}, before any fine-tuning\n")
+            print_table([*yardsticks, *of_module], TITLES_OF_KEYS)
+            print()
+            for (towers, compression), same in group(of_module, ["towers", "compression"]).items():
+                shapes = " or ".join(dict.fromkeys(record["shape"] for record in same))
+                print(f"{towers} towers, compression {compression:g}: {shapes}")
+
+
+def write_json(path: Path | None, settings: list[str], results: dict[str, list[Record]]) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

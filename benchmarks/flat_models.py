@@ -1,0 +1,154 @@
+"""Flat models that benchmarks convert: trained once per data set, architecture and seed.
+
+The training settings of a data set are listed in `SETTINGS`. A checkpoint that is already in the
+cache folder, made with the very same settings, is read instead of being trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dmt_convert.architectures import FlatModelInfo, infer_model
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.data import adapt_batches, join_batches, open_data
+from dmt_convert.recipes.train_flat import TrainConfig, save_flat, train_flat
+from dmt_convert.sampling import Sample, draw_sample, pool_batch
+from dmt_convert.scoring import measure_accuracy, measure_agreement
+from dmt_convert.towers import FlatModel, open_flat_model
+
+FloatArray = npt.NDArray[np.float32]
+
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "criteo100k": {"epochs": 2},
+    "movielens1m": {"epochs": 4, "batch_size": 1024, "table_decay": 1e-5},
+}
+"""Data set -> how its flat models are trained, where that differs from TrainConfig's defaults."""
+_BLOCK: Final = 8192
+_HELD_OUT: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatJob:
+    """One flat model: what to train, and where its checkpoint lies."""
+
+    data: Path
+    arch: str
+    seed: int
+    cache: Path
+
+    @property
+    def config(self) -> TrainConfig:
+        settings = SETTINGS.get(self.data.name, {})
+        return TrainConfig(data=self.data, arch=self.arch, seed=self.seed, **settings)  # type: ignore[arg-type]
+
+    @property
+    def path(self) -> Path:
+        settings = json.dumps({k: v for k, v in asdict(self.config).items() if k != "data"})
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        return self.cache / f"{self.data.name}_{self.arch}_seed{self.seed}_{digest}.pt"
+
+    @property
+    def steps(self) -> int:
+        """Steps that training takes."""
+        rows = open_data(self.data / "train.npz").num_rows
+        return self.config.epochs * math.ceil(rows / self.config.batch_size)
+
+    @property
+    def name(self) -> str:
+        return f"{self.data.name} {self.arch} seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Labelled rows of a split, with the flat model's pooled embeddings and logits."""
+
+    dense: FloatArray
+    pooled: FloatArray
+    labels: FloatArray
+    reference: FloatArray
+
+    def compare(self, model: nn.Module) -> dict[str, float]:
+        """Measure a model on these rows, alone and against the flat one."""
+        logits = _score(model, self.dense, self.pooled)
+        before, after = (measure_accuracy(z, self.labels) for z in (self.reference, logits))
+        assert before.auc is not None and after.auc is not None and after.ne is not None
+        agreement = measure_agreement(self.reference, logits)
+        return {
+            "auc": after.auc,
+            "auc_lost": before.auc - after.auc,
+            "ne": after.ne,
+            "r2": agreement.r2,
+            "rank_correlation": agreement.rank_correlation,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flat:
+    """A flat model, opened."""
+
+    job: FlatJob
+    info: FlatModelInfo
+    model: FlatModel
+
+    def rows(self, split: str) -> Rows:
+        """Read a split and pool its embeddings once."""
+        dataset = open_data(self.job.data / f"{split}.npz")
+        batch = join_batches(list(adapt_batches(dataset, self.info.spec, dataset.batches(_BLOCK))))
+        assert batch.labels is not None
+        dense, pooled = np.array(batch.dense), pool_batch(self.info, batch)
+        return Rows(
+            dense=dense,
+            pooled=pooled,
+            labels=batch.labels,
+            reference=_score(self.model, dense, pooled),
+        )
+
+    def samples(self) -> dict[str, Sample]:
+        """Draw what `dmt convert` fits on, without and with calibration data (no labels)."""
+        seed, valid = self.job.seed, self.job.data / "valid.npz"
+        return {
+            "no data": draw_sample(self.info, seed=seed),
+            "calibrated": draw_sample(self.info, calibration=valid, seed=seed),
+        }
+
+
+def fitted_rows(sample: Sample) -> Sample:
+    """The rows of a sample that `dmt convert` fits on: it holds the last quarter out."""
+    return sample.split(_HELD_OUT)[0]
+
+
+def train_job(job: FlatJob) -> None:
+    """Train a flat model, unless its checkpoint is there."""
+    if not job.path.is_file():
+        unfinished = job.path.with_suffix(".part")
+        save_flat(*train_flat(job.config), unfinished)
+        unfinished.rename(job.path)
+
+
+def open_flat(job: FlatJob) -> Flat:
+    train_job(job)
+    info = infer_model(open_checkpoint(job.path))
+    return Flat(job=job, info=info, model=open_flat_model(info))
+
+
+def _score(model: nn.Module, dense: FloatArray, pooled: FloatArray) -> FloatArray:
+    parts = []
+    with torch.inference_mode():
+        for begin in range(0, len(dense), _BLOCK):
+            rows = slice(begin, begin + _BLOCK)
+            logits = model.forward_pooled(  # type: ignore[operator]
+                torch.from_numpy(dense[rows]), torch.from_numpy(pooled[rows])
+            )
+            parts.append(logits.numpy())
+    return np.concatenate(parts)

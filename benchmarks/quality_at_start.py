@@ -1,0 +1,160 @@
+"""What a converted model is worth before any fine-tuning: one flat model, all conversions of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flat_models import Flat, FlatJob, fitted_rows, open_flat
+from quality_tables import Record
+from shared_projection import convert_shared
+
+from dmt_convert.convert import partition_sample
+from dmt_convert.partition import PartitionConfig
+from dmt_convert.sampling import Sample
+from dmt_convert.spec import ModelSpec
+from dmt_convert.towers import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.towers.initialisation import distill, initialise
+from dmt_convert.towers.initialisation.allotment import allot_dims
+from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
+
+Towers = tuple[tuple[str, ...], ...]
+
+START_NAMES = {
+    "no data": ("closed form", "closed form, distilled"),
+    "calibrated": ("calibrated", "calibrated, distilled"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartJob:
+    """All conversions of one flat model that are to be measured."""
+
+    flat: FlatJob
+    towers: tuple[int, ...]
+    compressions: tuple[float, ...]
+    modules: tuple[str, ...]
+    distill_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitting:
+    """What conversions of a flat model are fitted on; found once for all of them."""
+
+    flat: Flat
+    sample: Sample
+    """All sampled rows: the partitioner looks at these."""
+    fitted: Sample
+    """Those that weights are fitted on."""
+    trace: FlatTrace
+
+    def partition(self, towers: int) -> Towers:
+        config = PartitionConfig(num_towers=towers)
+        return partition_sample(self.flat.info, self.sample, config).assignment.towers
+
+    def spec(self, towers: Towers, module: str, compression: float) -> DmtSpec:
+        """The converted model as `dmt convert` makes it, D allotted over towers."""
+        found = choose_module(self.flat.info.spec, towers, module, compression)
+        return allot_dims(self.trace, make_spec(self.flat.info.spec, towers, found))
+
+    def convert(self, spec: DmtSpec) -> DmtModel:
+        return initialise(self.flat.model, spec, self.fitted, method="closed-form")[0]
+
+    def distill(self, model: DmtModel, steps: int) -> DmtModel:
+        flat = self.flat
+        return distill(flat.model, model, self.fitted, steps=steps, seed=flat.job.seed)[0]
+
+
+def prepare_fittings(flat: Flat) -> dict[str, Fitting]:
+    """Sample and trace a flat model, without data and with."""
+    fittings = {}
+    for name, sample in flat.samples().items():
+        fitted = fitted_rows(sample)
+        fittings[name] = Fitting(
+            flat=flat, sample=sample, fitted=fitted, trace=trace_flat(flat.model, fitted)
+        )
+    return fittings
+
+
+def choose_module(
+    spec: ModelSpec, towers: Towers, module: str, compression: float
+) -> TowerModuleSpec:
+    """default: what `dmt convert --compression` chooses. c0 (dot): p vectors per tower alone.
+
+    p is the number with which D comes near N / 2, unless a tower has fewer features.
+    """
+    count = len(towers)
+    if module == "default":
+        return module_spec(spec, "auto", num_towers=count, compression=compression)
+    wanted = math.ceil(2 * len(spec.features) / (compression * count) - 1e-9)
+    p = min(min(map(len, towers)), wanted)
+    return module_spec(spec, "auto", num_towers=count, c=0, p=p, compression=compression)
+
+
+def make_spec(spec: ModelSpec, towers: Towers, module: TowerModuleSpec) -> DmtSpec:
+    specs = tuple(TowerSpec(features=features, module=module) for features in towers)
+    return DmtSpec(flat=spec, towers=specs)
+
+
+def module_name(spec: DmtSpec) -> str:
+    """A module in words; D is the range over towers."""
+    module = spec.towers[0].module
+    dims = [tower.module.dim for tower in spec.towers]
+    low, high = min(dims), max(dims)
+    shape = f"c = {module.c}, p = {module.p}, " if module.kind == "dlrm" else ""
+    return f"{module.kind}, {shape}D = {low}" + (f" to {high}" if high > low else "")
+
+
+def measure_start(job: StartJob) -> list[Record]:
+    """Measure every conversion of one flat model on its test rows."""
+    return list(_measure(job))
+
+
+def _measure(job: StartJob) -> Iterator[Record]:
+    flat = open_flat(job.flat)
+    fittings = prepare_fittings(flat)
+    test = flat.rows("test")
+
+    def record(model: DmtModel, **keys: object) -> Record:
+        compression = {"actual_compression": model.spec.compression}
+        return (
+            {"arch": job.flat.arch, "seed": job.flat.seed}
+            | keys
+            | compression
+            | test.compare(model)
+        )
+
+    flat_keys: Record = {"arch": job.flat.arch, "seed": job.flat.seed, "module": "-", "towers": "-"}
+    yield flat_keys | {"compression": "-", "start": "flat"} | test.compare(flat.model)
+    spec = flat.info.spec
+    for count in (towers for towers in job.towers if towers <= len(spec.features)):
+        partitions = {name: fitting.partition(count) for name, fitting in fittings.items()}
+        passthrough = make_spec(spec, partitions["no data"], TowerModuleSpec(kind="passthrough"))
+        exact, _ = initialise(flat.model, passthrough, None, method="exact")
+        keys: Record = {"module": "passthrough", "towers": count, "compression": "-"}
+        yield record(exact, start="passthrough", **keys)
+        for module in job.modules:
+            if module == "c0" and spec.interaction.kind != "dot":
+                continue
+            for compression in job.compressions:
+                keys = {"module": module, "towers": count, "compression": compression}
+                drawn = fittings["no data"]
+                towers = partitions["no data"]
+                plain = make_spec(spec, towers, choose_module(spec, towers, module, compression))
+                if module == "default" and spec.interaction.kind == "dot":
+                    shared = convert_shared(flat.model, plain, drawn.fitted)
+                    yield record(
+                        shared, start="shared projection", shape=module_name(plain), **keys
+                    )
+                for name, fitting in fittings.items():
+                    found = fitting.spec(partitions[name], module, compression)
+                    shape = module_name(found)
+                    closed, distilled = START_NAMES[name]
+                    model = fitting.convert(found)
+                    yield record(model, start=closed, shape=shape, **keys)
+                    if job.distill_steps:
+                        model = fitting.distill(model, job.distill_steps)
+                        yield record(model, start=distilled, shape=shape, **keys)
+                random, _ = initialise(flat.model, plain, None, method="random", seed=job.flat.seed)
+                yield record(random, start="random", shape=module_name(plain), **keys)
