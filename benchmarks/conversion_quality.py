@@ -16,7 +16,6 @@ brackets the largest minus the smallest.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +24,14 @@ from pathlib import Path
 
 from flat_models import FlatJob, train_job
 from quality_at_start import StartJob, measure_start
-from quality_tables import Record, describe_machine, describe_training, group, print_table
+from quality_tables import (
+    Record,
+    describe_machine,
+    describe_training,
+    group,
+    print_table,
+    write_json,
+)
 from worker_pool import run_jobs
 
 PARTS = ("start",)
@@ -109,11 +115,6 @@ def print_start(records: list[Record]) -> None:
             for (towers, compression), same in group(of_module, ["towers", "compression"]).items():
                 shapes = " or ".join(dict.fromkeys(record["shape"] for record in same))
                 print(f"{towers} towers, compression {compression:g}: {shapes}")
-
-
-def write_json(path: Path | None, settings: list[str], results: dict[str, list[Record]]) -> None:
-    if path is not None:
-        path.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -81,3 +83,11 @@ def describe_training(config: TrainConfig) -> str:
         f"{config.over_layers}, {config.cross_layers} cross layers of rank {config.cross_rank}; "
         "the best validation epoch is kept"
     )
+
+
+def write_json(
+    path: Path | None, settings: Sequence[str], results: Mapping[str, Sequence[Record]]
+) -> None:
+    """Write every single outcome, where that is asked for."""
+    if path is not None:
+        path.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
