@@ -11,6 +11,11 @@ brackets the largest minus the smallest.
   projection for all vectors, no data); `random` draws the tower modules and every layer whose
   inputs change. Module `default` is what `dmt convert --compression` chooses; `c0`, for dot, emits
   p vectors per tower and none per feature.
+- finetune: distilled starts (first of --towers, compression 2 and 4), trained for a tenth of the
+  steps that the flat model took. Several learning rates are tried; the best one, and the best
+  state, are chosen on the validation rows. The flat model is trained further as a yardstick.
+- scratch: the same architecture trained from nothing, exactly as the flat model was: steps until
+  it is as good on the validation rows as the converted one at step 0 and after that tenth.
 """
 
 from __future__ import annotations
@@ -23,18 +28,23 @@ import time
 from pathlib import Path
 
 from flat_models import FlatJob, train_job
+from quality_after_training import LEARNING_RATES, TrainingJob, measure_training
 from quality_at_start import StartJob, measure_start
 from quality_tables import (
     Record,
     describe_machine,
     describe_training,
     group,
+    mean_spread,
+    print_rows,
     print_table,
+    show,
     write_json,
 )
 from worker_pool import run_jobs
 
-PARTS = ("start",)
+PARTS = ("start", "finetune", "scratch")
+FINETUNE_COMPRESSIONS = (2.0, 4.0)
 MODULE_TITLES = {"default": "default module", "c0": "p vectors per tower alone (c = 0)"}
 TITLES_OF_KEYS = {"towers": "towers", "compression": "compression", "start": "start"}
 
@@ -76,21 +86,41 @@ def run(options: argparse.Namespace, cache: Path) -> None:
     run_jobs(train_job, flats, options.workers, "flat models")
     results: dict[str, list[Record]] = {}
     if "start" in options.parts:
-        jobs = [
-            StartJob(
-                flat=flat,
-                towers=tuple(options.towers),
-                compressions=tuple(options.compressions),
-                modules=tuple(options.modules),
-                distill_steps=options.distill_steps,
-            )
-            for flat in flats
-        ]
+        jobs = [start_job(flat, options) for flat in flats]
         found = run_jobs(measure_start, jobs, options.workers, "start")
         results["start"] = [record for records in found for record in records]
         print_start(results["start"])
         write_json(options.json, settings, results)
+    if {"finetune", "scratch"} & set(options.parts):
+        training = [training_job(flat, options) for flat in flats]
+        found = run_jobs(measure_training, training, options.workers, "training")
+        records = [record for records in found for record in records]
+        results["finetune"] = [r for r in records if "lost_after" in r]
+        results["scratch"] = [r for r in records if "target" in r]
+        print_finetune(results["finetune"], training[0])
+        print_scratch(results["scratch"])
+        write_json(options.json, settings, results)
     print(f"\n{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
+
+
+def start_job(flat: FlatJob, options: argparse.Namespace) -> StartJob:
+    return StartJob(
+        flat=flat,
+        towers=tuple(options.towers),
+        compressions=tuple(options.compressions),
+        modules=tuple(options.modules),
+        distill_steps=options.distill_steps,
+    )
+
+
+def training_job(flat: FlatJob, options: argparse.Namespace) -> TrainingJob:
+    return TrainingJob(
+        flat=flat,
+        towers=options.towers[0],
+        compressions=tuple(c for c in options.compressions if c in FINETUNE_COMPRESSIONS),
+        distill_steps=options.distill_steps,
+        scratch="scratch" in options.parts,
+    )
 
 
 def describe_settings(options: argparse.Namespace, flat: FlatJob) -> list[str]:
@@ -115,6 +145,44 @@ def print_start(records: list[Record]) -> None:
             for (towers, compression), same in group(of_module, ["towers", "compression"]).items():
                 shapes = " or ".join(dict.fromkeys(record["shape"] for record in same))
                 print(f"{towers} towers, compression {compression:g}: {shapes}")
+
+
+def print_finetune(records: list[Record], job: TrainingJob) -> None:
+    steps = records[0]["steps"]
+    print(
+        f"\nAfter fine-tuning for {steps} steps, a tenth of the flat model's; {job.towers} towers"
+    )
+    rates = ", ".join(f"{dense:g} / {table:g}" for dense, table in LEARNING_RATES)
+    print(f"\nLearning rates (dense / tables) tried on the validation rows: {rates}\n")
+    rows = []
+    for keys, own in group(records, ["arch", "compression", "start"]).items():
+        chosen = ", ".join(r["learning_rates"] for r in own)
+        cells = [mean_spread([r[f] for r in own]) for f in ("lost_before", "lost_after", "auc")]
+        best = ", ".join(str(r["best_step"]) for r in own)
+        rows.append([*map(show, keys), *cells, chosen, best])
+    titles = ["model", "compression", "start", "AUC lost before", "AUC lost after", "AUC after"]
+    print_rows([*titles, "learning rates chosen", "best step"], rows)
+
+
+def print_scratch(records: list[Record]) -> None:
+    if not records:
+        return
+    limit, flat_steps = records[0]["limit"], records[0]["flat_steps"]
+    print(
+        f"\nThe same architecture trained from nothing, at most {limit} steps (the flat model took "
+        f"{flat_steps}): steps to the converted model's validation AUC\n"
+    )
+    rows = []
+    for keys, own in group(records, ["arch", "compression", "start", "after"]).items():
+        steps = [r["reached"] for r in own if r["reached"] is not None]
+        text = f"{mean_spread(steps, 0)}" if steps else ""
+        if len(steps) < len(own):
+            missed = f"not reached in {limit}: {len(own) - len(steps)} of {len(own)} seeds"
+            text = f"{text}; {missed}" if text else missed
+        figures = [mean_spread([r[f] for r in own]) for f in ("target", "best_auc")]
+        rows.append([*map(show, keys), figures[0], text, figures[1]])
+    titles = ["model", "compression", "start", "after", "validation AUC", "steps from nothing"]
+    print_rows([*titles, "best from nothing"], rows)
 
 
 if __name__ == "__main__":

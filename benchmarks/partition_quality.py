@@ -54,11 +54,11 @@ from dmt_convert.recipes.generate_clicks import ClickConfig, generate_clicks
 PARTS = ("planted", "loss", "affinity")
 NOISE: Final[Mapping[str, Mapping[str, Any]]] = {
     "default": {},
-    "across 0.7": {"strength_across": 0.7},
+    "across 1.5": {"strength_across": 1.5},
     "correlation 0.1": {"correlation": 0.1},
-    "noise 1.5": {"noise": 1.5},
-    "rank 2": {"rank": 2},
-    "all but rank": {"strength_across": 0.7, "correlation": 0.1, "noise": 1.5},
+    "noise 3": {"noise": 3.0},
+    "rank 4": {"rank": 4},
+    "hard": {"strength_across": 1.5, "correlation": 0.1, "noise": 3.0},
 }
 """Generated clicks -> what differs from the defaults of generate_clicks."""
 LOSSES: Final = {

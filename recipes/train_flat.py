@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.data import Batch, Dataset, adapt_batches, open_data
 from dmt_convert.scoring import measure_accuracy
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import FlatModel
+from dmt_convert.towers import DmtModel, FlatModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +74,10 @@ def train_flat(
     torch.manual_seed(config.seed)
     train, valid = (open_data(config.data / f"{split}.npz") for split in ("train", "valid"))
     model = FlatModel(make_spec(config, train))
-    optimizer = _make_optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     best, best_state = -1.0, model.state_dict()
     for epoch in range(config.epochs):
-        rows = train.batches(config.batch_size, shuffle_seed=config.seed * 1000 + epoch)
-        for batch in adapt_batches(train, model.spec, rows):
+        for batch in epoch_batches(train, model.spec, config, epoch):
             train_step(model, optimizer, batch)
         auc = validate(model, valid)
         on_epoch(epoch, auc)
@@ -89,12 +88,22 @@ def train_flat(
     return model.eval(), optimizer
 
 
-def _make_optimizer(model: FlatModel, config: TrainConfig) -> torch.optim.Optimizer:
+def epoch_batches(
+    rows: Dataset, spec: ModelSpec, config: TrainConfig, epoch: int
+) -> Iterator[Batch]:
+    """Yield the batches of one pass, in the order that the seed gives it."""
+    shuffled = rows.batches(config.batch_size, shuffle_seed=config.seed * 1000 + epoch)
+    return adapt_batches(rows, spec, shuffled)
+
+
+def make_optimizer(model: FlatModel | DmtModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Draw the tables anew, small; parameters stay in the model's order, tables first."""
-    tables = list(model.tables.parameters())
+    tables: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (tables if "tables" in name.split(".") else others).append(parameter)
     for table in tables:
         nn.init.normal_(table, std=config.table_spread)
-    others = [p for name, p in model.named_parameters() if not name.startswith("tables.")]
     groups: list[dict[str, Any]] = [
         {"params": tables, "weight_decay": config.table_decay},
         {"params": others},
@@ -113,11 +122,12 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return float(loss.detach())
 
 
-def validate(model: FlatModel, dataset: Dataset) -> float | None:
+def validate(model: FlatModel | DmtModel, dataset: Dataset) -> float | None:
     """AUC of a model on a data set."""
+    spec = model.spec.flat if isinstance(model, DmtModel) else model.spec
     logits, labels = [], []
     with torch.inference_mode():
-        for batch in adapt_batches(dataset, model.spec, dataset.batches(4096)):
+        for batch in adapt_batches(dataset, spec, dataset.batches(4096)):
             assert batch.labels is not None
             logits.append(model(batch).numpy())
             labels.append(batch.labels)

@@ -10,7 +10,7 @@ from dmt_convert.finetune.finetune_config import FinetuneConfig, merge_settings,
 
 if TYPE_CHECKING:
     from dmt_convert.finetune.finetuned_bundle import write_finetuned
-    from dmt_convert.finetune.loading import check_memory, load_bundle
+    from dmt_convert.finetune.loading import check_memory, load_bundle, load_tables
     from dmt_convert.finetune.loop import Evaluation, TrainResult, run_loop
     from dmt_convert.finetune.trainable_model import TrainableModel, make_trainable
     from dmt_convert.finetune.training import measure_rows, train
@@ -23,6 +23,7 @@ _LAZY = {
     "TrainingData": "training_data",
     "check_memory": "loading",
     "load_bundle": "loading",
+    "load_tables": "loading",
     "make_trainable": "trainable_model",
     "measure_rows": "training",
     "open_training_data": "training_data",
@@ -39,6 +40,7 @@ __all__ = [
     "TrainingData",
     "check_memory",
     "load_bundle",
+    "load_tables",
     "make_trainable",
     "measure_rows",
     "merge_settings",

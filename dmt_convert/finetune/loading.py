@@ -1,8 +1,8 @@
-"""A bundle's tables into memory, where they fit."""
+"""A model's tables into memory, where they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from dmt_convert.finetune.optimizers import state_bytes
 from dmt_convert.finetune.table_store import TableStore
 from dmt_convert.finetune.trainable_model import TrainableModel
 from dmt_convert.spec import ModelSpec
+from dmt_convert.towers import DmtModel, FlatModel
 
 _SCRATCH_BYTES: Final = 5
 """Per row: a slot and a flag of the store."""
@@ -36,9 +37,23 @@ def load_bundle(
     Raises:
         BundleError: The bundle is not what its manifest says.
     """
-    module = open_bundle_model(bundle)
-    store = TableStore(bundle.manifest.model.flat)
-    for name, info in table_infos(bundle).items():
+    return load_tables(open_bundle_model(bundle), table_infos(bundle), on_bytes)
+
+
+def load_tables(
+    module: DmtModel | FlatModel,
+    infos: Mapping[str, TensorInfo],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> TrainableModel:
+    """Read tables into memory, for a model that looks them up on disk.
+
+    Args:
+        module: The model. It keeps its lookups, and shares its other weights with the result.
+        infos: Table -> its tensor in a file; fp16 and bf16 become fp32.
+        on_bytes: Told of every piece read, for progress.
+    """
+    store = TableStore(module.spec.flat if isinstance(module, DmtModel) else module.spec)
+    for name, info in infos.items():
         target = store.table(name).view(-1)
         done = 0
         for chunk in stream_tensor(info):

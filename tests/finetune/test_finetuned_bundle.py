@@ -22,12 +22,13 @@ from dmt_convert.finetune import (
     FinetuneConfig,
     check_memory,
     load_bundle,
+    load_tables,
     open_training_data,
     train,
     write_finetuned,
 )
 from dmt_convert.finetune.finetuned_bundle import Finetuned, bundle_digest
-from dmt_convert.finetune.loading import available_bytes, needed_bytes
+from dmt_convert.finetune.loading import available_bytes, needed_bytes, table_infos
 from dmt_convert.scoring import measure_accuracy, open_model, score_data
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
@@ -262,3 +263,21 @@ def test_loaded_tables_are_the_bundles(bundle_path, clicks) -> None:
     batch = next(adapt_batches(rows, model.spec, rows.batches(64)))
     with torch.no_grad():
         assert np.array_equal(model(batch).numpy(), expected(batch).numpy())
+
+
+def test_tables_are_loaded_under_a_model_that_is_in_no_bundle(bundle_path, clicks) -> None:
+    bundle = open_bundle(bundle_path)
+    infos, expected = table_infos(bundle), open_bundle_model(bundle)
+    rows = open_data(clicks / "valid.npz")
+    batch = next(adapt_batches(rows, bundle.manifest.model.flat, rows.batches(64)))
+    model = load_tables(expected, infos)
+    assert model.module is expected
+    assert {name: tuple(model.store.table(name).shape) for name in infos} == {
+        name: info.shape for name, info in infos.items()
+    }
+    with torch.no_grad():
+        before = expected(batch).numpy()
+        assert np.array_equal(model(batch).numpy(), before)
+        model.store.groups[0].weight += 1.0
+        assert np.array_equal(expected(batch).numpy(), before), "its own lookups stay on disk"
+        assert not np.array_equal(model(batch).numpy(), before)

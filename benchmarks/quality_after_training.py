@@ -1,0 +1,162 @@
+"""What a converted model is worth after a little training, and what starting anew takes instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from flat_models import Flat, FlatJob, open_flat
+from quality_at_start import Fitting, module_name, prepare_fittings
+from quality_tables import Record
+
+from dmt_convert.data import open_data
+from dmt_convert.finetune import FinetuneConfig, TrainResult, load_tables, measure_rows, train
+from dmt_convert.recipes.train_flat import epoch_batches, make_optimizer, train_step, validate
+from dmt_convert.towers import DmtModel, DmtSpec, FlatModel
+
+LEARNING_RATES: Final = ((5e-4, 0.02), (2e-4, 0.001), (1e-4, 0.005))
+"""Of everything but tables, and of tables (row-wise Adagrad). All are tried; the one that is best
+on the validation rows is kept."""
+TENTH: Final = 10
+LIMIT: Final = 2
+_EVALUATIONS: Final = 50
+
+STARTS: Final = {"no data": "closed form, distilled", "calibrated": "calibrated, distilled"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """Converted models of one flat model that are to be trained."""
+
+    flat: FlatJob
+    towers: int
+    compressions: tuple[float, ...]
+    distill_steps: int
+    scratch: bool
+    """Whether the same architecture is trained anew as well."""
+
+
+def measure_training(job: TrainingJob) -> list[Record]:
+    """Fine-tune for a tenth of the flat model's steps, then train anew until that is reached."""
+    return list(_measure(job))
+
+
+def _measure(job: TrainingJob) -> Iterator[Record]:
+    flat = open_flat(job.flat)
+    fittings = prepare_fittings(flat)
+    keys: Record = {"arch": job.flat.arch, "seed": job.flat.seed}
+    yield keys | {"compression": "-", "start": "flat"} | finetune(flat, flat.model)
+    for compression in job.compressions:
+        specs, reached = {}, {}
+        for name, start in STARTS.items():
+            model = convert(fittings[name], job, compression)
+            specs[name] = model.spec
+            reached[start] = finetune(flat, model)
+            shape = {"compression": compression, "shape": module_name(model.spec)}
+            yield keys | shape | {"start": start} | reached[start]
+        if job.scratch:
+            targets = {
+                (start, after): found[f"valid_{key}"]
+                for start, found in reached.items()
+                for key, after in (("before", "step 0"), ("after", "a tenth"))
+            }
+            for found in train_anew(flat, specs["calibrated"], targets):
+                yield keys | {"compression": compression} | found
+
+
+def convert(fitting: Fitting, job: TrainingJob, compression: float) -> DmtModel:
+    spec = fitting.spec(fitting.partition(job.towers), "default", compression)
+    return fitting.distill(fitting.convert(spec), job.distill_steps)
+
+
+def finetune(flat: Flat, model: FlatModel | DmtModel) -> Record:
+    """Train for a tenth of the flat model's steps with each setting; the best one counts."""
+    job = flat.job
+    train_rows, valid, test = (
+        open_data(job.data / f"{split}.npz") for split in ("train", "valid", "test")
+    )
+    infos = {table.name: flat.info.table_info(table.name) for table in flat.info.spec.tables}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    auc = {"before": measure_rows(load_tables(model, infos), test).auc}
+    best: TrainResult | None = None
+    for dense_lr, table_lr in LEARNING_RATES:
+        config = FinetuneConfig(
+            max_steps=round(job.steps / TENTH),
+            batch_size=job.config.batch_size,
+            dense_lr=dense_lr,
+            table_lr=table_lr,
+            patience=None,
+            seed=job.seed,
+        )
+        model.load_state_dict(start)
+        tuned = load_tables(model, infos)
+        result = train(tuned, train_rows, valid, config)
+        if best is None or result.best.score < best.best.score:
+            best, chosen = result, f"{dense_lr:g} / {table_lr:g}"
+            auc["after"] = measure_rows(tuned, test).auc
+    model.load_state_dict(start)
+    assert best is not None and auc["before"] is not None and auc["after"] is not None
+    flat_auc = measure_rows(load_tables(flat.model, infos), test).auc
+    assert flat_auc is not None
+    return {
+        "auc": auc["after"],
+        "lost_before": flat_auc - auc["before"],
+        "lost_after": flat_auc - auc["after"],
+        "valid_before": best.start.auc,
+        "valid_after": best.best.auc,
+        "learning_rates": chosen,
+        "best_step": best.best_step,
+        "steps": best.steps,
+    }
+
+
+def train_anew(
+    flat: Flat, spec: DmtSpec, targets: Mapping[tuple[str, str], float]
+) -> Iterator[Record]:
+    """Train a model of this architecture as the flat one was trained, tables and all.
+
+    It may take twice the flat model's steps, and ends where all targets are reached on the
+    validation rows.
+    """
+    job = flat.job
+    limit, every = LIMIT * job.steps, max(1, job.steps // _EVALUATIONS)
+    curve: list[tuple[int, float]] = []
+    torch.manual_seed(job.seed)
+    model = DmtModel(spec)
+    for step in _train_steps(flat, model, limit):
+        if step % every == 0 or step == limit:
+            auc = validate(model, open_data(job.data / "valid.npz"))
+            assert auc is not None
+            curve.append((step, auc))
+            if auc >= max(targets.values()):
+                break
+    best_step, best_auc = max(curve, key=lambda point: point[1])
+    for (start, after), target in targets.items():
+        yield {
+            "start": start,
+            "after": after,
+            "target": target,
+            "reached": next((step for step, auc in curve if auc >= target), None),
+            "limit": limit,
+            "flat_steps": job.steps,
+            "best_auc": best_auc,
+            "best_step": best_step,
+            "curve": curve,
+        }
+
+
+def _train_steps(flat: Flat, model: DmtModel, limit: int) -> Iterator[int]:
+    """Take the flat model's steps, pass after pass, and yield their numbers from 1."""
+    config, rows = flat.job.config, open_data(flat.job.data / "train.npz")
+    optimizer = make_optimizer(model, config)
+    step = epoch = 0
+    while step < limit:
+        for batch in epoch_batches(rows, flat.info.spec, config, epoch):
+            train_step(model, optimizer, batch)
+            step += 1
+            yield step
+            if step == limit:
+                return
+        epoch += 1
