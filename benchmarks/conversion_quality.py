@@ -12,8 +12,8 @@ brackets the largest minus the smallest.
   inputs change. Module `default` is what `dmt convert --compression` chooses; `c0`, for dot, emits
   p vectors per tower and none per feature.
 - finetune: distilled starts (first of --towers, compression 2 and 4), trained for a tenth of the
-  steps that the flat model took. Several learning rates are tried; the best one, and the best
-  state, are chosen on the validation rows. The flat model is trained further as a yardstick.
+  steps that the flat model took. Some settings are tried; the best one, and the best state, are
+  chosen on the validation rows (NE). The flat model is trained further as a yardstick.
 - scratch: the same architecture trained from nothing, exactly as the flat model was: steps until
   it is as good on the validation rows as the converted one at step 0 and after that tenth.
 """
@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from flat_models import FlatJob, train_job
-from quality_after_training import LEARNING_RATES, TrainingJob, measure_training
+from quality_after_training import SETTINGS, TrainingJob, measure_training
 from quality_at_start import StartJob, measure_start
 from quality_tables import (
     Record,
@@ -128,6 +128,7 @@ def describe_settings(options: argparse.Namespace, flat: FlatJob) -> list[str]:
         f"data: {options.data.name}; seeds 0 to {options.seeds - 1}; distillation of "
         f"{options.distill_steps} steps; {flat.steps} steps of flat training",
         describe_training(flat.config),
+        "towers beyond the number of features are left out",
         describe_machine(options.workers),
     ]
 
@@ -148,20 +149,17 @@ def print_start(records: list[Record]) -> None:
 
 
 def print_finetune(records: list[Record], job: TrainingJob) -> None:
-    steps = records[0]["steps"]
-    print(
-        f"\nAfter fine-tuning for {steps} steps, a tenth of the flat model's; {job.towers} towers"
-    )
-    rates = ", ".join(f"{dense:g} / {table:g}" for dense, table in LEARNING_RATES)
-    print(f"\nLearning rates (dense / tables) tried on the validation rows: {rates}\n")
+    tenth = f"{records[0]['steps']} steps, a tenth of the flat model's"
+    print(f"\nAfter fine-tuning for {tenth}; {job.towers} towers\n")
+    print("settings tried, chosen on the validation rows:", "; ".join(SETTINGS), "\n")
     rows = []
     for keys, own in group(records, ["arch", "compression", "start"]).items():
-        chosen = ", ".join(r["learning_rates"] for r in own)
         cells = [mean_spread([r[f] for r in own]) for f in ("lost_before", "lost_after", "auc")]
+        chosen = [f"{len(same)} x {name}" for (name,), same in group(own, ["setting"]).items()]
         best = ", ".join(str(r["best_step"]) for r in own)
-        rows.append([*map(show, keys), *cells, chosen, best])
+        rows.append([*map(show, keys), *cells, "; ".join(chosen), best])
     titles = ["model", "compression", "start", "AUC lost before", "AUC lost after", "AUC after"]
-    print_rows([*titles, "learning rates chosen", "best step"], rows)
+    print_rows([*titles, "setting chosen", "best step"], rows)
 
 
 def print_scratch(records: list[Record]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from flat_models import Flat, FlatJob, open_flat
@@ -16,9 +16,12 @@ from dmt_convert.finetune import FinetuneConfig, TrainResult, load_tables, measu
 from dmt_convert.recipes.train_flat import epoch_batches, make_optimizer, train_step, validate
 from dmt_convert.towers import DmtModel, DmtSpec, FlatModel
 
-LEARNING_RATES: Final = ((5e-4, 0.02), (2e-4, 0.001), (1e-4, 0.005))
-"""Of everything but tables, and of tables (row-wise Adagrad). All are tried; the one that is best
-on the validation rows is kept."""
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "defaults": {},
+    "tables alone, row-wise Adagrad 0.002": {"dense_lr": 0.0, "table_lr": 0.002},
+    "tables alone, Adam 0.001": {"dense_lr": 0.0, "table_lr": 1e-3, "table_optimizer": "adam"},
+}
+"""Settings of fine-tuning. All are tried; the best one on the validation rows is kept."""
 TENTH: Final = 10
 LIMIT: Final = 2
 _EVALUATIONS: Final = 50
@@ -81,20 +84,19 @@ def finetune(flat: Flat, model: FlatModel | DmtModel) -> Record:
     start = {name: value.clone() for name, value in model.state_dict().items()}
     auc = {"before": measure_rows(load_tables(model, infos), test).auc}
     best: TrainResult | None = None
-    for dense_lr, table_lr in LEARNING_RATES:
+    for name, setting in SETTINGS.items():
         config = FinetuneConfig(
             max_steps=round(job.steps / TENTH),
             batch_size=job.config.batch_size,
-            dense_lr=dense_lr,
-            table_lr=table_lr,
             patience=None,
             seed=job.seed,
+            **setting,
         )
         model.load_state_dict(start)
         tuned = load_tables(model, infos)
         result = train(tuned, train_rows, valid, config)
         if best is None or result.best.score < best.best.score:
-            best, chosen = result, f"{dense_lr:g} / {table_lr:g}"
+            best, chosen = result, name
             auc["after"] = measure_rows(tuned, test).auc
     model.load_state_dict(start)
     assert best is not None and auc["before"] is not None and auc["after"] is not None
@@ -106,7 +108,7 @@ def finetune(flat: Flat, model: FlatModel | DmtModel) -> Record:
         "lost_after": flat_auc - auc["after"],
         "valid_before": best.start.auc,
         "valid_after": best.best.auc,
-        "learning_rates": chosen,
+        "setting": chosen,
         "best_step": best.best_step,
         "steps": best.steps,
     }
