@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 from flat_models import Flat, FlatJob, open_flat
-from quality_at_start import Fitting, module_name, prepare_fittings
+from quality_at_start import START_NAMES, Fitting, module_name, prepare_fittings
 from quality_tables import Record
 
 from dmt_convert.data import open_data
@@ -23,10 +23,10 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 """Settings of fine-tuning. All are tried; the best one on the validation rows is kept."""
 TENTH: Final = 10
+"""The flat model's steps over those of fine-tuning."""
 LIMIT: Final = 2
+"""Steps of training anew, at most, over the flat model's."""
 _EVALUATIONS: Final = 50
-
-STARTS: Final = {"no data": "closed form, distilled", "calibrated": "calibrated, distilled"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def _measure(job: TrainingJob) -> Iterator[Record]:
     yield keys | {"compression": "-", "start": "flat"} | finetune(flat, flat.model)
     for compression in job.compressions:
         specs, reached = {}, {}
-        for name, start in STARTS.items():
+        for name, (_, start) in START_NAMES.items():
             model = convert(fittings[name], job, compression)
             specs[name] = model.spec
             reached[start] = finetune(flat, model)

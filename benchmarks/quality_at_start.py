@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from flat_models import Flat, FlatJob, fitted_rows, open_flat
 from quality_tables import Record
@@ -21,10 +23,11 @@ from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
 
 Towers = tuple[tuple[str, ...], ...]
 
-START_NAMES = {
+START_NAMES: Final = {
     "no data": ("closed form", "closed form, distilled"),
     "calibrated": ("calibrated", "calibrated, distilled"),
 }
+"""Sample -> what tables call the closed form that is fitted on it, and that distilled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,53 +111,50 @@ def module_name(spec: DmtSpec) -> str:
 
 def measure_start(job: StartJob) -> list[Record]:
     """Measure every conversion of one flat model on its test rows."""
-    return list(_measure(job))
-
-
-def _measure(job: StartJob) -> Iterator[Record]:
     flat = open_flat(job.flat)
-    fittings = prepare_fittings(flat)
     test = flat.rows("test")
-
-    def record(model: DmtModel, **keys: object) -> Record:
-        compression = {"actual_compression": model.spec.compression}
-        return (
-            {"arch": job.flat.arch, "seed": job.flat.seed}
-            | keys
-            | compression
-            | test.compare(model)
-        )
-
-    flat_keys: Record = {"arch": job.flat.arch, "seed": job.flat.seed, "module": "-", "towers": "-"}
-    yield flat_keys | {"compression": "-", "start": "flat"} | test.compare(flat.model)
+    fittings = prepare_fittings(flat)
+    of_flat: Record = {"arch": job.flat.arch, "seed": job.flat.seed}
+    none = {"module": "-", "towers": "-", "compression": "-", "start": "flat"}
+    records = [of_flat | none | test.compare(flat.model)]
     spec = flat.info.spec
-    for count in (towers for towers in job.towers if towers <= len(spec.features)):
+    for count in job.towers:
+        if count > len(spec.features):
+            continue
         partitions = {name: fitting.partition(count) for name, fitting in fittings.items()}
-        passthrough = make_spec(spec, partitions["no data"], TowerModuleSpec(kind="passthrough"))
-        exact, _ = initialise(flat.model, passthrough, None, method="exact")
-        keys: Record = {"module": "passthrough", "towers": count, "compression": "-"}
-        yield record(exact, start="passthrough", **keys)
-        for module in job.modules:
+        exact = make_spec(spec, partitions["no data"], TowerModuleSpec(kind="passthrough"))
+        model, _ = initialise(flat.model, exact, None, method="exact")
+        keys: Record = of_flat | {"module": "passthrough", "towers": count, "compression": "-"}
+        records.append(keys | {"start": "passthrough"} | test.compare(model))
+        for module, compression in itertools.product(job.modules, job.compressions):
             if module == "c0" and spec.interaction.kind != "dot":
                 continue
-            for compression in job.compressions:
-                keys = {"module": module, "towers": count, "compression": compression}
-                drawn = fittings["no data"]
-                towers = partitions["no data"]
-                plain = make_spec(spec, towers, choose_module(spec, towers, module, compression))
-                if module == "default" and spec.interaction.kind == "dot":
-                    shared = convert_shared(flat.model, plain, drawn.fitted)
-                    yield record(
-                        shared, start="shared projection", shape=module_name(plain), **keys
-                    )
-                for name, fitting in fittings.items():
-                    found = fitting.spec(partitions[name], module, compression)
-                    shape = module_name(found)
-                    closed, distilled = START_NAMES[name]
-                    model = fitting.convert(found)
-                    yield record(model, start=closed, shape=shape, **keys)
-                    if job.distill_steps:
-                        model = fitting.distill(model, job.distill_steps)
-                        yield record(model, start=distilled, shape=shape, **keys)
-                random, _ = initialise(flat.model, plain, None, method="random", seed=job.flat.seed)
-                yield record(random, start="random", shape=module_name(plain), **keys)
+            keys = of_flat | {"module": module, "towers": count, "compression": compression}
+            for start, model in _starts(job, fittings, partitions, module, compression):
+                shape = {"shape": module_name(model.spec), "emits": sum(model.spec.tower_widths)}
+                records.append(keys | {"start": start} | shape | test.compare(model))
+    return records
+
+
+def _starts(
+    job: StartJob,
+    fittings: Mapping[str, Fitting],
+    partitions: Mapping[str, Towers],
+    module: str,
+    compression: float,
+) -> Iterator[tuple[str, DmtModel]]:
+    """Convert in every way: name of the start, model."""
+    drawn, towers = fittings["no data"], partitions["no data"]
+    flat = drawn.flat
+    found = choose_module(flat.info.spec, towers, module, compression)
+    plain = make_spec(flat.info.spec, towers, found)
+    if module == "default" and found.kind == "dlrm":
+        yield "shared projection", convert_shared(flat.model, plain, drawn.fitted)
+    for name, fitting in fittings.items():
+        closed, distilled = START_NAMES[name]
+        model = fitting.convert(fitting.spec(partitions[name], module, compression))
+        yield closed, model
+        if job.distill_steps:
+            yield distilled, fitting.distill(model, job.distill_steps)
+    model, _ = initialise(flat.model, plain, None, method="random", seed=job.flat.seed)
+    yield "random", model
