@@ -15,7 +15,8 @@ brackets the largest minus the smallest.
   steps that the flat model took. Some settings are tried; the best one, and the best state, are
   chosen on the validation rows (NE). The flat model is trained further as a yardstick.
 - scratch: the same architecture trained from nothing, exactly as the flat model was: steps until
-  it is as good on the validation rows as the converted one at step 0 and after that tenth.
+  it is as good on the validation rows as the converted one at step 0 and after that tenth. It ends
+  there. Towers and dims are those of the calibrated model.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def print_start(records: list[Record]) -> None:
 def print_finetune(records: list[Record], job: TrainingJob) -> None:
     tenth = f"{records[0]['steps']} steps, a tenth of the flat model's"
     print(f"\nAfter fine-tuning for {tenth}; {job.towers} towers\n")
-    print("settings tried, chosen on the validation rows:", "; ".join(SETTINGS), "\n")
+    print("settings tried, chosen on the validation rows:", "; ".join(SETTINGS))
+    print()
     rows = []
     for keys, own in group(records, ["arch", "compression", "start"]).items():
         cells = [mean_spread([r[f] for r in own]) for f in ("lost_before", "lost_after", "auc")]
@@ -180,7 +182,7 @@ def print_scratch(records: list[Record]) -> None:
         figures = [mean_spread([r[f] for r in own]) for f in ("target", "best_auc")]
         rows.append([*map(show, keys), figures[0], text, figures[1]])
     titles = ["model", "compression", "start", "after", "validation AUC", "steps from nothing"]
-    print_rows([*titles, "best from nothing"], rows)
+    print_rows([*titles, "best from nothing until then"], rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which way of forming towers keeps most of a model at the same compression.
 
-    python benchmarks/partition_quality.py --data movielens1m criteo100k
+    python benchmarks/partition_quality.py --data DATA/movielens1m DATA/criteo100k
 
 - planted: flat models trained on generated clicks with planted groups of features; the share of
   pairs inside towers that were planted together, from the checkpoint alone and with calibration.
