@@ -9,8 +9,8 @@ brackets the largest minus the smallest.
 - start: every start before any fine-tuning, on the test rows. `closed form` uses no data;
   `calibrated` the validation rows, without their labels; `shared projection` is the baseline (one
   projection for all vectors, no data); `random` draws the tower modules and every layer whose
-  inputs change. Module `default` is what `dmt convert --compression` chooses; `c0`, for dot, emits
-  p vectors per tower and none per feature.
+  inputs change. Module `default` emits a vector per feature; for dot, `c0` emits p vectors
+  per tower instead, and `best` is whichever of these `dmt convert --compression` alone chooses.
 - finetune: distilled starts (first of --towers, compression 2 and 4), trained for a tenth of the
   steps that the flat model took. Some settings are tried; the best one, and the best state, are
   chosen on the validation rows (NE). The flat model is trained further as a yardstick.
@@ -46,7 +46,11 @@ from worker_pool import run_jobs
 
 PARTS = ("start", "finetune", "scratch")
 FINETUNE_COMPRESSIONS = (2.0, 4.0)
-MODULE_TITLES = {"default": "default module", "c0": "p vectors per tower alone (c = 0)"}
+MODULE_TITLES = {
+    "default": "a vector per feature",
+    "c0": "p vectors per tower alone (c = 0)",
+    "best": "the module that `--compression` alone chooses",
+}
 TITLES_OF_KEYS = {"towers": "towers", "compression": "compression", "start": "start"}
 
 
@@ -66,7 +70,7 @@ def read_options() -> argparse.Namespace:
     add("--seeds", type=int, default=3)
     add("--towers", type=int, nargs="+", default=[4, 8, 16])
     add("--compressions", type=float, nargs="+", default=[2.0, 4.0, 8.0])
-    add("--modules", nargs="+", choices=("default", "c0"), default=["default", "c0"])
+    add("--modules", nargs="+", choices=tuple(MODULE_TITLES), default=list(MODULE_TITLES))
     add("--distill-steps", type=int, default=500, help="0 leaves distillation out")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--flat-cache", type=Path, help="folder that keeps the flat models' checkpoints")

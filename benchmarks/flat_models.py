@@ -123,9 +123,9 @@ class Flat:
         }
 
 
-def fitted_rows(sample: Sample) -> Sample:
-    """The rows of a sample that `dmt convert` fits on: it holds the last quarter out."""
-    return sample.split(_HELD_OUT)[0]
+def split_rows(sample: Sample) -> tuple[Sample, Sample]:
+    """The rows of a sample that `dmt convert` fits on, and those that it judges by."""
+    return sample.split(_HELD_OUT)
 
 
 def train_job(job: FlatJob) -> None:

@@ -221,9 +221,8 @@ def _measure(job: PartitionJob) -> Iterator[Record]:
                 record["together"] = share_together(towers, groups)
                 record["flat_auc"] = flat_auc
             if job.losses:
-                spec = fitting.spec(towers, module, job.compression)
-                model = fitting.convert(spec)
-                record["shape"] = module_name(spec)
+                model = fitting.convert(towers, module, job.compression)
+                record["shape"] = module_name(model.spec)
                 for stage in ("closed", "distilled"):
                     if stage == "distilled":
                         model = fitting.distill(model, job.distill_steps)

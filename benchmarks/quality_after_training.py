@@ -70,8 +70,8 @@ def _measure(job: TrainingJob) -> Iterator[Record]:
 
 
 def convert(fitting: Fitting, job: TrainingJob, compression: float) -> DmtModel:
-    spec = fitting.spec(fitting.partition(job.towers), "default", compression)
-    return fitting.distill(fitting.convert(spec), job.distill_steps)
+    model = fitting.convert(fitting.partition(job.towers), "default", compression)
+    return fitting.distill(model, job.distill_steps)
 
 
 def finetune(flat: Flat, model: FlatModel | DmtModel) -> Record:

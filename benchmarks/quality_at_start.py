@@ -8,18 +8,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from flat_models import Flat, FlatJob, fitted_rows, open_flat
+from flat_models import Flat, FlatJob, open_flat, split_rows
 from quality_tables import Record
 from shared_projection import convert_shared
 
 from dmt_convert.convert import partition_sample
 from dmt_convert.partition import PartitionConfig
 from dmt_convert.sampling import Sample
+from dmt_convert.scoring.started_model import Starter
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, module_spec
-from dmt_convert.towers.initialisation import distill, initialise
-from dmt_convert.towers.initialisation.allotment import allot_dims
-from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
+from dmt_convert.towers import (
+    DmtModel,
+    DmtSpec,
+    TowerModuleSpec,
+    TowerSpec,
+    alternative_modules,
+    module_spec,
+)
+from dmt_convert.towers.initialisation import initialise
 
 Towers = tuple[tuple[str, ...], ...]
 
@@ -48,47 +54,45 @@ class Fitting:
     flat: Flat
     sample: Sample
     """All sampled rows: the partitioner looks at these."""
-    fitted: Sample
-    """Those that weights are fitted on."""
-    trace: FlatTrace
+    starter: Starter
 
     def partition(self, towers: int) -> Towers:
         config = PartitionConfig(num_towers=towers)
         return partition_sample(self.flat.info, self.sample, config).assignment.towers
 
-    def spec(self, towers: Towers, module: str, compression: float) -> DmtSpec:
-        """The converted model as `dmt convert` makes it, D allotted over towers."""
-        found = choose_module(self.flat.info.spec, towers, module, compression)
-        return allot_dims(self.trace, make_spec(self.flat.info.spec, towers, found))
-
-    def convert(self, spec: DmtSpec) -> DmtModel:
-        return initialise(self.flat.model, spec, self.fitted, method="closed-form")[0]
+    def convert(self, towers: Towers, module: str, compression: float) -> DmtModel:
+        """The converted model as `dmt convert --compression` makes it, D allotted over towers."""
+        flat = self.flat.info.spec
+        found = choose_module(flat, towers, module, compression)
+        modules = [found]
+        if module == "best":
+            count = len(towers)
+            modules += alternative_modules(flat, found, num_towers=count, compression=compression)
+        specs = [make_spec(flat, towers, each) for each in modules]
+        return self.starter.solve(specs, allot=True)[0]
 
     def distill(self, model: DmtModel, steps: int) -> DmtModel:
-        flat = self.flat
-        return distill(flat.model, model, self.fitted, steps=steps, seed=flat.job.seed)[0]
+        better, _ = self.starter.distill(model, steps, seed=self.flat.job.seed)
+        return model if better is None else better
 
 
 def prepare_fittings(flat: Flat) -> dict[str, Fitting]:
     """Sample and trace a flat model, without data and with."""
-    fittings = {}
-    for name, sample in flat.samples().items():
-        fitted = fitted_rows(sample)
-        fittings[name] = Fitting(
-            flat=flat, sample=sample, fitted=fitted, trace=trace_flat(flat.model, fitted)
-        )
-    return fittings
+    return {
+        name: Fitting(flat=flat, sample=sample, starter=Starter(flat.model, *split_rows(sample)))
+        for name, sample in flat.samples().items()
+    }
 
 
 def choose_module(
     spec: ModelSpec, towers: Towers, module: str, compression: float
 ) -> TowerModuleSpec:
-    """default: what `dmt convert --compression` chooses. c0 (dot): p vectors per tower alone.
+    """default: a vector per feature. c0 (dot): p vectors per tower alone.
 
     p is the number with which D comes near N / 2, unless a tower has fewer features.
     """
     count = len(towers)
-    if module == "default":
+    if module != "c0":
         return module_spec(spec, "auto", num_towers=count, compression=compression)
     wanted = math.ceil(2 * len(spec.features) / (compression * count) - 1e-9)
     p = min(min(map(len, towers)), wanted)
@@ -127,7 +131,7 @@ def measure_start(job: StartJob) -> list[Record]:
         keys: Record = of_flat | {"module": "passthrough", "towers": count, "compression": "-"}
         records.append(keys | {"start": "passthrough"} | test.compare(model))
         for module, compression in itertools.product(job.modules, job.compressions):
-            if module == "c0" and spec.interaction.kind != "dot":
+            if module != "default" and spec.interaction.kind != "dot":
                 continue
             keys = of_flat | {"module": module, "towers": count, "compression": compression}
             for start, model in _starts(job, fittings, partitions, module, compression):
@@ -149,10 +153,10 @@ def _starts(
     found = choose_module(flat.info.spec, towers, module, compression)
     plain = make_spec(flat.info.spec, towers, found)
     if module == "default" and found.kind == "dlrm":
-        yield "shared projection", convert_shared(flat.model, plain, drawn.fitted)
+        yield "shared projection", convert_shared(flat.model, plain, split_rows(drawn.sample)[0])
     for name, fitting in fittings.items():
         closed, distilled = START_NAMES[name]
-        model = fitting.convert(fitting.spec(partitions[name], module, compression))
+        model = fitting.convert(partitions[name], module, compression)
         yield closed, model
         if job.distill_steps:
             yield distilled, fitting.distill(model, job.distill_steps)

@@ -85,10 +85,10 @@ def start_model(
         model, notes = initialise(flat, spec, None, method="exact", tables=tables)
         method, candidates = "exact", {"passthrough": model}
     else:
-        start = _Start(flat, fit, held, tables)
-        model, notes = start.solve([spec, *alternatives], allot=allot)
+        starter = Starter(flat, fit, held, tables)
+        model, notes = starter.solve([spec, *alternatives], allot=allot)
         method, candidates = "closed form", {"closed form": model}
-        better, note = start.distill(model, distill_steps, seed, on_step)
+        better, note = starter.distill(model, distill_steps, seed, on_step)
         notes = (*notes, note)
         if better is not None:
             model, method = better, "closed form, then distilled"
@@ -105,38 +105,74 @@ def start_model(
     )
 
 
-class _Start:
-    """The ways to a start, judged by the flat model's logits on held-out rows."""
+class Starter:
+    """The ways to a start, judged by the flat model's logits on rows that no fit has seen.
 
-    def __init__(self, flat: FlatModel, fit: Sample, held: Sample, tables: MappedTables) -> None:
+    Args:
+        flat: The flat model.
+        fit: Rows to fit on.
+        held: Rows to judge by.
+        tables: Lookups of the converted models; by default the flat model's.
+    """
+
+    def __init__(
+        self, flat: FlatModel, fit: Sample, held: Sample, tables: MappedTables | None = None
+    ) -> None:
         self._flat, self._fit, self._held, self._tables = flat, fit, held, tables
         self._target = _logits(flat, held)
-
-    def solve(self, specs: Sequence[DmtSpec], *, allot: bool) -> tuple[DmtModel, tuple[str, ...]]:
-        """Solve the closed form of every spec, and keep the best."""
         with torch.no_grad():
-            trace = trace_flat(self._flat, self._fit)
+            self._trace = trace_flat(flat, fit)
+
+    def solve(
+        self, specs: Sequence[DmtSpec], *, allot: bool = False
+    ) -> tuple[DmtModel, tuple[str, ...]]:
+        """Solve the closed form of every spec, and keep the best.
+
+        Args:
+            specs: Models to try; the first one is taken where no other is better.
+            allot: Try each with output dims per tower as well.
+
+        Returns:
+            The model, and one line per thing that was tried or fitted.
+        """
+        allotted = [allot_dims(self._trace, spec) for spec in specs] if allot else []
+        tried = dict.fromkeys([*specs, *allotted])
         found = []
-        for spec in specs:
+        for spec in tried:
             model, notes = initialise(
                 self._flat,
-                allot_dims(trace, spec) if allot else spec,
+                spec,
                 self._fit,
                 method="closed-form",
                 tables=self._tables,
-                trace=trace,
+                trace=self._trace,
             )
             found.append((self._lost(model), model, notes))
         _, model, notes = min(found, key=lambda entry: entry[0])
         if len(found) > 1:
-            tried = [f"{_say(m.spec)}: R^2 {1 - loss:.6f}" for loss, m, _ in found]
-            notes = ("tower modules tried, the best one taken: " + "; ".join(tried), *notes)
+            said = [f"{_say(m.spec)}: R^2 {1 - loss:.6f}" for loss, m, _ in found]
+            notes = ("tower modules tried, the best one taken: " + "; ".join(said), *notes)
         return model, notes
 
     def distill(
-        self, model: DmtModel, steps: int | None, seed: int, on_step: OnStep
+        self,
+        model: DmtModel,
+        steps: int | None,
+        seed: int = 0,
+        on_step: OnStep = lambda done, total: None,
     ) -> tuple[DmtModel | None, str]:
-        """Distil; returns None where that is not needed, or not better on held-out rows."""
+        """Distil a closed form.
+
+        Args:
+            model: The closed form.
+            steps: Steps to take; None: as many as cost little, where there is much to gain.
+            seed: Seed of the order of rows.
+            on_step: Told of steps done and in all.
+
+        Returns:
+            The distilled model, or None where it is not needed or no better on the rows to judge
+            by; and one line on what came of it.
+        """
         before = self._lost(model)
         if steps is None:
             if before <= _AS_GOOD:
