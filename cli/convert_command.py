@@ -25,7 +25,6 @@ from .partition_options import (
     CalibrationOption,
     GroupOption,
     ModelConfigOption,
-    PartitionOption,
     SeedOption,
     TogetherOption,
     TowersOption,
@@ -47,8 +46,17 @@ def run(
         Path | None,
         typer.Option("--out", help="Folder of the bundle. [default: CKPT-dmtT beside SOURCE]"),
     ] = None,
-    partition: PartitionOption = "coherent",
-    affinity: AffinityOption = "cosine",
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            "--partition",
+            help="coherent, diverse, round-robin, or a JSON file with the towers. [coherent; "
+            "diverse where a tower may emit combinations of its features: --c 0 or "
+            "--compression, for dot]",
+            metavar="coherent|diverse|round-robin|FILE",
+        ),
+    ] = None,
+    affinity: AffinityOption = "weights",
     tower_module: Annotated[
         str,
         typer.Option(
@@ -125,13 +133,14 @@ def run(
     config = ConvertConfig(
         partition=make_partition_config(
             towers=towers,
-            partition=partition,
+            partition=partition or "coherent",
             affinity=affinity,
             together=together,
             apart=apart,
             group=group,
             seed=seed,
         ),
+        own_strategy=partition is not None,
         tower_module=_choice("--tower-module", tower_module, _MODULES),  # type: ignore[arg-type]
         c=c,
         p=p,

@@ -33,7 +33,7 @@ def run(
     source: Annotated[Path, typer.Argument(help="Checkpoint file or directory.")],
     towers: TowersOption = None,
     partition: PartitionOption = "coherent",
-    affinity: AffinityOption = "cosine",
+    affinity: AffinityOption = "weights",
     together: TogetherOption = None,
     apart: ApartOption = None,
     group: GroupOption = None,

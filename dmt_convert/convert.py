@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -61,6 +61,9 @@ class ConvertConfig:
 
     partition: PartitionConfig
     """How features become towers."""
+    own_strategy: bool = True
+    """Whether the strategy is the user's; else it is `diverse` where towers may combine features,
+    since those that the model pairs strongly are then better kept apart."""
     tower_module: Literal["auto", "passthrough", "dlrm", "dcn"] = "auto"
     """Kind of tower module."""
     c: int | None = None
@@ -98,7 +101,7 @@ class Preview:
     module: TowerModuleSpec
     """Module of every tower."""
     alternatives: tuple[TowerModuleSpec, ...]
-    """Modules that emit as little, of which the best is taken once the weights are known."""
+    """Modules that emit as little: the best of all is taken once the weights are known."""
     num_towers: int
     """Number of towers."""
     compression: float
@@ -193,7 +196,7 @@ def convert_checkpoint(
     sample = draw_sample(info, calibration=config.calibration, seed=config.seed)
     _check_enough(sample)
     progress("partitioning", 0, 0)
-    partition = partition_sample(info, sample, config.partition)
+    partition = partition_sample(info, sample, _strategy(config, preview))
     specs = [
         _dmt_spec(info, partition, module) for module in (preview.module, *preview.alternatives)
     ]
@@ -203,9 +206,7 @@ def convert_checkpoint(
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool, _set_on_error(stopped):
         starting = pool.submit(_start, info, specs, sample, partition, config, progress, stopped)
-        bundle = _write(
-            info, out, starting, sample, partition, plan, config=config, progress=progress
-        )
+        bundle = _write(info, out, starting, sample, partition, plan, config, progress)
     return Conversion(
         bundle=bundle, info=info, partition=partition, quality=starting.result().quality
     )
@@ -219,6 +220,14 @@ def _set_on_error(event: threading.Event) -> Iterator[None]:
     except BaseException:
         event.set()
         raise
+
+
+def _strategy(config: ConvertConfig, preview: Preview) -> PartitionConfig:
+    module = preview.module
+    combines = module.kind == "dlrm" and (module.c == 0 or bool(preview.alternatives))
+    if config.own_strategy or not combines or preview.info.spec.interaction.kind != "dot":
+        return config.partition
+    return replace(config.partition, strategy="diverse")
 
 
 def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfig) -> Partition:
@@ -352,7 +361,6 @@ def _write(
     sample: Sample,
     partition: Partition,
     plan: TowerPlan,
-    *,
     config: ConvertConfig,
     progress: Progress,
 ) -> Bundle:

@@ -185,6 +185,25 @@ def read_tensor(info: TensorInfo) -> npt.NDArray[np.generic]:
     return raw.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
+def check_finite(array: npt.NDArray[np.generic], origin: str) -> None:
+    """Refuse an array that holds NaN or Inf.
+
+    Args:
+        array: Numbers.
+        origin: What the checkpoint calls them.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise CheckpointError(
+            f"{origin} holds NaN or Inf ({bad} of {array.size} elements)",
+            expected="finite weights",
+            hint="the training diverged or the file is damaged; use another checkpoint",
+        )
+
+
 def _read_sharded_vector(info: TensorInfo) -> npt.NDArray[np.generic]:
     """Read a tensor of any rank that was saved in several blocks."""
     item = ITEM_BYTES[info.dtype]

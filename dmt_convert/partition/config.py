@@ -26,7 +26,7 @@ class PartitionConfig:
     strategy: Strategy | Path = "coherent"
     """coherent: features that interact sit together; diverse: they sit apart; round-robin:
     feature i in tower i mod T; a path: a JSON file `{"towers": [["f0", "f3"], ...]}`."""
-    affinity: AffinityKind = "cosine"
+    affinity: AffinityKind = "weights"
     """Which affinity coherent and diverse go by."""
     size_ratio: float = 1.0
     """At most ceil(size_ratio * F / T) features per tower. 1 asks for sizes as equal as the

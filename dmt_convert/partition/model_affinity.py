@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.checkpoint import read_tensor
+from dmt_convert.checkpoint import check_finite, read_tensor
 from dmt_convert.partition.affinity import cosine_affinity, weights_affinity
 from dmt_convert.partition.config import AffinityKind
 from dmt_convert.sampling import Sample
@@ -34,6 +34,9 @@ def measure_affinity(
 
     Returns:
         Affinity in [0, 1], symmetric, shape (F, F).
+
+    Raises:
+        CheckpointError: A weight that is looked at is NaN or Inf.
     """
     count = len(info.spec.features)
     rows = int(np.clip(_PAIR_BUDGET // count**2, _MIN_ROWS, _MAX_ROWS))
@@ -41,9 +44,10 @@ def measure_affinity(
     if kind == "cosine":
         affinity: npt.NDArray[np.float32] = cosine_affinity(pooled)
         return affinity
-    weights = {
-        name: np.asarray(read_tensor(tensor), dtype=np.float32)
-        for name, tensor in info.dense_tensors.items()
-    }
+    weights = {}
+    for name, tensor in info.dense_tensors.items():
+        array = read_tensor(tensor)
+        check_finite(array, tensor.path)
+        weights[name] = np.asarray(array, dtype=np.float32)
     used: npt.NDArray[np.float32] = weights_affinity(info.spec, weights, pooled)
     return used

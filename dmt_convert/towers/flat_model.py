@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.checkpoint import read_tensor
+from dmt_convert.checkpoint import check_finite, read_tensor
 from dmt_convert.data import Batch
-from dmt_convert.errors import CheckpointError
 from dmt_convert.spec import ModelSpec
 from dmt_convert.towers.dense_parts import Interaction, Mlp
 from dmt_convert.towers.table_lookup import MappedTables, TrainableTables, to_tensor
@@ -111,14 +110,7 @@ def load_dense(
     """
     state = {}
     for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            count = int((~np.isfinite(array)).sum())
-            raise CheckpointError(
-                f"{(origins or {}).get(name, name)} holds NaN or Inf ({count} of {array.size} "
-                "elements)",
-                expected="finite weights",
-                hint="the training diverged or the file is damaged; use another checkpoint",
-            )
+        check_finite(array, (origins or {}).get(name, name))
         inner = name.startswith(("cross.", "branch1.", "branch2."))
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         state[f"interaction.{name}" if inner else name] = tensor
