@@ -70,7 +70,8 @@ def _measure(job: TrainingJob) -> Iterator[Record]:
 
 
 def convert(fitting: Fitting, job: TrainingJob, compression: float) -> DmtModel:
-    model = fitting.convert(fitting.partition(job.towers), "default", compression)
+    module = "best" if fitting.flat.job.arch == "dlrm" else "default"
+    model = fitting.convert(fitting.partition(job.towers, module), module, compression)
     return fitting.distill(model, job.distill_steps)
 
 

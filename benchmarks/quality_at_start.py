@@ -14,6 +14,7 @@ from shared_projection import convert_shared
 
 from dmt_convert.convert import partition_sample
 from dmt_convert.partition import PartitionConfig
+from dmt_convert.partition.config import Strategy
 from dmt_convert.sampling import Sample
 from dmt_convert.scoring.started_model import Starter
 from dmt_convert.spec import ModelSpec
@@ -56,8 +57,11 @@ class Fitting:
     """All sampled rows: the partitioner looks at these."""
     starter: Starter
 
-    def partition(self, towers: int) -> Towers:
-        config = PartitionConfig(num_towers=towers)
+    def partition(self, towers: int, module: str) -> Towers:
+        """Towers as `dmt convert` forms them where it is not told how."""
+        combines = module != "default" and self.flat.info.spec.interaction.kind == "dot"
+        strategy: Strategy = "diverse" if combines else "coherent"
+        config = PartitionConfig(num_towers=towers, strategy=strategy)
         return partition_sample(self.flat.info, self.sample, config).assignment.towers
 
     def convert(self, towers: Towers, module: str, compression: float) -> DmtModel:
@@ -125,8 +129,8 @@ def measure_start(job: StartJob) -> list[Record]:
     for count in job.towers:
         if count > len(spec.features):
             continue
-        partitions = {name: fitting.partition(count) for name, fitting in fittings.items()}
-        exact = make_spec(spec, partitions["no data"], TowerModuleSpec(kind="passthrough"))
+        towers = fittings["no data"].partition(count, "default")
+        exact = make_spec(spec, towers, TowerModuleSpec(kind="passthrough"))
         model, _ = initialise(flat.model, exact, None, method="exact")
         keys: Record = of_flat | {"module": "passthrough", "towers": count, "compression": "-"}
         records.append(keys | {"start": "passthrough"} | test.compare(model))
@@ -134,7 +138,7 @@ def measure_start(job: StartJob) -> list[Record]:
             if module != "default" and spec.interaction.kind != "dot":
                 continue
             keys = of_flat | {"module": module, "towers": count, "compression": compression}
-            for start, model in _starts(job, fittings, partitions, module, compression):
+            for start, model in _starts(job, fittings, count, module, compression):
                 shape = {"shape": module_name(model.spec), "emits": sum(model.spec.tower_widths)}
                 records.append(keys | {"start": start} | shape | test.compare(model))
     return records
@@ -143,12 +147,14 @@ def measure_start(job: StartJob) -> list[Record]:
 def _starts(
     job: StartJob,
     fittings: Mapping[str, Fitting],
-    partitions: Mapping[str, Towers],
+    count: int,
     module: str,
     compression: float,
 ) -> Iterator[tuple[str, DmtModel]]:
     """Convert in every way: name of the start, model."""
-    drawn, towers = fittings["no data"], partitions["no data"]
+    drawn = fittings["no data"]
+    partitions = {name: fitting.partition(count, module) for name, fitting in fittings.items()}
+    towers = partitions["no data"]
     flat = drawn.flat
     found = choose_module(flat.info.spec, towers, module, compression)
     plain = make_spec(flat.info.spec, towers, found)
