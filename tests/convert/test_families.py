@@ -100,15 +100,22 @@ def test_sizes_of_tower_modules(
         return
     done = convert(source, tmp_path / "out", towers=2, **options)
     model = done.bundle.manifest.model
-    c, p = options.get("c", 1), options.get("p", 0)
-    dim = model.towers[0].module.dim
-    assert model.compression == 4 * 8 / ((c * 4 + p * 2) * dim)
-    assert dim == options.get("dim", dim)
-    if "dim" not in options:
-        wanted = options.get("compression", 2.0)
-        vectors = c * 4 + p * 2
-        assert model.compression >= wanted
-        assert 4 * 8 / (vectors * (dim + 1)) < wanted  # D is the largest that does
+    kept = [(t.module.c, t.module.p, t.module.dim) for t in model.towers]
+    emitted = sum(
+        (c * len(t.features) + p) * d for t, (c, p, d) in zip(model.towers, kept, strict=True)
+    )
+    if model.kind == "dcn":
+        emitted = sum(len(t.features) * d for t, (_, _, d) in zip(model.towers, kept, strict=True))
+    assert model.compression == 4 * 8 / emitted
+    assert model.compression >= (2.0 if not options else options.get("compression", 0.0))
+    if "compression" not in options or {"c", "p"} & set(options):
+        asked = options.get("c", 1), options.get("p", 0)
+        assert all((c, p) == asked for c, p, _ in kept if model.kind == "dlrm")
+    if "dim" in options:
+        assert {d for _, _, d in kept} == {options["dim"]}
+    elif len({d for _, _, d in kept}) == 1 and kept[0][0]:
+        vectors = emitted // kept[0][2]
+        assert 4 * 8 / (vectors * (kept[0][2] + 1)) < options.get("compression", 2.0)  # the largest
     assert np.isfinite(done.quality.converted.r2)
     report = verify_models(open_model(source), open_model(done.bundle.path), max_rows=100)
     assert np.isfinite(report.checks[-1].max_abs_diff)

@@ -152,7 +152,7 @@ def test_a_folder_that_may_not_be_written(make_flat: Maker, call_dmt: Callable[.
         value = json.loads(run.stdout)
         assert value["found"].endswith("(Permission denied)")
         assert str(closed) in value["found"]
-        assert "permissions" in value["hint"]
+        assert "--out" in value["hint"]
         assert "Traceback" not in run.stderr
         assert list(closed.iterdir()) == []
         source.chmod(0)

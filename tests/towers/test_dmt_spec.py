@@ -118,14 +118,15 @@ def test_towers_must_agree(make):
     flat = make.spec("dot")
     halves = flat.feature_names[:2], flat.feature_names[2:]
     others = (
-        TowerModuleSpec(kind="dlrm", c=1, dim=3),
+        TowerModuleSpec(kind="dlrm", c=2, dim=2),
+        TowerModuleSpec(kind="dlrm", c=1, p=1, dim=2),
         TowerModuleSpec(kind="passthrough"),
     )
     for other in others:
         towers = tuple(
             TowerSpec(features=f, module=m) for f, m in zip(halves, (DLRM, other), strict=True)
         )
-        with pytest.raises(ConfigError, match="output dims"):
+        with pytest.raises(ConfigError, match="towers with modules"):
             DmtSpec(flat=flat, towers=towers)
     with pytest.raises(PartitionError, match="do not hold"):
         DmtSpec(flat=flat, towers=(TowerSpec(features=("f0", "new"), module=DLRM),))

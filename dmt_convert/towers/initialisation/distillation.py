@@ -143,7 +143,9 @@ def _few_threads(spec: DmtSpec) -> Iterator[None]:
 
 
 def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]:
-    """Copy the weights but not the table lookups, which stay shared and frozen.
+    """Copy the weights but not the table lookups, which stay shared.
+
+    Tables and dense_arch are the flat model's and stay so: they lose nothing by the conversion.
 
     Returns:
         The copy, and what of it is to be trained, by name.
@@ -151,8 +153,13 @@ def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]
     lookups = [tower.tables for tower in model.tower_list]
     student = DmtModel(model.spec, lookups)
     student.load_state_dict(model.state_dict())
+    student.dense_arch.requires_grad_(False)
     parameters = student.named_parameters(remove_duplicate=False)
-    return student, {name: value for name, value in parameters if ".tables." not in name}
+    return student, {
+        name: value
+        for name, value in parameters
+        if ".tables." not in name and not name.startswith("dense_arch.")
+    }
 
 
 def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:
