@@ -6,7 +6,9 @@ Writes a TorchRec-named DLRM checkpoint of that size with random tables, then ru
 `cp -r`, `cp -r` with `sync`, and `dmt convert` (compressed, and passthrough). A conversion brings
 its bundle to the disk before it renames it; plain `cp` leaves that to the kernel, so both are
 shown. Page caches are dropped before every run where the process may (root); else the source
-is warm for all. Times of `dmt inspect` and `--dry-run` follow.
+is warm for all. On a virtual machine what ran before decides how fast memory is found: every turn
+has an order of its own, drawn by seed, and after one untimed copy. Times of `dmt inspect` and
+`--dry-run` follow.
 """
 
 from __future__ import annotations
@@ -65,11 +67,13 @@ def run_all(folder: Path, options: argparse.Namespace) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     peaks: dict[str, float] = dict.fromkeys(jobs, 0.0)
+    out = folder / "out"
+    measure([word.replace("{out}", str(out)) for word in jobs["cp -r"]])
+    shutil.rmtree(out)
+    rng = np.random.default_rng(0)
     for turn in range(options.repeats):
-        # what ran before leaves its mark on the machine's memory, so the order rotates
-        order = list(jobs.items())
-        for name, command in [*order[turn % len(order) :], *order[: turn % len(order)]]:
-            out = folder / "out"
+        for name in rng.permutation(list(jobs)):
+            command = jobs[name]
             drop_caches()
             words = [word.replace("{out}", str(out)) for word in command]
             taken, peak = measure(words)
