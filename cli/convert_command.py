@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -238,6 +238,11 @@ def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
     return f"dlrm, c={module.c}, p={module.p}, D={width}"
 
 
+def _partition_text(partition: Mapping[str, Any]) -> str:
+    chosen = partition["strategy"] in ("coherent", "diverse")
+    return f"{partition['strategy']}" + (f" by {partition['affinity']}" if chosen else "")
+
+
 def _show_conversion(output: Output, source: Path, conversion: Conversion) -> None:
     bundle, quality = conversion.bundle, conversion.quality
     manifest = bundle.manifest
@@ -246,6 +251,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         "bundle": str(bundle.path),
         "report": str(bundle.path / "report.html"),
         "towers": [list(tower.features) for tower in model.towers],
+        "partition": {key: manifest.partition[key] for key in ("strategy", "affinity")},
         "tower_module": asdict(model.towers[0].module),
         "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
@@ -257,6 +263,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         ("bundle", str(bundle.path)),
         ("report", str(bundle.path / "report.html")),
         ("towers", f"{len(model.towers)} of {len(model.flat.features)} features"),
+        ("partition", _partition_text(manifest.partition)),
         ("tower module", _module_text([tower.module for tower in model.towers])),
         ("compression", f"{model.compression:.2f}"),
         ("initialised", str(manifest.initialisation["method"])),
