@@ -42,6 +42,7 @@ def describe_conversion(
         quality: How well the converted model agrees.
         out: Where the bundle goes, for the commands to copy.
     """
+    measured_on = f"{quality.count} held-out rows of: {quality.data}"
     data = ReportData(
         title=info.checkpoint.source.name,
         tool_version=manifest.tool_version,
@@ -54,8 +55,8 @@ def describe_conversion(
         initialisation_notes=tuple(manifest.initialisation["notes"]),
         sample_description=str(manifest.initialisation["sample"]),
         quality=quality.rows,
-        quality_data=f"{quality.count} held-out rows of: {quality.data}",
-        labelled_data=quality.data if quality.labelled else None,
+        quality_data=measured_on,
+        labelled_data=measured_on if quality.labelled else None,
         weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
         commands=_commands(info, manifest, out),
     )
