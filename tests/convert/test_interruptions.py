@@ -67,8 +67,16 @@ def test_kill_at_many_moments(tmp_path: Path, large: Path) -> None:
 
 def start(*args: object, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dmt_convert.cli.main", *map(str, args)]
+
+    def heed_interrupts() -> None:  # what a shell starts in the background ignores them
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **{"preexec_fn": heed_interrupts, **options},
     )
 
 
