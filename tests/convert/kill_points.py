@@ -77,7 +77,9 @@ def run_child(source: Path, out: Path, force: bool, seed: int, arm: Callable[[],
     if child == 0:
         try:
             arm()
-            config = ConvertConfig(partition=PartitionConfig(num_towers=2), force=force, seed=seed)
+            config = ConvertConfig(
+                partition=PartitionConfig(num_towers=2), distill_steps=0, force=force, seed=seed
+            )
             convert_checkpoint(source, out, config=config)
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)

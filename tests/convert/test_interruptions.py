@@ -55,7 +55,8 @@ def test_kill_at_many_moments(tmp_path: Path, large: Path) -> None:
             if mode == "replaced":
                 assert result["after"] != "absent", result
         killed = [result for result in results if result["killed"]]
-        assert len(killed) >= 8
+        # five moments are certain; of those drawn from the clock some may come after the end
+        assert len(killed) >= 6
         assert any(result["leftovers"] for result in killed)
         assert max(result["leftovers"] for result in results) == 1  # the next one tidies up
         (swapped,) = (r for r in killed if r["kill"] == "after the swap")
