@@ -1,0 +1,230 @@
+"""A converted model over the ranks of a cluster.
+
+Letters: B samples of one rank, O elements that all towers emit per sample, T towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from dmt_convert.engine.jagged import JaggedBatch
+from dmt_convert.engine.sharded_towers import ShardedTowers, TowersSharder
+from dmt_convert.engine.wire import CommDtype
+from dmt_convert.plan import TowerPlan
+from dmt_convert.plan.torchrec_plan import to_sharding_plan
+from dmt_convert.towers import DmtModel, DmtSpec
+
+TOWERS = "towers"
+"""Where the towers are in a `ClusterModel`."""
+
+
+class TowerHead(nn.Module):
+    """A tower's module, on what TorchRec hands it.
+
+    Args:
+        features: The tower's features, in its order.
+        module: The tower module, which takes their pooled embeddings side by side.
+    """
+
+    def __init__(self, features: Sequence[str], module: nn.Module) -> None:
+        super().__init__()
+        self.features, self.module = list(features), module
+        # DistributedDataParallel refuses a module that has nothing to train
+        has_none = not any(True for _ in module.parameters())
+        self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
+
+    def forward(self, embeddings: KeyedTensor) -> Tensor:
+        """Return what the tower emits, shape (B, own O)."""
+        if embeddings.keys() == self.features:
+            pooled = embeddings.values()
+        else:
+            by_name = embeddings.to_dict()
+            pooled = torch.cat([by_name[name] for name in self.features], dim=1)
+        emitted: Tensor = self.module(pooled)
+        return emitted if self.anchor is None else _anchor(emitted, self.anchor)
+
+
+class _Anchored(torch.autograd.Function):
+    """Gives a parameter that does nothing a gradient of zero."""
+
+    @staticmethod
+    def forward(_ctx: Any, emitted: Tensor, _anchor: Tensor) -> Tensor:
+        return emitted.view_as(emitted)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros(1)
+
+
+def _anchor(emitted: Tensor, anchor: Tensor) -> Tensor:
+    anchored: Tensor = _Anchored.apply(emitted, anchor)  # type: ignore[no-untyped-call]
+    return anchored
+
+
+class ClusterModel(nn.Module):
+    """Towers, and what is over them; `shard_model` spreads it over ranks.
+
+    Args:
+        model: The converted model. Its modules are taken over; its tables are not.
+        order: Tower indices by host, as TorchRec puts their outputs side by side.
+        weighted: Whether ids come with weights.
+    """
+
+    blocks: Tensor
+
+    def __init__(self, model: DmtModel, order: Sequence[int], *, weighted: bool) -> None:
+        super().__init__()
+        spec = model.spec
+        modules = [tower.tower_module for tower in model.tower_list]
+        self.towers: nn.Module = EmbeddingTowerCollection(
+            [_build_tower(spec, t, modules[t], weighted=weighted) for t in order],
+            device=torch.device("meta"),
+        )
+        model.towers = nn.ModuleList()
+        self.head = model
+        self.register_buffer("blocks", _block_order(spec, order), persistent=False)
+
+    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        """Return logits.
+
+        Args:
+            dense: Dense inputs, shape (B, D).
+            sparse: Ids of all features.
+
+        Returns:
+            Shape (B,).
+        """
+        coming = self.towers(sparse)
+        dense_BN = self.head.dense_arch(dense)
+        emitted_BO = coming.wait()
+        if self.blocks.numel():
+            emitted_BO = emitted_BO.index_select(1, self.blocks)
+        logits: Tensor = self.head.over_arch(self.head.interact(dense_BN, emitted_BO))
+        return logits.squeeze(1)
+
+
+def _build_tower(spec: DmtSpec, tower: int, module: nn.Module, *, weighted: bool) -> EmbeddingTower:
+    features = spec.towers[tower].features
+    by_table: dict[str, list[str]] = {}
+    for feature in spec.flat.features:
+        if feature.name in features:
+            by_table.setdefault(feature.table, []).append(feature.name)
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=by_table[table.name],
+            pooling=PoolingType.SUM,  # means come as weights, see `jagged`
+        )
+        for table in spec.flat.tables
+        if table.name in by_table
+    ]
+    bags = EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=torch.device("meta"))
+    return EmbeddingTower(bags, TowerHead(features, module))
+
+
+def _block_order(spec: DmtSpec, order: Sequence[int]) -> Tensor:
+    """Column of what arrives for every column of the towers' joint output; empty: the same."""
+    if list(order) == sorted(order):
+        return torch.empty(0, dtype=torch.int64)
+    arriving = [spec.tower_widths[t] for t in order]
+    starts = dict(zip(order, torch.tensor([0, *arriving]).cumsum(0).tolist(), strict=False))
+    return torch.cat(
+        [torch.arange(starts[t], starts[t] + width) for t, width in enumerate(spec.tower_widths)]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardedModel:
+    """A model spread over the ranks."""
+
+    parallel: DistributedModelParallel
+    """What is trained: gradients of what every rank has are averaged, tables are sharded."""
+    towers: ShardedTowers
+    """Its towers."""
+    weighted: bool
+    """Whether ids come with weights."""
+
+    def __call__(self, batch: JaggedBatch) -> Tensor:
+        """Return logits, shape (B,)."""
+        logits: Tensor = self.parallel(batch.dense, batch.sparse)
+        return logits
+
+    @property
+    def core(self) -> ClusterModel:
+        """The model inside all wrappers."""
+        found = self.parallel.module
+        assert isinstance(found, ClusterModel)
+        return found
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything but tables, by name; tower modules are those of this rank's host."""
+        return {
+            name: value
+            for name, value in self.parallel.named_parameters()
+            if ".embedding_bags." not in name and not name.endswith(".anchor")
+        }
+
+
+def shard_model(
+    model: DmtModel,
+    plan: TowerPlan,
+    *,
+    device: str,
+    fused_params: dict[str, Any],
+    comm_dtype: CommDtype = "fp32",
+    weighted: bool = False,
+) -> ShardedModel:
+    """Spread a model over the ranks of its plan; all ranks at once.
+
+    Args:
+        model: The model, dense parts in memory. Its modules are taken over.
+        plan: Where its towers go; of as many ranks as there are.
+        device: This rank's device.
+        fused_params: The tables' optimizer, from `fused_parameters`.
+        comm_dtype: Precision of tower outputs between hosts.
+        weighted: Whether ids come with weights.
+
+    Returns:
+        The model with its tables uninitialised.
+
+    Raises:
+        PlanError: The plan is not of this model.
+    """
+    spec = model.spec
+    on = torch.device(device)
+    sharding = to_sharding_plan(
+        plan,
+        spec.flat,
+        spec.assignment,
+        device="cuda" if on.type == "cuda" else "cpu",
+        module_path=TOWERS,
+    )
+    parallel = DistributedModelParallel(
+        ClusterModel(model, plan.tower_order, weighted=weighted),
+        device=on,
+        plan=ShardingPlan(plan=dict(sharding.plan)),
+        sharders=[TowersSharder(fused_params, comm_dtype=comm_dtype, vector_dim=_vector_dim(spec))],
+    )
+    towers = parallel.module.towers
+    assert isinstance(towers, ShardedTowers)
+    return ShardedModel(parallel=parallel, towers=towers, weighted=weighted)
+
+
+def _vector_dim(spec: DmtSpec) -> int:
+    """Elements of the largest vector that every tower emits whole."""
+    dims = spec.flat.feature_dims if spec.is_passthrough else spec.emitted_dims
+    return math.gcd(*dims)

@@ -1,0 +1,91 @@
+"""The tables' optimizer, which TorchRec fuses with the backward pass.
+
+Letters: R rows of a shard, N its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torchrec.distributed.fbgemm_qcomm_codec import CommType  # noqa: F401  registers fbgemm's ops
+
+from dmt_convert.engine.cluster_model import ShardedModel
+from dmt_convert.errors import ConfigError
+
+TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
+
+EPSILON: Final = 1e-8
+"""Added to the root of squared gradients."""
+
+
+def fused_parameters(
+    kind: TableOptimizerKind, *, lr: float, device_type: str = "cpu"
+) -> dict[str, Any]:
+    """Say in fbgemm's words which optimizer moves the tables.
+
+    Args:
+        kind: The optimizer.
+        lr: Its learning rate.
+        device_type: cpu or cuda.
+
+    Raises:
+        ConfigError: fbgemm does not have it on this device.
+    """
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+
+    if kind == "adam" and device_type == "cpu":
+        raise ConfigError(
+            "tables moved by adam on CPU ranks",
+            expected="rowwise-adagrad, adagrad or sgd, which fbgemm fuses on CPUs",
+            hint="use --table-optimizer rowwise-adagrad, or run one process without torchrun",
+        )
+    kinds = {
+        "rowwise-adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "adagrad": EmbOptimType.EXACT_ADAGRAD,
+        "sgd": EmbOptimType.EXACT_SGD,
+        "adam": EmbOptimType.ADAM,
+    }
+    return {"optimizer": kinds[kind], "learning_rate": lr, "eps": EPSILON}
+
+
+class FusedTables:
+    """Learning rate and state of the tables' optimizer.
+
+    Args:
+        model: The sharded model.
+    """
+
+    def __init__(self, model: ShardedModel) -> None:
+        self._optimizer = model.parallel.fused_optimizer
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate; the next backward pass moves tables by it."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()  # hands it to the kernels; nothing moves
+
+    def accumulators(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield Adagrad's squared gradients of every shard here: table, state (R,) or (R, N)."""
+        for name, state in self._optimizer.state_dict()["state"].items():
+            table = name.split(".embedding_bags.")[-1].split(".")[0]
+            for key, value in state.items():
+                if key.endswith("momentum1"):
+                    for part in _local_parts(value):
+                        yield table, part
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state by parameter, sharded as the tables are."""
+        found: dict[str, Any] = self._optimizer.state_dict()["state"]
+        return found
+
+
+def _local_parts(value: Any) -> list[Tensor]:
+    if hasattr(value, "local_shards"):
+        return [shard.tensor for shard in value.local_shards()]
+    if hasattr(value, "to_local"):
+        return [value.to_local()]
+    assert isinstance(value, torch.Tensor)
+    return [value]

@@ -1,0 +1,89 @@
+"""In what precision vectors cross hosts.
+
+Letters: n samples, O elements per sample, V vectors of D elements each (V * D = n * O).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+COMM_DTYPES: Final[tuple[str, ...]] = get_args(CommDtype)
+
+_SCALE_BYTES: Final = {"int8": 8, "fp8": 4}
+"""Per vector: int8 keeps a scale and a bias, fp8 a scale, float32 each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """Turns float32 into the bytes that travel, and back.
+
+    int8 and fp8 scale every vector by its largest element; fp8 keeps more of the mantissa
+    forward (e4m3) and more of the exponent backward (e5m2), as TorchRec's codec does.
+    """
+
+    dtype: CommDtype
+    """Precision on the network."""
+    vector_dim: int
+    """D: elements that share a scale; divides every O."""
+    backward: bool = False
+    """Whether gradients travel."""
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes of so many elements."""
+        if self.dtype == "fp32":
+            return 4 * elements
+        if self.dtype in ("fp16", "bf16"):
+            return 2 * elements
+        return elements + elements // self.vector_dim * _SCALE_BYTES[self.dtype]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the bytes of a float32 tensor: uint8, shape (nbytes,)."""
+        import torch
+
+        x = x.contiguous()
+        if self.dtype == "fp32":
+            return x.view(-1).view(torch.uint8)
+        if self.dtype == "bf16":
+            return x.to(torch.bfloat16).view(-1).view(torch.uint8)
+        if self.dtype == "fp16":
+            largest = torch.finfo(torch.float16).max
+            return x.clamp(-largest, largest).to(torch.float16).view(-1).view(torch.uint8)
+        vectors = x.view(-1, self.vector_dim)
+        if self.dtype == "int8":
+            quantized: Tensor = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
+            return quantized.view(-1)
+        kind = self._fp8()
+        scale = vectors.abs().amax(dim=1, keepdim=True) / torch.finfo(kind).max
+        scale = torch.where(scale > 0, scale, 1.0)
+        small = (vectors / scale).to(kind).view(torch.uint8)
+        return torch.cat([small.view(-1), scale.view(-1).view(torch.uint8)])
+
+    def decode(self, data: Tensor) -> Tensor:
+        """Return what `encode` was given, flattened, as float32."""
+        import torch
+
+        if self.dtype == "fp32":
+            return data.view(torch.float32)
+        if self.dtype == "bf16":
+            return data.view(torch.bfloat16).float()
+        if self.dtype == "fp16":
+            return data.view(torch.float16).float()
+        vectors = len(data) // (self.vector_dim + _SCALE_BYTES[self.dtype])
+        if self.dtype == "int8":
+            rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(data.view(vectors, -1))
+            return rows.view(-1)
+        small, scale = data.tensor_split([vectors * self.vector_dim])
+        found = small.view(self._fp8()).view(vectors, -1).float()
+        scaled: Tensor = found * scale.clone().view(torch.float32).unsqueeze(1)
+        return scaled.view(-1)
+
+    def _fp8(self) -> torch.dtype:
+        import torch
+
+        return torch.float8_e5m2 if self.backward else torch.float8_e4m3fn
