@@ -120,7 +120,7 @@ def _iterate(
     missing = batch_size
     takers = source.read_blocks([piece.block for piece in pieces])
     for piece, take in zip(pieces, takers, strict=True):
-        order = _row_order(sizes[piece.block], piece.block, seed)
+        order = row_order(sizes[piece.block], piece.block, seed)
         at = piece.first
         while at < piece.last:
             stop = min(piece.last, at + missing)
@@ -150,7 +150,8 @@ def _plan_pieces(sizes: Sequence[int], first: int, last: int, seed: int | None) 
     return pieces
 
 
-def _row_order(size: int, block: int, seed: int | None) -> IntArray:
+def row_order(size: int, block: int, seed: int | None) -> IntArray:
+    """Order of the rows inside a block, shape (size,)."""
     if seed is None:
         return np.arange(size, dtype=np.int64)
     return np.random.default_rng((seed, block)).permutation(size).astype(np.int64, copy=False)

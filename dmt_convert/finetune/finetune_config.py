@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from dmt_convert.engine.wire import COMM_DTYPES, CommDtype
 from dmt_convert.errors import ConfigError
 
 TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
+DenseOptimizerKind = Literal["adam", "sgd"]
 Decay = Literal["constant", "linear", "cosine"]
 
 _EVALUATIONS: Final = 10
@@ -32,7 +34,7 @@ class FinetuneConfig:
     patience: int | None = 10
     """Evaluations without improvement after which training stops; None for never."""
     dense_lr: float = 5e-4
-    """Learning rate of Adam over everything but tables; 0 freezes it."""
+    """Learning rate of everything but tables; 0 freezes it."""
     table_lr: float = 0.02
     """Learning rate of the tables; 0 freezes them."""
     table_optimizer: TableOptimizerKind = "rowwise-adagrad"
@@ -48,6 +50,18 @@ class FinetuneConfig:
     """Largest norm of the gradient of everything but tables."""
     seed: int = 0
     """Seed of the order of rows."""
+    dense_optimizer: DenseOptimizerKind = "adam"
+    """What moves everything but tables."""
+    comm_dtype: CommDtype = "fp32"
+    """Over ranks: precision of what crosses hosts, forward and backward."""
+    checkpoint_every: int | None = None
+    """Over ranks: steps between checkpoints, beside those of the best states."""
+    keep_checkpoints: int = 2
+    """Over ranks: checkpoints that are kept, beside that of the best state."""
+    async_checkpoints: bool = False
+    """Over ranks: write checkpoints while training goes on, from copies in main memory."""
+    prefetch: bool = True
+    """Over ranks: send the ids of the next batch while this one is trained on."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -198,5 +212,14 @@ _CHECKS: Final[Mapping[str, Any]] = {
         "a finite number above 0",
     ),
     "seed": (lambda value: _is_int(value, 0), "a whole number from 0"),
+    "dense_optimizer": (
+        lambda value: value in get_args(DenseOptimizerKind),
+        "one of " + ", ".join(get_args(DenseOptimizerKind)),
+    ),
+    "comm_dtype": (lambda value: value in COMM_DTYPES, "one of " + ", ".join(COMM_DTYPES)),
+    "checkpoint_every": (lambda value: value is None or _is_int(value, 1), _COUNT),
+    "keep_checkpoints": (lambda value: _is_int(value, 1), _COUNT),
+    "async_checkpoints": (lambda value: type(value) is bool, "true or false"),
+    "prefetch": (lambda value: type(value) is bool, "true or false"),
 }
 """Setting -> whether a value is right, and what would be."""

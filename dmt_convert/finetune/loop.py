@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -93,37 +93,58 @@ class BestState(Protocol):
 
 
 @dataclass(slots=True, kw_only=True)
-class EarlyStopping:
-    """Which evaluation is the best, and whether to go on."""
+class Progress:
+    """How far training is: all that the loop remembers from step to step."""
 
-    patience: int | None
-    """Evaluations without improvement after which to stop; None for never."""
-    best: Evaluation | None = None
-    """The best so far."""
-    _waited: int = field(default=0)
-
-    def update(self, evaluation: Evaluation) -> bool:
-        """Take an evaluation; returns whether it is the best so far."""
-        if self.best is None or evaluation.score < self.best.score:
-            self.best, self._waited = evaluation, 0
-            return True
-        self._waited += 1
-        return False
+    step: int = 0
+    """Steps taken."""
+    seconds: float = 0.0
+    """Time spent on them."""
+    losses: list[float] = field(default_factory=list)
+    """This process's losses since the evaluation before, in nats."""
+    history: list[Evaluation] = field(default_factory=list)
+    """All evaluations so far."""
+    best_index: int = 0
+    """Which of them is the best."""
 
     @property
-    def is_over(self) -> bool:
-        """Whether patience is at an end."""
-        return self.patience is not None and self._waited >= self.patience
+    def best(self) -> Evaluation:
+        """The best evaluation so far."""
+        return self.history[self.best_index]
+
+    def note(self, evaluation: Evaluation) -> bool:
+        """Take an evaluation; returns whether it is the best so far."""
+        self.history.append(evaluation)
+        is_best = len(self.history) == 1 or evaluation.score < self.best.score
+        if is_best:
+            self.best_index = len(self.history) - 1
+        return is_best
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether patience, in evaluations without improvement, is at an end."""
+        return patience is not None and len(self.history) - 1 - self.best_index >= patience
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """Read what `to_json` wrote."""
+        history = [Evaluation(**evaluation) for evaluation in value["history"]]
+        return cls(**{**value, "history": history, "losses": list(value["losses"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """When to measure, and when to end."""
+    """When to measure, when to save, and when to end."""
 
     total_steps: int
     """Steps to take at most."""
     eval_every: int
     """Steps between evaluations; the last step is always followed by one."""
+    save_every: int | None = None
+    """Steps between checkpoints, beside those of the best states; None for only those."""
     eval_at: frozenset[int] = frozenset()
     """Further steps that are followed by an evaluation."""
     stop_at: Callable[[Evaluation], bool] = lambda evaluation: False
@@ -133,21 +154,32 @@ class Schedule:
         """Whether a step, from 1, is followed by an evaluation."""
         return step % self.eval_every == 0 or step in self.eval_at or step == self.total_steps
 
+    def saves(self, step: int) -> bool:
+        """Whether a step, from 1, is followed by a checkpoint, whatever it is worth."""
+        return step == self.total_steps or (
+            self.save_every is not None and step % self.save_every == 0
+        )
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingParts:
     """What the loop works with; another engine brings its own."""
 
-    model: Callable[[Batch], Tensor]
-    """Gives logits, shape (B,)."""
-    optimizers: Sequence[PartOptimizer]
-    """One per part of the model."""
-    batches: Iterator[Batch]
-    """Labelled batches, without end."""
+    step: Callable[[float], float]
+    """Takes a step on the next batch, given what learning rates are multiplied by; returns this
+    process's loss before it."""
     measure: Callable[[], Accuracy]
     """Measures the model on the validation rows."""
     best_state: BestState
     """Holds on to the best state."""
+    mean_loss: Callable[[Sequence[float]], float] = _mean
+    """Mean of losses, over all processes."""
+    save: Callable[[Progress], None] | None = None
+    """Writes a checkpoint; None where there are none."""
 
 
 def run_loop(
@@ -155,6 +187,7 @@ def run_loop(
     config: FinetuneConfig,
     schedule: Schedule,
     *,
+    progress: Progress | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> TrainResult:
@@ -164,9 +197,10 @@ def run_loop(
     was before.
 
     Args:
-        parts: Model, optimizers, batches, measurement, best state.
+        parts: Step, measurement, best state, checkpoints.
         config: Learning rates over time, patience.
-        schedule: When to measure, when to end.
+        schedule: When to measure, when to save, when to end.
+        progress: Where to go on, from a checkpoint; None for the start.
         on_step: Told of every step, from 1, and its loss.
         on_evaluation: Told of every evaluation.
 
@@ -174,47 +208,55 @@ def run_loop(
         ConfigError: The loss is no longer finite.
         DataError: A row is not what the format promises.
     """
-    stopping = EarlyStopping(patience=config.patience)
-    history = [_evaluate(parts, stopping, 0, [])]
-    on_evaluation(history[0])
-    step, seconds, losses, total = 0, 0.0, list[float](), schedule.total_steps
+    now = Progress() if progress is None else progress
+    if not now.history:
+        _evaluate(parts, now, on_evaluation)
+    total = schedule.total_steps
     begin = time.perf_counter()
-    while step < total and not stopping.is_over and not schedule.stop_at(history[-1]):
-        step += 1
-        batch = next(parts.batches)
-        loss = take_step(parts.model, parts.optimizers, batch, config.lr_factor(step, total))
+    while (
+        now.step < total
+        and not now.is_over(config.patience)
+        and not schedule.stop_at(now.history[-1])
+    ):
+        now.step += 1
+        loss = parts.step(config.lr_factor(now.step, total))
         if not math.isfinite(loss):
-            raise _diverged("loss", loss, step)
-        losses.append(loss)
-        on_step(step, loss)
-        if schedule.measures(step):
-            seconds += time.perf_counter() - begin
-            history.append(_evaluate(parts, stopping, step, losses))
-            on_evaluation(history[-1])
-            losses.clear()
+            raise _diverged("loss", loss, now.step)
+        now.losses.append(loss)
+        on_step(now.step, loss)
+        measures, saves = schedule.measures(now.step), schedule.saves(now.step)
+        if measures or saves:
+            now.seconds += time.perf_counter() - begin
+            improved = measures and _evaluate(parts, now, on_evaluation)
+            if parts.save is not None and (improved or saves):
+                parts.save(now)
             begin = time.perf_counter()
     parts.best_state.restore()
-    assert stopping.best is not None
-    return TrainResult(history=tuple(history), best=stopping.best, steps=step, seconds=seconds)
+    return TrainResult(
+        history=tuple(now.history), best=now.best, steps=now.step, seconds=now.seconds
+    )
 
 
 def _evaluate(
-    parts: TrainingParts, stopping: EarlyStopping, step: int, losses: Sequence[float]
-) -> Evaluation:
-    """Measure, and keep the state where it is the best so far."""
+    parts: TrainingParts, now: Progress, on_evaluation: Callable[[Evaluation], None]
+) -> bool:
+    """Measure, and keep the state where it is the best so far; returns whether it is."""
     accuracy = parts.measure()
     if not math.isfinite(accuracy.log_loss):
-        raise _diverged("validation loss", accuracy.log_loss, step)
+        raise _diverged("validation loss", accuracy.log_loss, now.step)
     evaluation = Evaluation(
-        step=step,
+        step=now.step,
         auc=accuracy.auc,
         ne=accuracy.ne,
         log_loss=accuracy.log_loss,
-        train_loss=sum(losses) / len(losses) if losses else None,
+        train_loss=parts.mean_loss(now.losses) if now.losses else None,
     )
-    if stopping.update(evaluation):
+    now.losses.clear()
+    is_best = now.note(evaluation)
+    if is_best:
         parts.best_state.keep()
-    return evaluation
+    on_evaluation(evaluation)
+    return is_best
 
 
 def take_step(

@@ -17,7 +17,8 @@ from dmt_convert.finetune.table_store import TableStore
 
 EPSILON: Final = 1e-8
 """Added to the root of squared gradients, as in TorchRec's row-wise Adagrad."""
-_BETAS: Final = (0.9, 0.999)
+BETAS: Final = (0.9, 0.999)
+"""Of Adam."""
 
 
 class PartOptimizer(Protocol):
@@ -35,11 +36,11 @@ class PartOptimizer(Protocol):
 
 
 class DenseOptimizer:
-    """Adam over everything but tables, with the gradient's norm clipped.
+    """Adam or SGD over everything but tables, with the gradient's norm clipped.
 
     Args:
         parameters: What is moved.
-        config: Learning rate and norm.
+        config: Kind, learning rate and norm.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> None:
@@ -47,13 +48,15 @@ class DenseOptimizer:
         self._lr, self._clip_norm = config.dense_lr, config.clip_norm
         for parameter in self._parameters:
             parameter.requires_grad_(config.dense_lr > 0)
-        self._adam = torch.optim.Adam(
-            self._parameters, lr=config.dense_lr, betas=_BETAS, fused=True
+        self._inner: torch.optim.Optimizer = (
+            torch.optim.Adam(self._parameters, lr=config.dense_lr, betas=BETAS, fused=True)
+            if config.dense_optimizer == "adam"
+            else torch.optim.SGD(self._parameters, lr=config.dense_lr)
         )
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self._adam.zero_grad()
+        self._inner.zero_grad()
 
     def step(self, lr_factor: float) -> None:
         """Clip, then move."""
@@ -61,8 +64,8 @@ class DenseOptimizer:
             return
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self._adam.param_groups[0]["lr"] = self._lr * lr_factor
-        self._adam.step()
+        self._inner.param_groups[0]["lr"] = self._lr * lr_factor
+        self._inner.step()
 
 
 class RowRule(Protocol):
@@ -198,7 +201,7 @@ class Adam:
     def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
         """Move rows; see `RowRule`."""
         self._steps[index] += 1
-        step, (beta1, beta2) = self._steps[index], _BETAS
+        step, (beta1, beta2) = self._steps[index], BETAS
         first, second = self._moments[index]
         mean = first.index_select(0, rows).lerp_(gradient, 1 - beta1)
         square = second.index_select(0, rows).lerp_(gradient.square(), 1 - beta2)

@@ -17,6 +17,7 @@ from dmt_convert.finetune.loop import (
     TrainingParts,
     TrainResult,
     run_loop,
+    take_step,
 )
 from dmt_convert.finetune.optimizers import DenseOptimizer, TableOptimizer
 from dmt_convert.finetune.table_store import TableStore
@@ -102,13 +103,13 @@ def _make_parts(
 ) -> TrainingParts:
     """What the loop works with where there is one process."""
     parameters = model.dense_parameters()
+    batches = training_batches(train_rows, model.spec, config)
+    optimizers = (
+        DenseOptimizer(parameters.values(), config),
+        TableOptimizer(model.store, config),
+    )
     return TrainingParts(
-        model=model,
-        optimizers=(
-            DenseOptimizer(parameters.values(), config),
-            TableOptimizer(model.store, config),
-        ),
-        batches=training_batches(train_rows, model.spec, config),
+        step=lambda lr_factor: take_step(model, optimizers, next(batches), lr_factor),
         measure=lambda: measure_rows(model, valid_rows),
         best_state=BestInMemory(parameters, model.store),
     )

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.data import Batch, Dataset, IntArray, adapt_batches, open_data, take_range
+from dmt_convert.data import (
+    Batch,
+    Dataset,
+    IntArray,
+    Share,
+    adapt_batches,
+    adapt_shares,
+    deal_batches,
+    open_data,
+    take_range,
+)
 from dmt_convert.data.row_blocks import RowBatches
 from dmt_convert.errors import DataError
 from dmt_convert.finetune.finetune_config import FinetuneConfig
@@ -101,15 +112,38 @@ def _check_labels(dataset: Dataset) -> None:
         )
 
 
-def training_batches(
+def training_batches(dataset: Dataset, spec: ModelSpec, config: FinetuneConfig) -> Iterator[Batch]:
+    """Yield batches, pass after pass without end, each pass in an order of its own.
+
+    Args:
+        dataset: Training rows.
+        spec: The flat model's spec.
+        config: Seed, and rows per step.
+
+    Raises:
+        DataError: The data do not fit the model (at once), or a row is wrong (as it comes).
+    """
+    return adapt_batches(dataset, spec, RowBatches(_passes(dataset, config)))
+
+
+def _passes(dataset: Dataset, config: FinetuneConfig) -> Iterator[tuple[Batch, IntArray]]:
+    for epoch in itertools.count():
+        batches = dataset.batches(config.batch_size, shuffle_seed=_seed(config, epoch))
+        assert isinstance(batches, RowBatches)
+        for batch in batches:
+            yield batch, batches.rows
+
+
+def training_shares(
     dataset: Dataset,
     spec: ModelSpec,
     config: FinetuneConfig,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
-    """Yield one rank's batches, pass after pass without end, each pass in an order of its own.
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+) -> Iterator[Share]:
+    """Yield one rank's rows of the batches of `training_batches`.
 
     Args:
         dataset: Training rows.
@@ -117,24 +151,26 @@ def training_batches(
         config: Seed, and rows per step over all ranks.
         rank: This rank.
         world_size: Number of ranks.
+        start_step: Batches to skip (to resume).
 
     Raises:
         DataError: The data do not fit the model (at once), or a row is wrong (as it comes).
     """
-    numbered = RowBatches(_passes(dataset, config, rank, world_size))
-    return adapt_batches(dataset, spec, numbered)
+    per_pass = math.ceil(dataset.num_rows / config.batch_size)
+
+    def shares() -> Iterator[Share]:
+        for epoch in itertools.count(start_step // per_pass):
+            yield from deal_batches(
+                dataset,
+                config.batch_size,
+                rank=rank,
+                world_size=world_size,
+                shuffle_seed=_seed(config, epoch),
+                start_batch=max(0, start_step - epoch * per_pass),
+            )
+
+    return adapt_shares(dataset, spec, shares())
 
 
-def _passes(
-    dataset: Dataset, config: FinetuneConfig, rank: int, world_size: int
-) -> Iterator[tuple[Batch, IntArray]]:
-    for epoch in itertools.count():
-        batches = dataset.batches(
-            config.batch_size // world_size,
-            shuffle_seed=config.seed * _SEED_STRIDE + epoch,
-            rank=rank,
-            world_size=world_size,
-        )
-        assert isinstance(batches, RowBatches)
-        for batch in batches:
-            yield batch, batches.rows
+def _seed(config: FinetuneConfig, epoch: int) -> int:
+    return config.seed * _SEED_STRIDE + epoch

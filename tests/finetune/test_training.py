@@ -122,10 +122,9 @@ def run_fakes(
 ) -> Any:
     data = open_data(clicks / "train.npz")
     model = make_trainable(make_model())
+    batches = training_batches(data, model.spec, config)
     parts = TrainingParts(
-        model=model,
-        optimizers=(fakes,),
-        batches=training_batches(data, model.spec, config),
+        step=lambda lr_factor: take_step(model, (fakes,), next(batches), lr_factor),
         measure=fakes.measure,
         best_state=fakes,
     )

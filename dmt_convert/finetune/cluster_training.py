@@ -1,0 +1,202 @@
+"""Train a model that is spread over ranks: the parts that the loop works with.
+
+Letters: B rows of one rank, G rows of a global batch, W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
+from dmt_convert.engine import JaggedBatch, RankLayout, ShardedModel, to_jagged
+from dmt_convert.finetune.cluster_optimizers import (
+    ClusterDenseOptimizer,
+    ClusterTableOptimizer,
+    fill_accumulators,
+    fill_accumulators_by_mean,
+)
+from dmt_convert.finetune.finetune_config import FinetuneConfig
+from dmt_convert.finetune.training_data import training_shares
+from dmt_convert.scoring import Accuracy, measure_accuracy
+from dmt_convert.spec import ModelSpec
+
+_EVALUATION_ROWS: Final = 4096
+"""Rows of one rank that are measured at once."""
+
+
+class ClusterTrainer:
+    """A sharded model, its optimizers and its rows.
+
+    Args:
+        model: The sharded model, with its weights.
+        spec: The flat model's spec.
+        layout: This rank.
+        config: Settings.
+        train_rows: Labelled rows to train on.
+        valid_rows: Labelled rows to measure on.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        spec: ModelSpec,
+        layout: RankLayout,
+        config: FinetuneConfig,
+        *,
+        train_rows: Dataset,
+        valid_rows: Dataset,
+    ) -> None:
+        self.model, self.spec, self.layout, self.config = model, spec, layout, config
+        self._train_rows, self._valid_rows = train_rows, valid_rows
+        self._device = torch.device(layout.device)
+        self.dense = ClusterDenseOptimizer(model, config)
+        self.tables = ClusterTableOptimizer(model, config)
+        self._shares: Iterator[Share] = iter(())
+        self._next: tuple[JaggedBatch, Share] | None = None
+
+    def start_at(self, step: int) -> None:
+        """Set which step comes next, counted from 0."""
+        self.finish()
+        self._shares = self._open_shares(step)
+
+    def finish(self) -> None:
+        """Wait for ids that were sent ahead and are not wanted any more."""
+        self.model.towers.forget_input()
+        self._next = None
+
+    def _open_shares(self, step: int) -> Iterator[Share]:
+        return training_shares(
+            self._train_rows,
+            self.spec,
+            self.config,
+            rank=self.layout.rank,
+            world_size=self.layout.world_size,
+            start_step=step,
+        )
+
+    def step(self, lr_factor: float) -> float:
+        """Take one step.
+
+        Returns:
+            This rank's part of the mean loss over the global batch, in nats, times W.
+        """
+        batch, share = self._next or self._load()
+        self.dense.zero_grad()
+        self.tables.begin(lr_factor)
+        if self.config.prefetch:
+            self._next = self._load()
+            self.model.towers.start_input(self._next[0].sparse)
+        loss = self._loss(batch, share)
+        if self.config.prefetch:
+            self.model.towers.advance_input()
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.dense.step(lr_factor)
+        return value
+
+    def _load(self) -> tuple[JaggedBatch, Share]:
+        share = next(self._shares)
+        return self._put(share), share
+
+    def _put(self, share: Share) -> JaggedBatch:
+        return to_jagged(share.batch, self.spec, self._device, weighted=self.model.weighted)
+
+    def _loss(self, batch: JaggedBatch, share: Share) -> Tensor:
+        """The mean over ranks of this is the mean over the global batch; copies do not count."""
+        assert batch.labels is not None
+        logits = self.model(batch)
+        if share.counted == len(logits) and share.total == len(logits) * self.layout.world_size:
+            return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        each = nn.functional.binary_cross_entropy_with_logits(
+            logits, batch.labels, reduction="none"
+        )
+        counts = torch.arange(len(logits), device=logits.device) < share.counted
+        return (each * counts).sum() * (self.layout.world_size / share.total)
+
+    def start_accumulators(self, carried: Mapping[str, Any] | None = None) -> None:
+        """Set what Adagrad's squared gradients start from; other optimizers have none.
+
+        Args:
+            carried: Table -> the flat model's own, where the bundle has them.
+        """
+        del carried
+        if "adagrad" not in self.config.table_optimizer:
+            return
+        if self.config.initial_accumulator is not None:
+            fill_accumulators(self.tables.fused, self.config.initial_accumulator)
+            return
+        self.tables.begin(0.0)
+        share = next(self._open_shares(0))
+        self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
+        dims = {table.name: table.dim for table in self.spec.tables}
+        fill_accumulators_by_mean(self.tables.fused, dims)
+
+    def measure(self) -> Accuracy:
+        """Measure on the validation rows; the same on every rank."""
+        self.model.parallel.eval()
+        logits, labels = [], []
+        with torch.no_grad():
+            for share in self._valid_shares():
+                batch = self._put(share)
+                assert batch.labels is not None
+                logits.append(self.model(batch)[: share.counted])
+                labels.append(batch.labels[: share.counted])
+        self.model.parallel.train()
+        return self._agree(torch.cat(logits), torch.cat(labels))
+
+    def _valid_shares(self) -> Iterator[Share]:
+        world_size = self.layout.world_size
+        shares = deal_batches(
+            self._valid_rows,
+            _EVALUATION_ROWS * world_size,
+            rank=self.layout.rank,
+            world_size=world_size,
+        )
+        return adapt_shares(self._valid_rows, self.spec, shares)
+
+    def _agree(self, logits: Tensor, labels: Tensor) -> Accuracy:
+        """Bring all ranks' rows to rank 0, measure there, tell all."""
+        counts = [0] * self.layout.world_size
+        dist.all_gather_object(counts, len(logits))
+        most = max(counts)
+        pair = torch.zeros(2, most, device=logits.device)
+        pair[0, : len(logits)], pair[1, : len(labels)] = logits, labels
+        is_first = self.layout.rank == 0
+        gathered = [torch.empty_like(pair) for _ in counts] if is_first else None
+        dist.gather(pair, gathered)
+        found: list[Accuracy | None] = [None]
+        if gathered is not None:
+            parts = [part[:, :n] for part, n in zip(gathered, counts, strict=True)]
+            joined = torch.cat(parts, dim=1).cpu().numpy()
+            found = [_measure(joined[0], joined[1])]
+        dist.broadcast_object_list(found)
+        assert found[0] is not None
+        return found[0]
+
+    def mean_loss(self, losses: Sequence[float]) -> float:
+        """Mean of losses over steps and ranks."""
+        total = torch.tensor(sum(losses), dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        return float(total) / (len(losses) * self.layout.world_size)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds of the model and its optimizers; shares memory."""
+        return {
+            "model": self.model.parallel.state_dict(),
+            "dense_optimizer": self.dense.state(),
+            "table_optimizer": dict(self.tables.state()),
+        }
+
+
+def _measure(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Accuracy:
+    if not np.isfinite(logits).all():
+        return Accuracy(auc=None, log_loss=math.nan, ne=None)
+    return measure_accuracy(logits, labels)
