@@ -94,7 +94,7 @@ def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
         lock = _make_locked(staging, out, needed_bytes)
         yield staging
         for folder in (*(path for path in staging.iterdir() if path.is_dir()), staging):
-            _sync_folder(folder)
+            sync_folder(folder)
         _put_in_place(staging, out, force=force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -158,20 +158,30 @@ def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
     """Rename; where a bundle is there, swap the two atomically (the old one then goes away)."""
     check_target(out, force=force)  # again: conversions take a while
     if out.is_dir() and any(out.iterdir()):
-        libc = ctypes.CDLL(None, use_errno=True)
-        done = libc.renameat2(
-            _AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE
-        )
-        if done != 0:
-            code = ctypes.get_errno()
+        try:
+            exchange_folders(staging, out)
+        except OSError as error:
             raise BundleError(
-                f"{out} cannot be replaced in one step here ({os.strerror(code)})",
+                f"{out} cannot be replaced in one step here ({error.strerror})",
                 expected="a local Linux file system (renameat2 with RENAME_EXCHANGE)",
                 hint="choose another --out, or move the old bundle away first",
-            )
+            ) from None
     else:
         staging.rename(out)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
+
+
+def exchange_folders(a: Path, b: Path) -> None:
+    """Give each of two folders the other's name, in one step.
+
+    Raises:
+        OSError: One is not there, or the file system cannot do it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if done != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(a), None, str(b))
 
 
 def _remove_stale(out: Path) -> None:
@@ -199,7 +209,8 @@ def glob_escape(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of files to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
