@@ -1,0 +1,333 @@
+"""Checkpoints of a training over gloo ranks: whole or not there, and the same on any number."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.finetune.checkpoint_folder import CheckpointFolder
+
+ROOT = Path(__file__).parents[2]
+ROW_WISE = "model.towers.towers.0.embedding.embedding_bags.t_0.weight"
+
+Reports = list[dict[str, Any]]
+Run = Callable[..., Reports]
+KILLED = -9
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run a scenario over some ranks; without `codes`, all have to end well."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None and server.stdout is not None
+    asked, answers = server.stdin, server.stdout
+
+    def scenario(size: int, name: str, *, ends: bool = True, **arguments: Any) -> Reports:
+        arguments["folder"] = str(arguments["folder"])
+        asked.write(json.dumps({"size": size, "name": name, "arguments": arguments}) + "\n")
+        asked.flush()
+        reports: Reports = json.loads(answers.readline())
+        if ends:
+            for report in reports:
+                assert report["code"] == 0, report["errors"]
+        return reports
+
+    yield scenario
+    with server:
+        asked.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, as bytes."""
+    return {info.path: read_tensor(info).tobytes() for info in open_checkpoint(folder).tensors}
+
+
+@pytest.fixture(scope="module")
+def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 10 and 20, saved by four ranks."""
+    folder = tmp_path_factory.mktemp("saved") / "deep" / "checkpoints"
+    run(4, "save", folder=folder, steps=[10, 20])
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_loads_what_four_saved(run: Run, saved: Path, size: int) -> None:
+    for report in run(size, "load", folder=saved):
+        assert report["result"] == {
+            "step": 20,
+            "num_ranks": 4,
+            "same": True,
+            "progress": True,
+            "notes": [],
+        }
+
+
+def test_four_ranks_load_what_one_saved(run: Run, tmp_path: Path) -> None:
+    run(1, "save", folder=tmp_path, steps=[3])
+    assert all(report["result"]["same"] for report in run(4, "load", folder=tmp_path))
+
+
+def test_an_earlier_checkpoint_can_be_asked_for(run: Run, saved: Path) -> None:
+    result = run(2, "load", folder=saved, before=20)[1]["result"]
+    assert (result["step"], result["same"], result["progress"]) == (10, True, True)
+    assert run(2, "load", folder=saved, before=10)[0]["result"] is None
+
+
+def test_asynchronous_saves_hold_what_was_there_when_they_began(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    reports = run(4, "save", folder=tmp_path, steps=[10, 20], asynchronous=True)
+    assert all(report["result"]["done"] for report in reports)
+    assert names(tmp_path) == ["step_000000010", "step_000000020"]
+    for name in names(tmp_path):
+        assert read_all(tmp_path / name) == read_all(saved / name)
+        assert (tmp_path / name / "progress.json").read_bytes() == (
+            saved / name / "progress.json"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_are_kept(run: Run, tmp_path: Path, asynchronous: bool) -> None:
+    run(2, "save", folder=tmp_path, steps=[1, 2, 3, 5], keep=2, asynchronous=asynchronous)
+    assert names(tmp_path) == ["step_000000003", "step_000000005"]
+    run(2, "save", folder=tmp_path, steps=[8], keep=1)
+    assert names(tmp_path) == ["step_000000008"]
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a rank's file is short": lambda path: cut(path / "__1_0.distcp"),
+    "a rank's file is missing": lambda path: (path / "__3_0.distcp").unlink(),
+    "no metadata": lambda path: (path / ".metadata").unlink(),
+    "no progress": lambda path: (path / "progress.json").unlink(),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "an empty manifest": lambda path: (path / "manifest.json").write_text("{}"),
+    "a manifest that is none": lambda path: (path / "manifest.json").write_text("[" * 9),
+    "metadata of the same size": lambda path: (path / ".metadata").write_bytes(
+        b"\0" * (path / ".metadata").stat().st_size
+    ),
+    "another step's files": lambda path: shutil.copytree(
+        path.with_name("step_000000010"), path, dirs_exist_ok=True
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_note(
+    copy: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DAMAGES[damage](copy / "step_000000020")
+    folder = CheckpointFolder(copy)
+    found = folder.newest()
+    folder.close()
+    assert found is not None
+    assert found.step == 10
+    assert "step_000000020 is passed over" in caplog.text
+
+
+def test_all_ranks_resume_from_the_one_before_a_damaged_one(run: Run, copy: Path) -> None:
+    cut(copy / "step_000000020" / "__2_0.distcp")
+    reports = run(2, "load", folder=copy)
+    for report in reports:
+        assert (report["result"]["step"], report["result"]["same"]) == (10, True)
+    assert len(reports[0]["result"]["notes"]) == 1
+    # the damaged one neither counts as kept nor stays once there are newer ones
+    run(2, "save", folder=copy, steps=[30], keep=2)
+    assert names(copy) == ["step_000000010", "step_000000020", "step_000000030"]
+    run(2, "save", folder=copy, steps=[40], keep=2)
+    assert names(copy) == ["step_000000030", "step_000000040"]
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run: Run, copy: Path) -> None:
+    cut(copy / "step_000000020" / "__2_0.distcp")
+    run(2, "save", folder=copy, steps=[20])
+    result = run(2, "load", folder=copy)[0]["result"]
+    assert (result["step"], result["num_ranks"], result["same"]) == (20, 2, True)
+
+
+class Attack:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_metadata_that_would_run_code_is_refused(run: Run, copy: Path, tmp_path: Path) -> None:
+    path = copy / "step_000000020" / ".metadata"
+    data = pickle.dumps(Attack(tmp_path / "pwned"))
+    path.write_bytes(data)
+    manifest = path.with_name("manifest.json")
+    value = json.loads(manifest.read_text())
+    value["files"][".metadata"] = len(data)
+    manifest.write_text(json.dumps(value))
+    result = run(2, "load", folder=copy)[0]["result"]
+    assert result["step"] == 10
+    assert "asks to run code" in result["notes"][0]
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_values_that_torch_would_unpickle_are_refused(run: Run, copy: Path) -> None:
+    """DCP stores what is no tensor as a pickle, and loads it without a guard."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = copy / "step_000000020"
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"epoch": 3, "w": torch.ones(2)}, checkpoint_id=folder.with_name("other"))
+    for name in (".metadata", "__0_0.distcp"):
+        shutil.copy(folder.with_name("other") / name, folder / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in (".metadata", "__0_0.distcp"):
+        manifest["files"][name] = (folder / name).stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = run(1, "load", folder=copy)[0]["result"]
+    assert result["step"] == 10
+    assert "holds pickled values (epoch)" in result["notes"][0]
+
+
+def test_flipped_bits_of_a_tensor_are_refused_by_all_ranks(run: Run, copy: Path) -> None:
+    """Sizes agree, so that only reading the tensor shows it."""
+    (info,) = (i for i in open_checkpoint(copy / "step_000000020").tensors if i.path == ROW_WISE)
+    piece = info.pieces[0]
+    data = bytearray(piece.path.read_bytes())
+    middle = piece.offset + piece.length // 2
+    data[middle : middle + 8] = bytes(255 - byte for byte in data[middle : middle + 8])
+    piece.path.write_bytes(data)
+    for report in run(2, "load_newest", folder=copy):
+        assert report["result"] is not None
+        assert "cannot be loaded" in report["result"]["found"]
+        assert "resumes from the one before" in report["result"]["hint"]
+
+
+def test_another_model_is_refused_by_all_ranks_with_the_tensors(run: Run, saved: Path) -> None:
+    for report in run(2, "load_another_model", folder=saved):
+        assert report["result"]["found"].endswith("lacks 3 of the 7 tensors to load")
+        assert report["result"]["details"] == [
+            "model.over_arch.weight: fp32 of shape [3, 5], not fp32 of shape [3, 6]",
+            "model.new: missing",
+            "optimizer.step: fp32 of shape [], not int64 of shape []",
+        ]
+
+
+def test_values_are_no_tensors(run: Run, tmp_path: Path) -> None:
+    assert "lr is a float" in run(1, "save_no_tensor", folder=tmp_path)[0]["result"]
+
+
+def test_a_step_before_the_newest_is_refused_until_that_is_discarded(run: Run, copy: Path) -> None:
+    for report in run(2, "save_earlier", folder=copy, step=15):
+        (refused,) = report["result"]
+        assert refused["found"].endswith("holds step_000000020, which is later than step 15")
+    assert names(copy) == ["step_000000010", "step_000000015"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("limited", "limit"), [(1, 0), (1, 3000), (0, 200)])
+def test_a_full_disk_of_one_rank_stops_all_and_spoils_nothing(
+    run: Run, tmp_path: Path, asynchronous: bool, limited: int, limit: int
+) -> None:
+    reports = run(
+        2,
+        "save_in_little_room",
+        folder=tmp_path,
+        asynchronous=asynchronous,
+        limited=limited,
+        limit=limit,
+    )
+    for report in reports:
+        refused = report["result"]["refused"]
+        assert refused["error"] == "CheckpointError"
+        assert f"the disk of {tmp_path} is full on rank {limited}" in refused["found"]
+        assert report["result"]["names"] == [".lock", "step_000000001"]
+    assert run(2, "load", folder=tmp_path)[0]["result"]["step"] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_refused_by_all_ranks(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for report in run(2, "open_folder", folder=tmp_path / "file" / "checkpoints"):
+        assert "cannot be written to" in report["result"]["found"]
+        assert report["result"]["hint"]
+
+
+def test_two_trainings_cannot_write_to_one_folder(run: Run, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for report in run(2, "open_folder", folder=tmp_path):
+        assert report["result"]["found"].startswith("another training writes")
+    folder.close()
+    assert run(2, "open_folder", folder=tmp_path)[0]["result"] is None
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(run: Run, tmp_path: Path) -> None:
+    reports = run(2, "save_without_the_others", folder=tmp_path)
+    assert "Timed out" in reports[0]["result"]
+
+
+# moment, which rank is killed, whether it is written in the background, whether it is whole then
+KILLS = [
+    ("begun", 0, False, False),
+    ("planning", 1, False, False),
+    ("planning", 1, True, False),
+    ("first bytes written", 0, False, False),
+    ("first bytes written", 1, False, False),
+    ("first bytes written", 1, True, False),
+    ("tensors written", 1, False, False),
+    ("metadata written", 0, False, False),
+    ("metadata written", 0, True, False),
+    ("progress written", 0, False, False),
+    ("before the name", 0, False, False),
+    ("manifest written", 0, True, False),
+    ("named", 0, False, True),
+    ("named", 0, True, True),
+    ("old one half removed", 0, False, True),
+    ("old one removed", 0, True, True),
+]
+
+
+@pytest.mark.parametrize(("moment", "rank", "asynchronous", "whole"), KILLS)
+def test_whatever_is_killed_when_a_whole_checkpoint_remains(
+    run: Run, tmp_path: Path, moment: str, rank: int, whole: bool, asynchronous: bool
+) -> None:
+    reports = run(
+        2,
+        "save_and_die",
+        ends=False,
+        folder=tmp_path,
+        moment=moment,
+        rank=rank,
+        asynchronous=asynchronous,
+    )
+    assert reports[rank]["code"] == KILLED
+    assert reports[1 - rank]["code"] == 1, reports  # it noticed, and did not wait
+    assert "RuntimeError" in reports[1 - rank]["errors"]
+    result = run(2, "load", folder=tmp_path)[0]["result"]
+    assert (result["step"], result["same"], result["notes"]) == (1 + whole, True, [])
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
