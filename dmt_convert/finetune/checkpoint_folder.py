@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -136,8 +136,12 @@ class CheckpointFolder:
                 logger.warning("%s is passed over: %s", path, error.found)
         return None
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, protect: Collection[int] = ()) -> None:
         """Keep the newest `keep` checkpoints that are whole; what is older goes.
+
+        Args:
+            keep: How many stay.
+            protect: Steps that stay as well.
 
         Raises:
             CheckpointError: The folder cannot be written to.
@@ -147,7 +151,7 @@ class CheckpointFolder:
             whole = [step for step, path in named if is_complete(path)]
             if len(whole) >= keep:
                 for step, path in named:
-                    if step < whole[-keep]:
+                    if step < whole[-keep] and step not in protect:
                         self._remove(path)
 
     def discard_after(self, step: int) -> None:

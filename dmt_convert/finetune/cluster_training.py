@@ -187,6 +187,15 @@ class ClusterTrainer:
         dist.all_reduce(total)
         return float(total) / (len(losses) * self.layout.world_size)
 
+    def agree_losses(self, losses: Sequence[float]) -> list[float]:
+        """Mean of every loss over all ranks, so that any of them can go on from it."""
+        if not losses:
+            return []
+        each = torch.tensor(losses, dtype=torch.float64, device=self._device)
+        dist.all_reduce(each)
+        means: list[float] = (each / self.layout.world_size).tolist()
+        return means
+
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds of the model and its optimizers; shares memory."""
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,13 +35,16 @@ from dmt_convert.finetune.training import measure_rows
 from dmt_convert.finetune.training_data import TrainingData
 from dmt_convert.plan import TowerPlan
 from dmt_convert.report.documents import describe_bundle
+from dmt_convert.scoring import Accuracy
 from dmt_convert.towers import DmtModel
 
 logger = logging.getLogger(__name__)
 
 ROW_NAME: Final = "fine-tuned"
 """Name of the quality row."""
-_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+GetTable = Callable[[str], Tensor | TensorInfo]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +114,54 @@ def write_finetuned(
     check_out(parent, out, force=force)
     assert isinstance(model.module, DmtModel)
     after, notes = _settle(parent, model, result, data)
-    tables, module = _table_sources(parent, model.store.table), model.module
+    table: GetTable | None = model.store.table
+    module: DmtModel = model.module
     if after is result.start and result.improved:  # rounding spoilt it
-        tables, module = _table_sources(parent, None), open_bundle_model(parent)
+        table, module = None, open_bundle_model(parent)
+    trained = TrainedModel(result=result, after=after, notes=notes, module=module, table=table)
+    return write_trained(parent, out, trained, config=config, data=data, force=force)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedModel:
+    """What a new bundle is made of."""
+
+    result: TrainResult
+    """What came of training."""
+    after: Evaluation
+    """What the new bundle is worth, as stored."""
+    notes: tuple[str, ...]
+    """What a user should know, one line each."""
+    module: DmtModel
+    """Everything but tables."""
+    table: GetTable | None
+    """Tables; None takes those of the bundle that was fine-tuned."""
+
+
+def write_trained(
+    parent: Bundle,
+    out: Path,
+    trained: TrainedModel,
+    *,
+    config: FinetuneConfig,
+    data: TrainingData,
+    force: bool = False,
+) -> Finetuned:
+    """Write a bundle of the same layout as another, with other weights.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        out: The new bundle's folder.
+        trained: The weights, and what they are worth.
+        config: With which settings they were trained.
+        data: On which rows.
+        force: Replace a bundle that is there.
+
+    Raises:
+        BundleError: The target is taken, or the disk is full.
+        CheckpointError: A weight is not finite, or overflows the type it is stored in.
+    """
+    result, after, notes = trained.result, trained.after, trained.notes
     record = _record(parent, result, after, notes, config=config, data=data)
     manifest = replace(
         parent.manifest,
@@ -122,14 +170,17 @@ def write_finetuned(
         tool_version=__version__,
     )
     plan = parent.plan
-
     figure = _read_figure(parent.path)
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
 
     bundle = write_bundle(
-        out, tables, small=lambda: split_state(module), describe=describe, force=force
+        out,
+        table_sources(parent, trained.table),
+        small=lambda: split_state(trained.module),
+        describe=describe,
+        force=force,
     )
     return Finetuned(bundle=bundle, before=result.start, after=after, notes=notes)
 
@@ -138,19 +189,33 @@ def _settle(
     parent: Bundle, model: TrainableModel, result: TrainResult, data: TrainingData
 ) -> tuple[Evaluation, tuple[str, ...]]:
     """Round what is stored in fewer bits; say what will be written, and what it is worth."""
+    infos = table_infos(parent)
+    rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
+    if result.improved:
+        for name, dtype in rounded.items():
+            view = model.store.table(name)
+            view.copy_(view.to(TORCH_DTYPES[dtype]))
+    return judge(result, rounded, lambda: measure_rows(model, data.valid))
+
+
+def judge(
+    result: TrainResult, rounded: Mapping[str, str], measure: Callable[[], Accuracy]
+) -> tuple[Evaluation, tuple[str, ...]]:
+    """Say what will be written, and what it is worth.
+
+    Args:
+        result: What came of training.
+        rounded: Table -> the type in which it is stored, where that is not float32.
+        measure: Measures the best state with its tables rounded so.
+    """
     if not result.improved:
         return result.start, (
             "nothing beat the start on the validation rows: the new bundle has the weights of "
             "the one it came from",
         )
-    infos = table_infos(parent)
-    rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
     if not rounded:
         return result.best, ()
-    for name, dtype in rounded.items():
-        view = model.store.table(name)
-        view.copy_(view.to(_TORCH_DTYPES[dtype]))
-    accuracy = measure_rows(model, data.valid)
+    accuracy = measure()
     after = replace(result.best, auc=accuracy.auc, ne=accuracy.ne, log_loss=accuracy.log_loss)
     kinds = ", ".join(sorted(set(rounded.values())))
     if not after.score <= result.start.score:
@@ -164,12 +229,13 @@ def _settle(
     )
 
 
-def _table_sources(parent: Bundle, table: Any | None) -> dict[str, list[TensorSource]]:
+def table_sources(parent: Bundle, table: GetTable | None) -> dict[str, list[TensorSource]]:
     """List the tables of every weights file, out of memory, or where `table` is None the parent's.
 
     Args:
         parent: Says which table lies in which file, and in what type.
-        table: Gives the rows of a table by its name, shape (rows, N), float32.
+        table: Gives the rows of a table by its name, float32: a tensor of shape (rows, N), or
+            where they lie in a file.
     """
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, tensors in enumerate(parent.towers):
@@ -185,24 +251,30 @@ def _table_name(tensor: str) -> str:
     return tensor.removeprefix("tables.").removesuffix(".weight")
 
 
-def _source(name: str, info: TensorInfo, rows: Tensor | None) -> TensorSource:
+def _source(name: str, info: TensorInfo, rows: Tensor | TensorInfo | None) -> TensorSource:
     return TensorSource(
         name=name,
         dtype=info.dtype,
         shape=info.shape,
-        chunks=(lambda: stream_tensor(info))
-        if rows is None
-        else (lambda: _stream_rows(rows, info.dtype)),
+        chunks=lambda: stream_tensor(info) if rows is None else _stream_rows(rows, info.dtype),
         origin=f"table {_table_name(name)!r} after training",
     )
 
 
-def _stream_rows(rows: Tensor, dtype: str) -> Iterator[ByteRows]:
+def _stream_rows(rows: Tensor | TensorInfo, dtype: str) -> Iterator[ByteRows]:
+    for piece in _float_chunks(rows):
+        yield piece.to(TORCH_DTYPES[dtype]).view(torch.uint8).numpy()
+
+
+def _float_chunks(rows: Tensor | TensorInfo) -> Iterator[Tensor]:
+    if isinstance(rows, TensorInfo):
+        for chunk in stream_tensor(rows):
+            yield torch.from_numpy(chunk.reshape(-1).copy()).view(torch.float32)
+        return
     flat = rows.reshape(-1)
     step = CHUNK_BYTES // 4
     for begin in range(0, len(flat), step):
-        piece = flat[begin : begin + step].to(_TORCH_DTYPES[dtype])
-        yield piece.view(torch.uint8).numpy()
+        yield flat[begin : begin + step]
 
 
 def _record(

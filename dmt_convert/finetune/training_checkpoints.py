@@ -6,7 +6,7 @@ one rank is raised on all, so that none waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -73,6 +73,7 @@ class CheckpointStore:
         progress: Mapping[str, Any],
         *,
         asynchronous: bool = False,
+        protect: Collection[int] = (),
     ) -> None:
         """Save a checkpoint, and remove the oldest where there are more than are kept.
 
@@ -81,6 +82,7 @@ class CheckpointStore:
             state: Nested dicts of tensors: plain ones (the same on all ranks that have them),
                 DTensor or ShardedTensor.
             progress: What else training needs to go on, JSON-able; the first rank's is kept.
+            protect: Steps whose checkpoints stay, however many are newer.
             asynchronous: Return once the tensors are copied to CPU memory, and write in the
                 background. What goes wrong there is raised by the next `save` or `wait`.
 
@@ -95,11 +97,13 @@ class CheckpointStore:
         kept = dict(progress)
         partial = self._ranks.on_first(lambda: self._first.begin(step))
         if not asynchronous:
-            self._write(step, partial, tensors, make_planner(), kept)
+            self._write(step, partial, tensors, make_planner(), kept, protect)
             return
         staged: list[StagedPlanner] = []
         self._ranks.on_all(lambda: staged.append(StagedPlanner(tensors)))
-        self._pending = self._writer.submit(self._write, step, partial, tensors, staged.pop(), kept)
+        self._pending = self._writer.submit(
+            self._write, step, partial, tensors, staged.pop(), kept, tuple(protect)
+        )
 
     def poll(self) -> bool:
         """Tell whether this rank is done with writing; raises nothing, and waits for nobody."""
@@ -198,6 +202,7 @@ class CheckpointStore:
         tensors: Mapping[str, Tensor],
         planner: DefaultSavePlanner,
         progress: Mapping[str, Any],
+        protect: Collection[int],
     ) -> None:
         """Write a rank's part; the first rank then gives the checkpoint its name."""
         try:
@@ -210,16 +215,18 @@ class CheckpointStore:
         except CheckpointException as error:
             self._ranks.on_first(lambda: self._first.abandon(step))
             raise _refusal(error, self._path, "written to") from None
-        self._ranks.on_first(self._named(step, progress))
+        self._ranks.on_first(self._named(step, progress, protect))
 
-    def _named(self, step: int, progress: Mapping[str, Any]) -> Callable[[], None]:
+    def _named(
+        self, step: int, progress: Mapping[str, Any], protect: Collection[int]
+    ) -> Callable[[], None]:
         def name() -> None:
             try:
                 self._first.complete(step, progress, num_ranks=self._ranks.size)
             except CheckpointError:
                 self._first.abandon(step)
                 raise
-            self._first.prune(self._keep)
+            self._first.prune(self._keep, protect)
 
         return name
 

@@ -47,6 +47,12 @@ class TrainingData:
     valid_name: str
     """What the validation rows are."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether ids come with weights."""
+        first = next(iter(self.train.batches(1)))
+        return any(bag.weights is not None for bag in first.bags)
+
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest says of the data."""
         return {

@@ -16,7 +16,7 @@ from dmt_convert.errors import ConfigError, DataError
 from dmt_convert.finetune import FinetuneConfig, make_trainable, measure_rows, train
 from dmt_convert.finetune.loop import Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.finetune.optimizers import DenseOptimizer
-from dmt_convert.finetune.training_data import open_training_data, training_batches
+from dmt_convert.finetune.training_data import open_training_data, training_batches, training_shares
 from dmt_convert.scoring import Accuracy
 from dmt_convert.towers import FlatModel
 
@@ -218,10 +218,22 @@ def test_ranks_share_the_rows_of_a_step(make_model, clicks) -> None:
     data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
     config = FinetuneConfig(batch_size=500)
     parts = [
-        next(training_batches(data, spec, config, rank=rank, world_size=2)) for rank in range(2)
+        next(training_shares(data, spec, config, rank=rank, world_size=3)) for rank in range(3)
     ]
-    assert [part.num_rows for part in parts] == [250, 250]
-    assert not np.intersect1d(parts[0].dense[:, 0], parts[1].dense[:, 0]).size
+    assert [part.counted for part in parts] == [167, 167, 166]
+    assert [part.batch.num_rows for part in parts] == [167, 167, 167]
+    together = np.concatenate([part.batch.dense[: part.counted] for part in parts])
+    assert np.array_equal(together, next(training_batches(data, spec, config)).dense)
+
+
+def test_shares_go_on_where_batches_were(make_model, clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+    config = FinetuneConfig(batch_size=300)
+    whole = training_shares(data, spec, config, rank=1, world_size=2)
+    later = training_shares(data, spec, config, rank=1, world_size=2, start_step=9)
+    for expected, found in zip(itertools.islice(whole, 9, 16), later, strict=False):
+        assert np.array_equal(expected.rows, found.rows)
+        assert expected.total == found.total
 
 
 def test_a_folder_is_trained_on_train_and_measured_on_valid(clicks) -> None:
