@@ -1,13 +1,15 @@
-"""Fine-tune a bundle in one process, and write a new bundle.
+"""Fine-tune a bundle, in one process or over the ranks that torchrun starts; write a new bundle.
 
     python -m dmt_convert.recipes.finetune_dmt --bundle ckpt-dmt4 --data clicks --out tuned
+    torchrun --nnodes 2 --nproc-per-node 8 ... recipes/finetune_dmt.py --bundle ...
 
-DATA is anything that `dmt evaluate` reads, with labels; a folder with `train.npz` and `valid.npz`
-is trained on the one and measured on the other. Without validation rows the last tenth of DATA is
-held out. The state with the best normalised entropy on the validation rows is written; the start
-counts, so that the new bundle is never worse there than the old one. Settings: docs/finetune.md.
+`dmt finetune` starts it by torchrun. DATA is anything that `dmt evaluate` reads, with labels; a
+folder with `train.npz` and `valid.npz` is trained on the one and measured on the other. Without
+validation rows the last tenth of DATA is held out. The state with the best normalised entropy on
+the validation rows is written; the start counts, so that the new bundle is never worse there than
+the old one. Settings: docs/finetune.md.
 
-Exit codes are those of `dmt`: 0 done, 1 bug, 2 usage, 3 something you can mend.
+Exit codes are those of `dmt`: 0 done, 1 bug or a lost rank, 2 usage, 3 something you can mend.
 """
 
 from __future__ import annotations
@@ -18,29 +20,46 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+import traceback
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.errors import ConfigError, DmtError
-from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
-from dmt_convert.finetune.finetune_config import Decay, TableOptimizerKind
+from dmt_convert.errors import DataError, DmtError
+from dmt_convert.finetune.outcome import write_outcome
 
-if TYPE_CHECKING:
-    from dmt_convert.finetune import Evaluation, TrainingData, TrainResult
-    from dmt_convert.finetune.finetuned_bundle import Finetuned
+if TYPE_CHECKING or __package__:
+    from .finetune_options import (
+        make_parser,
+        make_printer,
+        read_config,
+        say_evaluation,
+        say_result,
+        say_rows,
+        show_steps,
+        summarise,
+    )
+else:  # torchrun runs the file itself
+    from finetune_options import (
+        make_parser,
+        make_printer,
+        read_config,
+        say_evaluation,
+        say_result,
+        say_rows,
+        show_steps,
+        summarise,
+    )
 
 _INTERRUPT_CODE: Final = 130
+_ENGINE_WORDS: Final = ("gloo", "NCCL", "Timed out", "Connection closed", "rank")
 
 
 def finetune(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune as the options say; returns what `--json` prints."""
+    """Fine-tune in this process; returns what `--json` prints."""
     # imports torch, which takes seconds: options are checked before
     config = read_config(options)
-    check_one_process()
     from dmt_convert.finetune import (
         check_memory,
         load_bundle,
@@ -54,20 +73,16 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     bundle = open_bundle(options.bundle)
     check_out(bundle, options.out, force=options.force)
     data = open_training_data(options.data, options.valid)
-    spec = bundle.manifest.model.flat
-    check_memory(spec, config, data.train.num_rows)
+    check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
 
     # 2. Everything into memory; tables in fp32
     model = load_bundle(bundle)
-    total = config.total_steps(data.train.num_rows)
-    say = make_printer(options)
-    say(
-        f"{data.train.num_rows:,} rows to train on ({data.train_name}), {data.valid.num_rows:,} to "
-        f"measure on ({data.valid_name}); at most {total:,} steps of {config.batch_size} rows"
-    )
+    silent = options.quiet or options.json
+    say = make_printer(silent=silent)
+    say_rows(say, data, config)
 
     # 3. The loop (dmt_convert/finetune/loop.py): the best state stays
-    with show_steps(total, quiet=options.quiet or options.json) as on_step:
+    with show_steps(config.total_steps(data.train.num_rows), silent=silent) as on_step:
         result = train(
             model,
             data.train,
@@ -85,151 +100,100 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     return summarise(options, result, written, data)
 
 
-def summarise(
-    options: argparse.Namespace, result: TrainResult, written: Finetuned, data: TrainingData
-) -> dict[str, Any]:
-    """Return what `--json` prints."""
-    return {
-        "bundle": str(options.out),
-        "parent": str(options.bundle),
-        "steps": result.steps,
-        "best_step": written.after.step,
-        "improved": written.after.step > 0,
-        "ms_per_step": result.ms_per_step,
-        "before": written.before.to_json(),
-        "after": written.after.to_json(),
-        "history": [evaluation.to_json() for evaluation in result.history],
-        "data": data.to_json(),
-        "notes": list(written.notes),
-    }
-
-
-def say_result(
-    say: Callable[[str], None], out: Path, result: TrainResult, written: Finetuned
-) -> None:
-    """Say what came of it."""
-    before, after = written.before, written.after
-    for note in written.notes:
-        say(f"note: {note}")
-    say(
-        f"{result.steps:,} steps at {result.ms_per_step:.1f} ms, best after {after.step:,}: "
-        f"validation AUC {show(before.auc)} -> {show(after.auc)}, NE {show(before.ne)} -> "
-        f"{show(after.ne)}"
+def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Fine-tune as one rank of several; rank 0 returns what `--json` prints."""
+    config = read_config(options)
+    from dmt_convert.engine import start_ranks, stop_ranks
+    from dmt_convert.engine.ranks import read_layout
+    from dmt_convert.finetune import open_training_data
+    from dmt_convert.finetune.cluster_run import (
+        ClusterJob,
+        Listeners,
+        choose_plan,
+        finetune_on_cluster,
+        read_plan,
     )
-    say(f"wrote {out}")
+    from dmt_convert.finetune.finetuned_bundle import check_out
 
-
-def say_evaluation(say: Callable[[str], None], found: Evaluation) -> None:
-    """Say how good the model is now."""
+    # 1. What there is: the ranks, the bundle and its plan, the rows, a place to write to
+    layout = read_layout(options.backend)
+    bundle = open_bundle(options.bundle)
+    plan = choose_plan(bundle, layout, None if options.plan is None else read_plan(options.plan))
+    check_out(bundle, options.out, force=options.force)
+    data = open_training_data(options.data, options.valid)
+    silent = options.quiet or options.json or layout.rank != 0
+    say = make_printer(silent=silent)
     say(
-        f"step {found.step:>6}: validation AUC {show(found.auc)}, NE {show(found.ne)}, log loss "
-        f"{found.log_loss:.5f}"
-        + ("" if found.train_loss is None else f", training loss {found.train_loss:.5f}")
+        f"{layout.hosts} hosts x {layout.ranks_per_host} ranks, {layout.backend}; "
+        f"{len(plan.tower_hosts)} towers"
+        + (f", {plan.hosts_per_tower} hosts each" if plan.hosts_per_tower > 1 else "")
+    )
+    say_rows(say, data, config)
+
+    # 2. Ranks find each other; every one reads its own shards (dmt_convert/engine)
+    start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout_seconds=options.timeout)
+    job = ClusterJob(
+        bundle=bundle,
+        plan=plan,
+        data=data,
+        config=config,
+        layout=layout,
+        checkpoints=options.checkpoints or Path(f"{options.out}.checkpoints"),
+        timeout_seconds=options.timeout,
+        resume=options.resume or _is_restart(),
+        restart=options.force,
     )
 
-
-def read_config(options: argparse.Namespace) -> FinetuneConfig:
-    """Make the settings: defaults, then `--config`, then options."""
-    base = {} if options.config is None else read_settings(options.config)
-    names = {field.name for field in fields(FinetuneConfig)}
-    return merge_settings(base, {n: v for n, v in vars(options).items() if n in names})
-
-
-def check_one_process() -> None:
-    """Refuse to be one of several ranks; `torchrun --nproc-per-node 1` is fine.
-
-    Raises:
-        ConfigError: There are several.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size}: training over several ranks is not there yet",
-            expected="one process",
-            hint="run it without torchrun, or with --nnodes 1 --nproc-per-node 1",
+    # 3. The loop, its checkpoints, and the new bundle
+    with show_steps(config.total_steps(data.train.num_rows), silent=silent) as on_step:
+        listeners = Listeners(
+            on_step=on_step,
+            on_evaluation=lambda found: say_evaluation(say, found),
+            on_start=lambda step: (
+                say(f"going on from the checkpoint of step {step:,}") if step else None
+            ),
         )
+        result, written = finetune_on_cluster(job, options.out, listeners, force=options.force)
+    stop_ranks()
+    if written is None:
+        return None
+    say_result(say, options.out, result, written)
+    return summarise(options, result, written, data)
 
 
-def show(value: float | None) -> str:
-    """Write a metric, or a dash where there is none."""
-    return "-" if value is None else f"{value:.5f}"
+def hush_engines() -> None:
+    """Keep from the terminal what torch and torchrec say to their own developers."""
+    warnings.simplefilter("ignore")
+    for name in ("torch.fx._symbolic_trace", "torchrec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def make_printer(options: argparse.Namespace) -> Callable[[str], None]:
-    """Make what prints a line; nothing with `--quiet` or `--json`."""
-    if options.quiet or options.json:
-        return lambda text: None
-    return lambda text: print(text, flush=True)
+def _is_restart() -> bool:
+    """Whether torchrun starts the ranks anew, after one was lost."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-@contextmanager
-def show_steps(total: int, *, quiet: bool) -> Iterator[Callable[[int, float], None]]:
-    """Show progress on a terminal; in a pipe, show none."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda step, loss: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("Fine-tuning"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-    )
-    bars = Progress(
-        *columns,
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # lines meant for a pipe go there
-    )
-    with bars:
-        task = bars.add_task("steps", total=total, loss=0.0)
-        yield lambda step, loss: bars.update(task, completed=step, loss=loss)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Describe the options; settings of training default to those of `FinetuneConfig`."""
-    parser = argparse.ArgumentParser(
-        prog="finetune_dmt", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--bundle", type=Path, required=True, help="bundle to start from; it is not changed")
-    add("--data", type=Path, required=True, help="labelled rows, or a folder with train.npz")
-    add("--valid", type=Path, help="validation rows; without, the last tenth of DATA")
-    add("--out", type=Path, required=True, help="bundle to write")
-    add("--config", type=Path, help="YAML file with settings, as recipes/configs has them")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, help="passes over the rows (1)")
-    length.add_argument("--max-steps", type=int, help="steps, instead of passes")
-    add("--batch-size", type=int, help="rows per step (512)")
-    add("--eval-every", type=int, help="steps between evaluations (a tenth of a pass)")
-    add("--patience", type=int, help="evaluations without improvement before the end (10)")
-    add("--dense-lr", type=float, help="learning rate of everything but tables (5e-4); 0: none")
-    add("--table-lr", type=float, help="learning rate of the tables (0.02); 0: none")
-    add("--table-optimizer", choices=get_args(TableOptimizerKind), help="rowwise-adagrad")
-    add("--initial-accumulator", type=float, help="Adagrad: start of squared gradients (measured)")
-    add("--warmup-steps", type=int, help="steps over which learning rates rise (0)")
-    add("--lr-decay", choices=get_args(Decay), help="how learning rates fall (linear)")
-    add("--clip-norm", type=float, help="largest norm of the gradient of everything but tables")
-    add("--seed", type=int, help="seed of the order of rows (0)")
-    add("--force", action="store_true", help="replace a bundle that is there")
-    add("--json", action="store_true", help="print one JSON document, and nothing else")
-    add("--quiet", action="store_true", help="print no progress")
-    return parser
+def _rank() -> int | None:
+    """This process's rank, None where torchrun did not start it."""
+    return int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else None
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe; what goes wrong is printed, and told by the exit code."""
-    options = make_parser().parse_args(arguments)
+    options = make_parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
+    rank = _rank()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("dmt_convert")
     logger.handlers = [handler]
-    logger.setLevel(logging.ERROR if options.quiet or options.json else logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
+    quiet = options.quiet or options.json or rank not in (None, 0)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    if rank is None:
+        signal.signal(signal.SIGTERM, _interrupt)
+    elif os.environ.get("DMT_TRACEBACK") != "1":
+        hush_engines()
     try:
-        result = finetune(options)
+        result = finetune(options) if rank is None else finetune_over_ranks(options)
     except DmtError as error:
         fail(options, error, str(error), code=3)
     except OSError as error:
@@ -244,16 +208,50 @@ def main(arguments: list[str] | None = None) -> None:
         stopped = DmtError("interrupted", expected="to run to the end", hint="run it again")
         text = "interrupted; nothing half-written was left in place"
         fail(options, stopped, text, code=_INTERRUPT_CODE)
-    if options.json:
+    except RuntimeError as error:
+        if rank is None or not any(word in str(error) for word in _ENGINE_WORDS):
+            raise
+        fail_by_others(options, error)
+    if not write_outcome(0, result=result) and options.json and result is not None:
         print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def fail(options: argparse.Namespace, error: DmtError, text: str, *, code: int) -> NoReturn:
-    """Say what went wrong, with `--json` also as a document, and end."""
-    if options.json:
-        print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(code)
+    """Say what went wrong, with `--json` also as a document, and end.
+
+    Ranks meet most errors alike: one of a host says so, or the one whose rows are wrong.
+    """
+    told = write_outcome(code, error=error)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError)
+    if speaks and not told:
+        if options.json and _rank() in (None, 0):
+            print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
+        whose = f"rank {_rank()}: " if _rank() else ""
+        print(f"error: {whose}{text}", file=sys.stderr)
+    _end(code)
+
+
+def fail_by_others(options: argparse.Namespace, error: RuntimeError) -> NoReturn:
+    """End because another rank has: it says why, or was killed."""
+    if os.environ.get("DMT_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if not write_outcome(1) and _rank() == 0:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(
+            f"error: another rank was lost, or did not answer within {options.timeout:g} s "
+            f"({reason})\ntry: look at what it printed; with --max-restarts torchrun starts all "
+            "again, and training goes on from the last whole checkpoint",
+            file=sys.stderr,
+        )
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    if _rank() is None:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # other ranks may be gone: nothing here waits for them
 
 
 def _interrupt(*_: object) -> None:

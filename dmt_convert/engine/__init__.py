@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dmt_convert.engine.cluster_model import ClusterModel, ShardedModel, shard_model
     from dmt_convert.engine.jagged import JaggedBatch, to_jagged
     from dmt_convert.engine.ranks import RankLayout, start_ranks, stop_ranks
-    from dmt_convert.engine.shard_loading import load_shards
+    from dmt_convert.engine.shard_loading import load_shards, table_shards
     from dmt_convert.engine.table_optimizer import FusedTables, fused_parameters
 
 _LAZY = {
@@ -26,6 +26,7 @@ _LAZY = {
     "shard_model": "cluster_model",
     "start_ranks": "ranks",
     "stop_ranks": "ranks",
+    "table_shards": "shard_loading",
     "to_jagged": "jagged",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "shard_model",
     "start_ranks",
     "stop_ranks",
+    "table_shards",
     "to_jagged",
 ]
 

@@ -5,6 +5,7 @@ Every rank runs the same; rank 0 writes the new bundle.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -375,3 +376,21 @@ def _take_dense(module: torch.nn.Module, stored: Mapping[str, Any], plan: TowerP
             if name.startswith(prefix)
         }
     module.load_state_dict(state)
+
+
+def read_plan(path: Path) -> TowerPlan:
+    """Read a plan that `dmt plan --out` wrote.
+
+    Raises:
+        PlanError: It cannot be read, or is no plan.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PlanError(
+            f"the plan {path} cannot be read ({reason})",
+            expected="the JSON that `dmt plan --out` writes",
+            hint="make it anew with `dmt plan`",
+        ) from None
+    return TowerPlan.from_json(value)

@@ -17,7 +17,7 @@ import pytest
 from dmt_convert.bundle import open_bundle
 from dmt_convert.convert import ConvertConfig, convert_checkpoint
 from dmt_convert.partition import PartitionConfig
-from dmt_convert.recipes.finetune_dmt import check_one_process, main
+from dmt_convert.recipes.finetune_dmt import main
 
 
 @pytest.fixture(autouse=True)
