@@ -1,0 +1,1 @@
+"""What `bench_cluster` is made of: settings, hosts, ranks, variants, results."""

@@ -1,0 +1,186 @@
+"""The model that the benchmark trains, and its batches.
+
+A DLRM with dot interaction. Its dense layers are small on purpose: a batch here has hundreds of
+samples, not the tens of thousands of a cluster, so dense layers of the usual size would weigh a
+hundred times too much, both on the links (their gradients) and on the processor.
+
+Letters: B samples per rank, F features, N embedding dim, D tower output dim, O tower outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.spec import (
+    FeatureSpec,
+    InteractionSpec,
+    MlpSpec,
+    ModelSpec,
+    TableSpec,
+    TowerAssignment,
+)
+from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.towers.dense_parts import Interaction, Mlp
+
+from .settings import Settings, VariantName
+
+NUM_BATCHES = 4
+_TABLE_SPREAD = 0.05
+
+
+def flat_spec(settings: Settings) -> ModelSpec:
+    """The flat model: a table per feature, all alike."""
+    names = [f"f{i}" for i in range(settings.features)]
+    interaction = InteractionSpec(kind="dot")
+    width = interaction.output_width([settings.dim] * (1 + settings.features))
+    return ModelSpec(
+        family="torchrec-dlrm",
+        tables=tuple(
+            TableSpec(name=f"t_{name}", rows=settings.rows, dim=settings.dim) for name in names
+        ),
+        features=tuple(FeatureSpec(name=name, table=f"t_{name}") for name in names),
+        dense_arch=MlpSpec(
+            widths=(settings.num_dense, *settings.dense_layers, settings.dim), final_relu=True
+        ),
+        interaction=interaction,
+        over_arch=MlpSpec(widths=(width, *settings.over_layers, 1), final_relu=False),
+    )
+
+
+def split_features(settings: Settings) -> TowerAssignment:
+    """One tower per host, of consecutive features; the first ones get what is left over."""
+    names = [f"f{i}" for i in range(settings.features)]
+    hosts = settings.topology.hosts
+    small, more = divmod(len(names), hosts)
+    sizes = [small + (tower < more) for tower in range(hosts)]
+    remaining = iter(names)
+    return TowerAssignment(
+        towers=tuple(tuple(next(remaining) for _ in range(size)) for size in sizes)
+    )
+
+
+def dmt_spec(settings: Settings, name: VariantName) -> DmtSpec:
+    """The converted model: passthrough, or with compression D = N / compression per feature."""
+    flat, assignment = flat_spec(settings), split_features(settings)
+    if name.compression == 1:
+        module = TowerModuleSpec(kind="passthrough")
+    else:
+        module = module_spec(
+            flat,
+            "dlrm",
+            num_towers=len(assignment.towers),
+            c=1,
+            p=0,
+            dim=settings.dim // name.compression,
+        )
+    return DmtSpec(
+        flat=flat,
+        towers=tuple(TowerSpec(features=tower, module=module) for tower in assignment.towers),
+    )
+
+
+def place_towers(settings: Settings, spec: DmtSpec) -> TowerPlan:
+    """Tower t on host t, its tables over the host's ranks."""
+    topology = settings.topology
+    plan = plan_towers(
+        spec.flat,
+        spec.assignment,
+        Cluster(hosts=topology.hosts, ranks_per_host=topology.ranks_per_host),
+        tower_widths=spec.tower_widths,
+        ids_per_bag=dict.fromkeys(spec.flat.feature_names, float(settings.pooling)),
+    )
+    assert plan.tower_order == tuple(range(topology.hosts)), plan.tower_hosts
+    return plan
+
+
+class DensePart(nn.Module):
+    """All but the tables and the tower modules: dense_arch, interaction, over_arch."""
+
+    def __init__(self, spec: DmtSpec) -> None:
+        super().__init__()
+        self.dense_arch = Mlp(spec.flat.dense_arch)
+        width = spec.flat.input_dims[0]
+        self.dense_projection = (
+            nn.Linear(width, spec.dense_dim) if spec.dense_dim != width else None
+        )
+        self.interaction = Interaction(spec.interaction, spec.interaction_dims)
+        self.over_arch = Mlp(spec.over_arch)
+
+    def forward(self, dense_BN: Tensor, emitted_BO: Tensor) -> Tensor:
+        """Return logits, shape (B,).
+
+        Args:
+            dense_BN: What dense_arch gave.
+            emitted_BO: The towers' outputs, or the flat model's pooled embeddings.
+        """
+        part = dense_BN if self.dense_projection is None else self.dense_projection(dense_BN)
+        logits: Tensor = self.over_arch(self.interaction(part, emitted_BO, dense_BN))
+        return logits.squeeze(1)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Batch:
+    """One rank's samples of one step."""
+
+    dense: Tensor
+    """Dense inputs, float32, shape (B, dense inputs)."""
+    values: Tensor
+    """Ids, int64: feature 0's bags, sample by sample, then feature 1's, ..."""
+    lengths: Tensor
+    """Ids per bag, int32, shape (F * B,), in the same order."""
+    labels: Tensor
+    """0 or 1, float32, shape (B,)."""
+    upcoming: Batch = field(init=False, repr=False)
+    """The batch of the same variant's next step, for engines that fetch ahead."""
+
+
+def make_batches(settings: Settings, rank: int) -> list[Batch]:
+    """Draw a rank's batches; each knows the one that follows, the last one the first."""
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + rank)
+    count = settings.features * settings.batch
+    batches = [
+        Batch(
+            dense=torch.randn(settings.batch, settings.num_dense, generator=generator),
+            values=torch.randint(
+                0, settings.rows, (count * settings.pooling,), generator=generator
+            ),
+            lengths=torch.full((count,), settings.pooling, dtype=torch.int32),
+            labels=torch.randint(0, 2, (settings.batch,), generator=generator).float(),
+        )
+        for _ in range(NUM_BATCHES)
+    ]
+    for batch, following in zip(batches, [*batches[1:], batches[0]], strict=True):
+        batch.upcoming = following
+    return batches
+
+
+def endless(batches: list[Batch]) -> Iterator[Batch]:
+    """Yield the batches over and over."""
+    return cycle(batches)
+
+
+def whole_table(settings: Settings, name: str) -> Tensor:
+    """The weights that a table starts from, the same for every variant, rank and sharding."""
+    generator = torch.Generator().manual_seed(settings.seed + sum(name.encode()) * 7919)
+    shape = (settings.rows, settings.dim)
+    return torch.randn(shape, generator=generator).mul_(_TABLE_SPREAD)
+
+
+@torch.no_grad()
+def fill_tables(settings: Settings, state: Mapping[str, object]) -> None:
+    """Write the tables' first weights into the local shards of a sharded model's state."""
+    for name, value in state.items():
+        if ".embedding_bags." not in name:
+            continue
+        table = name.split(".")[-2]
+        assert hasattr(value, "local_shards"), f"{name} is a {type(value).__name__}"
+        for shard in value.local_shards():
+            (top, left), (rows, cols) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            whole = whole_table(settings, table)
+            shard.tensor.copy_(whole[top : top + rows, left : left + cols])
