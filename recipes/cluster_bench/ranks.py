@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from dmt_convert.errors import DmtError
 
+_QUIET: Final = ("-W", "ignore::FutureWarning")
+"""TorchRec and torch warn of each other at every launch."""
 _LOG_LINES: Final = 15
 _SETTLE_S: Final = 2.0
 """How long the others get to fail too when one has: the first one to die is often not the one
@@ -38,7 +40,7 @@ class Ranks:
         """Start the next rank, in the network namespace that this process is in."""
         with self._log(len(self.processes)).open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", json.dumps(settings)],
+                [sys.executable, *_QUIET, "-m", f"{__package__}.worker", json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

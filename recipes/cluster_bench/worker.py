@@ -14,6 +14,7 @@ the first rank of a host for the whole host.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -88,6 +89,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(1)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
     settings = Settings.from_json(json.loads(sys.argv[1]))
     dist.init_process_group("gloo", timeout=timedelta(seconds=settings.timeout_s))
     context = RankContext(
