@@ -21,7 +21,9 @@ DEFAULT_VARIANTS: Final = (
     "torchrec-towers-c1,torchrec-towers-c2,torchrec-towers-c4,torchrec-towers-c8,"
     "sptt,sptt-bf16,dmt-c2,dmt-c4,dmt-c8,dmt-c2-bf16,dmt-c4-bf16,dmt-c8-bf16"
 )
-_VARIANT: Final = re.compile(r"(flat|sptt|(torchrec-towers|dmt)-c(\d+))(-bf16)?")
+_VARIANT: Final = re.compile(
+    r"(flat|torchrec-towers-c(\d+)|(?:sptt|dmt-c(\d+))(-prefetch)?)(-bf16)?"
+)
 _MAX_RANKS: Final = 64
 
 
@@ -36,11 +38,13 @@ class VariantName:
     """Embedding bytes that cross hosts, over those that do after the tower modules; N / D."""
     precision: Precision
     """Of the exchanges (bf16 stands for 16 bits: TorchRec's codecs take fp16 on a CPU)."""
+    prefetch: bool
+    """Whether the ids of the next batch travel during this one's step (our engine only)."""
 
     @property
-    def exact(self) -> bool:
-        """Whether it computes what the flat model in fp32 computes."""
-        return self.compression == 1 and self.precision == "fp32"
+    def model(self) -> str:
+        """The model that it trains: variants of one model start with the same loss."""
+        return f"compression {self.compression}, {self.precision}"
 
     @property
     def baseline(self) -> str:
@@ -67,17 +71,20 @@ def parse_variant(text: str, *, dim: int) -> VariantName:
         ConfigError: There is no such variant.
     """
     match = _VARIANT.fullmatch(text)
-    compression = int(match[3] or 1) if match else 0
+    compression = int(match[2] or match[3] or 1) if match else 0
     if match is None or compression < 1 or dim % compression:
         raise ConfigError(
             f"--variants has {text!r}",
-            expected="flat, sptt, torchrec-towers-cX or dmt-cX, each with or without -bf16; X "
-            f"divides the embedding dim {dim}",
+            expected="flat, torchrec-towers-cX, sptt or dmt-cX, the latter two with or without "
+            f"-prefetch, then all with or without -bf16; X divides the embedding dim {dim}",
             hint=f"the default is {DEFAULT_VARIANTS}",
         )
-    family: Any = match[2] or match[1]
+    family: Any = re.split(r"-c\d|-prefetch", match[1])[0]
     return VariantName(
-        family=family, compression=compression, precision="bf16" if match[4] else "fp32"
+        family=family,
+        compression=compression,
+        precision="bf16" if match[5] else "fp32",
+        prefetch=match[4] is not None,
     )
 
 

@@ -82,6 +82,8 @@ def render_legend(settings: Settings, *, cores: int) -> str:
         f"time that this takes at {GOODPUT:.1%} of the nominal rate",
         "- CPU-bound here: link ms is less than twice CPU ms / cores",
         "- bf16 stands for 16-bit exchanges; TorchRec's codecs use fp16 on a CPU",
+        "- TorchRec sends ids as int64, our engine as int32; flat and torchrec-towers are not "
+        "pipelined, -prefetch sends the next batch's ids during the step",
     ]
     if settings.compute_ms:
         lines.append(

@@ -30,9 +30,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.errors import ConfigError
+from dmt_convert.engine import JaggedBatch, fused_parameters, shard_model
 from dmt_convert.plan.torchrec_plan import build_tower_collection, to_sharding_plan
 from dmt_convert.spec import ModelSpec
+from dmt_convert.towers import DmtModel
 from dmt_convert.towers.tower_module import build_tower_module
 
 from .case_model import Batch, DensePart, dmt_spec, fill_tables, flat_spec, place_towers
@@ -90,7 +91,7 @@ def build(name: str, settings: Settings, context: RankContext) -> Variant:
     """Build a variant; all ranks call it with the same name at the same time.
 
     Raises:
-        ConfigError: It is not known, or not to be had.
+        ConfigError: It is not known.
     """
     parsed = parse_variant(name, dim=settings.dim)
     torch.manual_seed(settings.seed)
@@ -98,25 +99,62 @@ def build(name: str, settings: Settings, context: RankContext) -> Variant:
         return build_flat(name, parsed, settings, context)
     if parsed.family == "torchrec-towers":
         return build_torchrec_towers(name, parsed, settings, context)
-    return build_own(name, parsed, settings, context)
+    return OwnVariant(name, parsed, settings, context)
 
 
-# ---------------------------------------------------------------------------------------------
-# ENGINE HOOK: the one place to fill in when dmt_convert.engine is there. See `Variant.step` for
-# what the result has to do, and case_model for the spec, plan and first weights to build it from.
-# ---------------------------------------------------------------------------------------------
-def build_own(
-    name: str,
-    parsed: VariantName,  # noqa: ARG001
-    settings: Settings,  # noqa: ARG001
-    context: RankContext,  # noqa: ARG001
-) -> Variant:
-    """Build our engine: `sptt` (passthrough towers) or `dmt-cX`, in fp32 or bf16."""
-    raise ConfigError(
-        f"variant {name}: this version has no engine of its own",
-        expected="flat or torchrec-towers-cX",
-        hint="name the variants with --variants",
-    )
+class OwnVariant:
+    """Our engine: SPTT with or without tower modules.
+
+    Args:
+        name: Of the variant.
+        parsed: What it says.
+        settings: Of the run.
+        context: This rank.
+    """
+
+    def __init__(
+        self, name: str, parsed: VariantName, settings: Settings, context: RankContext
+    ) -> None:
+        self.name = name
+        self.context = context
+        self.keys = list(flat_spec(settings).feature_names)
+        self.prefetch = parsed.prefetch
+        self.ahead: tuple[Batch, JaggedBatch] | None = None
+        spec = dmt_spec(settings, parsed)
+        empty = [nn.Module() for _ in spec.towers]  # the tables are made sharded
+        self.model = shard_model(
+            DmtModel(spec, tables=empty),
+            place_towers(settings, spec),
+            device="cpu",
+            fused_params=fused_parameters("rowwise-adagrad", lr=settings.learning_rate),
+            comm_dtype=parsed.precision,
+        )
+        fill_tables(settings, self.model.parallel.state_dict())
+        dense = self.model.dense_parameters().values()
+        self.optimizer = torch.optim.SGD(dense, lr=settings.learning_rate)
+
+    def step(self, batch: Batch) -> Tensor:
+        """See `Variant`."""
+        if self.ahead is not None and self.ahead[0] is batch:
+            jagged = self.ahead[1]
+        else:
+            jagged = self._jagged(batch)
+        if self.prefetch:
+            self.ahead = batch.upcoming, self._jagged(batch.upcoming)
+            self.model.towers.start_input(self.ahead[1].sparse)
+        logits = self.model(jagged)
+        if self.prefetch:
+            self.model.towers.advance_input()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        self.context.compute()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+    def _jagged(self, batch: Batch) -> JaggedBatch:
+        ids = KeyedJaggedTensor(self.keys, batch.values, lengths=batch.lengths)
+        return JaggedBatch(dense=batch.dense, sparse=ids, labels=batch.labels)
 
 
 class TorchRecVariant:
