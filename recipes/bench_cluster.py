@@ -65,7 +65,7 @@ _INTERRUPT_CODE: Final = 130
 QUICK: Final = {
     "topologies": "2x1",
     "rates": "200",
-    "variants": "flat,torchrec-towers-c1,torchrec-towers-c4",
+    "variants": "flat,torchrec-towers-c4,dmt-c4",
     "rounds": 1,
     "steps": 2,
     "batch": 32,
@@ -263,6 +263,14 @@ def main(arguments: list[str] | None = None) -> None:
         benchmark.run(mode)
     except DmtError as error:
         fail(options, error, code=3)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        unwritable = DmtError(
+            f"{where}{error.strerror or error}",
+            expected="a folder --out that can be written",
+            hint="check the path, its owner and its permissions",
+        )
+        fail(options, unwritable, code=3)
     except KeyboardInterrupt:
         stopped = DmtError("interrupted", expected="to run to the end", hint="run it again")
         fail(options, stopped, code=_INTERRUPT_CODE)
