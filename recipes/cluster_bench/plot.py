@@ -85,10 +85,13 @@ def _draw(panel: Axes, rows: Sequence[Row], settings: Settings, labels: dict[str
     panel.set_xlabel("link, Mbit/s")
 
 
-def _dashes(parsed: VariantName) -> str:
+def _dashes(parsed: VariantName) -> Any:
+    half = parsed.precision == "bf16"
     if parsed.family == "torchrec-towers":
-        return ":"
-    return "--" if parsed.precision == "bf16" else "-"
+        return (0, (1, 3)) if half else ":"
+    if parsed.prefetch:
+        return (0, (6, 1, 1, 1, 1, 1)) if half else "-."
+    return "--" if half else "-"
 
 
 def _caption(settings: Settings) -> str:

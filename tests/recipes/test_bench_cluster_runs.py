@@ -154,7 +154,7 @@ def test_the_link_carries_what_crosses_hosts_and_nothing_else(
         pytest.skip(f"no {kind} namespaces here")
     settings = Settings(
         topologies=(Topology(hosts=2, ranks_per_host=2),),
-        rates=(100.0, 20.0),
+        rates=(200.0, 20.0),
         variants=("flat",),
         rounds=1,
         steps=2,
@@ -173,7 +173,7 @@ def test_the_link_carries_what_crosses_hosts_and_nothing_else(
             assert 0.45 < host["loopback_bytes"] / settings.steps / payload < 0.7
     link_s = payload * 8 / (GOODPUT * 20e6)
     assert min(slow["step_s"]) > 0.95 * link_s  # the limit holds
-    assert min(slow["step_s"]) > 2 * min(fast["step_s"])
+    assert min(fast["step_s"]) < link_s  # and was another before
 
 
 @pytest.mark.slow
