@@ -172,16 +172,6 @@ def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monke
     assert (tmp_path / "new" / "mine").read_text() == "kept"
 
 
-def test_several_ranks_are_refused(tune, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert tune() == 3
-    printed = capsys.readouterr().err
-    assert "several ranks is not there yet" in printed and "expected: one process" in printed
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_one_process()
-
-
 @pytest.mark.parametrize("where", ["training.measure_rows", "finetuned_bundle.describe_bundle"])
 def test_an_interrupt_leaves_nothing(tune, tmp_path, capsys, monkeypatch, where) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
