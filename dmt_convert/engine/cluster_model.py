@@ -17,10 +17,11 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.engine.jagged import JaggedBatch
 from dmt_convert.engine.sharded_towers import ShardedTowers, TowersSharder
+from dmt_convert.engine.tower_head import TowerHead
 from dmt_convert.engine.wire import CommDtype
 from dmt_convert.plan import TowerPlan
 from dmt_convert.plan.torchrec_plan import to_sharding_plan
@@ -28,49 +29,6 @@ from dmt_convert.towers import DmtModel, DmtSpec
 
 TOWERS = "towers"
 """Where the towers are in a `ClusterModel`."""
-
-
-class TowerHead(nn.Module):
-    """A tower's module, on what TorchRec hands it.
-
-    Args:
-        features: The tower's features, in its order.
-        module: The tower module, which takes their pooled embeddings side by side.
-    """
-
-    def __init__(self, features: Sequence[str], module: nn.Module) -> None:
-        super().__init__()
-        self.features, self.module = list(features), module
-        # DistributedDataParallel refuses a module that has nothing to train
-        has_none = not any(True for _ in module.parameters())
-        self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
-
-    def forward(self, embeddings: KeyedTensor) -> Tensor:
-        """Return what the tower emits, shape (B, own O)."""
-        if embeddings.keys() == self.features:
-            pooled = embeddings.values()
-        else:
-            by_name = embeddings.to_dict()
-            pooled = torch.cat([by_name[name] for name in self.features], dim=1)
-        emitted: Tensor = self.module(pooled)
-        return emitted if self.anchor is None else _anchor(emitted, self.anchor)
-
-
-class _Anchored(torch.autograd.Function):
-    """Gives a parameter that does nothing a gradient of zero."""
-
-    @staticmethod
-    def forward(_ctx: Any, emitted: Tensor, _anchor: Tensor) -> Tensor:
-        return emitted.view_as(emitted)
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient.new_zeros(1)
-
-
-def _anchor(emitted: Tensor, anchor: Tensor) -> Tensor:
-    anchored: Tensor = _Anchored.apply(emitted, anchor)  # type: ignore[no-untyped-call]
-    return anchored
 
 
 class ClusterModel(nn.Module):
@@ -82,7 +40,7 @@ class ClusterModel(nn.Module):
         weighted: Whether ids come with weights.
     """
 
-    blocks: Tensor
+    order: Tensor
 
     def __init__(self, model: DmtModel, order: Sequence[int], *, weighted: bool) -> None:
         super().__init__()
@@ -94,7 +52,26 @@ class ClusterModel(nn.Module):
         )
         model.towers = nn.ModuleList()
         self.head = model
-        self.register_buffer("blocks", _block_order(spec, order), persistent=False)
+        # the head's own order of columns is merged into that of `settle_order`
+        self.register_buffer("order", model.arrange, persistent=False)
+        self._merges = spec.is_passthrough
+        if self._merges:
+            model.arrange = torch.empty(0, dtype=torch.int64)
+        else:
+            self.order = torch.empty(0, dtype=torch.int64)
+
+    def settle_order(self, columns: Sequence[int]) -> None:
+        """Be told in which order columns of the towers' joint output arrive.
+
+        Args:
+            columns: Column of the joint output, towers and their vectors in the spec's order, for
+                every column that arrives.
+        """
+        places = torch.argsort(torch.tensor(columns)).to(self.order.device)
+        if self._merges and self.order.numel():
+            places = places[self.order]
+        is_same = bool((places == torch.arange(len(places), device=places.device)).all())
+        self.order = places[:0] if is_same else places
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Return logits.
@@ -109,8 +86,8 @@ class ClusterModel(nn.Module):
         coming = self.towers(sparse)
         dense_BN = self.head.dense_arch(dense)
         emitted_BO = coming.wait()
-        if self.blocks.numel():
-            emitted_BO = emitted_BO.index_select(1, self.blocks)
+        if self.order.numel():
+            emitted_BO = emitted_BO.index_select(1, self.order)
         logits: Tensor = self.head.over_arch(self.head.interact(dense_BN, emitted_BO))
         return logits.squeeze(1)
 
@@ -133,17 +110,9 @@ def _build_tower(spec: DmtSpec, tower: int, module: nn.Module, *, weighted: bool
         if table.name in by_table
     ]
     bags = EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=torch.device("meta"))
-    return EmbeddingTower(bags, TowerHead(features, module))
-
-
-def _block_order(spec: DmtSpec, order: Sequence[int]) -> Tensor:
-    """Column of what arrives for every column of the towers' joint output; empty: the same."""
-    if list(order) == sorted(order):
-        return torch.empty(0, dtype=torch.int64)
-    arriving = [spec.tower_widths[t] for t in order]
-    starts = dict(zip(order, torch.tensor([0, *arriving]).cumsum(0).tolist(), strict=False))
-    return torch.cat(
-        [torch.arange(starts[t], starts[t] + width) for t, width in enumerate(spec.tower_widths)]
+    start = sum(spec.tower_widths[:tower])
+    return EmbeddingTower(
+        bags, TowerHead(features, spec.tower_dims(tower), module, (start, spec.tower_widths[tower]))
     )
 
 
@@ -219,8 +188,10 @@ def shard_model(
         plan=ShardingPlan(plan=dict(sharding.plan)),
         sharders=[TowersSharder(fused_params, comm_dtype=comm_dtype, vector_dim=_vector_dim(spec))],
     )
-    towers = parallel.module.towers
-    assert isinstance(towers, ShardedTowers)
+    core = parallel.module
+    towers = core.towers
+    assert isinstance(core, ClusterModel) and isinstance(towers, ShardedTowers)
+    core.settle_order(towers.arriving_columns())
     return ShardedModel(parallel=parallel, towers=towers, weighted=weighted)
 
 

@@ -9,7 +9,7 @@ Letters: W ranks, P groups of hosts, L ranks per group (W = P * L), B samples of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ from torchrec.distributed.dist_data import KJTAllToAll
 from torchrec.distributed.embedding_sharding import bucketize_kjt_before_all2all
 from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dmt_convert.engine.packed_ids import PackedExchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ class _WholeRoute:
             for rank in range(size)
         ]
         self._order = _Order(list(chain.from_iterable(by_rank)))
-        self._send = KJTAllToAll(_world(), [len(names) for names in by_rank], len(groups))
+        self._send = _make_exchange([len(names) for names in by_rank], len(groups))
 
     def start(self, features: KeyedJaggedTensor) -> Any:
         return self._send(_narrow(self._order(features)))
@@ -153,7 +155,7 @@ class _CutRoute:
             for feature in range(starts[g], starts[g + 1])
         ]
         counts = [len(group) for group in names for _ in range(size)]
-        self._send = KJTAllToAll(_world(), counts, len(groups))
+        self._send = _make_exchange(counts, len(groups))
 
     def start(self, features: KeyedJaggedTensor) -> Any:
         cut, _ = bucketize_kjt_before_all2all(
@@ -178,10 +180,14 @@ class _Order:
         return features.permute(self._indices, self._tensor)
 
 
-def _world() -> dist.ProcessGroup:
+def _make_exchange(counts: list[int], groups: int) -> Callable[[KeyedJaggedTensor], Any]:
+    """Make the exchange: TorchRec's, but for gloo."""
     world = dist.group.WORLD
     assert world is not None
-    return world
+    if dist.get_backend(world) == "gloo":
+        return PackedExchange(world, counts, len(counts) // groups)
+    exchange: Callable[[KeyedJaggedTensor], Any] = KJTAllToAll(world, counts, groups)
+    return exchange
 
 
 def _narrow(features: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -4,7 +4,8 @@ What `ShardedEmbeddingTowerCollection` of torchrec 1.8.0 lacks, and gets here:
 - it runs on CPUs (DistributedDataParallel is given no device ids there);
 - ids reach their rank in one exchange, which can be started a step ahead;
 - tower outputs cross hosts full duplex, in a precision of their own;
-- all towers of a host look up at once, before the first is waited for;
+- all towers of a host look up at once, and where their modules allow it, compress before they
+  exchange (`tower_run`);
 - weights can be loaded with `load_state_dict`;
 - the plan that it is given stays as it is.
 
@@ -28,13 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import embedding_tower_sharding as stock
 from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_tower import EmbeddingTowerCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.engine.exchange import PeerExchange
 from dmt_convert.engine.index_route import IndexRoute, describe_lookups
+from dmt_convert.engine.tower_run import make_tower_run
 from dmt_convert.engine.wire import CommDtype
 
 
@@ -73,13 +74,23 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
             )
         assert self.embeddings, "every group of hosts has a tower"
         embeddings = list(self.embeddings.values())
-        self._counts = [len(embedding._lookups) for embedding in embeddings]
-        self._route = IndexRoute(
-            describe_lookups(embeddings), self._cross_pg, dist.get_rank(self._intra_pg)
+        lookups = [describe_lookups([embedding]) for embedding in embeddings]
+        joined = [lookup for found in lookups for lookup in found]
+        self._route = IndexRoute(joined, self._cross_pg, dist.get_rank(self._intra_pg))
+        heads = [wrapped.module for wrapped in self.interactions.values()]
+        self._towers = make_tower_run(
+            embeddings, list(self.interactions.values()), heads, lookups, self._intra_pg
         )
-        self._exchange: PeerExchange | None = None
-        self._comm = (comm_dtype, vector_dim)
+        self._columns: list[list[int]] = [[] for _ in range(dist.get_world_size(self._cross_pg))]
+        dist.all_gather_object(self._columns, self._towers.columns, group=self._cross_pg)
+        self._exchange = PeerExchange(
+            self._cross_pg, list(map(len, self._columns)), comm_dtype, vector_dim
+        )
         self._ahead: deque[tuple[KeyedJaggedTensor, Any, Any]] = deque()
+
+    def arriving_columns(self) -> list[int]:
+        """Columns of the towers' joint output, in the order in which they arrive."""
+        return [column for columns in self._columns for column in columns]
 
     def start_input(self, features: KeyedJaggedTensor) -> None:
         """Start the exchange of a later batch's ids; `forward` takes it up when it comes."""
@@ -127,27 +138,10 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
 
     def compute(self, ctx: Any, dist_input: KJTList) -> Tensor:
         """Look up and run the tower modules: shape (P * B, own O)."""
-        parts = iter(self._route.split(list(dist_input)))
-        pooled = []
-        for count, embedding in zip(self._counts, self.embeddings.values(), strict=True):
-            found = [
-                lookup(next(parts))
-                for lookup, _ in zip(embedding._lookups, range(count), strict=True)
-            ]
-            context = EmbeddingBagCollectionContext(sharding_contexts=[None] * count)
-            pooled.append(embedding.output_dist(context, found))
-        emitted = [
-            module(vectors.wait())
-            for vectors, module in zip(pooled, self.interactions.values(), strict=True)
-        ]
-        return emitted[0] if len(emitted) == 1 else torch.cat(emitted, dim=1)
+        return self._towers(self._route.split(list(dist_input)))
 
     def output_dist(self, ctx: Any, output: Tensor) -> LazyAwaitable[Tensor]:
         """Start the exchange of tower outputs."""
-        if self._exchange is None:
-            widths = [0] * dist.get_world_size(self._cross_pg)
-            dist.all_gather_object(widths, output.shape[1], group=self._cross_pg)
-            self._exchange = PeerExchange(self._cross_pg, widths, *self._comm)
         return self._exchange(output)
 
     def load_state_dict(
