@@ -109,13 +109,19 @@ class DmtSpec:
 
     def tower_dims(self, tower: int) -> tuple[int, ...]:
         """Embedding dims of a tower's features."""
+        return self.dims_by_tower[tower]
+
+    @property
+    def dims_by_tower(self) -> tuple[tuple[int, ...], ...]:
+        """Embedding dims of every tower's features."""
         dims = dict(zip(self.flat.feature_names, self.flat.feature_dims, strict=True))
-        return tuple(dims[name] for name in self.towers[tower].features)
+        return tuple(tuple(dims[name] for name in tower.features) for tower in self.towers)
 
     @property
     def tower_widths(self) -> tuple[int, ...]:
         """Elements that every tower emits per sample."""
-        return tuple(tower.module.width(self.tower_dims(t)) for t, tower in enumerate(self.towers))
+        pairs = zip(self.towers, self.dims_by_tower, strict=True)
+        return tuple(tower.module.width(dims) for tower, dims in pairs)
 
     @property
     def compression(self) -> float:
@@ -135,8 +141,8 @@ class DmtSpec:
         """Widths of all vectors that the towers emit, in their order (not for passthrough)."""
         return tuple(
             tower.module.dim
-            for t, tower in enumerate(self.towers)
-            for _ in range(tower.module.num_vectors(len(self.tower_dims(t))))
+            for tower in self.towers
+            for _ in range(tower.module.num_vectors(len(tower.features)))
         )
 
     @property
