@@ -16,14 +16,15 @@ def make_cluster(
     hbm_gib: float | None = None,
     intra_gbps: float | None = None,
     inter_gbps: float | None = None,
+    gpu: str | None = None,
 ) -> Cluster:
-    """Turn options into a cluster; what is None keeps its default.
+    """Turn options into a cluster; what is None is the GPU's where one is named, else the default.
 
     Raises:
         ConfigError: No cluster has these numbers.
     """
     from dmt_convert.errors import ConfigError
-    from dmt_convert.plan import GIB, Cluster
+    from dmt_convert.plan import GIB, Cluster, find_gpu
 
     if hbm_gib is not None and not (math.isfinite(hbm_gib) and hbm_gib > 0):
         raise ConfigError(
@@ -37,4 +38,7 @@ def make_cluster(
         "inter_gbps": inter_gbps,
     }
     given = {name: value for name, value in values.items() if value is not None}
+    if gpu is not None:
+        preset = find_gpu(gpu)
+        given = {name: getattr(preset, name) for name in values} | given
     return Cluster(hosts=hosts, ranks_per_host=ranks_per_host, **given)

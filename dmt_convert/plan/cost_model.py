@@ -26,7 +26,7 @@ from dmt_convert.errors import ConfigError
 from dmt_convert.plan.collectives import Network, Peers
 from dmt_convert.plan.model_work import BACKWARD, DenseWork
 from dmt_convert.plan.presets import Gpu
-from dmt_convert.plan.step_load import FlatLoad, Lookup, TowerLoad
+from dmt_convert.plan.step_load import Lookup, StepLoad
 from dmt_convert.plan.traffic import ELEMENT_BYTES, Exchange
 
 CommDtype = Literal["fp32", "fp16", "bf16", "int8"]
@@ -151,29 +151,11 @@ class _Parts:
     """In seconds."""
 
 
-def flat_step(load: FlatLoad, machine: Machine) -> StepTime:
-    """Predict flat hybrid parallelism: every AlltoAll runs over all ranks."""
-    network = machine.network
-    peers = Peers.of_all(network.cluster)
-    parameters = load.work.dense_arch.parameters + load.work.over.parameters
-    return _assemble(
-        machine,
-        _Parts(
-            lookup=load.lookup,
-            dense_arch=load.work.dense_arch,
-            over=load.work.over,
-            reshuffles=1,
-            indices=network.all_to_all(load.indices, machine.batch, peers),
-            vectors=machine.vectors_seconds(load.embeddings, peers),
-            all_reduce=network.all_reduce(parameters * GRADIENT_BYTES, network.cluster.hosts),
-        ),
-    )
+def step_time(load: StepLoad, machine: Machine) -> StepTime:
+    """Predict a step: AlltoAlls inside the hosts of a tower, then among peers.
 
-
-def tower_step(load: TowerLoad, machine: Machine) -> StepTime:
-    """Predict towers: AlltoAlls inside the hosts of a tower, then among peers.
-
-    Where there is one group of hosts only, there are no peers, and nothing comes into their order.
+    Where there is one group of hosts only, as for the flat model, the first runs over all ranks,
+    and there are no peers and nothing that comes into their order.
     """
     network, traffic, work = machine.network, load.traffic, load.work
     inside = Peers.of_hosts(network.cluster, load.group_hosts)

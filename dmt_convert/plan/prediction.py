@@ -7,8 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.plan.cost_model import Machine, StepTime, flat_step, tower_step
-from dmt_convert.plan.step_load import as_passthrough, flat_load, planned_load
+from dmt_convert.plan.cost_model import Machine, StepTime, step_time
+from dmt_convert.plan.step_load import (
+    StepLoad,
+    as_flat,
+    as_passthrough,
+    even_load,
+    planned_load,
+)
 from dmt_convert.plan.tower_plan import TowerPlan
 from dmt_convert.towers import DmtSpec
 
@@ -44,18 +50,18 @@ class PredictedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the cost model says of a plan."""
+    """What the cost model says of a model in towers beside the flat one."""
 
     flat: PredictedStep
-    """Flat hybrid parallelism with tables spread perfectly."""
+    """Flat hybrid parallelism, its tables spread evenly over all ranks."""
     sptt: PredictedStep
-    """The plan's towers, uncompressed."""
+    """The towers uncompressed, their tables spread evenly over their hosts' ranks."""
     dmt: PredictedStep
-    """The bundle."""
+    """The bundle, its tables spread like that."""
 
     @property
     def steps(self) -> tuple[PredictedStep, ...]:
-        """All three."""
+        """Flat, SPTT, DMT."""
         return (self.flat, self.sptt, self.dmt)
 
 
@@ -90,7 +96,7 @@ def check_size(ranks: int) -> None:
 def predict_plan(
     model: DmtSpec, plan: TowerPlan, machine: Machine, *, ids_per_bag: float = 1.0
 ) -> Prediction:
-    """Predict a bundle's step on the ranks that its plan gives it.
+    """Predict a bundle's step on the hosts that its plan gives its towers.
 
     Args:
         model: The converted model.
@@ -103,20 +109,44 @@ def predict_plan(
     """
     check_ids_per_bag(ids_per_bag)
     check_size(plan.cluster.world_size)
-    towers = planned_load(model, plan, ids_per_bag)
-    bare = planned_load(as_passthrough(model), plan, ids_per_bag)
     return compare(
-        flat_step(flat_load(model, towers.traffic, ids_per_bag), machine),
-        tower_step(bare, machine),
-        tower_step(towers, machine),
+        even_load(as_flat(model.flat), plan.cluster, ids_per_bag),
+        planned_load(as_passthrough(model), plan, ids_per_bag, even_ranks=True),
+        planned_load(model, plan, ids_per_bag, even_ranks=True),
+        machine,
     )
 
 
-def compare(flat: StepTime, sptt: StepTime, dmt: StepTime) -> Prediction:
-    """Put three steps beside each other."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedStep:
+    """The bundle with every table on exactly the ranks that its plan names."""
 
-    def row(variant: Variant, step: StepTime) -> PredictedStep:
-        return PredictedStep(variant=variant, step=step, speedup=flat.total / step.total)
+    step: StepTime
+    """Where its time goes."""
+    busiest_rank: float
+    """Bytes that the busiest rank looks up, over the mean rank's."""
+
+
+def predict_placement(
+    model: DmtSpec, plan: TowerPlan, machine: Machine, *, ids_per_bag: float = 1.0
+) -> PlacedStep:
+    """Predict what a plan's uneven ranks cost; arguments and errors are `predict_plan`'s."""
+    check_ids_per_bag(ids_per_bag)
+    check_size(plan.cluster.world_size)
+    load = planned_load(model, plan, ids_per_bag)
+    return PlacedStep(
+        step=step_time(load, machine),
+        busiest_rank=load.lookup.row_bytes / load.lookup.mean_row_bytes,
+    )
+
+
+def compare(flat: StepLoad, sptt: StepLoad, dmt: StepLoad, machine: Machine) -> Prediction:
+    """Predict three ways to run a model, side by side."""
+    base = step_time(flat, machine)
+
+    def row(variant: Variant, load: StepLoad) -> PredictedStep:
+        step = step_time(load, machine)
+        return PredictedStep(variant=variant, step=step, speedup=base.total / step.total)
 
     return Prediction(flat=row("flat", flat), sptt=row("sptt", sptt), dmt=row("dmt", dmt))
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.plan.cost_model import Machine, flat_step, tower_step
+from dmt_convert.plan.cost_model import Machine
 from dmt_convert.plan.prediction import MAX_RANKS, Prediction, check_ids_per_bag, compare
-from dmt_convert.plan.step_load import as_passthrough, even_load, flat_load
+from dmt_convert.plan.step_load import as_flat, as_passthrough, even_load
 from dmt_convert.plan.suggestion import dealt_model
 from dmt_convert.spec import ModelSpec
 
@@ -104,12 +104,11 @@ def _point(
             expected="at most the embedding dim",
             hint="convert with less",
         )
-    load = even_load(model, cluster, ids_per_bag)
-    bare = even_load(as_passthrough(model), cluster, ids_per_bag)
     prediction = compare(
-        flat_step(flat_load(model, load.traffic, ids_per_bag), there),
-        tower_step(bare, there),
-        tower_step(load, there),
+        even_load(as_flat(flat), cluster, ids_per_bag),
+        even_load(as_passthrough(model), cluster, ids_per_bag),
+        even_load(model, cluster, ids_per_bag),
+        there,
     )
     return ScalePoint(
         hosts=hosts,

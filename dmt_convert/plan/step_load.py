@@ -2,6 +2,8 @@
 
 Letters: B samples per rank, F features, N embedding dim, H hosts, R ranks per host, W = H * R,
 P groups of k hosts that hold towers together (P = H, k = 1 unless there are fewer towers).
+
+The flat model is one tower over all hosts that emits its embeddings as they are: P = 1, k = H.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ class Lookup:
 
     row_bytes: float
     """Bytes of table rows, per sample of a rank's own batch."""
+    mean_row_bytes: float
+    """The same of a mean rank."""
     pooled_bytes: float
     """Bytes of the pooled embeddings, as float32, per sample of a rank's own batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TowerLoad:
+class StepLoad:
     """A model in towers on a cluster."""
 
     groups: int
@@ -39,7 +43,7 @@ class TowerLoad:
     group_hosts: int
     """k."""
     traffic: Traffic
-    """All exchanges, flat ones too, in float32."""
+    """All exchanges, in float32."""
     lookup: Lookup
     """Of the busiest rank."""
     module: DenseWork
@@ -48,52 +52,30 @@ class TowerLoad:
     """All dense parts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlatLoad:
-    """The flat model on a cluster, with tables spread perfectly over all ranks."""
-
-    indices: Exchange
-    """Ids to the ranks of their tables."""
-    embeddings: Exchange
-    """Pooled embeddings to the ranks of their samples, in float32."""
-    lookup: Lookup
-    """Of every rank."""
-    work: ModelWork
-    """All dense parts."""
-
-
-def flat_load(model: DmtSpec, traffic: Traffic, ids_per_bag: float) -> FlatLoad:
-    """Describe the flat model of a converted one.
+def planned_load(
+    model: DmtSpec, plan: TowerPlan, ids_per_bag: float, *, even_ranks: bool = False
+) -> StepLoad:
+    """Describe a model where a plan puts it.
 
     Args:
-        model: The converted model.
-        traffic: Its exchanges, which hold the flat ones.
-        ids_per_bag: Mean number of ids per sample and feature.
-    """
-    bare = as_passthrough(model)
-    rows, pooled = _flat_bytes(model.flat, ids_per_bag)
-    return FlatLoad(
-        indices=traffic.flat_indices,
-        embeddings=traffic.flat_embeddings,
-        lookup=Lookup(row_bytes=rows, pooled_bytes=pooled),
-        work=count_work(bare),
-    )
-
-
-def planned_load(model: DmtSpec, plan: TowerPlan, ids_per_bag: float) -> TowerLoad:
-    """Describe a model on the ranks that a plan gives it, as uneven as that is.
-
-    Args:
-        model: The converted model; with its passthrough twin this gives SPTT alone.
+        model: The converted model; its passthrough twin gives SPTT alone.
         plan: Where its tables lie.
         ids_per_bag: Mean number of ids per sample and feature.
+        even_ranks: Whether the ranks of a group of hosts share its tables evenly, instead of as
+            the plan says; groups stay as uneven as their towers.
     """
     ids = dict.fromkeys(model.flat.feature_names, ids_per_bag)
     towers = tower_loads(model.flat, model.assignment, ids)
     loads = {table.name: table for tables in towers for table in tables}
     placed = {placement.table: placement for placement in plan.tables}
     world = plan.cluster.world_size
-    _, rank_ids, rank_widths = measure_ranks(loads, placed, world)
+    _, rank_ids, widths = measure_ranks(loads, placed, world)
+    rank_widths: Sequence[float] = widths
+    rank_rows: Sequence[float] = _rank_row_bytes(loads, plan)
+    if even_ranks:
+        size = plan.hosts_per_tower * plan.cluster.ranks_per_host
+        rank_ids, rank_rows = _even_out(rank_ids, size), _even_out(rank_rows, size)
+        rank_widths = _even_out(rank_widths, size)
     work = count_work(model)
     group_of = {hosts: i for i, hosts in enumerate(sorted(set(plan.tower_hosts)))}
     groups = [_Group() for _ in group_of]
@@ -101,7 +83,7 @@ def planned_load(model: DmtSpec, plan: TowerPlan, ids_per_bag: float) -> TowerLo
         plan.tower_hosts, towers, model.tower_widths, work.towers, strict=True
     ):
         groups[group_of[hosts]].add(tables, width, module)
-    return TowerLoad(
+    return StepLoad(
         groups=len(groups),
         group_hosts=plan.hosts_per_tower,
         traffic=measure_traffic(
@@ -114,7 +96,8 @@ def planned_load(model: DmtSpec, plan: TowerPlan, ids_per_bag: float) -> TowerLo
             ids=[group.ids for group in groups],
         ),
         lookup=Lookup(
-            row_bytes=world * max(_rank_row_bytes(loads, plan)),
+            row_bytes=world * max(rank_rows),
+            mean_row_bytes=math.fsum(rank_rows),
             pooled_bytes=float(world * max(rank_widths) * ELEMENT_BYTES),
         ),
         module=max((group.work for group in groups), key=lambda work: work.flops),
@@ -122,7 +105,15 @@ def planned_load(model: DmtSpec, plan: TowerPlan, ids_per_bag: float) -> TowerLo
     )
 
 
-def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> TowerLoad:
+def _even_out(per_rank: Sequence[float], size: int) -> list[float]:
+    """Give every rank of a group of so many the group's mean."""
+    means: list[float] = []
+    for first in range(0, len(per_rank), size):
+        means += [math.fsum(per_rank[first : first + size]) / size] * size
+    return means
+
+
+def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
     """Describe a model whose towers and tables are spread perfectly evenly.
 
     Args:
@@ -137,11 +128,11 @@ def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> TowerLoad
     width = sum(model.flat.feature_dims)
     modules = sum(work.towers, NO_WORK)
     hosts = cluster.hosts // groups
-    return TowerLoad(
+    return StepLoad(
         groups=groups,
         group_hosts=hosts,
         traffic=_even_traffic(cluster, groups, sum(model.tower_widths), width, ids),
-        lookup=Lookup(row_bytes=rows, pooled_bytes=pooled),
+        lookup=Lookup(row_bytes=rows, mean_row_bytes=rows, pooled_bytes=pooled),
         module=DenseWork(
             flops=modules.flops / groups, parameters=math.ceil(modules.parameters / groups)
         ),
@@ -185,6 +176,12 @@ def as_passthrough(model: DmtSpec) -> DmtSpec:
     bare = TowerModuleSpec(kind="passthrough")
     towers = tuple(TowerSpec(features=tower.features, module=bare) for tower in model.towers)
     return DmtSpec(flat=model.flat, towers=towers)
+
+
+def as_flat(flat: ModelSpec) -> DmtSpec:
+    """Return a flat model as one tower."""
+    bare = TowerModuleSpec(kind="passthrough")
+    return DmtSpec(flat=flat, towers=(TowerSpec(features=flat.feature_names, module=bare),))
 
 
 class _Group:

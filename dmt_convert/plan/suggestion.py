@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from dmt_convert.errors import ConfigError, PlanError
 from dmt_convert.plan.cluster import Cluster
-from dmt_convert.plan.cost_model import Machine, flat_step, tower_step
+from dmt_convert.plan.cost_model import Machine, step_time
 from dmt_convert.plan.packer import plan_towers
 from dmt_convert.plan.prediction import check_ids_per_bag, check_size
-from dmt_convert.plan.step_load import flat_load, planned_load
+from dmt_convert.plan.step_load import as_flat, even_load, planned_load
 from dmt_convert.spec import ModelSpec, TowerAssignment
 from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
 
@@ -63,10 +64,15 @@ class Suggestion:
     refused: tuple[int, ...]
     """Numbers of towers whose tables do not fit the cluster's memory."""
 
+    @property
+    def worth_it(self) -> bool:
+        """Whether the best candidate beats the flat model."""
+        return self.best.speedup > 1
+
     def to_json(self, limit: int = 5) -> dict[str, Any]:
         """Return a JSON-able dict with the fastest candidates."""
         return {
-            "suggestion": self.best.to_json(),
+            "suggestion": {**self.best.to_json(), "beats_flat": self.worth_it},
             "candidates": [candidate.to_json() for candidate in self.candidates[:limit]],
             "towers_that_do_not_fit": list(self.refused),
         }
@@ -90,12 +96,21 @@ def suggest(flat: ModelSpec, machine: Machine, *, ids_per_bag: float = 1.0) -> S
     check_ids_per_bag(ids_per_bag)
     cluster = machine.network.cluster
     check_size(cluster.world_size)
+    base = step_time(even_load(as_flat(flat), cluster, ids_per_bag), machine).total
     found: list[Candidate] = []
     refused: list[int] = []
     failure: PlanError | None = None
     for towers in tower_counts(cluster, len(flat.tables)):
         try:
-            found += _candidates(flat, towers, machine, ids_per_bag)
+            found += [
+                Candidate(
+                    towers=towers,
+                    compression=compression,
+                    seconds=seconds,
+                    speedup=base / seconds,
+                )
+                for compression, seconds in _try_towers(flat, towers, machine, ids_per_bag)
+            ]
         except PlanError as error:
             refused.append(towers)
             failure = error
@@ -112,7 +127,10 @@ def suggest(flat: ModelSpec, machine: Machine, *, ids_per_bag: float = 1.0) -> S
 
 
 def tower_counts(cluster: Cluster, most: int) -> list[int]:
-    """Return numbers of towers worth trying: divisors of H, and small multiples.
+    """Return numbers of towers worth trying: the largest divisors of H, and small multiples.
+
+    One tower over several hosts compresses nothing that crosses them, so it is tried only where
+    there is no other number.
 
     Args:
         cluster: Where the model runs.
@@ -121,7 +139,8 @@ def tower_counts(cluster: Cluster, most: int) -> list[int]:
     hosts = cluster.hosts
     divisors = [towers for towers in range(1, min(hosts, most) + 1) if hosts % towers == 0]
     multiples = [hosts * n for n in range(2, MAX_TOWERS_PER_HOST + 1) if hosts * n <= most]
-    return divisors[-4:] + multiples
+    found = divisors[-4:] + multiples
+    return found[1:] if found[0] == 1 < hosts and len(found) > 1 else found
 
 
 def deal_tables(flat: ModelSpec, towers: int) -> TowerAssignment:
@@ -172,28 +191,21 @@ def dealt_model(flat: ModelSpec, towers: int, compression: float) -> DmtSpec | N
     )
 
 
-def _candidates(
+def _try_towers(
     flat: ModelSpec, towers: int, machine: Machine, ids_per_bag: float
-) -> list[Candidate]:
-    cluster = machine.network.cluster
-    found: list[Candidate] = []
+) -> Iterator[tuple[float, float]]:
+    """Yield compression and predicted seconds of every compression that can be had."""
     plan = None
     for compression in COMPRESSIONS:
         model = dealt_model(flat, towers, compression)
         if model is None:
             continue
-        if plan is None:  # all compressions emit alike from all towers, so the plan is the same
-            widths = model.tower_widths
-            plan = plan_towers(flat, model.assignment, cluster, tower_widths=widths)
-        load = planned_load(model, plan, ids_per_bag)
-        base = flat_step(flat_load(model, load.traffic, ids_per_bag), machine).total
-        seconds = tower_step(load, machine).total
-        found.append(
-            Candidate(
-                towers=towers,
-                compression=model.compression,
-                seconds=seconds,
-                speedup=base / seconds,
+        if plan is None:  # widths differ by one factor for all towers, so the plan is the same
+            plan = plan_towers(
+                flat,
+                model.assignment,
+                machine.network.cluster,
+                tower_widths=model.tower_widths,
             )
-        )
-    return found
+        load = planned_load(model, plan, ids_per_bag, even_ranks=True)
+        yield model.compression, step_time(load, machine).total

@@ -111,7 +111,7 @@ def measure_traffic(
     *,
     group_hosts: int,
     group_widths: Sequence[int],
-    rank_widths: Sequence[int],
+    rank_widths: Sequence[float],
     rank_ids: Sequence[float],
     flat_width: int,
     ids: Sequence[float],

@@ -18,7 +18,8 @@ OPTIONS = {
     "--dtype --model-config --seed --dry-run --force --json --quiet",
     "partition": "--towers --partition --affinity --together --apart --group --calibration "
     "--model-config --seed --out --plot --json --quiet",
-    "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --json --quiet",
+    "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
+    "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --json --quiet",
     "score": "--data --out --model-config --json --quiet",
     "evaluate": "--data --model-config --json --quiet",
     "verify": "--data --atol --rtol --checksums --model-config --json --quiet",
