@@ -1,6 +1,6 @@
 """Check the cost model's form against measured steps of emulated clusters.
 
-    python benchmarks/cost_model_check.py results.json
+    python benchmarks/cost_model_check.py results.json [more results]
     python benchmarks/cost_model_check.py benchmarks/first_cluster_runs.json
 
 Every topology is left out in turn: the constants are fitted on all others, and predict its steps
@@ -21,7 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from emulated_model import CORES, TERMS, Floats, count, fit, predict_ms, ring_share, terms
+from emulated_model import (
+    TERMS,
+    Floats,
+    count,
+    determines,
+    fit,
+    predict_ms,
+    ring_share,
+    terms,
+)
 from emulated_runs import Run, read_runs
 
 from dmt_convert.errors import DataError, DmtError
@@ -49,20 +58,23 @@ class Guess:
 def cross_check(runs: Sequence[Run]) -> list[Guess]:
     """Predict every topology from the others.
 
+    A topology is left out where the others do not tell all constants apart.
+
     Raises:
-        DataError: There is only one.
+        DataError: Nothing can be predicted.
     """
-    names = sorted({run.topology for run in runs})
-    if len(names) < 2:
-        raise DataError(
-            f"all rows are of {names[0]}",
-            expected="at least two topologies, so that one can be predicted from the others",
-            hint="run the benchmark on more, such as 4x2 8x1 2x4 8x2",
-        )
     guesses: list[Guess] = []
+    names = sorted({run.topology for run in runs})
     for name in names:
-        constants = fit([run for run in runs if run.topology != name])
-        guesses += _guess([run for run in runs if run.topology == name], constants)
+        others = [run for run in runs if run.topology != name]
+        if others and determines(others):
+            guesses += _guess([run for run in runs if run.topology == name], fit(others))
+    if not guesses:
+        raise DataError(
+            f"rows of {', '.join(names)} alone do not determine {len(TERMS)} constants",
+            expected="several topologies, link rates and compressions",
+            hint="run the benchmark on more, such as 4x2,8x1,2x4,8x2 at 100,200,500",
+        )
     return guesses
 
 
@@ -89,15 +101,16 @@ def _guess(runs: Sequence[Run], constants: Floats) -> list[Guess]:
 def _setting(run: Run) -> tuple[object, ...]:
     """What two runs must share to be compared."""
     return (
-        run.topology, run.link_mbit, run.batch, run.pooling, run.features, run.dim,
-        run.element_bytes,
+        run.topology, run.rate_mbit, run.batch, run.pooling, run.features, run.dim,
+        run.element_bytes, run.compute_ms,
     )  # fmt: skip
 
 
 def _cpu_bound(run: Run, constants: Floats) -> bool:
-    parts = terms(run) * constants
-    cpu = parts[:3].sum() if run.cpu_ms is None else run.cpu_ms / 1e3 / CORES
-    return bool(parts[3:].sum() < 2 * cpu)
+    """By the measured CPU time, or where there is none, the modelled one."""
+    parts = terms(run)
+    cpu = (parts * constants)[:3].sum() if run.cpu_ms is None else run.cpu_ms / 1e3 / run.cores
+    return bool(parts[3] < 2 * cpu)
 
 
 def median_error(guesses: Sequence[Guess]) -> float:
@@ -108,13 +121,20 @@ def median_error(guesses: Sequence[Guess]) -> float:
 def report(runs: Sequence[Run], guesses: Sequence[Guess]) -> None:
     """Print everything."""
     print(f"{len(runs)} rows, every topology predicted from the others\n")
+    left = sorted({run.topology for run in runs} - {guess.run.topology for guess in guesses})
+    if left:
+        print(f"not predicted, for the others do not determine the constants: {', '.join(left)}\n")
     _table("topology", guesses, lambda guess: guess.run.topology)
-    _table("link", guesses, lambda guess: f"{guess.run.link_mbit:g} Mbit")
+    _table("link", guesses, lambda guess: f"{guess.run.rate_mbit:g} Mbit")
     _table("variant", guesses, lambda guess: guess.run.kind)
     _table("bound", guesses, lambda guess: "CPU" if guess.cpu_bound else "link")
     _table("all", guesses, lambda guess: "")
     constants = fit(runs)
-    print("constants on all rows")
+    own = [abs(predict_ms(run, constants) / run.step_ms - 1) for run in runs]
+    print(
+        f"constants fitted to all rows, whose error then is {np.median(own):.1%} (median), "
+        f"{max(own):.1%} (worst)"
+    )
     shown = (
         (1e3, "ms CPU per rank"), (1e3, "ms CPU per message"), (1e9, "ns CPU per byte"),
         (1, "times bytes / rate"), (1e-6, "million parameters, times the same"),
@@ -149,24 +169,18 @@ def _table(title: str, guesses: Sequence[Guess], key: Callable[[Guess], str]) ->
 
 
 def _check_bytes(runs: Sequence[Run]) -> None:
-    """Compare counted bytes with measured ones, which also hold the dense gradients."""
-    measured = [run for run in runs if run.link_mb is not None and run.hosts > 1]
+    """Compare counted bytes with measured ones, which hold headers and dense gradients as well."""
+    measured = [run for run in runs if run.link_mb is not None]
     if not measured:
         print("  no bytes were measured")
         return
-    shares = np.array([[ring_share(run) * 4] for run in measured])
-    rest = np.array([(run.link_mb or 0) * 1e6 - count(run).link_bytes for run in measured])
-    parameters = max(0.0, float(np.linalg.lstsq(shares, rest, rcond=None)[0][0]))
-    errors = [
-        abs(
-            (count(run).link_bytes + parameters * ring_share(run) * 4) / (run.link_mb or 1) / 1e6
-            - 1
-        )
-        for run in measured
-    ]
+    rows = np.array([[count(run).link_bytes, ring_share(run) * 4] for run in measured])
+    rows /= np.array([[(run.link_mb or 0) * 1e6] for run in measured])
+    (headers, parameters), *_ = np.linalg.lstsq(rows, np.ones(len(measured)), rcond=None)
+    errors = np.abs(rows @ [headers, parameters] - 1)
     print(
-        f"  bytes per link: median error {np.median(errors):.1%}, worst {max(errors):.1%}, with "
-        f"{parameters / 1e6:.3f} million dense parameters"
+        f"  bytes per link: {np.median(errors):.1%} off (median), worst {errors.max():.1%}, with "
+        f"{headers - 1:.1%} of headers and {parameters / headers:,.0f} dense parameters"
     )
 
 
@@ -175,11 +189,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--at-most", type=float, default=None, metavar="X")
     args = parser.parse_args()
     try:
-        runs = read_runs(args.results)
+        runs = [run for path in args.results for run in read_runs(path)]
         guesses = cross_check(runs)
     except DmtError as error:
         print(error, file=sys.stderr)

@@ -1,15 +1,17 @@
 """The cost model on an emulated cluster: all ranks share a few cores, links are slow.
 
-Counts of bytes and messages are those of `dmt_convert.plan`. A step is a sum of
+Counts of bytes and messages are those of `dmt_convert.plan`. A step is the sum of
 
     A * ranks / cores                what a rank computes (A: CPU seconds per rank)
     alpha * messages / cores         CPU seconds per message, of all ranks
-    beta * bytes / cores             CPU seconds per byte copied, of all ranks
+    beta * crossing bytes / cores    CPU seconds per byte that leaves a host: both ends, the bridge
+                                     and the shaping of links run on the same cores
     link bytes / rate / efficiency   embeddings, their gradients, ids
-    dense bytes / rate / efficiency  the ring that sums dense gradients; P parameters, unknown
+    dense bytes / rate / efficiency  the ring that sums gradients of P dense parameters, unknown
 
 with five constants, none negative, that minimise the squared relative error of measured steps.
-CPU time and link time add up: nothing is known to hide here, since every rank waits for a core.
+CPU time and link time add up: what might hide is left to the constants, since every rank waits for
+a core.
 """
 
 from __future__ import annotations
@@ -22,16 +24,15 @@ import numpy as np
 import numpy.typing as npt
 from emulated_runs import Run
 
-from dmt_convert.plan import Assumptions, Cluster, Network
+from dmt_convert.plan import Cluster
 from dmt_convert.plan.collectives import Peers
 from dmt_convert.plan.step_load import StepLoad, as_flat, even_load
 from dmt_convert.plan.suggestion import deal_tables
-from dmt_convert.plan.traffic import ELEMENT_BYTES, Exchange
+from dmt_convert.plan.traffic import ELEMENT_BYTES
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec
 
 Floats = npt.NDArray[np.float64]
-CORES = 2
 TERMS = ("A", "alpha", "beta", "1 / efficiency", "P / efficiency")
 
 
@@ -41,8 +42,8 @@ class Counts:
 
     link_bytes: float
     """Embeddings, gradients and ids over one host's link, in one direction."""
-    all_bytes: float
-    """The same with what stays inside hosts, sent by all ranks."""
+    crossing_bytes: float
+    """The same over all links."""
     messages: float
     """Sent by all ranks."""
 
@@ -51,28 +52,21 @@ def count(run: Run) -> Counts:
     """Count what a run moves, by the library's formulas."""
     cluster = Cluster(hosts=run.hosts, ranks_per_host=run.ranks)
     load = _load(run, cluster)
-    network = Network(cluster=cluster, assumptions=Assumptions())
-    inside = Peers.of_hosts(network.cluster, load.group_hosts)
+    inside = Peers.of_hosts(cluster, load.group_hosts)
     between = Peers.between_groups(load.groups)
     traffic = load.traffic
-    scale = run.element_bytes / ELEMENT_BYTES
-    exchanges: list[tuple[Exchange, Peers, float]] = [
-        (traffic.peer_indices, between, 1.0),
-        (traffic.tower_indices, inside, 1.0),
-        (traffic.tower_embeddings, inside, 2 * scale),
-        (traffic.tower_outputs, between, 2 * scale),
-    ]
+    everybody = Peers.of_all(cluster)
+    # our engine sends ids in one hop, TorchRec's towers in two
+    hops = [everybody] if run.kind in ("sptt", "dmt") else [between, inside]
+    indices = traffic.peer_indices.cross_bytes + traffic.tower_indices.cross_bytes
+    vectors = traffic.tower_embeddings.cross_bytes + traffic.tower_outputs.cross_bytes
+    per_sample = indices + 2 * run.element_bytes / ELEMENT_BYTES * vectors
     world = cluster.world_size
-    cross = sum(times * exchange.cross_bytes for exchange, _, times in exchanges)
-    intra = sum(times * exchange.intra_bytes for exchange, _, times in exchanges)
-    trips = (1, 1, 2, 2)  # ids go one way
-    sent = sum(
-        trip * (peers.cross + peers.intra)
-        for trip, (_, peers, _) in zip(trips, exchanges, strict=True)
-    )
+    sent = sum(peers.cross + peers.intra for peers in [*hops, inside, inside, between, between])
+    link_bytes = per_sample * run.batch * run.ranks
     return Counts(
-        link_bytes=cross * run.batch * run.ranks,
-        all_bytes=(cross + intra) * run.batch * world,
+        link_bytes=link_bytes,
+        crossing_bytes=link_bytes * run.hosts,
         messages=world * (sent + 2 * (world - 1)),
     )
 
@@ -86,17 +80,24 @@ def ring_share(run: Run) -> float:
 def terms(run: Run) -> Floats:
     """What every constant is multiplied with to give seconds, in the order of `TERMS`."""
     found = count(run)
-    rate = run.link_mbit * 1e6 / 8
+    rate = run.rate_mbit * 1e6 / 8
     world = run.hosts * run.ranks
     return np.array(
         [
-            world / CORES,
-            found.messages / CORES,
-            found.all_bytes / CORES,
+            world / run.cores,
+            found.messages / run.cores,
+            found.crossing_bytes / run.cores,
             found.link_bytes / rate,
             ring_share(run) * ELEMENT_BYTES / rate,
         ]
     )
+
+
+def determines(runs: Sequence[Run]) -> bool:
+    """Whether the runs differ enough to tell all constants apart."""
+    rows = np.array([terms(run) / run.step_ms for run in runs])
+    rows = rows / np.maximum(rows.max(axis=0), 1e-300)
+    return int(np.linalg.matrix_rank(rows, tol=1e-6 * len(runs))) == rows.shape[1]
 
 
 def fit(runs: Sequence[Run]) -> Floats:
@@ -105,9 +106,9 @@ def fit(runs: Sequence[Run]) -> Floats:
     With five of them every set of those that are not 0 can be tried.
     """
     rows = np.array([terms(run) / (run.step_ms / 1e3) for run in runs])
+    target = np.array([1 - run.compute_ms / run.step_ms for run in runs])
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
     rows = rows / scale
-    target = np.ones(len(runs))
     best, least = np.zeros(rows.shape[1]), np.inf
     for size in range(1, rows.shape[1] + 1):
         for chosen in itertools.combinations(range(rows.shape[1]), size):
@@ -123,7 +124,7 @@ def fit(runs: Sequence[Run]) -> Floats:
 
 def predict_ms(run: Run, constants: Floats) -> float:
     """Predict a step."""
-    return float(terms(run) @ constants) * 1e3
+    return run.compute_ms + float(terms(run) @ constants) * 1e3
 
 
 def _load(run: Run, cluster: Cluster) -> StepLoad:

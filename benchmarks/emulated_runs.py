@@ -1,15 +1,8 @@
-"""Measured steps of the emulated clusters, as `recipes/bench_cluster.py` writes them.
+"""Measured steps of emulated clusters, read from what `recipes/bench_cluster.py` writes.
 
-A file is {"rows": [...]} or the list itself. Each row has
-
-    topology   "4x2", hosts x ranks per host      features  number of features
-    link_mbit  rate of a host's link in Mbit/s    dim       embedding dim
-    variant    flat, sptt, torchrec-towers-c4,    step_ms   median step
-               dmt-c8, and the same with -bf16    cpu_ms    CPU time per step, all ranks (optional)
-    batch      samples per rank                   link_mb   MB per host link and step (optional)
-    pooling    ids per feature
-
-Other names of the same things, in `_NAMES`, are read as well.
+Of its results.json this reads `schema_version` (1), `machine.cores`, of `settings` batch, pooling,
+features, dim and compute_ms, and of every topology's rows rate_mbit, variant, step_ms, and where
+they are there cpu_ms and link_mb.
 """
 
 from __future__ import annotations
@@ -24,40 +17,36 @@ from typing import Any
 
 from dmt_convert.errors import DataError
 
-_NAMES = {
-    "topology": ("topology", "cluster"),
-    "link_mbit": ("link_mbit", "mbit", "rate_mbit"),
-    "variant": ("variant", "name"),
-    "batch": ("batch", "batch_size", "local_batch"),
-    "pooling": ("pooling", "ids_per_bag"),
-    "features": ("features", "num_features", "feature_count"),
-    "dim": ("dim", "embedding_dim"),
-    "step_ms": ("step_ms", "median_step_ms", "median_ms"),
-    "cpu_ms": ("cpu_ms", "cpu_ms_per_step"),
-    "link_mb": ("link_mb", "mb_per_link", "link_mb_per_step"),
-}
-_OPTIONAL = ("cpu_ms", "link_mb")
-_VARIANT = re.compile(r"(flat|sptt|torchrec-towers|dmt)(?:-c(\d+(?:\.\d+)?))?(-bf16|-fp16)?")
+_VARIANT = re.compile(r"(flat|sptt|torchrec-towers|dmt)(?:-c(\d+(?:\.\d+)?))?(-prefetch)?(-bf16)?")
+_SETTINGS = ("batch", "pooling", "features", "dim")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One row."""
+    """One variant at one link rate on one topology."""
 
     hosts: int
     ranks: int
     """Per host."""
-    link_mbit: float
+    cores: int
+    """That all ranks share."""
+    rate_mbit: float
+    """Of every host's link."""
     variant: str
     batch: int
     """Samples per rank."""
     pooling: float
+    """Ids per feature."""
     features: int
     dim: int
+    compute_ms: float
+    """A sleep that stands for an accelerator, part of the step."""
     step_ms: float
+    """Median."""
     cpu_ms: float | None
-    """All ranks together."""
+    """Per step, all ranks together."""
     link_mb: float | None
+    """10^6 bytes per step over the busiest host's link, in one direction, headers included."""
 
     @property
     def topology(self) -> str:
@@ -66,48 +55,53 @@ class Run:
     @property
     def kind(self) -> str:
         """flat, sptt, torchrec-towers or dmt."""
-        return self._parts[0]
+        return self._parts()[0]
 
     @property
     def compression(self) -> float:
-        return float(self._parts[1] or 1)
+        return float(self._parts()[1] or 1)
 
     @property
     def element_bytes(self) -> int:
-        return 2 if self._parts[2] else 4
-
-    @property
-    def _parts(self) -> tuple[str, str | None, str | None]:
-        found = _VARIANT.fullmatch(self.variant)
-        assert found is not None
-        return found[1], found[2], found[3]
+        """Of embeddings and their gradients on the way."""
+        return 2 if self._parts()[2] else 4
 
     @property
     def label(self) -> str:
-        return f"{self.topology} {self.link_mbit:g} Mbit {self.variant}"
+        return f"{self.topology} {self.rate_mbit:g} Mbit {self.variant}"
+
+    def _parts(self) -> tuple[str, str | None, str | None]:
+        found = _VARIANT.fullmatch(self.variant)
+        assert found is not None
+        return found[1], found[2], found[4]
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Read a file of rows.
+    """Read a file of results.
 
     Raises:
         DataError: It is no such file, or a row is none; all that is wrong is listed.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise _refusal(f"{path} cannot be read ({error})", []) from None
-    rows = value.get("rows") if isinstance(value, Mapping) else value
-    if not isinstance(rows, list) or not rows:
-        raise _refusal(f"{path} holds no rows", [])
+        if value["schema_version"] != 1:
+            raise ValueError(f"schema_version {value['schema_version']!r}")
+        settings, cores = value["settings"], int(value["machine"]["cores"])
+        launches = [(launch["topology"], launch["rows"]) for launch in value["topologies"]]
+        base = {name: float(settings[name]) for name in _SETTINGS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refusal(f"{path} cannot be read ({error!r})", []) from None
     runs, problems = [], []
-    for i, row in enumerate(rows):
-        try:
-            runs.append(_run(row))
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"row {i}: {error}")
-    if problems:
-        raise _refusal(f"{path} has {len(problems)} rows that are none", problems[:20])
+    for topology, rows in launches:
+        for i, row in enumerate(rows):
+            try:
+                compute = float(settings.get("compute_ms", 0.0))
+                runs.append(_run(topology, row, base, compute, cores))
+            except (KeyError, TypeError, ValueError) as error:
+                problems.append(f"{topology}, row {i}: {error!r}")
+    if problems or not runs:
+        found = f"{len(problems)} rows that are none" if problems else "no rows"
+        raise _refusal(f"{path} has {found}", problems[:20])
     return runs
 
 
@@ -115,30 +109,33 @@ def _refusal(found: str, details: list[str]) -> DataError:
     return DataError(
         found,
         expected="the results.json of recipes/bench_cluster.py",
-        hint="run the benchmark, or see the head of benchmarks/emulated_runs.py for the keys",
+        hint="run that benchmark; the head of benchmarks/emulated_runs.py lists what is read",
         details=details,
     )
 
 
-def _run(row: Any) -> Run:
-    if not isinstance(row, Mapping):
-        raise TypeError("not an object")
-    values = {}
-    for name, names in _NAMES.items():
-        given = next((row[key] for key in names if row.get(key) is not None), None)
-        if given is None and name not in _OPTIONAL:
-            raise KeyError(f"no {name}")
-        values[name] = given
-    shape = re.fullmatch(r"(\d+)x(\d+)", str(values["topology"]))
-    if shape is None or not _VARIANT.fullmatch(str(values["variant"])):
-        raise ValueError(f"topology {values['topology']!r}, variant {values['variant']!r}")
+def _run(
+    topology: Any, row: Mapping[str, Any], settings: Mapping[str, float], compute: float, cores: int
+) -> Run:
+    shape = re.fullmatch(r"(\d+)x(\d+)", topology)
+    if shape is None or not _VARIANT.fullmatch(row["variant"]):
+        raise ValueError(f"topology {topology!r}, variant {row['variant']!r}")
     numbers = {
-        name: None if values[name] is None else float(values[name])
-        for name in _NAMES
-        if name not in ("topology", "variant")
+        **settings,
+        "hosts": float(shape[1]),
+        "ranks": float(shape[2]),
+        "cores": float(cores),
+        "rate_mbit": float(row["rate_mbit"]),
+        "step_ms": float(row["step_ms"]),
     }
-    wrong = [n for n, v in numbers.items() if v is not None and not (math.isfinite(v) and v > 0)]
-    if wrong or min(int(shape[1]), int(shape[2])) < 1:
-        raise ValueError(f"not positive: {', '.join(wrong) or 'topology'}")
-    numbers |= {name: int(numbers[name] or 0) for name in ("batch", "features", "dim")}
-    return Run(hosts=int(shape[1]), ranks=int(shape[2]), variant=str(values["variant"]), **numbers)
+    optional = {
+        name: None if row.get(name) is None else float(row[name]) for name in ("cpu_ms", "link_mb")
+    }
+    known = numbers | {name: value for name, value in optional.items() if value is not None}
+    wrong = [name for name, value in known.items() if not (math.isfinite(value) and value > 0)]
+    if wrong or not (math.isfinite(compute) and 0 <= compute < numbers["step_ms"]):
+        raise ValueError(f"no such numbers: {', '.join(wrong) or 'compute_ms'}")
+    whole = {
+        n: int(numbers.pop(n)) for n in ("hosts", "ranks", "cores", "batch", "features", "dim")
+    }
+    return Run(variant=row["variant"], compute_ms=compute, **whole, **numbers, **optional)

@@ -21,6 +21,7 @@ def imported_by(module: str) -> set[str]:
         "dmt_convert",
         "dmt_convert.spec",
         "dmt_convert.finetune",
+        "dmt_convert.plan",
         "dmt_convert.cli.main",
         "dmt_convert.recipes",
         "dmt_convert.recipes.finetune_dmt",
