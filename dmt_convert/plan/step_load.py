@@ -69,8 +69,8 @@ def planned_load(
     loads = {table.name: table for tables in towers for table in tables}
     placed = {placement.table: placement for placement in plan.tables}
     world = plan.cluster.world_size
-    _, rank_ids, widths = measure_ranks(loads, placed, world)
-    rank_widths: Sequence[float] = widths
+    rank_widths: Sequence[float]
+    _, rank_ids, rank_widths = measure_ranks(loads, placed, world)
     rank_rows: Sequence[float] = _rank_row_bytes(loads, plan)
     if even_ranks:
         size = plan.hosts_per_tower * plan.cluster.ranks_per_host
