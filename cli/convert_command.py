@@ -99,6 +99,14 @@ def run(
             "--dtype", help="Store tables in this type. [as they are]", metavar="fp32|fp16|bf16"
         ),
     ] = None,
+    optimizer_state: Annotated[
+        str,
+        typer.Option(
+            "--optimizer-state",
+            help="Keep Adagrad's accumulators of the tables, from which fine-tuning goes on.",
+            metavar="keep|drop",
+        ),
+    ] = "keep",
     model_config: ModelConfigOption = None,
     seed: SeedOption = 0,
     dry_run: Annotated[
@@ -150,6 +158,7 @@ def run(
         distill_steps=distill_steps,
         cluster=_cluster(hosts, ranks_per_host, hbm_gib, towers),
         dtype=None if dtype is None else _choice("--dtype", dtype, _DTYPES),  # type: ignore[arg-type]
+        optimizer_state=_choice("--optimizer-state", optimizer_state, _STATES),  # type: ignore[arg-type]
         model_config=_read_config(model_config),
         seed=seed,
         force=force,
@@ -165,6 +174,7 @@ def run(
 
 _MODULES = ("auto", "passthrough", "dlrm", "dcn")
 _DTYPES = ("fp32", "fp16", "bf16")
+_STATES = ("keep", "drop")
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -211,11 +221,13 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "alternatives": [asdict(other) for other in preview.alternatives],
         "compression": preview.compression,
         "table_bytes": preview.table_bytes,
+        "accumulator_bytes": preview.accumulator_bytes,
     }
     facts = [[f.subject, f.value, f.source, f.reason] for f in preview.info.facts]
     rows = [
         ("would write", str(preview.out)),
         ("tables", f"{len(spec.tables)}, {human_bytes(preview.table_bytes)}"),
+        ("accumulators", human_bytes(preview.accumulator_bytes)),
         ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
         ("tower module", _module_text([module])),
         *(("  or", _module_text([other])) for other in preview.alternatives),
@@ -256,6 +268,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
         "initialisation": dict(manifest.initialisation),
+        "optimizer_state": dict(manifest.optimizer_state),
         "quality": quality.to_json(),
         "facts": [dict(fact) for fact in manifest.facts],
     }
@@ -267,6 +280,7 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         ("tower module", _module_text([tower.module for tower in model.towers])),
         ("compression", f"{model.compression:.2f}"),
         ("initialised", str(manifest.initialisation["method"])),
+        ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]
     columns = ["model", "R^2>", "max |diff|>", "rank corr.>"]
     columns += ["AUC>", "log loss>", "NE>"] if quality.labelled else []
@@ -278,6 +292,8 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
         lines.append(cells)
     title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
     output.result(value, grid(rows), table(title, columns, lines))
+    for note in manifest.optimizer_state["notes"]:
+        output.remark(f"note: {note}")
     assumed = [f"{f['subject']} = {f['value']}" for f in manifest.facts if f["source"] == "assumed"]
     if assumed:
         output.remark("assumed: " + "; ".join(assumed) + "\n(say otherwise with --model-config)")

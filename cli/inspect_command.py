@@ -58,6 +58,7 @@ def _as_json(info: FlatModelInfo) -> dict[str, Any]:
             for name, tensor in info.tensors.items()
         },
         "optimizer_state": {name: tensor.path for name, tensor in info.row_state.items()},
+        "accumulators": {name: tensor.path for name, tensor in info.accumulators.items()},
         "ignored": list(info.ignored),
         "scalars": {key: _plain(value) for key, value in info.checkpoint.scalars.items()},
     }
@@ -82,6 +83,7 @@ def _tables(info: FlatModelInfo) -> list[Any]:
         ("over_arch", " -> ".join(map(str, spec.over_arch.widths))),
         ("tables", f"{len(spec.tables)}, {human_bytes(sum(t.nbytes for t in spec.tables))}"),
         ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
+        ("accumulators", f"Adagrad's, which bundles keep, for {len(info.accumulators)} of these"),
         *(("not used", line) for line in info.ignored),
     ]
     facts = [[fact.subject, fact.value, fact.source, fact.reason] for fact in info.facts]
@@ -118,6 +120,7 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
         ("tower module", model.kind),
         ("compression", f"{model.compression:.2f}"),
         ("initialised", str(manifest.initialisation.get("method"))),
+        ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]
     towers = []
     for t, tower in enumerate(model.towers):

@@ -9,21 +9,25 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
-from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.architectures import FlatModelInfo, infer_model
 from dmt_convert.bundle import (
     Bundle,
     Documents,
     Manifest,
+    accumulator_bytes,
     check_checksums,
     check_space,
     check_target,
+    describe_accumulators,
+    plan_accumulator_files,
     plan_table_files,
     table_bytes,
     write_bundle,
 )
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
 from dmt_convert.partition import (
     Partition,
@@ -34,7 +38,6 @@ from dmt_convert.partition import (
 )
 from dmt_convert.plan import Cluster, TowerPlan, default_cluster, plan_towers
 from dmt_convert.sampling import Sample, draw_sample
-from dmt_convert.spec import Dtype
 from dmt_convert.towers import (
     DmtSpec,
     TowerModuleSpec,
@@ -49,45 +52,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "Conversion",
+    "ConvertConfig",
+    "Preview",
+    "Progress",
+    "convert_checkpoint",
+    "default_out",
+    "partition_sample",
+    "preview_conversion",
+]
+
 Progress = Callable[[str, int, int], None]
 """Told of the current step, and of units done and in all (0 where unknown)."""
 _MIN_ROWS: Final = 16
 _MAX_HOSTS_PER_TOWER: Final = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertConfig:
-    """What `dmt convert` is asked for."""
-
-    partition: PartitionConfig
-    """How features become towers."""
-    own_strategy: bool = True
-    """Whether the strategy is the user's; else it is `diverse` where towers may combine features,
-    since those that the model pairs strongly are then better kept apart."""
-    tower_module: Literal["auto", "passthrough", "dlrm", "dcn"] = "auto"
-    """Kind of tower module."""
-    c: int | None = None
-    """Vectors per feature."""
-    p: int | None = None
-    """Vectors per tower."""
-    dim: int | None = None
-    """Output dim D."""
-    compression: float | None = None
-    """Compression to reach, instead of `dim`."""
-    calibration: Path | None = None
-    """Data to measure moments and agreement on."""
-    distill_steps: int | None = None
-    """Steps of distillation after the closed form; None: as many as cost little."""
-    cluster: Cluster | None = None
-    """Cluster to plan for; by default one host of 8 ranks per tower."""
-    dtype: Dtype | None = None
-    """Store tables in this type."""
-    model_config: ModelConfig | None = None
-    """What the user says of the model."""
-    seed: int = 0
-    """Seed of everything random."""
-    force: bool = False
-    """Replace a bundle that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +87,8 @@ class Preview:
     """What would cross hosts uncompressed, over what does."""
     table_bytes: int
     """Bytes of all tables in the bundle."""
+    accumulator_bytes: int
+    """Bytes of the accumulators that go with them."""
     partition: Partition | None
     """The towers, where they can be told without reading weights."""
 
@@ -144,7 +125,9 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
     """
     info = infer_model(open_checkpoint(source), config.model_config)
     _check_out(info.checkpoint.source, out, force=config.force)
-    check_space(out, table_bytes(info, config.dtype))
+    size = table_bytes(info, config.dtype)
+    summed = accumulator_bytes(info) if config.optimizer_state == "keep" else 0
+    check_space(out, size + summed)
     partition = None
     if isinstance(config.partition.strategy, Path) or config.partition.strategy == "round-robin":
         partition = partition_features(info.spec, config.partition)
@@ -169,7 +152,8 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
         alternatives=_alternatives(info, config, module, len(towers)),
         num_towers=len(towers),
         compression=sum(info.spec.feature_dims) / emitted,
-        table_bytes=table_bytes(info, config.dtype),
+        table_bytes=size,
+        accumulator_bytes=summed,
         partition=partition,
     )
 
@@ -366,8 +350,11 @@ def _write(
 ) -> Bundle:
     from dmt_convert.report.documents import describe_conversion, describe_manifest
 
-    tables = plan_table_files(info, partition.assignment.towers, dtype=config.dtype)
+    towers, keep = partition.assignment.towers, config.optimizer_state == "keep"
+    tables = plan_table_files(info, towers, dtype=config.dtype)
+    accumulators = plan_accumulator_files(info, towers) if keep else {}
     total = sum(source.nbytes for sources in tables.values() for source in sources)
+    total += sum(source.nbytes for sources in accumulators.values() for source in sources)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -380,7 +367,10 @@ def _write(
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         started = starting.result()
-        manifest = describe_manifest(info, partition, started, sample)
+        manifest = replace(
+            describe_manifest(info, partition, started, sample),
+            optimizer_state=describe_accumulators(info, accumulators, keep=keep),
+        )
         # the towers may emit less, or otherwise, than was asked for
         final = _plan(info, started.spec, partition, plan.cluster)
         return (
@@ -394,6 +384,7 @@ def _write(
         tables,
         small=lambda: starting.result().weights,
         describe=describe,
+        accumulators=accumulators,
         force=config.force,
         on_bytes=on_bytes,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dmt_convert.architectures.optimizer_state import is_accumulator
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.spec import ModelSpec
 
@@ -57,6 +58,11 @@ class FlatModelInfo:
             for name, info in self.optimizer_state.items()
             if name.startswith("tables.")
         }
+
+    @property
+    def accumulators(self) -> dict[str, TensorInfo]:
+        """Table -> Adagrad's sum of squared gradients, where there is one: as `row_state`."""
+        return {name: info for name, info in self.row_state.items() if is_accumulator(info)}
 
     @property
     def dense_tensors(self) -> dict[str, TensorInfo]:

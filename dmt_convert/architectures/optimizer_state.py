@@ -64,6 +64,11 @@ def find_optimizer_state(checkpoint: FlatCheckpoint, match: Match) -> Mapping[st
     return found
 
 
+def is_accumulator(state: TensorInfo) -> bool:
+    """Tell Adagrad's sum of squared gradients, which only grows, from Adam's decayed mean."""
+    return _last_key(state) in _ADAGRAD
+
+
 def read_initial_value(checkpoint: FlatCheckpoint, state: TensorInfo) -> float:
     """Return what an accumulator held before training: Adagrad may start above zero.
 

@@ -3,6 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dmt_convert.bundle.accumulators import (
+    AccumulatorSource,
+    accumulator_bytes,
+    accumulator_file,
+    describe_accumulators,
+    plan_accumulator_files,
+)
 from dmt_convert.bundle.bundle import (
     PLAN_NAME,
     Bundle,
@@ -27,18 +34,23 @@ __all__ = [
     "MANIFEST_NAME",
     "PLAN_NAME",
     "SCHEMA_VERSION",
+    "AccumulatorSource",
     "Bundle",
     "Documents",
     "Manifest",
     "SmallWeights",
     "Weights",
+    "accumulator_bytes",
+    "accumulator_file",
     "check_checksums",
     "check_digests",
     "check_space",
     "check_target",
+    "describe_accumulators",
     "is_bundle",
     "open_bundle",
     "open_bundle_model",
+    "plan_accumulator_files",
     "plan_table_files",
     "read_manifest",
     "split_state",

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.bundle.accumulators import (
+    AccumulatorSource,
+    accumulated_table,
+    accumulator_file,
+    accumulator_name,
+    write_accumulators,
+)
 from dmt_convert.bundle.digest import TreeDigest, digest_names
 from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
 from dmt_convert.bundle.safetensors_writer import StreamedFile, TensorSource
@@ -39,6 +46,17 @@ class Bundle:
     """Tensors outside towers, by canonical name."""
     towers: tuple[Mapping[str, TensorInfo], ...]
     """Tensors of every tower: `tables.{table}.weight` and `tower_module.*`."""
+    accumulator_files: Mapping[str, Mapping[str, TensorInfo]]
+    """Weights file -> Adagrad's accumulators of a tower's tables: `tables.{table}.accumulator`."""
+
+    @property
+    def accumulators(self) -> dict[str, TensorInfo]:
+        """Table -> its accumulator of squared gradients, shape (rows, 1), where there is one."""
+        return {
+            accumulated_table(name): info
+            for tensors in self.accumulator_files.values()
+            for name, info in tensors.items()
+        }
 
     @property
     def plan(self) -> TowerPlan:
@@ -71,6 +89,7 @@ def write_bundle(
     *,
     small: Callable[[], SmallWeights],
     describe: Callable[[], tuple[Manifest, TowerPlan, Documents]],
+    accumulators: Mapping[str, Sequence[AccumulatorSource]] | None = None,
     force: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Bundle:
@@ -81,7 +100,9 @@ def write_bundle(
         tables: Weights file -> its tables, which are streamed first.
         small: Gives all other weights, once the tables are written.
         describe: Gives the manifest (weights and digests are filled in, that of the source where
-            it has none), the plan, and what makes further documents.
+            it has none), the plan, and what makes further documents. Asked once all is written.
+        accumulators: Weights file -> accumulators of its tables; one that is damaged is left out,
+            and says so.
         force: Replace a bundle that is there.
         on_bytes: Told of every written piece, for progress.
 
@@ -89,10 +110,12 @@ def write_bundle(
         BundleError: The target is taken, or the disk is full.
         CheckpointError: A table holds NaN or Inf, or its bytes are not what they were.
     """
+    accumulators = accumulators or {}
     needed = sum(source.nbytes for sources in tables.values() for source in sources)
+    needed += sum(source.nbytes for sources in accumulators.values() for source in sources)
     with staged_folder(out, force=force, needed_bytes=needed + _DOCUMENT_BYTES) as staging:
         make_folder(staging / "weights")
-        weights = _write_weights(staging, tables, small, on_bytes)
+        weights = _write_weights(staging, tables, accumulators, small, on_bytes)
         manifest, plan, documents = describe()
         # a bundle made of another one keeps the digest of the flat model
         digest = manifest.source.get("digest") or _source_digest(tables, weights)
@@ -107,6 +130,7 @@ def write_bundle(
 def _write_weights(
     staging: Path,
     tables: Mapping[str, list[TensorSource]],
+    accumulators: Mapping[str, Sequence[AccumulatorSource]],
     small: Callable[[], SmallWeights],
     on_bytes: Callable[[int], None],
 ) -> Weights:
@@ -117,12 +141,17 @@ def _write_weights(
     }
     for file in files.values():
         file.write_large(on_bytes)
+    summed = {
+        name: write_accumulators(staging / name, sources, metadata=metadata, on_bytes=on_bytes)
+        for name, sources in accumulators.items()
+    }
     late = small().sources()
-    weights = {}
-    for name, file in files.items():
-        digests = file.finish(late[name])
-        weights[name] = {"bytes": (staging / name).stat().st_size, "digests": digests}
-    return weights
+    digests = {name: file.finish(late[name]) for name, file in files.items()}
+    digests |= {name: found for name, found in summed.items() if found}
+    return {
+        name: {"bytes": (staging / name).stat().st_size, "digests": found}
+        for name, found in digests.items()
+    }
 
 
 def _source_digest(tables: Mapping[str, list[TensorSource]], weights: Weights) -> str:
@@ -166,7 +195,13 @@ def open_bundle(path: Path) -> Bundle:
         _read_headers(path, tower_file(t), manifest) for t in range(len(manifest.model.towers))
     )
     _check_tables(path, manifest, towers)
-    return Bundle(path=path, manifest=manifest, dense=dense, towers=towers)
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        dense=dense,
+        towers=towers,
+        accumulator_files=_read_accumulators(path, manifest),
+    )
 
 
 def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, TensorInfo]:
@@ -199,6 +234,23 @@ def _check_tables(
                 raise _broken(folder, f"table {table.name!r} of tower {t} is {found}")
 
 
+def _read_accumulators(folder: Path, manifest: Manifest) -> dict[str, dict[str, TensorInfo]]:
+    """Read the headers of accumulators, where the manifest lists any: older bundles have none."""
+    flat, files = manifest.model.flat, {}
+    for t, tower in enumerate(manifest.model.towers):
+        name = accumulator_file(t)
+        if name not in manifest.weights:
+            continue
+        files[name] = _read_headers(folder, name, manifest)
+        tables = [flat.table_of(feature) for feature in tower.features]
+        shapes = {accumulator_name(table.name): (table.rows, 1) for table in tables}
+        for tensor, info in files[name].items():
+            if info.dtype != "fp32" or info.shape != shapes.get(tensor):
+                found = f"{info.dtype} of shape {list(info.shape)}"
+                raise _broken(folder, f"{tensor} of tower {t} in {name} is {found}")
+    return files
+
+
 def _broken(folder: Path, what: str) -> BundleError:
     return BundleError(
         f"the bundle {folder} is damaged: {what}",
@@ -215,6 +267,7 @@ def check_digests(bundle: Bundle, on_bytes: Callable[[int], None] = lambda count
     """
     groups = {DENSE_FILE: bundle.dense}
     groups |= {tower_file(t): tensors for t, tensors in enumerate(bundle.towers)}
+    groups |= bundle.accumulator_files
     changed = []
     for file, tensors in groups.items():
         expected = bundle.manifest.weights[file]["digests"]

@@ -13,6 +13,7 @@ from dmt_convert.errors import BundleError, DmtError
 from dmt_convert.towers import DmtSpec
 
 SCHEMA_VERSION: Final = 1
+"""Raised when a bundle can no longer be read as before; a part that may be passed over does not."""
 MANIFEST_NAME: Final = "dmt.json"
 _KINDS: Final[Mapping[str, type]] = {
     "tool": dict,
@@ -21,10 +22,11 @@ _KINDS: Final[Mapping[str, type]] = {
     "facts": list,
     "partition": dict,
     "initialisation": dict,
+    "optimizer_state": dict,
     "quality": dict,
     "weights": dict,
 }
-"""What the parts of `dmt.json` are."""
+"""What the parts of `dmt.json` are; bundles that lack `optimizer_state` came before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,9 @@ class Manifest:
     initialisation: Mapping[str, Any] = field(default_factory=dict)
     """method, sample, notes; in a fine-tuned bundle also finetune: parent, data, settings, steps,
     best_step, before, after, history, notes, previous (the parent's own record)."""
+    optimizer_state: Mapping[str, Any] = field(default_factory=dict)
+    """What became of the state of the tables' optimizer: accumulators and averaged (numbers of
+    tables), notes. Empty in bundles that were written before there was any."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     """How well the converted model agrees with the flat one."""
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -62,6 +67,7 @@ class Manifest:
             "facts": [dict(fact) for fact in self.facts],
             "partition": dict(self.partition),
             "initialisation": dict(self.initialisation),
+            "optimizer_state": dict(self.optimizer_state),
             "quality": dict(self.quality),
             "weights": {name: dict(entry) for name, entry in self.weights.items()},
         }
@@ -74,6 +80,7 @@ class Manifest:
             TypeError: A part is of another kind than it should be; likewise KeyError, ValueError
                 and AttributeError.
         """
+        value = {"optimizer_state": {}, **value}
         for name, kind in _KINDS.items():
             if not isinstance(value[name], kind):
                 raise TypeError(f"{name} is {type(value[name]).__name__}")
@@ -87,6 +94,7 @@ class Manifest:
             facts=tuple(value["facts"]),
             partition=value["partition"],
             initialisation=value["initialisation"],
+            optimizer_state=value["optimizer_state"],
             quality=value["quality"],
             weights=value["weights"],
             tool_version=value["tool"]["version"],

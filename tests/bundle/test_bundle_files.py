@@ -80,6 +80,7 @@ def test_manifest_keys_do_not_change_unnoticed(bundle_path: Path) -> None:
         "facts",
         "partition",
         "initialisation",
+        "optimizer_state",
         "quality",
         "weights",
     ]

@@ -15,7 +15,7 @@ OPTIONS = {
     "inspect": "--model-config --json --quiet",
     "convert": "--towers --out --partition --affinity --tower-module --c --p --dim --compression "
     "--together --apart --group --calibration --distill-steps --hosts --ranks-per-host --hbm-gib "
-    "--dtype --model-config --seed --dry-run --force --json --quiet",
+    "--dtype --optimizer-state --model-config --seed --dry-run --force --json --quiet",
     "partition": "--towers --partition --affinity --together --apart --group --calibration "
     "--model-config --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
