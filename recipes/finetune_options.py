@@ -55,7 +55,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--dense-optimizer", choices=get_args(DenseOptimizerKind), help="adam")
     add("--table-lr", type=float, help="learning rate of the tables (0.02); 0: none")
     add("--table-optimizer", choices=get_args(TableOptimizerKind), help="rowwise-adagrad")
-    add("--initial-accumulator", type=float, help="Adagrad: start of squared gradients (measured)")
+    add("--initial-accumulator", type=float, help="Adagrad: start of squared gradients (bundle's)")
     add("--warmup-steps", type=int, help="steps over which learning rates rise (0)")
     add("--lr-decay", choices=get_args(Decay), help="how learning rates fall (linear)")
     add("--clip-norm", type=float, help="largest norm of the gradient of everything but tables")

@@ -40,8 +40,9 @@ class FinetuneConfig:
     table_optimizer: TableOptimizerKind = "rowwise-adagrad"
     """What moves the rows that a batch touches."""
     initial_accumulator: float | None = None
-    """Adagrad: what squared gradients start from. By default every table's mean over the rows
-    that the first batch touches, as if each row had been touched once before."""
+    """Adagrad: what squared gradients start from. By default the bundle's accumulators; where it
+    has none, the table's mean over the rows that the first batch touches, as if each row had been
+    touched once before."""
     warmup_steps: int = 0
     """Steps over which learning rates rise from 0."""
     lr_decay: Decay = "linear"

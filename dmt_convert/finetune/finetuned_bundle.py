@@ -27,6 +27,14 @@ from dmt_convert.bundle.safetensors_writer import TensorSource
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
 from dmt_convert.checkpoint import CHUNK_BYTES, ByteRows, TensorInfo, stream_tensor
 from dmt_convert.errors import BundleError
+from dmt_convert.finetune.accumulators import (
+    GetSums,
+    Pieces,
+    describe_tuned,
+    dropping_notes,
+    plan_tuned_accumulators,
+    tensor_pieces,
+)
 from dmt_convert.finetune.finetune_config import FinetuneConfig
 from dmt_convert.finetune.loading import table_infos
 from dmt_convert.finetune.loop import Evaluation, TrainResult
@@ -80,7 +88,10 @@ def check_out(parent: Bundle, out: Path, *, force: bool) -> None:
             hint="choose another --out; the bundle that is fine-tuned is never changed",
         )
     weights = parent.manifest.weights.values()
-    check_space(out, sum(entry["bytes"] for entry in weights))
+    needed = sum(entry["bytes"] for entry in weights)
+    if not parent.accumulators:  # Adagrad would add some
+        needed += sum(4 * table.rows for table in parent.manifest.model.flat.tables)
+    check_space(out, needed)
 
 
 def write_finetuned(
@@ -96,7 +107,8 @@ def write_finetuned(
     """Write a trained model as a bundle of the same layout as the one that it came from.
 
     Tables go back into the type in which they were stored; what that rounding costs is measured,
-    and where it makes the model worse than the start, the start is written.
+    and where it makes the model worse than the start, the start is written. Adagrad's sums of
+    squared gradients go with the tables that they belong to.
 
     Args:
         parent: The bundle that was fine-tuned.
@@ -118,8 +130,20 @@ def write_finetuned(
     module: DmtModel = model.module
     if after is result.start and result.improved:  # rounding spoilt it
         table, module = None, open_bundle_model(parent)
-    trained = TrainedModel(result=result, after=after, notes=notes, module=module, table=table)
+    trained = TrainedModel(
+        result=result,
+        after=after,
+        notes=notes,
+        module=module,
+        table=table,
+        sums=lambda name: _sums_of(model, name),
+    )
     return write_trained(parent, out, trained, config=config, data=data, force=force)
+
+
+def _sums_of(model: TrainableModel, table: str) -> Pieces | None:
+    sums = model.store.sums(table)
+    return None if sums is None else tensor_pieces(sums)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,6 +160,8 @@ class TrainedModel:
     """Everything but tables."""
     table: GetTable | None
     """Tables; None takes those of the bundle that was fine-tuned."""
+    sums: GetSums = lambda table: None
+    """Adagrad's sums of squared gradients, where it moved the tables and they are at hand."""
 
 
 def write_trained(
@@ -161,18 +187,21 @@ def write_trained(
         BundleError: The target is taken, or the disk is full.
         CheckpointError: A weight is not finite, or overflows the type it is stored in.
     """
-    result, after, notes = trained.result, trained.after, trained.notes
+    result, after = trained.result, trained.after
+    moved = after is not result.start and config.table_lr > 0
+    accumulators = plan_tuned_accumulators(parent, trained.sums if moved else None)
+    notes = trained.notes + dropping_notes(parent, accumulators, moved=moved)
     record = _record(parent, result, after, notes, config=config, data=data)
-    manifest = replace(
-        parent.manifest,
-        initialisation={**parent.manifest.initialisation, "finetune": record},
-        quality=extend_quality(parent.manifest.quality, after, data),
-        tool_version=__version__,
-    )
-    plan = parent.plan
-    figure = _read_figure(parent.path)
+    plan, figure = parent.plan, _read_figure(parent.path)
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
+        manifest = replace(
+            parent.manifest,
+            initialisation={**parent.manifest.initialisation, "finetune": record},
+            optimizer_state=describe_tuned(parent, accumulators, config, moved=moved),
+            quality=extend_quality(parent.manifest.quality, after, data),
+            tool_version=__version__,
+        )
         return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
 
     bundle = write_bundle(
@@ -180,6 +209,7 @@ def write_trained(
         table_sources(parent, trained.table),
         small=lambda: split_state(trained.module),
         describe=describe,
+        accumulators=accumulators,
         force=force,
     )
     return Finetuned(bundle=bundle, before=result.start, after=after, notes=notes)

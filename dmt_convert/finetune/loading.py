@@ -30,6 +30,8 @@ def load_bundle(
 ) -> TrainableModel:
     """Read a bundle into memory; fp16 and bf16 tables become fp32.
 
+    Where the bundle holds accumulators of squared gradients, Adagrad will go on from them.
+
     Args:
         bundle: The bundle.
         on_bytes: Told of every piece read, for progress.
@@ -37,13 +39,16 @@ def load_bundle(
     Raises:
         BundleError: The bundle is not what its manifest says.
     """
-    return load_tables(open_bundle_model(bundle), table_infos(bundle), on_bytes)
+    module, infos = open_bundle_model(bundle), table_infos(bundle)
+    return load_tables(module, infos, on_bytes, accumulators=bundle.accumulators)
 
 
 def load_tables(
     module: DmtModel | FlatModel,
     infos: Mapping[str, TensorInfo],
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    accumulators: Mapping[str, TensorInfo] | None = None,
 ) -> TrainableModel:
     """Read tables into memory, for a model that looks them up on disk.
 
@@ -51,8 +56,11 @@ def load_tables(
         module: The model. It keeps its lookups, and shares its other weights with the result.
         infos: Table -> its tensor in a file; fp16 and bf16 become fp32.
         on_bytes: Told of every piece read, for progress.
+        accumulators: Table -> its accumulator in a file, shape (rows, 1). Adagrad goes on from
+            it, and reads it when training begins.
     """
-    store = TableStore(module.spec.flat if isinstance(module, DmtModel) else module.spec)
+    spec = module.spec.flat if isinstance(module, DmtModel) else module.spec
+    store = TableStore(spec, accumulators)
     for name, info in infos.items():
         target = store.table(name).view(-1)
         done = 0
@@ -85,7 +93,8 @@ def needed_bytes(spec: ModelSpec, config: FinetuneConfig, num_rows: int) -> dict
 
     Returns:
         tables; optimizer state; best rows: what a row held in the best state, for rows that
-        changed since (at most one per id trained on, taking one id per feature and row).
+        changed since (at most one per id trained on, taking one id per feature and row), with
+        Adagrad's sums.
     """
     rows = sum(table.rows for table in spec.tables)
     elements = sum(table.rows * table.dim for table in spec.tables)
@@ -93,7 +102,10 @@ def needed_bytes(spec: ModelSpec, config: FinetuneConfig, num_rows: int) -> dict
     changed = 0
     for table in spec.tables:
         features = sum(feature.table == table.name for feature in spec.features)
-        changed += min(table.rows, features * looked_up) * table.dim * 4
+        touched = min(table.rows, features * looked_up)
+        changed += touched * table.dim * 4
+        if config.table_optimizer in ("rowwise-adagrad", "adagrad"):
+            changed += state_bytes(config, touched, touched * table.dim)
     return {
         "tables": elements * 4 + rows * _SCRATCH_BYTES,
         "optimizer state": state_bytes(config, rows, elements),

@@ -5,15 +5,19 @@ Letters: R rows of all tables of one dim, N embedding dim, U rows that a batch t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.finetune.accumulators import load_sums
 from dmt_convert.finetune.finetune_config import FinetuneConfig
-from dmt_convert.finetune.table_store import TableStore
+from dmt_convert.finetune.table_store import TableGroup, TableStore
+
+logger = logging.getLogger(__name__)
 
 EPSILON: Final = 1e-8
 """Added to the root of squared gradients, as in TorchRec's row-wise Adagrad."""
@@ -111,7 +115,8 @@ class TableOptimizer:
 
 
 def make_rule(store: TableStore, config: FinetuneConfig) -> RowRule:
-    """Make the rule that a config names."""
+    """Make the rule that a config names; what an earlier one summed is forgotten."""
+    store.forget_sums()
     kind = config.table_optimizer
     if kind == "sgd":
         return Sgd()
@@ -131,37 +136,48 @@ class Sgd:
 class Adagrad:
     """s += g^2 (row-wise: its mean over the row), w -= lr * g / (sqrt(s) + 1e-8).
 
-    A bundle holds no optimizer state. By default s starts, for every table, at the mean of the
-    squared gradients of the rows that the first batch touches: as if each row had been touched
-    once before. From zero, the first step of every row would have the full learning rate,
-    however small its gradient.
+    By default s goes on from the accumulators that the tables come with. That of a table without
+    any starts at the mean of the squared gradients of the rows that the first batch touches: as if
+    each row had been touched once before. From zero, the first step of every row would have the
+    full learning rate, however small its gradient.
 
     Args:
-        store: The tables.
+        store: The tables; s lies in it.
         rowwise: One s per row, instead of one per element.
         start: Where s starts; None: as above.
+
+    Raises:
+        BundleError: An accumulator in a file is damaged.
     """
 
     def __init__(self, store: TableStore, *, rowwise: bool, start: float | None) -> None:
-        self._rowwise = rowwise
-        self._states = [
-            torch.full((len(g.weight), 1 if rowwise else g.weight.shape[1]), start or 0.0)
-            for g in store.groups
-        ]
-        self._starts: list[Sequence[int] | None] = [
-            sorted(group.starts.values()) if start is None else None for group in store.groups
-        ]
+        self._rowwise, self._groups = rowwise, store.groups
+        for group in store.groups:
+            width = 1 if rowwise else group.weight.shape[1]
+            group.sums = torch.full((len(group.weight), width), start or 0.0)
+            known = set(group.starts)
+            if start is None:
+                known &= set(store.accumulators)
+            group.summed = group.kept_summed = frozenset(known)
+            for name in known if start is None else ():
+                first, rows = group.starts[name], store.spec.table(name).rows
+                load_sums(store.accumulators[name], group.sums[first : first + rows])
+        if start is None and store.accumulators:
+            logger.info(
+                "Adagrad goes on from the accumulators of %s tables", len(store.accumulators)
+            )
 
     def update(self, index: int, weight: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> None:
         """Move rows; see `RowRule`."""
         squared = gradient.square()
         if self._rowwise:
             squared = squared.mean(dim=1, keepdim=True)
-        state = self._states[index]
-        starts = self._starts[index]
-        if starts is not None:
-            _fill_tables(state, starts, rows, squared)
-            self._starts[index] = None
+        group = self._groups[index]
+        state = group.sums
+        assert state is not None
+        if len(group.summed) < len(group.starts):
+            _fill_tables(group, state, rows, squared)
+            group.summed = frozenset(group.starts)
         accumulated = state.index_select(0, rows).add_(squared)
         state.index_copy_(0, rows, accumulated)
         _subtract(weight, rows, gradient * (lr / accumulated.sqrt().add_(EPSILON)))
@@ -172,14 +188,17 @@ def _subtract(weight: Tensor, rows: Tensor, change: Tensor) -> None:
     weight.index_copy_(0, rows, weight.index_select(0, rows).sub_(change))
 
 
-def _fill_tables(state: Tensor, starts: Sequence[int], rows: Tensor, squared: Tensor) -> None:
-    """Fill every table's state with the mean of the squared gradients that it has met so far.
+def _fill_tables(group: TableGroup, state: Tensor, rows: Tensor, squared: Tensor) -> None:
+    """Fill the state of tables that have none with the mean of the squared gradients met so far.
 
     A table without any takes the mean over all.
     """
-    edges = [*starts, len(state)]
+    names = sorted(group.starts, key=lambda name: group.starts[name])
+    edges = [*(group.starts[name] for name in names), len(state)]
     table_of = torch.bucketize(rows, torch.tensor(edges[1:]), right=True)
     for table, (first, last) in enumerate(pairwise(edges)):
+        if names[table] in group.summed:
+            continue
         own = squared[table_of == table]
         state[first:last] = (own if len(own) else squared).mean()
 
@@ -212,7 +231,7 @@ class Adam:
 
 
 def state_bytes(config: FinetuneConfig, rows: int, elements: int) -> int:
-    """Bytes of the state that a config's table optimizer keeps.
+    """Bytes of the state that a config's table optimizer keeps, wherever it starts from.
 
     Args:
         config: Kind of optimizer.

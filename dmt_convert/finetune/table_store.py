@@ -9,7 +9,7 @@ U different rows that a batch touches, n ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.data import Bag, Batch, IntArray
 from dmt_convert.spec import FeatureSpec, ModelSpec
 from dmt_convert.towers.table_lookup import to_tensor
@@ -38,8 +39,26 @@ class TableGroup:
     """Scratch, shape (R,): where in a batch a row was seen last."""
     saved: Tensor
     """Whether a row's values at the last `keep` are in `journal`, shape (R,), bool."""
-    journal: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Rows, shape (U,), and what they held at the last `keep`, shape (U, N)."""
+    journal: list[_Change] = field(default_factory=list)
+    """What changed since the last `keep`."""
+    sums: Tensor | None = None
+    """Sums of squared gradients, where the tables' optimizer is Adagrad, shape (R, 1) or (R, N)."""
+    summed: frozenset[str] = frozenset()
+    """Tables whose part of `sums` is known; of others it is once a batch has shown gradients."""
+    kept_summed: frozenset[str] = frozenset()
+    """`summed` at the last `keep`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Change:
+    """What some rows of a group held at the last `keep`."""
+
+    rows: Tensor
+    """The rows, shape (U,)."""
+    weight: Tensor
+    """Their values, shape (U, N)."""
+    sums: Tensor | None
+    """Their sums of squared gradients, where there were any, shape (U, 1) or (U, N)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,10 +88,15 @@ class TableStore:
 
     Args:
         spec: The model; its tables are left uninitialised.
+        accumulators: Table -> the sums of squared gradients that its rows come with, in a file,
+            shape (rows, 1). Adagrad starts from them.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(
+        self, spec: ModelSpec, accumulators: Mapping[str, TensorInfo] | None = None
+    ) -> None:
         self.spec = spec
+        self.accumulators = dict(accumulators or {})
         dims = {table.name: table.dim for table in spec.tables}
         self.groups: list[TableGroup] = []
         for dim in dict.fromkeys(dims.values()):
@@ -94,6 +118,22 @@ class TableStore:
         group = next(group for group in self.groups if name in group.starts)
         start = group.starts[name]
         return group.weight[start : start + self.spec.table(name).rows]
+
+    def sums(self, name: str) -> Tensor | None:
+        """Return the sums of squared gradients of a table, shape (rows, 1) or (rows, N).
+
+        They belong to the rows as they are now, and share memory. None where nothing kept any.
+        """
+        group = next(group for group in self.groups if name in group.starts)
+        if group.sums is None or name not in group.summed:
+            return None
+        start = group.starts[name]
+        return group.sums[start : start + self.spec.table(name).rows]
+
+    def forget_sums(self) -> None:
+        """Keep no sums of squared gradients any longer."""
+        for group in self.groups:
+            group.sums, group.summed, group.kept_summed = None, frozenset(), frozenset()
 
     def pool(self, batch: Batch) -> dict[str, Tensor]:
         """Look up a batch.
@@ -142,21 +182,27 @@ class TableStore:
         group = self.groups[index]
         fresh = rows[~group.saved.index_select(0, rows)]
         if len(fresh):
-            group.journal.append((fresh, group.weight.index_select(0, fresh)))
+            sums = None if group.sums is None else group.sums.index_select(0, fresh)
+            weight = group.weight.index_select(0, fresh)
+            group.journal.append(_Change(rows=fresh, weight=weight, sums=sums))
             group.saved.index_fill_(0, fresh, True)
 
     def keep(self) -> None:
         """Remember the present state; later changes are journalled, nothing is copied now."""
         for group in self.groups:
-            for rows, _ in group.journal:
-                group.saved.index_fill_(0, rows, False)
+            for change in group.journal:
+                group.saved.index_fill_(0, change.rows, False)
             group.journal.clear()
+            group.kept_summed = group.summed
 
     def restore(self) -> None:
         """Return to the state of the last `keep`."""
         for group in self.groups:
-            for rows, values in group.journal:
-                group.weight.index_copy_(0, rows, values)
+            for change in group.journal:
+                group.weight.index_copy_(0, change.rows, change.weight)
+                if group.sums is not None and change.sums is not None:
+                    group.sums.index_copy_(0, change.rows, change.sums)
+            group.summed = group.kept_summed
         self.keep()
 
 

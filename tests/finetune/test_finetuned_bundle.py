@@ -62,7 +62,8 @@ def test_it_is_a_bundle_like_any_other(tuned, clicks, bundle_path, call_dmt) -> 
     _, result, done = tuned
     path = done.bundle.path
     files = [{p.relative_to(top) for p in top.rglob("*")} for top in (path, bundle_path)]
-    assert files[0] == files[1]
+    summed = {Path(f"weights/accumulators_{t:03d}.safetensors") for t in range(2)}
+    assert files[0] == files[1] | summed
     check_digests(open_bundle(path))
     run = call_dmt("evaluate", path, "--data", clicks / "valid.npz", "--json")
     value = json.loads(run.stdout)
@@ -226,12 +227,16 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
     assert needed == {
         "tables": rows * (8 * 4 + 5),
         "optimizer state": rows * 4,
-        "best rows": rows * 8 * 4,
+        "best rows": rows * (8 + 1) * 4,
     }
     adam = needed_bytes(spec, replace(CONFIG, table_optimizer="adam"), 10_000)
     assert adam["optimizer state"] == 2 * rows * 8 * 4
+    assert adam["best rows"] == rows * 8 * 4
+    wide = needed_bytes(spec, replace(CONFIG, table_optimizer="adagrad"), 10_000)
+    assert wide["optimizer state"] == rows * 8 * 4
+    assert wide["best rows"] == 2 * rows * 8 * 4
     few = needed_bytes(spec, FinetuneConfig(max_steps=1, batch_size=2), 10_000)
-    assert few["best rows"] == 4 * 2 * 8 * 4
+    assert few["best rows"] == 4 * 2 * (8 + 1) * 4
     total = sum(needed.values())
     module = "dmt_convert.finetune.loading.available_bytes"
     monkeypatch.setattr(module, lambda: total)

@@ -225,11 +225,11 @@ def test_accumulators_start_at_what_the_first_batch_shows(make_model, make_spec,
             own = (rows >= start) & (rows < start + spec.table(name).rows)
             means[name] = float(gradient[own].square().mean(dim=1).mean())
     optimizer.step(1.0)
-    for index, group in enumerate(trained.store.groups):
+    for group in trained.store.groups:
         for name, start in group.starts.items():
             ids = batch.bags[int(name[1:])].values
             untouched = np.setdiff1d(np.arange(spec.table(name).rows), ids) + start
-            state = optimizer._rule._states[index]
+            state = group.sums
             assert state[untouched].flatten().tolist() == pytest.approx(
                 [means[name]] * len(untouched), rel=1e-5
             )
