@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,32 @@ def test_the_numbers_are_the_checkpoints(layout: str, make, convert) -> None:
         tables = {name for name in tensors if name.startswith("tables.")}
         file = bundle.accumulator_files[f"weights/accumulators_{t:03d}.safetensors"]
         assert {name.replace(".accumulator", ".weight") for name in file} == tables
+
+
+def states_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read the accumulators of a trainer's checkpoint with torch's own means."""
+    if checkpoint.is_file():
+        states = torch.load(checkpoint, weights_only=False)["opt_state_dict"]["state"]
+        return {str(i): states[i]["sum"] for i in range(26)}
+    import torch.distributed.checkpoint as dcp
+
+    names = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    chosen = {n: torch.empty(names[n].size) for n in names if n.endswith(".momentum1")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(chosen, checkpoint_id=checkpoint, no_dist=True)
+    return {name.split(".")[-2]: value for name, value in chosen.items()}
+
+
+@pytest.mark.parametrize("sample", ["fb-dlrm-dot/model.pt", "torchrec-dcn-dcp-2rank/dcp"])
+def test_the_numbers_are_those_that_a_trainer_wrote(sample: str, shared: Path, convert) -> None:
+    source = shared / "checkpoints" / sample
+    bundle, states = convert(source), states_of(source)
+    assert len(states) == 26 and set(bundle.accumulators) == set(states)
+    for name, info in bundle.accumulators.items():
+        values = gather_rows(info, np.arange(info.shape[0]))[:, 0]
+        assert np.array_equal(values, states[name].double().mean(dim=1).float().numpy())
+        assert values.max() > 0
 
 
 def test_a_checkpoint_without_state_makes_the_bundle_of_before(make_flat, convert, tmp_path):
