@@ -4,9 +4,6 @@ Peers are the ranks of the same index in all groups of hosts. A rank holds its t
 the samples of all its peers, and needs all towers' outputs for its own samples.
 
 Letters: P peers, B samples of one rank, O elements that a group's towers emit per sample.
-
-The stock AlltoAll of gloo sends before it tells that it can receive, so that a rank that comes late
-gets its payload in one direction at a time. Here every receive is posted before any send.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.types import LazyAwaitable
 
+from dmt_convert.engine.duplex import swap
 from dmt_convert.engine.wire import CommDtype, Wire
 
 
@@ -93,18 +91,7 @@ class PeerExchange:
     def _post(self, parts: list[Tensor], sizes: list[int], transfer: _Transfer) -> None:
         transfer.sent = parts
         if self._duplex:
-            transfer.received = [parts[0].new_empty(size) for size in sizes]
-            transfer.received[self.rank] = parts[self.rank]
-            others = [(self.rank + step) % self.size for step in range(1, self.size)]
-            transfer.works = [
-                dist.irecv(transfer.received[peer], group=self.group, group_src=peer)
-                for peer in reversed(others)
-                if sizes[peer]
-            ] + [
-                dist.isend(parts[peer], group=self.group, group_dst=peer)
-                for peer in others
-                if len(parts[peer])
-            ]
+            transfer.received, transfer.works = swap(self.group, parts, sizes)
             return
         joined, received = torch.cat(parts), parts[0].new_empty(sum(sizes))
         transfer.sent = [joined]

@@ -3,8 +3,8 @@
 TorchRec's exchange of jagged tensors sends how many ids will come, then the lengths of the bags,
 then the ids. Here the lengths and the first ids, as many as there are bags, travel together: with
 one id per bag nothing is left. What is left goes in a second message, whose size the receiver
-knows from the lengths. For gloo, where a message costs more than its bytes; every receive is
-posted before any send. All ranks have the same number of samples.
+knows from the lengths. For gloo, where a message costs more than its bytes. All ranks have the
+same number of samples.
 
 Letters: W ranks, F features that a rank looks up, B samples of one rank.
 """
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dmt_convert.engine.duplex import swap
 
 
 class PackedExchange:
@@ -46,11 +48,6 @@ class PackedExchange:
     def __call__(self, features: KeyedJaggedTensor) -> Awaitable[Any]:
         """Start the exchange; ids are int32, weights float32."""
         return _Numbers(self, features)
-
-    @property
-    def others(self) -> list[int]:
-        """The other ranks, the next one first."""
-        return [(self.rank + step) % self.size for step in range(1, self.size)]
 
 
 class _Numbers(Awaitable[Any]):  # type: ignore[misc]
@@ -92,7 +89,7 @@ class _Numbers(Awaitable[Any]):  # type: ignore[misc]
     def _receive(self) -> None:
         own = self._exchange.counts[self._exchange.rank] * self._batch * (1 + self._streams)
         sizes = [own] * self._exchange.size
-        self._received, self._works = _swap(self._exchange, self._heads, sizes)
+        self._received, self._works = swap(self._exchange.group, self._heads, sizes)
 
     def _wait_impl(self) -> _Ids:
         for work in self._works:
@@ -106,7 +103,7 @@ class _Numbers(Awaitable[Any]):  # type: ignore[misc]
             keys=self._keys,
             heads=self._received,
             counts=counts,
-            rests=_swap(self._exchange, self._rests, rest),
+            rests=swap(self._exchange.group, self._rests, rest),
             batch=self._batch,
             streams=self._streams,
         )
@@ -169,22 +166,3 @@ class _Ids(Awaitable[KeyedJaggedTensor]):  # type: ignore[misc]
             self._heads[rank][start : start + min(room, self._counts[rank])],
             rest[length * stream : length * (stream + 1)],
         )
-
-
-def _swap(
-    exchange: PackedExchange, sent: list[Tensor], sizes: list[int]
-) -> tuple[list[Tensor], list[Any]]:
-    """Send every rank its part; empty parts are not sent. Returns what comes, and its works."""
-    received = [sent[0].new_empty(size) for size in sizes]
-    received[exchange.rank] = sent[exchange.rank]
-    works = [
-        dist.irecv(received[peer], group=exchange.group, group_src=peer)
-        for peer in reversed(exchange.others)
-        if sizes[peer]
-    ]
-    works += [
-        dist.isend(sent[peer], group=exchange.group, group_dst=peer)
-        for peer in exchange.others
-        if len(sent[peer])
-    ]
-    return received, works
