@@ -80,6 +80,8 @@ class Bins:
         """
         self.used: Loads = np.zeros((count, loads.shape[1]))
         self._mean = np.maximum(loads.sum(axis=0) / count, 1e-300)
+        if np.isfinite(limit):  # bytes that are few beside the memory cost no time
+            self._mean[0] = max(self._mean[0], DOMINANCE_FLOOR * limit)
         self._limit = limit
 
     def scores(self, item: Loads) -> Loads:

@@ -282,3 +282,11 @@ def test_planning_does_not_import_torch() -> None:
     code = "import sys, dmt_convert.plan; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_lookups_are_spread_where_bytes_are_few(make_model: MakeModel) -> None:
+    """One table holds nearly all bytes of a small model: the others do not shun its rank."""
+    spec, assignment = make_model([[(10_000, 16), *[(10, 16)] * 5]])
+    cluster = Cluster(hosts=1, ranks_per_host=2, hbm_bytes=2**30)
+    plan = plan_towers(spec, assignment, cluster, tower_widths=[96])
+    assert plan.lookups_per_rank == (3.0, 3.0)
