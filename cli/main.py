@@ -16,6 +16,7 @@ import typer
 from . import (
     convert_command,
     evaluate_command,
+    finetune_command,
     inspect_command,
     partition_command,
     plan_command,
@@ -71,6 +72,7 @@ for _module in (
     verify_command,
 ):
     app.command(_module.NAME)(_module.run)
+app.command(finetune_command.NAME, context_settings=finetune_command.CONTEXT)(finetune_command.run)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ def arguments(
         "score": [compressed, "--data", click_data, "--out", tmp_path / "scores.npz"],
         "evaluate": [flat, "--data", click_data],
         "verify": [flat, exact, "--data", click_data, "--checksums"],
+        "finetune (dry run)": [compressed, "--data", click_data, "--nproc", 4, "--dry-run"],
     }
 
 
@@ -45,6 +46,7 @@ COMMANDS = [
     "score",
     "evaluate",
     "verify",
+    "finetune (dry run)",
 ]
 KEYS = {
     "inspect": {"format", "files", "bytes", "spec", "facts", "tensors", "ignored"},
@@ -57,6 +59,7 @@ KEYS = {
     "score": {"out", "rows", "rows_per_s", "truth"},
     "evaluate": {"auc", "log_loss", "ne", "rows", "rows_per_s"},
     "verify": {"same", "first_difference", "checks", "skipped", "data", "atol", "rtol"},
+    "finetune (dry run)": {"dry_run", "command"},
 }
 
 

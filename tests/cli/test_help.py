@@ -23,6 +23,10 @@ OPTIONS = {
     "score": "--data --out --model-config --json --quiet",
     "evaluate": "--data --model-config --json --quiet",
     "verify": "--data --atol --rtol --checksums --model-config --json --quiet",
+    "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
+    "--rdzv-timeout --max-restarts --config --epochs --max-steps --batch-size --eval-every "
+    "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
+    "--lr-decay --clip-norm --seed --force --dry-run --json --quiet",
 }
 ARGUMENTS = {
     "inspect": ["source"],
@@ -32,6 +36,7 @@ ARGUMENTS = {
     "score": ["model"],
     "evaluate": ["model"],
     "verify": ["a", "b"],
+    "finetune": ["bundle"],
 }
 DMT = Path(sys.executable).with_name("dmt")
 
@@ -90,7 +95,9 @@ def test_help_is_instant(command: str) -> None:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["finetune", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom dmt_convert.cli.main import main\n"
