@@ -204,6 +204,33 @@ def save_in_little_room(
     return {"refused": refused, "names": names}
 
 
+def save_names(folder: str) -> None:
+    """Names that are tables, and names that only look so."""
+    weight = torch.zeros(2, 3)
+    state = {
+        "embedding_bags.a.b.weight": weight,
+        "embedding_bags.a.b.momentum1": weight,
+        "my_embedding_bags.x.weight": weight,
+        "one.embedding_bags.twice.weight": weight,
+        "two.embedding_bags.twice.weight": weight,
+    }
+    store = CheckpointStore(Path(folder))
+    store.save(1, state, {})
+    store.close()
+
+
+def save_large(folder: str, rows: int, dim: int) -> None:
+    """One table sharded by columns."""
+    width = dim // dist.get_world_size()
+    metadata = ShardMetadata(
+        [0, width * dist.get_rank()], [rows, width], placement=f"rank:{dist.get_rank()}/cpu"
+    )
+    table = init_from_local_shards([Shard(torch.zeros(rows, width), metadata)], [rows, dim])
+    store = CheckpointStore(Path(folder))
+    store.save(1, {"embedding_bags.large.weight": table}, {})
+    store.close()
+
+
 def open_folder(folder: str) -> dict[str, Any] | None:
     checkpoint_folder._LOCK_SECONDS = 0.2  # type: ignore[misc]
     return refusal(lambda: CheckpointStore(Path(folder)))
@@ -289,6 +316,8 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         open_folder,
         save_earlier,
         save_no_tensor,
+        save_names,
+        save_large,
         save_without_the_others,
         save_and_die,
     )

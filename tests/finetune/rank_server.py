@@ -1,7 +1,8 @@
 """Run scenarios over gloo ranks: torch is imported once, then a process is forked per rank.
 
 Reads one JSON object per line ({"name", "size", "arguments"}), answers with one: per rank its exit
-code, what the scenario returned, and the end of its stderr. Run as `python rank_server.py`.
+code, what the scenario returned, and the end of its stderr. Run as `python rank_server.py MODULE`,
+whose SCENARIOS it runs.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpoint_scenarios import SCENARIOS
 
+Scenarios = Mapping[str, Callable[..., Any]]
 SECONDS = 60.0
 """After which what still runs is killed."""
 
 
-def run_rank(rank: int, job: dict[str, Any], folder: Path) -> None:
+def run_rank(rank: int, job: dict[str, Any], folder: Path, scenarios: Scenarios) -> None:
     """Be one rank; never returns."""
     code = 1
     try:
@@ -34,7 +37,7 @@ def run_rank(rank: int, job: dict[str, Any], folder: Path) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=job["size"]
         )
-        found = SCENARIOS[job["name"]](**job["arguments"])
+        found = scenarios[job["name"]](**job["arguments"])
         (folder / f"result-{rank}").write_text(json.dumps(found))
         dist.destroy_process_group()
         code = 0
@@ -45,13 +48,13 @@ def run_rank(rank: int, job: dict[str, Any], folder: Path) -> None:
         os._exit(code)
 
 
-def run_job(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def run_job(job: dict[str, Any], folder: Path, scenarios: Scenarios) -> list[dict[str, Any]]:
     """Run all ranks of one scenario."""
     children = {}
     for rank in range(job["size"]):
         child = os.fork()
         if child == 0:
-            run_rank(rank, job, folder)
+            run_rank(rank, job, folder, scenarios)
         children[child] = rank
     codes: dict[int, int] = {}
     end = time.monotonic() + SECONDS
@@ -80,9 +83,10 @@ def run_job(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    scenarios: Scenarios = import_module(sys.argv[1]).SCENARIOS
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(run_job(json.loads(line), Path(folder))), flush=True)
+            print(json.dumps(run_job(json.loads(line), Path(folder), scenarios)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +16,15 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.finetune.checkpoint_folder import CheckpointFolder
 
-ROOT = Path(__file__).parents[2]
 ROW_WISE = "model.towers.towers.0.embedding.embedding_bags.t_0.weight"
 
-Reports = list[dict[str, Any]]
-Run = Callable[..., Reports]
+Run = Callable[..., list[dict[str, Any]]]
 KILLED = -9
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Run a scenario over some ranks; without `codes`, all have to end well."""
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdin is not None and server.stdout is not None
-    asked, answers = server.stdin, server.stdout
-
-    def scenario(size: int, name: str, *, ends: bool = True, **arguments: Any) -> Reports:
-        arguments["folder"] = str(arguments["folder"])
-        asked.write(json.dumps({"size": size, "name": name, "arguments": arguments}) + "\n")
-        asked.flush()
-        reports: Reports = json.loads(answers.readline())
-        if ends:
-            for report in reports:
-                assert report["code"] == 0, report["errors"]
-        return reports
-
-    yield scenario
-    with server:
-        asked.close()
+def run(run_ranks: Callable[[str], Run]) -> Run:
+    return run_ranks("checkpoint_scenarios")
 
 
 def names(folder: Path) -> list[str]:
