@@ -43,6 +43,10 @@ def _recipe_option(help_: str, **more: Any) -> Any:
     return typer.Option(help=help_, rich_help_panel="Training", **more)
 
 
+def _rank_option(help_: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_, rich_help_panel="Over ranks", **more)
+
+
 def run(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Bundle to start from; it is not changed.")],
@@ -111,7 +115,44 @@ def run(
         float | None, _recipe_option("Largest norm of the gradient of all but tables.")
     ] = None,
     seed: Annotated[int | None, _recipe_option("Seed of the order of rows. [0]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    dense_optimizer: Annotated[
+        str | None, _recipe_option("Optimizer of all but tables.", metavar="adam|sgd")
+    ] = None,
+    plan: Annotated[
+        Path | None, _rank_option("plan.json to place towers by. [the bundle's, or a new one]")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        _rank_option("How ranks talk. [nccl where there are GPUs]", metavar="nccl|gloo"),
+    ] = None,
+    comm_dtype: Annotated[
+        str | None,
+        _rank_option("Precision of what crosses hosts. [fp32]", metavar="fp32|fp16|bf16|int8|fp8"),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, _rank_option("Folder of training checkpoints. [OUT.checkpoints]")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, _rank_option("Steps between checkpoints. [only the best states]")
+    ] = None,
+    keep_checkpoints: Annotated[
+        int | None, _rank_option("Checkpoints kept beside the best one. [2]")
+    ] = None,
+    async_checkpoints: Annotated[
+        bool, _rank_option("Write checkpoints while training goes on.", "--async-checkpoints")
+    ] = False,
+    resume: Annotated[
+        bool, _rank_option("Go on from the newest checkpoint, if there is one.", "--resume")
+    ] = False,
+    no_prefetch: Annotated[
+        bool, _rank_option("Send a batch's ids only when it is trained on.", "--no-prefetch")
+    ] = False,
+    timeout: Annotated[
+        float | None, _rank_option("Seconds that ranks wait for each other. [600]")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle and checkpoints that are there.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the torchrun command, and run nothing.")
     ] = False,

@@ -26,7 +26,9 @@ OPTIONS = {
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
     "--rdzv-timeout --max-restarts --config --epochs --max-steps --batch-size --eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
-    "--lr-decay --clip-norm --seed --force --dry-run --json --quiet",
+    "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
+    "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
+    "--async-checkpoints --resume --no-prefetch --timeout",
 }
 ARGUMENTS = {
     "inspect": ["source"],
