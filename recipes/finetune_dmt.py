@@ -15,25 +15,33 @@ Exit codes are those of `dmt`: 0 done, 1 bug or a lost rank, 2 usage, 3 somethin
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.errors import DataError, DmtError
-from dmt_convert.finetune.outcome import write_outcome
+from dmt_convert.errors import DmtError
 
 if TYPE_CHECKING or __package__:
+    from .finetune_endings import (
+        end_with_torchrun,
+        fail,
+        find_rank,
+        interrupt,
+        is_loss,
+        lose,
+        refuse,
+        say_done,
+    )
     from .finetune_options import (
         make_parser,
         make_printer,
         read_config,
+        say_cluster,
         say_evaluation,
         say_result,
         say_rows,
@@ -41,19 +49,27 @@ if TYPE_CHECKING or __package__:
         summarise,
     )
 else:  # torchrun runs the file itself
+    from finetune_endings import (
+        end_with_torchrun,
+        fail,
+        find_rank,
+        interrupt,
+        is_loss,
+        lose,
+        refuse,
+        say_done,
+    )
     from finetune_options import (
         make_parser,
         make_printer,
         read_config,
+        say_cluster,
         say_evaluation,
         say_result,
         say_rows,
         show_steps,
         summarise,
     )
-
-_INTERRUPT_CODE: Final = 130
-_ENGINE_WORDS: Final = ("gloo", "NCCL", "Timed out", "Connection closed", "rank")
 
 
 def finetune(options: argparse.Namespace) -> dict[str, Any]:
@@ -106,42 +122,33 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     from dmt_convert.engine import start_ranks, stop_ranks
     from dmt_convert.engine.ranks import read_layout
     from dmt_convert.finetune import open_training_data
-    from dmt_convert.finetune.cluster_run import (
-        ClusterJob,
-        Listeners,
-        choose_plan,
-        finetune_on_cluster,
-        read_plan,
-    )
-    from dmt_convert.finetune.finetuned_bundle import check_out
+    from dmt_convert.finetune.cluster_job import ClusterJob, Listeners, choose_plan, read_plan
+    from dmt_convert.finetune.cluster_run import finetune_on_cluster
 
-    # 1. What there is: the ranks, the bundle and its plan, the rows, a place to write to
+    # 1. What there is: the ranks, the bundle and its plan, the rows
     layout = read_layout(options.backend)
     bundle = open_bundle(options.bundle)
     plan = choose_plan(bundle, layout, None if options.plan is None else read_plan(options.plan))
-    check_out(bundle, options.out, force=options.force)
     data = open_training_data(options.data, options.valid)
+    checkpoints = options.checkpoints or Path(f"{options.out}.checkpoints")
     silent = options.quiet or options.json or layout.rank != 0
     say = make_printer(silent=silent)
-    say(
-        f"{layout.hosts} hosts x {layout.ranks_per_host} ranks, {layout.backend}; "
-        f"{len(plan.tower_hosts)} towers"
-        + (f", {plan.hosts_per_tower} hosts each" if plan.hosts_per_tower > 1 else "")
-    )
-    say_rows(say, data, config)
 
     # 2. Ranks find each other; every one reads its own shards (dmt_convert/engine)
     start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout_seconds=options.timeout)
+    say_cluster(say, layout, plan, config, checkpoints)
+    say_rows(say, data, config)
     job = ClusterJob(
         bundle=bundle,
         plan=plan,
         data=data,
         config=config,
         layout=layout,
-        checkpoints=options.checkpoints or Path(f"{options.out}.checkpoints"),
+        out=options.out,
+        checkpoints=checkpoints,
         timeout_seconds=options.timeout,
-        resume=options.resume or _is_restart(),
-        restart=options.force,
+        resume=options.resume,
+        force=options.force,
     )
 
     # 3. The loop, its checkpoints, and the new bundle
@@ -153,7 +160,7 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
                 say(f"going on from the checkpoint of step {step:,}") if step else None
             ),
         )
-        result, written = finetune_on_cluster(job, options.out, listeners, force=options.force)
+        result, written = finetune_on_cluster(job, listeners)
     stop_ranks()
     if written is None:
         return None
@@ -168,34 +175,30 @@ def hush_engines() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _is_restart() -> bool:
-    """Whether torchrun starts the ranks anew, after one was lost."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def _rank() -> int | None:
-    """This process's rank, None where torchrun did not start it."""
-    return int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else None
+def start_logging(*, quiet: bool) -> None:
+    """Print notes, unless `quiet`, and errors."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("dmt_convert")
+    logger.handlers = [handler]
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe; what goes wrong is printed, and told by the exit code."""
     options = make_parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
-    rank = _rank()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logger = logging.getLogger("dmt_convert")
-    logger.handlers = [handler]
-    quiet = options.quiet or options.json or rank not in (None, 0)
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    rank = find_rank()
+    start_logging(quiet=options.quiet or options.json or rank not in (None, 0))
     if rank is None:
         signal.signal(signal.SIGTERM, _interrupt)
-    elif os.environ.get("DMT_TRACEBACK") != "1":
-        hush_engines()
+    else:
+        end_with_torchrun(options)
+        if os.environ.get("DMT_TRACEBACK") != "1":
+            hush_engines()
     try:
         result = finetune(options) if rank is None else finetune_over_ranks(options)
     except DmtError as error:
-        fail(options, error, str(error), code=3)
+        refuse(options, error)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         refusal = DmtError(
@@ -203,55 +206,18 @@ def main(arguments: list[str] | None = None) -> None:
             expected="files and folders that can be read and written",
             hint="check the path, its owner and its permissions; nothing half-written was left",
         )
-        fail(options, refusal, str(refusal), code=3)
+        refuse(options, refusal)
     except KeyboardInterrupt:
-        stopped = DmtError("interrupted", expected="to run to the end", hint="run it again")
-        text = "interrupted; nothing half-written was left in place"
-        fail(options, stopped, text, code=_INTERRUPT_CODE)
+        interrupt(options)
     except RuntimeError as error:
-        if rank is None or not any(word in str(error) for word in _ENGINE_WORDS):
+        if rank is None:
             raise
-        fail_by_others(options, error)
-    if not write_outcome(0, result=result) and options.json and result is not None:
-        print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def fail(options: argparse.Namespace, error: DmtError, text: str, *, code: int) -> NoReturn:
-    """Say what went wrong, with `--json` also as a document, and end.
-
-    Ranks meet most errors alike: one of a host says so, or the one whose rows are wrong.
-    """
-    told = write_outcome(code, error=error)
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError)
-    if speaks and not told:
-        if options.json and _rank() in (None, 0):
-            print(json.dumps(error.to_json(), indent=1, ensure_ascii=False))
-        whose = f"rank {_rank()}: " if _rank() else ""
-        print(f"error: {whose}{text}", file=sys.stderr)
-    _end(code)
-
-
-def fail_by_others(options: argparse.Namespace, error: RuntimeError) -> NoReturn:
-    """End because another rank has: it says why, or was killed."""
-    if os.environ.get("DMT_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if not write_outcome(1) and _rank() == 0:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(
-            f"error: another rank was lost, or did not answer within {options.timeout:g} s "
-            f"({reason})\ntry: look at what it printed; with --max-restarts torchrun starts all "
-            "again, and training goes on from the last whole checkpoint",
-            file=sys.stderr,
-        )
-    _end(1)
-
-
-def _end(code: int) -> NoReturn:
-    if _rank() is None:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # other ranks may be gone: nothing here waits for them
+        lose(options, error) if is_loss(error) else fail(error)
+    except Exception as error:
+        if rank is None:
+            raise
+        fail(error)
+    say_done(options, result)
 
 
 def _interrupt(*_: object) -> None:

@@ -15,8 +15,10 @@ from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
 from dmt_convert.finetune.finetune_config import Decay, DenseOptimizerKind, TableOptimizerKind
 
 if TYPE_CHECKING:
+    from dmt_convert.engine import RankLayout
     from dmt_convert.finetune import Evaluation, TrainingData, TrainResult
     from dmt_convert.finetune.finetuned_bundle import Finetuned
+    from dmt_convert.plan import TowerPlan
 
 Say = Callable[[str], None]
 
@@ -110,6 +112,23 @@ def say_rows(say: Say, data: TrainingData, config: FinetuneConfig) -> None:
         f"{data.train.num_rows:,} rows to train on ({data.train_name}), {data.valid.num_rows:,} to "
         f"measure on ({data.valid_name}); at most {total:,} steps of {config.batch_size} rows"
     )
+
+
+def say_cluster(
+    say: Say, layout: RankLayout, plan: TowerPlan, config: FinetuneConfig, checkpoints: Path
+) -> None:
+    """Say over what the model is spread."""
+    wire = "" if config.comm_dtype == "fp32" else f", {config.comm_dtype} between hosts"
+    shared = f", each over {plan.hosts_per_tower} hosts" if plan.hosts_per_tower > 1 else ""
+    say(
+        f"{_count(layout.hosts, 'host')} x {_count(layout.ranks_per_host, 'rank')}, "
+        f"{layout.backend}{wire}; {_count(len(plan.tower_hosts), 'tower')}{shared}; checkpoints in "
+        f"{checkpoints}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def say_evaluation(say: Say, found: Evaluation) -> None:

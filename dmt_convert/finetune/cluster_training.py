@@ -6,7 +6,7 @@ Letters: B rows of one rank, G rows of a global batch, W ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +19,7 @@ from dmt_convert.engine import JaggedBatch, RankLayout, ShardedModel, to_jagged
 from dmt_convert.finetune.cluster_optimizers import (
     ClusterDenseOptimizer,
     ClusterTableOptimizer,
+    count_touched,
     fill_accumulators,
     fill_accumulators_by_mean,
 )
@@ -60,24 +61,26 @@ class ClusterTrainer:
         self.tables = ClusterTableOptimizer(model, config)
         self._shares: Iterator[Share] = iter(())
         self._next: tuple[JaggedBatch, Share] | None = None
+        self._left = 0
 
-    def start_at(self, step: int) -> None:
-        """Set which step comes next, counted from 0."""
+    def start_at(self, step: int, total: int) -> None:
+        """Set which step comes next, counted from 0, and how many there are in all."""
         self.finish()
-        self._shares = self._open_shares(step)
+        self._shares, self._left = self._open_shares(step), total - step
 
     def finish(self) -> None:
         """Wait for ids that were sent ahead and are not wanted any more."""
         self.model.towers.forget_input()
         self._next = None
 
-    def _open_shares(self, step: int) -> Iterator[Share]:
+    def _open_shares(self, step: int, *, whole: bool = False) -> Iterator[Share]:
+        """Shares from a step on: this rank's, or `whole` batches."""
         return training_shares(
             self._train_rows,
             self.spec,
             self.config,
-            rank=self.layout.rank,
-            world_size=self.layout.world_size,
+            rank=0 if whole else self.layout.rank,
+            world_size=1 if whole else self.layout.world_size,
             start_step=step,
         )
 
@@ -90,11 +93,12 @@ class ClusterTrainer:
         batch, share = self._next or self._load()
         self.dense.zero_grad()
         self.tables.begin(lr_factor)
-        if self.config.prefetch:
-            self._next = self._load()
+        self._left -= 1
+        self._next = self._load() if self.config.prefetch and self._left > 0 else None
+        if self._next is not None:
             self.model.towers.start_input(self._next[0].sparse)
         loss = self._loss(batch, share)
-        if self.config.prefetch:
+        if self._next is not None:
             self.model.towers.advance_input()
         value = float(loss.detach())
         if math.isfinite(value):
@@ -121,13 +125,8 @@ class ClusterTrainer:
         counts = torch.arange(len(logits), device=logits.device) < share.counted
         return (each * counts).sum() * (self.layout.world_size / share.total)
 
-    def start_accumulators(self, carried: Mapping[str, Any] | None = None) -> None:
-        """Set what Adagrad's squared gradients start from; other optimizers have none.
-
-        Args:
-            carried: Table -> the flat model's own, where the bundle has them.
-        """
-        del carried
+    def start_accumulators(self) -> None:
+        """Set what Adagrad's squared gradients start from; other optimizers have none."""
         if "adagrad" not in self.config.table_optimizer:
             return
         if self.config.initial_accumulator is not None:
@@ -136,8 +135,8 @@ class ClusterTrainer:
         self.tables.begin(0.0)
         share = next(self._open_shares(0))
         self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
-        dims = {table.name: table.dim for table in self.spec.tables}
-        fill_accumulators_by_mean(self.tables.fused, dims)
+        whole = next(self._open_shares(0, whole=True)).batch
+        fill_accumulators_by_mean(self.tables.fused, self.spec, count_touched(self.spec, whole))
 
     def measure(self) -> Accuracy:
         """Measure on the validation rows; the same on every rank."""

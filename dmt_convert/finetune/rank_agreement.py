@@ -6,8 +6,10 @@ collectives nor need a GPU.
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -63,6 +65,7 @@ class Ranks:
             timeout=timeout,
             use_local_synchronization=group is not None,
         )
+        self._timeout = timeout
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
 
@@ -89,6 +92,39 @@ class Ranks:
         assert boxes[0] is not None
         result: T = boxes[0].unwrap(0)
         return result
+
+    def on_first_slowly(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank that may take longer than ranks wait for each other.
+
+        That it is alive, a thread of the first rank tells the others meanwhile.
+
+        Raises:
+            DmtError: It was raised there; on all ranks alike.
+            RuntimeError: Anything else was raised there, or a rank is lost.
+        """
+        if not self.is_first:
+            while not self.on_first(lambda: True):
+                pass
+            return self.on_first(work)
+        done = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="alive") as pool:
+            alive = pool.submit(self._say_alive, done)
+            found, error = _attempt(work)
+            done.set()
+            alive.result()
+
+        def give() -> T:
+            if error is not None:
+                raise error
+            value: T = found.value
+            return value
+
+        return self.on_first(give)
+
+    def _say_alive(self, done: threading.Event) -> None:
+        while not done.wait(self._timeout.total_seconds() / 4):
+            self.on_first(lambda: False)
+        self.on_first(lambda: True)
 
     def on_all(self, work: Callable[[], T]) -> list[T]:
         """Do something on every rank; all get the results, in the order of ranks.
