@@ -123,14 +123,22 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout_seconds: fl
     import torch
     import torch.distributed as dist
 
+    from dmt_convert.engine.meeting import open_store
+
     os.environ[_POD] = str(hosts_per_tower)  # TorchRec reads it when it makes its groups
     if layout.backend == "nccl":
         torch.cuda.set_device(layout.local_rank)
     limit = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(layout.backend, timeout=limit)
+        dist.init_process_group(
+            layout.backend,
+            timeout=limit,
+            store=open_store(layout.rank, layout.world_size, limit),
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
         dist.monitored_barrier(timeout=limit) if layout.backend == "gloo" else dist.barrier()
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"the {layout.world_size} ranks did not all come within {timeout_seconds:g} s "

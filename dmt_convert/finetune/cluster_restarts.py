@@ -26,8 +26,6 @@ def is_continuing(folder: Path) -> bool:
     Raises:
         CheckpointError: It cannot be read.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False
     mark = folder / _MARK
     with refuse_os_errors(folder, "read"):
         return mark.is_file() and mark.read_text(encoding="utf-8") == _launch_name()
