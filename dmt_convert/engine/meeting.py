@@ -14,12 +14,13 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.02
 
 
-def open_store(rank: int, world_size: int, limit: timedelta) -> dist.Store:
+def open_store(rank: int, world_size: int, limit: timedelta) -> Store:
     """Open a store for this meeting of the ranks; all ranks at once.
 
     Args:
@@ -31,14 +32,14 @@ def open_store(rank: int, world_size: int, limit: timedelta) -> dist.Store:
         DistStoreError: A rank did not come (torch's).
         TimeoutError: A rank did not come.
     """
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
     store.set_timeout(limit)
-    shared = dist.PrefixStore("dmt", store)
+    shared = PrefixStore("dmt", store)
     name = _invite(shared, world_size, limit) if rank == 0 else _join(shared, rank)
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
-def _invite(store: dist.Store, world_size: int, limit: timedelta) -> str:
+def _invite(store: Store, world_size: int, limit: timedelta) -> str:
     """As rank 0, name the meeting, and tell all who come."""
     name, told = uuid.uuid4().hex, set()
     keys = [f"hello/{rank}" for rank in range(1, world_size)]
@@ -57,7 +58,7 @@ def _invite(store: dist.Store, world_size: int, limit: timedelta) -> str:
     return name
 
 
-def _join(store: dist.Store, rank: int) -> str:
+def _join(store: Store, rank: int) -> str:
     """As another rank, learn the meeting's name."""
     guest = uuid.uuid4().hex
     store.set(f"hello/{rank}", guest)
