@@ -5,15 +5,20 @@ Every rank calls everything, in the same order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from dmt_convert.bundle import open_bundle_model
-from dmt_convert.checkpoint import read_tensor
+from dmt_convert.checkpoint import TensorInfo, read_tensor
 from dmt_convert.engine import table_shards
 from dmt_convert.errors import CheckpointError
+from dmt_convert.finetune.checkpoint_tables import open_tables
+from dmt_convert.finetune.checkpoint_tensors import flatten_tensors
+from dmt_convert.finetune.cluster_accumulators import saved_sums
 from dmt_convert.finetune.cluster_job import ClusterJob, Listeners
 from dmt_convert.finetune.cluster_restarts import mark_begun
 from dmt_convert.finetune.cluster_training import ClusterTrainer
@@ -29,11 +34,10 @@ from dmt_convert.finetune.rank_agreement import Ranks
 from dmt_convert.finetune.resharding import load_state
 from dmt_convert.finetune.saved_checkpoint import SavedCheckpoint, read_payload
 from dmt_convert.finetune.training_checkpoints import CheckpointStore
-from dmt_convert.plan import TowerPlan
 from dmt_convert.scoring import Accuracy
 
-_MODEL: Final = "model."
 _HEAD: Final = "model.head."
+_TOWER: Final = re.compile(r"(\btowers\.towers\.)(\d+)\.")
 
 
 def find_checkpoint(
@@ -132,7 +136,7 @@ class ClusterTraining:
         )
         progress = self._resume()
         if progress is None:
-            trainer.start_accumulators()
+            trainer.start_sums(job.bundle.accumulators)
         start = 0 if progress is None else progress.step
         trainer.start_at(start, schedule.total_steps)
         listeners.on_start(start)
@@ -167,7 +171,7 @@ class ClusterTraining:
         self._best_step, self._result_step = progress.best.step, progress.step
         self._store.save(
             progress.step,
-            self._trainer.state(),
+            self._state(),
             {"training": describe_training(self._job), **progress.to_json()},
             asynchronous=self._job.config.async_checkpoints,
             protect=(progress.best.step,),
@@ -184,7 +188,15 @@ class ClusterTraining:
 
     def _load(self, saved: SavedCheckpoint) -> dict[str, Any]:
         rows = {table.name: table.rows for table in self._trainer.spec.tables}
-        return load_state(self._store, saved, self._trainer.state(), rows)
+        return load_state(self._store, saved, self._state(), rows)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The trainer's state; towers are called by their index, whatever the order of hosts."""
+        order = self._job.plan.tower_order
+        return {
+            _TOWER.sub(lambda found: f"{found[1]}{order[int(found[2])]}.", name): tensor
+            for name, tensor in flatten_tensors(self._trainer.state()).items()
+        }
 
     def _saved(self, step: int) -> SavedCheckpoint:
         found = self._store.newest(before=step + 1)
@@ -202,17 +214,21 @@ class ClusterTraining:
         infos = table_infos(bundle)
         rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
         after, notes = judge(result, rounded, lambda: self._measure_rounded(rounded))
-        module, table = open_bundle_model(bundle), None
-        if after is not result.start:
-            payload = read_payload(self._saved(self._best_step).path)
-            stored = {info.path: info for info in payload.tensors}
-            _take_dense(module, stored, self._job.plan)
-            table = {
-                name.split(".embedding_bags.")[1].rsplit(".", 1)[0]: info
-                for name, info in stored.items()
-                if name.startswith(_MODEL) and ".embedding_bags." in name
-            }.__getitem__
-        return TrainedModel(result=result, after=after, notes=notes, module=module, table=table)
+        module = open_bundle_model(bundle)
+        if after is result.start:
+            return TrainedModel(result=result, after=after, notes=notes, module=module, table=None)
+        path = self._saved(self._best_step).path
+        stored = {info.path: info for info in read_payload(path).tensors}
+        _take_dense(module, stored, len(self._job.plan.tower_hosts))
+        flat = bundle.manifest.model.flat
+        return TrainedModel(
+            result=result,
+            after=after,
+            notes=notes,
+            module=module,
+            table=open_tables(path, flat.tables).__getitem__,
+            sums=saved_sums(stored, flat),
+        )
 
     def _measure_rounded(self, rounded: Mapping[str, str]) -> Accuracy:
         with torch.no_grad():
@@ -222,20 +238,16 @@ class ClusterTraining:
         return self._trainer.measure()
 
 
-def _take_dense(module: torch.nn.Module, stored: Mapping[str, Any], plan: TowerPlan) -> None:
+def _take_dense(module: torch.nn.Module, stored: Mapping[str, TensorInfo], towers: int) -> None:
     """Give a model its dense parts from a checkpoint."""
-    state = {
-        name.removeprefix(_HEAD): torch.from_numpy(read_tensor(info).copy())
-        for name, info in stored.items()
-        if name.startswith(_HEAD)
+    prefixes = {_HEAD: ""} | {
+        f"model.towers.towers.{tower}.interaction.module.": f"towers.{tower}.tower_module."
+        for tower in range(towers)
     }
-    for place, tower in enumerate(plan.tower_order):
-        prefix = f"model.towers.towers.{place}.interaction.module."
-        state |= {
-            f"towers.{tower}.tower_module.{name.removeprefix(prefix)}": torch.from_numpy(
-                read_tensor(info).copy()
-            )
-            for name, info in stored.items()
-            if name.startswith(prefix)
-        }
+    state = {
+        into + name.removeprefix(prefix): torch.from_numpy(read_tensor(info).copy())
+        for name, info in stored.items()
+        for prefix, into in prefixes.items()
+        if name.startswith(prefix)
+    }
     module.load_state_dict(state)

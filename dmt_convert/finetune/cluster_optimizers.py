@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmt_convert.data import Batch, IntArray
 from dmt_convert.engine import FusedTables, ShardedModel
 from dmt_convert.finetune.finetune_config import FinetuneConfig
 from dmt_convert.finetune.optimizers import BETAS
-from dmt_convert.spec import ModelSpec
 
 
 class ClusterDenseOptimizer:
@@ -109,60 +106,3 @@ class ClusterTableOptimizer:
     def state(self) -> Mapping[str, Any]:
         """The state by table, sharded as the tables, for a checkpoint; shares memory."""
         return self.fused.state_dict()
-
-
-def fill_accumulators(fused: FusedTables, start: float) -> None:
-    """Let Adagrad's squared gradients start from a number."""
-    for _, state in fused.accumulators():
-        state.fill_(start)
-
-
-def count_touched(spec: ModelSpec, batch: Batch) -> dict[str, int]:
-    """Count the different rows that a batch touches, table by table.
-
-    Args:
-        spec: The flat model.
-        batch: All rows of a step, over all ranks.
-    """
-    ids: dict[str, list[IntArray]] = {table.name: [] for table in spec.tables}
-    for feature, bag in zip(spec.features, batch.bags, strict=True):
-        ids[feature.table].append(bag.values)
-    return {
-        table: len(np.unique(np.concatenate(parts))) if parts else 0 for table, parts in ids.items()
-    }
-
-
-def fill_accumulators_by_mean(
-    fused: FusedTables, spec: ModelSpec, touched: Mapping[str, int]
-) -> None:
-    """Let Adagrad's squared gradients start, table by table, at their mean over touched rows.
-
-    To be called after one backward pass with a learning rate of 0 from squared gradients of 0,
-    which leaves in every touched row its squared gradient. A table without any takes the mean over
-    all tables of its dim. The same start as that of one process, see `optimizers.Adagrad`.
-
-    Args:
-        fused: The tables' optimizer.
-        spec: The flat model.
-        touched: Table -> how many of its rows the pass touched, over all ranks.
-    """
-    names = [each.name for each in spec.tables]
-    sums = torch.zeros(len(names), 2, dtype=torch.float64)
-    for table, state in fused.accumulators():
-        sums[names.index(table)] += torch.tensor(
-            [float(state.sum(dtype=torch.float64)), float(state.numel())], dtype=torch.float64
-        )
-    device = next((state.device for _, state in fused.accumulators()), torch.device("cpu"))
-    sums = sums.to(device)
-    dist.all_reduce(sums)
-    sums = sums.cpu()
-    for i, each in enumerate(spec.tables):  # elements of all rows -> of touched ones
-        sums[i, 1] *= touched[each.name] / each.rows
-    dims = [each.dim for each in spec.tables]
-    for table, state in fused.accumulators():
-        index = names.index(table)
-        total, count = sums[index]
-        if not count:
-            same = [i for i, dim in enumerate(dims) if dim == dims[index]]
-            total, count = sums[same].sum(dim=0)
-        state.fill_(float(total / count) if count else 0.0)

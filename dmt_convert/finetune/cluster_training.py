@@ -6,7 +6,7 @@ Letters: B rows of one rank, G rows of a global batch, W ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
 from dmt_convert.engine import JaggedBatch, RankLayout, ShardedModel, to_jagged
-from dmt_convert.finetune.cluster_optimizers import (
-    ClusterDenseOptimizer,
-    ClusterTableOptimizer,
+from dmt_convert.finetune.cluster_accumulators import (
+    carry_sums,
     count_touched,
-    fill_accumulators,
-    fill_accumulators_by_mean,
+    fill_sums,
+    fill_sums_by_mean,
 )
+from dmt_convert.finetune.cluster_optimizers import ClusterDenseOptimizer, ClusterTableOptimizer
 from dmt_convert.finetune.finetune_config import FinetuneConfig
 from dmt_convert.finetune.training_data import training_shares
 from dmt_convert.scoring import Accuracy, measure_accuracy
@@ -125,18 +126,26 @@ class ClusterTrainer:
         counts = torch.arange(len(logits), device=logits.device) < share.counted
         return (each * counts).sum() * (self.layout.world_size / share.total)
 
-    def start_accumulators(self) -> None:
-        """Set what Adagrad's squared gradients start from; other optimizers have none."""
+    def start_sums(self, carried: Mapping[str, TensorInfo]) -> None:
+        """Set what Adagrad's sums of squared gradients start from; other optimizers have none.
+
+        Args:
+            carried: Table -> those that the bundle has, in its files.
+        """
+        fused, spec = self.tables.fused, self.spec
         if "adagrad" not in self.config.table_optimizer:
             return
         if self.config.initial_accumulator is not None:
-            fill_accumulators(self.tables.fused, self.config.initial_accumulator)
+            fill_sums(fused, spec, self.config.initial_accumulator)
             return
-        self.tables.begin(0.0)
-        share = next(self._open_shares(0))
-        self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
-        whole = next(self._open_shares(0, whole=True)).batch
-        fill_accumulators_by_mean(self.tables.fused, self.spec, count_touched(self.spec, whole))
+        if any(table.name not in carried for table in spec.tables):
+            self.tables.begin(0.0)
+            share = next(self._open_shares(0))
+            self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
+            whole = next(self._open_shares(0, whole=True)).batch
+            fill_sums_by_mean(fused, spec, count_touched(spec, whole))
+        if carried:
+            carry_sums(fused, spec, carried)
 
     def measure(self) -> Accuracy:
         """Measure on the validation rows; the same on every rank."""

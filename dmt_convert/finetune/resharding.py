@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from dmt_convert.checkpoint import TensorInfo, read_tensor
+from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.finetune.checkpoint_tensors import flatten_tensors
+from dmt_convert.finetune.cluster_accumulators import SUFFIX, mean_sums
 from dmt_convert.finetune.saved_checkpoint import SavedCheckpoint, read_payload
 from dmt_convert.finetune.training_checkpoints import CheckpointStore
-
-_ACCUMULATOR = ".momentum1"
 
 
 def load_state(
@@ -46,11 +44,11 @@ def load_state(
     """
     tensors = flatten_tensors(state)
     stored = {info.path: info for info in read_payload(saved.path).tensors}
-    names = {f".{t}.weight.{t}{_ACCUMULATOR}": count for t, count in rows.items()}
+    names = {f".{t}.weight.{t}{SUFFIX}": count for t, count in rows.items()}
     recut = {
         name: (tensor, stored[name], names[_tail(name)])
         for name, tensor in tensors.items()
-        if name.endswith(_ACCUMULATOR)
+        if name.endswith(SUFFIX)
         and name in stored
         and len(stored[name].shape) == 1
         and stored[name].shape != tuple(tensor.shape)
@@ -70,8 +68,7 @@ def _average(tensor: Any, info: TensorInfo, rows: int) -> None:
     parts = tensor.local_shards()
     if not parts:
         return
-    old = read_tensor(info).reshape(-1, rows)
-    mean = torch.from_numpy(np.asarray(old, dtype=np.float32).mean(axis=0))
+    mean = torch.from_numpy(mean_sums(info, rows).reshape(-1))
     for part in parts:
         (start,) = part.metadata.shard_offsets
         first = int(start) % rows
