@@ -22,6 +22,7 @@ def imported_by(module: str) -> set[str]:
         "dmt_convert.spec",
         "dmt_convert.finetune",
         "dmt_convert.plan",
+        "dmt_convert.finetune.launch",
         "dmt_convert.cli.main",
         "dmt_convert.recipes",
         "dmt_convert.recipes.finetune_dmt",
