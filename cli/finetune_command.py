@@ -118,6 +118,10 @@ def run(
     dense_optimizer: Annotated[
         str | None, _recipe_option("Optimizer of all but tables.", metavar="adam|sgd")
     ] = None,
+    log: Annotated[
+        Path | None,
+        _recipe_option("Folder for metrics.jsonl and TensorBoard. [CHECKPOINTS/log]"),
+    ] = None,
     plan: Annotated[
         Path | None, _rank_option("plan.json to place towers by. [the bundle's, or a new one]")
     ] = None,

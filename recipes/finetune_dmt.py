@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING or __package__:
         refuse,
         say_done,
     )
+    from .finetune_metrics import MetricsLog
     from .finetune_options import (
         make_parser,
         make_printer,
@@ -45,8 +48,10 @@ if TYPE_CHECKING or __package__:
         say_evaluation,
         say_result,
         say_rows,
+        say_start,
         show_steps,
         summarise,
+        together,
     )
 else:  # torchrun runs the file itself
     from finetune_endings import (
@@ -59,6 +64,7 @@ else:  # torchrun runs the file itself
         refuse,
         say_done,
     )
+    from finetune_metrics import MetricsLog
     from finetune_options import (
         make_parser,
         make_printer,
@@ -67,8 +73,10 @@ else:  # torchrun runs the file itself
         say_evaluation,
         say_result,
         say_rows,
+        say_start,
         show_steps,
         summarise,
+        together,
     )
 
 
@@ -98,14 +106,17 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     say_rows(say, data, config)
 
     # 3. The loop (dmt_convert/finetune/loop.py): the best state stays
-    with show_steps(config.total_steps(data.train.num_rows), silent=silent) as on_step:
+    total = config.total_steps(data.train.num_rows)
+    metrics = MetricsLog(options.log, config, total)
+    metrics.start()
+    with show_steps(total, silent=silent) as show, closing(metrics):
         result = train(
             model,
             data.train,
             data.valid,
             config,
-            on_step=on_step,
-            on_evaluation=lambda found: say_evaluation(say, found),
+            on_step=together(show, metrics.note_step),
+            on_evaluation=together(partial(say_evaluation, say), metrics.note_evaluation),
         )
 
     # 4. A new bundle, whole or not at all
@@ -152,13 +163,14 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     )
 
     # 3. The loop, its checkpoints, and the new bundle
-    with show_steps(config.total_steps(data.train.num_rows), silent=silent) as on_step:
+    total = config.total_steps(data.train.num_rows)
+    log = (options.log or checkpoints / "log") if layout.rank == 0 else None
+    metrics = MetricsLog(log, config, total)
+    with show_steps(total, silent=silent) as show, closing(metrics):
         listeners = Listeners(
-            on_step=on_step,
-            on_evaluation=lambda found: say_evaluation(say, found),
-            on_start=lambda step: (
-                say(f"going on from the checkpoint of step {step:,}") if step else None
-            ),
+            on_step=together(show, metrics.note_step),
+            on_evaluation=together(partial(say_evaluation, say), metrics.note_evaluation),
+            on_start=together(metrics.start, partial(say_start, say)),
         )
         result, written = finetune_on_cluster(job, listeners)
     stop_ranks()

@@ -36,6 +36,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--valid", type=Path, help="validation rows; without, the last tenth of DATA")
     add("--out", type=Path, required=True, help="bundle to write")
     add("--config", type=Path, help="YAML file with settings, as recipes/configs has them")
+    add(
+        "--log", type=Path, help="folder for metrics.jsonl and TensorBoard (ranks: CHECKPOINTS/log)"
+    )
     add("--force", action="store_true", help="replace a bundle and checkpoints that are there")
     add("--json", action="store_true", help="print one JSON document, and nothing else")
     add("--quiet", action="store_true", help="print no progress")
@@ -129,6 +132,22 @@ def say_cluster(
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def say_start(say: Say, step: int) -> None:
+    """Say where training goes on, if it does."""
+    if step:
+        say(f"going on from the checkpoint of step {step:,}")
+
+
+def together(*listeners: Callable[..., None]) -> Callable[..., None]:
+    """Make one listener of several."""
+
+    def tell(*what: Any) -> None:
+        for listener in listeners:
+            listener(*what)
+
+    return tell
 
 
 def say_evaluation(say: Say, found: Evaluation) -> None:

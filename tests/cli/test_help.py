@@ -28,7 +28,7 @@ OPTIONS = {
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
-    "--async-checkpoints --resume --no-prefetch --timeout",
+    "--async-checkpoints --resume --no-prefetch --timeout --log",
 }
 ARGUMENTS = {
     "inspect": ["source"],
