@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,54 @@ def call_dmt(
     signal.signal(signal.SIGTERM, terminate)
     logger.handlers = handlers
     logger.setLevel(level)
+
+
+@contextmanager
+def serve_ranks(scenarios: Path) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """Keep a process that has torch, and forks ranks for the scenarios of a file.
+
+    Yields:
+        `run(size, name, *, ends=True, job={}, **arguments)`: what `rank_server.py` says of every
+        rank. Where the scenario `ends`, all ranks have to end well.
+    """
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py")), str(scenarios)],
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None and server.stdout is not None
+    asked, answers = server.stdin, server.stdout
+
+    def run(
+        size: int,
+        name: str,
+        *,
+        ends: bool = True,
+        job: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        asked.write(
+            json.dumps({"size": size, "name": name, "arguments": options, **(job or {})}) + "\n"
+        )
+        asked.flush()
+        reports: list[dict[str, Any]] = json.loads(answers.readline())
+        if ends:
+            for report in reports:
+                assert report["code"] == 0, report["errors"]
+        return reports
+
+    yield run
+    with server:
+        asked.close()
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Callable[..., Any]:
+    """A context manager: `with rank_server(file_of_scenarios) as run: run(size, name, ...)`."""
+    return serve_ranks
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,9 @@ def make_batch() -> Callable[..., Batch]:
 
 
 @pytest.fixture(scope="module")
-def run_ranks() -> Iterator[Callable[[str], Callable[..., list[dict[str, Any]]]]]:
+def run_ranks(
+    rank_server: Callable[..., Any],
+) -> Iterator[Callable[[str], Callable[..., list[dict[str, Any]]]]]:
     """Run scenarios of a module beside this one over gloo ranks: `run_ranks(module)(4, "save")`.
 
     Without `ends=False`, all ranks have to end well.
@@ -166,30 +168,11 @@ def run_ranks() -> Iterator[Callable[[str], Callable[..., list[dict[str, Any]]]]
     with ExitStack() as servers:
 
         def start(module: str) -> Callable[..., list[dict[str, Any]]]:
-            here = Path(__file__).parent
-            server = subprocess.Popen(
-                [sys.executable, str(here / "rank_server.py"), module],
-                env=os.environ
-                | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
-                | {"GLOO_SOCKET_IFNAME": "lo"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert server.stdin is not None and server.stdout is not None
-            asked, answers = server.stdin, server.stdout
-            servers.enter_context(server)
-            servers.callback(asked.close)
+            server = servers.enter_context(rank_server(Path(__file__).with_name(f"{module}.py")))
 
             def run(size: int, name: str, *, ends: bool = True, **arguments: Any) -> Any:
                 arguments["folder"] = str(arguments["folder"])
-                job = {"size": size, "name": name, "arguments": arguments}
-                asked.write(json.dumps(job) + "\n")
-                asked.flush()
-                reports = json.loads(answers.readline())
-                for report in reports if ends else ():
-                    assert report["code"] == 0, report["errors"]
-                return reports
+                return server(size, name, ends=ends, **arguments)
 
             return run
 
