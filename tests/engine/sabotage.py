@@ -1,0 +1,130 @@
+"""Ways to break the engine, to see that the comparisons notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dmt_convert.engine import cluster_model
+from dmt_convert.engine.sharded_towers import ShardedTowers
+
+
+@contextmanager
+def sabotage(name: str | None) -> Iterator[None]:
+    """Break what `name` says for as long as the context lasts."""
+    kept: list[tuple[Any, str, Any]] = []
+
+    def patch(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
+        original = getattr(owner, attribute)
+        kept.append((owner, attribute, original))
+        setattr(owner, attribute, make(original))
+
+    if name is not None:
+        _PATCHES[name](patch)
+    try:
+        yield
+    finally:
+        for owner, attribute, original in kept:
+            setattr(owner, attribute, original)
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def _no_block_order(patch: Callable[..., None]) -> None:
+    patch(cluster_model, "_block_order", lambda _: lambda *_: torch.empty(0, dtype=torch.int64))
+
+
+def _swapped_tables(patch: Callable[..., None]) -> None:
+    def swapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def list_shards(model: Any) -> list[Any]:
+            other = {"t0": "t1", "t1": "t0"}
+            return [(other.get(name, name), *rest) for name, *rest in original(model)]
+
+        return list_shards
+
+    import engine_scenarios
+
+    patch(engine_scenarios, "shards_to_fill", swapped)
+
+
+def _undivided_gradients(patch: Callable[..., None]) -> None:
+    """What comes back from the peers is a sum; here it is not made a mean."""
+
+    def without(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda self, x: _Multiplied.apply(original(self, x), 2.0)  # two peers
+
+    patch(cluster_model.TowerHead, "forward", without)
+
+
+def _wrong_feature(patch: Callable[..., None]) -> None:
+    """Two features' ids change places on their way."""
+
+    def swap(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        keys = features.keys()
+        order = list(range(len(keys)))
+        a, b = keys.index("f0"), keys.index("f1")
+        order[a], order[b] = b, a
+        moved = features.permute(order)
+        return KeyedJaggedTensor(
+            keys=keys,
+            values=moved.values(),
+            weights=moved.weights_or_none(),
+            lengths=moved.lengths(),
+            stride=moved.stride(),
+        )
+
+    def wrong(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, ctx, features, *rest: original(self, ctx, swap(features), *rest)
+
+    patch(ShardedTowers, "input_dist", wrong)
+
+
+class _Alone(nn.Module):
+    """Where DistributedDataParallel should be."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+
+def _own_tower_gradients(patch: Callable[..., None]) -> None:
+    """Ranks of a host do not bring their tower modules' gradients together."""
+
+    def unsynchronised(original: Callable[..., Any]) -> Callable[..., Any]:
+        def shard(*arguments: Any, **options: Any) -> Any:
+            sharded = original(*arguments, **options)
+            for i, parallel in sharded.towers.interactions.items():
+                sharded.towers.interactions[i] = _Alone(parallel.module)
+            return sharded
+
+        return shard
+
+    import engine_scenarios
+
+    patch(engine_scenarios, "shard_model", unsynchronised)
+
+
+_PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
+    "no block order": _no_block_order,
+    "swapped tables": _swapped_tables,
+    "undivided gradients": _undivided_gradients,
+    "wrong feature": _wrong_feature,
+    "own tower gradients": _own_tower_gradients,
+}

@@ -1,0 +1,102 @@
+"""A compressed model over ranks is the same model in plain torch on the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import RunRanks
+
+TOLERANCE = 1e-6
+"""Absolute, of logits, gradients and weights below 1: every gradient is a mean over samples, taken
+rank by rank here and at once there. 6e-8 was seen."""
+
+TOWERS = [[[20, 16], [30, 16], [40, 16]], [[25, 16]], [[20, 16], [31, 16]]]
+OUT_OF_ORDER = [[[40, 16]], [[40, 16]], [[40, 16], [40, 16], [40, 16]], [[40, 16]]]
+
+
+def dlrm(*dims: int, c: int = 1, p: int = 0) -> list[dict[str, Any]]:
+    return [{"kind": "dlrm", "c": c, "p": p, "dim": dim} for dim in dims]
+
+
+DCN = [{"kind": "dcn", "dim": 6, "cross_layers": 1, "cross_rank": 4}]
+CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+    "1x1, vectors per feature": (1, 1, {"towers": TOWERS, "modules": dlrm(8)}, {}),
+    "1x4, vectors per feature and per tower": (
+        1,
+        4,
+        {"towers": TOWERS, "modules": dlrm(4, p=2)},
+        {},
+    ),
+    "2x2, a dim per tower, out of order": (
+        2,
+        2,
+        {"towers": OUT_OF_ORDER, "modules": dlrm(8, 5, 3, 2)},
+        {"order": [2, 0, 1, 3]},
+    ),
+    "2x2, vectors per tower only, means": (
+        2,
+        2,
+        {"towers": TOWERS, "modules": dlrm(8, c=0, p=1), "pooling": "mean"},
+        {},
+    ),
+    "2x2, vectors per feature and per tower, shared tables": (
+        2,
+        2,
+        {"towers": TOWERS, "modules": dlrm(6, p=1), "shared": [1, 4]},
+        {},
+    ),
+    "2x2, cross networks": (2, 2, {"towers": TOWERS, "modules": DCN, "interaction": "dcn"}, {}),
+    "4x1, a tower over two hosts": (
+        4,
+        1,
+        {"towers": TOWERS[::2], "modules": dlrm(8, 4)},
+        {"hosts_per_tower": 2},
+    ),
+    "4x2, cross networks over two hosts each": (
+        4,
+        2,
+        {"towers": TOWERS[::2], "modules": DCN, "interaction": "dcn"},
+        {"hosts_per_tower": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_plain_model(run_ranks: RunRanks, case: str) -> None:
+    hosts, ranks, options, expected = CASES[case]
+    found = run_ranks(hosts, ranks, "train_against_plain", table_lr=5.0, steps=8, **options)
+    for one in found:
+        assert one["moved"] > 0.005, "tables that do not move prove nothing"
+        assert {name: one[name] for name in expected} == expected
+        largest = max(one[name] for name in ("logits", "gradients", "tables", "dense"))
+        assert largest <= (0 if len(found) == 1 else TOLERANCE)
+    check_gradients(found, len(options["towers"]))
+
+
+def check_gradients(found: list[dict[str, Any]], num_towers: int) -> None:
+    """All ranks that have a parameter have the same gradient of it, to the bit."""
+    by_name: dict[str, set[str]] = {}
+    for one in found:
+        for name, digest in one["digests"].items():
+            by_name.setdefault(name, set()).add(digest)
+    assert {name.split(".")[1] for name in by_name if name.startswith("towers.")} == {
+        str(tower) for tower in range(num_towers)
+    }
+    assert {name: digests for name, digests in by_name.items() if len(digests) > 1} == {}
+
+
+def test_gradients_that_stay_on_their_rank_are_noticed(run_ranks: RunRanks) -> None:
+    found = run_ranks(
+        2,
+        2,
+        "train_against_plain",
+        towers=TOWERS,
+        modules=dlrm(8),
+        steps=1,
+        broken="own tower gradients",
+    )
+    assert all(one["gradients"] > 20 * TOLERANCE for one in found)
+    with pytest.raises(AssertionError, match=r"towers\.0\.tower_module"):
+        check_gradients(found, len(TOWERS))
