@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 COMM_DTYPES: Final[tuple[str, ...]] = get_args(CommDtype)
 
+_HEADER_BYTES: Final = 4
+"""Of the power of two in front of gradients."""
 _SCALE_BYTES: Final = {"int8": 8, "fp8": 4}
 """Per vector: int8 keeps a scale and a bias, fp8 a scale, float32 each."""
 
@@ -24,7 +26,9 @@ class Wire:
     """Turns float32 into the bytes that travel, and back.
 
     int8 and fp8 scale every vector by its largest element; fp8 keeps more of the mantissa
-    forward (e4m3) and more of the exponent backward (e5m2), as TorchRec's codec does.
+    forward (e4m3) and more of the exponent backward (e5m2), as TorchRec's codec does. Gradients
+    of a mean over a large batch are tiny: as fp16 and int8 they are first multiplied by a power of
+    two, which travels in front of them.
     """
 
     dtype: CommDtype
@@ -36,17 +40,44 @@ class Wire:
 
     def nbytes(self, elements: int) -> int:
         """Bytes of so many elements."""
+        if not elements:
+            return 0
         if self.dtype == "fp32":
             return 4 * elements
+        header = _HEADER_BYTES if self._lifts else 0
         if self.dtype in ("fp16", "bf16"):
-            return 2 * elements
-        return elements + elements // self.vector_dim * _SCALE_BYTES[self.dtype]
+            return header + 2 * elements
+        return header + elements + elements // self.vector_dim * _SCALE_BYTES[self.dtype]
+
+    @property
+    def _lifts(self) -> bool:
+        """Whether numbers are multiplied before they are packed."""
+        return self.backward and self.dtype in ("fp16", "int8")
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the bytes of a float32 tensor: uint8, shape (nbytes,)."""
         import torch
 
-        x = x.contiguous()
+        if not self._lifts or not x.numel():
+            return self._pack(x.contiguous())
+        largest = x.abs().max()
+        lift = torch.exp2(-torch.floor(torch.log2(largest)).clamp(-100, 100))
+        lift = torch.where((largest > 0) & torch.isfinite(largest), lift, 1.0)
+        header = lift.reshape(1).view(torch.uint8)
+        return torch.cat([header, self._pack((x * lift).contiguous())])
+
+    def decode(self, data: Tensor) -> Tensor:
+        """Return what `encode` was given, flattened, as float32."""
+        import torch
+
+        if not self._lifts or not data.numel():
+            return self._unpack(data)
+        header, rest = data.tensor_split([_HEADER_BYTES])
+        return self._unpack(rest) / header.clone().view(torch.float32)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        import torch
+
         if self.dtype == "fp32":
             return x.view(-1).view(torch.uint8)
         if self.dtype == "bf16":
@@ -60,12 +91,11 @@ class Wire:
             return quantized.view(-1)
         kind = self._fp8()
         scale = vectors.abs().amax(dim=1, keepdim=True) / torch.finfo(kind).max
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
         small = (vectors / scale).to(kind).view(torch.uint8)
         return torch.cat([small.view(-1), scale.view(-1).view(torch.uint8)])
 
-    def decode(self, data: Tensor) -> Tensor:
-        """Return what `encode` was given, flattened, as float32."""
+    def _unpack(self, data: Tensor) -> Tensor:
         import torch
 
         if self.dtype == "fp32":
