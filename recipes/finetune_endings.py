@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -64,6 +65,7 @@ def lose(options: argparse.Namespace, error: RuntimeError) -> NoReturn:
     if os.environ.get("DMT_TRACEBACK") == "1":
         traceback.print_exception(error)
     reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = re.sub(r"^\[[^]]*\] ", "", reason).partition(". ")[0]  # where in gloo's source, advice
     lost = DmtError(
         f"another rank was lost, or did not answer within {options.timeout:g} s ({reason:.160})",
         expected="every rank to run to its end",

@@ -138,6 +138,7 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout_seconds: fl
             world_size=layout.world_size,
         )
         dist.monitored_barrier(timeout=limit) if layout.backend == "gloo" else dist.barrier()
+        _make_groups(limit)
     except (dist.DistError, RuntimeError, TimeoutError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -148,6 +149,20 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout_seconds: fl
             hint="look at the other hosts' output; on hosts with several networks set "
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
         ) from None
+
+
+def _make_groups(limit: timedelta) -> None:
+    """Make the groups that TorchRec would make, which gives them half an hour to answer."""
+    import torch.distributed as dist
+    from torchrec.distributed import comm
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    size = comm.get_topology_group_world_size(world_size)
+    inside = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    across = [list(range(first, world_size, size)) for first in range(size)]
+    for name, groups in (("_INTRA_PG", inside), ("_CROSS_PG", across)):
+        made = {tuple(ranks): dist.new_group(ranks, timeout=limit) for ranks in groups}
+        setattr(comm, name, next(group for ranks, group in made.items() if rank in ranks))
 
 
 def stop_ranks() -> None:
