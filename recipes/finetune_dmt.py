@@ -193,6 +193,7 @@ def start_logging(*, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("dmt_convert")
     logger.handlers = [handler]
+    logger.propagate = find_rank() is None  # torchrec logs by the root logger, which would repeat
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 

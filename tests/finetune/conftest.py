@@ -22,13 +22,21 @@ ROWS = (7, 50, 11, 6)
 NUM_DENSE = 5
 
 
-def write_rows(folder: Path, name: str, count: int, *, seed: int, **changes: Any) -> Path:
+def write_rows(
+    folder: Path,
+    name: str,
+    count: int,
+    *,
+    seed: int,
+    tables: tuple[int, ...] = ROWS,
+    **changes: Any,
+) -> Path:
     """Rows whose label depends on ids and dense inputs; `changes` replace arrays."""
     folder.mkdir(exist_ok=True)
     truth = np.random.default_rng(7)
-    effects = [truth.standard_normal(rows) * 1.5 for rows in ROWS]
+    effects = [truth.standard_normal(rows) * 1.5 for rows in tables]
     rng = np.random.default_rng(seed)
-    sparse = np.stack([rng.integers(0, rows, count) for rows in ROWS], axis=1).astype(np.int32)
+    sparse = np.stack([rng.integers(0, rows, count) for rows in tables], axis=1).astype(np.int32)
     dense = rng.standard_normal((count, NUM_DENSE)).astype(np.float32)
     logits = sum(effect[sparse[:, f]] for f, effect in enumerate(effects)) + dense[:, 0]
     label = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(np.uint8)
@@ -152,6 +160,33 @@ def make_batch() -> Callable[..., Batch]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cluster_jobs() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run the recipe over ranks, see `cluster_server`: `cluster_jobs(hosts=2, ranks=1, ...)`."""
+    here = Path(__file__).parent
+    paths = [str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with subprocess.Popen(
+        [sys.executable, str(here / "cluster_server.py")],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        | {"GLOO_SOCKET_IFNAME": "lo"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def run(**job: Any) -> dict[str, Any]:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+            found: dict[str, Any] = json.loads(server.stdout.readline())
+            return found
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture(scope="module")
