@@ -18,8 +18,6 @@ import torch
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.finetune import load_bundle, open_training_data
-from dmt_convert.finetune.training import measure_rows
 from dmt_convert.partition import PartitionConfig
 from dmt_convert.plan import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
