@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what DTensor imports when it is first made, in every rank
 import torch.distributed as dist
 
 SECONDS = 60.0

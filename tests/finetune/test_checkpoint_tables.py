@@ -113,6 +113,7 @@ def peak_of_streaming(info: TensorInfo, dtype: str) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_a_sharding_by_torchrec_is_loaded_into_any_other_and_read_offline(
     run_ranks: Callable[[str], Run], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.errors import CheckpointError
 from dmt_convert.finetune.checkpoint_folder import CheckpointFolder
 
 ROW_WISE = "model.towers.towers.0.embedding.embedding_bags.t_0.weight"
@@ -303,3 +304,17 @@ def test_whatever_is_killed_when_a_whole_checkpoint_remains(
     result = run(2, "load", folder=tmp_path)[0]["result"]
     assert (result["step"], result["same"], result["notes"]) == (1 + whole, True, [])
     assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_what_another_host_wrote_elsewhere_is_missed(saved: Path, tmp_path: Path) -> None:
+    """A folder that hosts do not share holds the first host's files only."""
+    folder = CheckpointFolder(tmp_path)
+    partial = folder.begin(20)
+    shutil.copytree(saved / "step_000000020", partial, dirs_exist_ok=True)
+    (partial / "__2_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match="not all in") as refused:
+        folder.complete(20, {}, num_ranks=4)
+    folder.close()
+    assert refused.value.expected == "one folder that all hosts share"
+    assert refused.value.details == ("__2_0.distcp: missing",)
+    assert names(tmp_path) == [".step_000000020-partial"]
