@@ -134,6 +134,7 @@ class ClusterTraining:
             eval_every=job.config.steps_between_evaluations(num_rows),
             save_every=job.config.checkpoint_every,
         )
+        trainer.rehearse()
         progress = self._resume()
         if progress is None:
             trainer.start_sums(job.bundle.accumulators)

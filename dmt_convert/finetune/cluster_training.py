@@ -126,8 +126,24 @@ class ClusterTrainer:
         counts = torch.arange(len(logits), device=logits.device) < share.counted
         return (each * counts).sum() * (self.layout.world_size / share.total)
 
+    def rehearse(self) -> None:
+        """Run the first batch forward and back twice, with a learning rate of 0.
+
+        DistributedDataParallel orders its buckets anew before the third forward pass, and with them
+        the sums over more than two ranks: a training that goes on would differ in the last bit from
+        one that was not interrupted. And Adagrad's sums are now the squared gradients.
+        """
+        if self.config.table_optimizer == "adam":
+            return  # it would count the steps
+        share = next(self._open_shares(0))
+        self.tables.begin(0.0)
+        for _ in range(2):
+            fill_sums(self.tables.fused, self.spec, 0.0)
+            self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
+        self.dense.zero_grad()
+
     def start_sums(self, carried: Mapping[str, TensorInfo]) -> None:
-        """Set what Adagrad's sums of squared gradients start from; other optimizers have none.
+        """Set what Adagrad's sums of squared gradients start from, after `rehearse`.
 
         Args:
             carried: Table -> those that the bundle has, in its files.
@@ -139,9 +155,6 @@ class ClusterTrainer:
             fill_sums(fused, spec, self.config.initial_accumulator)
             return
         if any(table.name not in carried for table in spec.tables):
-            self.tables.begin(0.0)
-            share = next(self._open_shares(0))
-            self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
             whole = next(self._open_shares(0, whole=True)).batch
             fill_sums_by_mean(fused, spec, count_touched(spec, whole))
         if carried:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.bundle import Bundle, open_bundle
+from dmt_convert.checkpoint import read_tensor
 from dmt_convert.convert import ConvertConfig, convert_checkpoint
 from dmt_convert.data import Bag, Batch
 from dmt_convert.partition import PartitionConfig
@@ -23,6 +26,9 @@ from dmt_convert.towers import DmtModel, DmtSpec, TowerSpec, module_spec
 
 ROWS = (7, 50, 11, 6)
 NUM_DENSE = 5
+WIDE_TABLES = (7, 400, 9, 6)
+# the last batch of a pass has 10 rows: four ranks get 3, 3, 3 and 1
+COMMON = ("--batch-size", 74, "--eval-every", 4, "--checkpoint-every", 3, "--max-steps", 16)
 
 
 def write_rows(
@@ -212,3 +218,116 @@ def run_ranks(
             return run
 
         yield start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What came of a run."""
+
+    out: Path
+    attempts: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def bundle(self) -> Bundle:
+        return open_bundle(self.out)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.bundle.manifest.initialisation["finetune"]
+        return found
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self.out)): path.read_bytes()
+            for path in self.out.rglob("*")
+            if path.is_file()
+        }
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        bundle = self.bundle
+        groups = [bundle.dense, *bundle.towers, *bundle.accumulator_files.values()]
+        return {
+            f"{t} {name}": read_tensor(info).astype(np.float32)
+            for t, tensors in enumerate(groups)
+            for name, info in tensors.items()
+        }
+
+    @property
+    def printed(self) -> str:
+        return "".join(rank["stdout"] for ranks in self.attempts for rank in ranks)
+
+
+@pytest.fixture(scope="session")
+def cluster_rows(tmp_path_factory: pytest.TempPathFactory, make_rows: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    make_rows(folder, "train", 602, seed=0, tables=WIDE_TABLES)
+    make_rows(folder, "valid", 203, seed=1, tables=WIDE_TABLES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_wide(
+    tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]
+) -> Callable[..., Path]:
+    """A bundle of two towers, tables wide enough to be cut into columns."""
+
+    def make(*, edit: Callable[[dict[str, Any]], object] | None = None, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("wide")
+        source = make_flat(folder / "ckpt.pt", rows=WIDE_TABLES, dim=64, edit=edit)
+        config = ConvertConfig(
+            partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+            return convert_checkpoint(source, folder / "wide", config=config).bundle.path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide(make_wide: Callable[..., Path]) -> Path:
+    return make_wide(compression=4)
+
+
+@pytest.fixture
+def tune(
+    tmp_path: Path, wide: Path, cluster_rows: Path, cluster_jobs: Callable[..., Any]
+) -> Callable[..., Tuned]:
+    """Run the recipe on HOSTS x RANKS."""
+
+    def run(
+        cluster: str,
+        *options: object,
+        name: str = "a",
+        bundle: Path = wide,
+        data: Path = cluster_rows,
+        ends: bool = True,
+        notes: str = "",
+        **job: Any,
+    ) -> Tuned:
+        hosts, ranks = map(int, cluster.split("x"))
+        out = tmp_path / name / "new"
+        out.parent.mkdir(exist_ok=True)
+        common = ("--bundle", bundle, "--data", data, "--out", out, *COMMON)
+        arguments = [str(argument) for argument in (*common, *options)]
+        done = cluster_jobs(hosts=hosts, ranks=ranks, arguments=arguments, **job)
+        last = done["attempts"][-1]
+        if ends:
+            assert [rank["code"] for rank in last] == [0] * (hosts * ranks), last
+            assert {rank["stderr"] for rank in last} <= {"", notes}
+        return Tuned(out=out, attempts=done["attempts"])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def common() -> tuple[object, ...]:
+    """Options that `tune` always gives."""
+    return COMMON
+
+
+@pytest.fixture(scope="session")
+def tuned() -> type[Tuned]:
+    return Tuned

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,141 +14,35 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.checkpoint import read_tensor
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.bundle import open_bundle
 from dmt_convert.plan import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
 
-TABLES = (7, 400, 9, 6)
-# the last batch of a pass has 10 rows: four ranks get 3, 3, 3 and 1
-COMMON = ("--batch-size", 74, "--eval-every", 4, "--checkpoint-every", 3, "--max-steps", 16)
 HARD = ("--warmup-steps", 3, "--lr-decay", "cosine", "--clip-norm", 0.3, "--table-lr", 0.1)
 # sums over rows are taken rank by rank: 1e-7 per step, which Adam's first steps make larger
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 CLOSE_LOSS = 2e-6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What came of a run."""
-
-    out: Path
-    attempts: list[list[dict[str, Any]]] = field(default_factory=list)
-
-    @property
-    def bundle(self) -> Bundle:
-        return open_bundle(self.out)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.bundle.manifest.initialisation["finetune"]
-        return found
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(self.out)): path.read_bytes()
-            for path in self.out.rglob("*")
-            if path.is_file()
-        }
-
-    @property
-    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        bundle = self.bundle
-        groups = [bundle.dense, *bundle.towers, *bundle.accumulator_files.values()]
-        return {
-            f"{t} {name}": read_tensor(info).astype(np.float32)
-            for t, tensors in enumerate(groups)
-            for name, info in tensors.items()
-        }
-
-    @property
-    def printed(self) -> str:
-        return "".join(rank["stdout"] for ranks in self.attempts for rank in ranks)
-
-
-Tune = Callable[..., Tuned]
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory, make_rows: Callable[..., Path]) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    make_rows(folder, "train", 602, seed=0, tables=TABLES)
-    make_rows(folder, "valid", 203, seed=1, tables=TABLES)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def make_wide(
-    tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]
-) -> Callable[..., Path]:
-    """A bundle of two towers, tables wide enough to be cut into columns."""
-
-    def make(*, edit: Callable[[dict[str, Any]], object] | None = None, **options: Any) -> Path:
-        folder = tmp_path_factory.mktemp("wide")
-        source = make_flat(folder / "ckpt.pt", rows=TABLES, dim=64, edit=edit)
-        config = ConvertConfig(
-            partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
-            return convert_checkpoint(source, folder / "wide", config=config).bundle.path
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def wide(make_wide: Callable[..., Path]) -> Path:
-    return make_wide(compression=4)
+Tune = Callable[..., Any]
 
 
 @pytest.fixture
-def tune(tmp_path: Path, wide: Path, rows: Path, cluster_jobs: Callable[..., Any]) -> Tune:
-    """Run the recipe on HOSTS x RANKS."""
-
-    def run(
-        cluster: str,
-        *options: object,
-        name: str = "a",
-        bundle: Path = wide,
-        data: Path = rows,
-        ends: bool = True,
-        notes: str = "",
-        **job: Any,
-    ) -> Tuned:
-        hosts, ranks = map(int, cluster.split("x"))
-        out = tmp_path / name / "new"
-        out.parent.mkdir(exist_ok=True)
-        common = ("--bundle", bundle, "--data", data, "--out", out, *COMMON)
-        arguments = [str(argument) for argument in (*common, *options)]
-        done = cluster_jobs(hosts=hosts, ranks=ranks, arguments=arguments, **job)
-        last = done["attempts"][-1]
-        if ends:
-            assert [rank["code"] for rank in last] == [0] * (hosts * ranks), last
-            assert {rank["stderr"] for rank in last} <= {"", notes}
-        return Tuned(out=out, attempts=done["attempts"])
-
-    return run
-
-
-@pytest.fixture
-def tune_alone(tmp_path: Path, wide: Path, rows: Path) -> Tune:
+def tune_alone(tmp_path: Path, wide: Path, cluster_rows: Path, common: Any, tuned: Any) -> Tune:
     """Run the recipe in this process."""
 
-    def run(*options: object, bundle: Path = wide) -> Tuned:
+    def run(*options: object, bundle: Path = wide) -> Any:
         out = tmp_path / "alone" / "new"
         out.parent.mkdir()
-        common = ("--bundle", bundle, "--data", rows, "--out", out, *COMMON, "--quiet")
+        ours = ("--bundle", bundle, "--data", cluster_rows, "--out", out, *common, "--quiet")
         torch.manual_seed(0)
-        main([str(argument) for argument in (*common, *options)])
-        return Tuned(out=out)
+        main([str(argument) for argument in (*ours, *options)])
+        return tuned(out=out)
 
     return run
 
 
-def assert_alike(one: Tuned, other: Tuned, close: dict[str, float] = CLOSE) -> None:
+def assert_alike(one: Any, other: Any, close: dict[str, float] = CLOSE) -> None:
     """The same evaluations and weights, but for sums in another order."""
     ours, theirs = one.record["history"], other.record["history"]
     assert [e["step"] for e in ours] == [e["step"] for e in theirs]
@@ -243,3 +136,57 @@ def test_column_shards_are_joined_and_cut(tune, wide, tmp_path) -> None:
     tune("2x1", *HARD, name="c", faults=[die], ends=False)
     cut = tune("2x2", *HARD, "--plan", plan, "--resume", name="c")
     assert_alike(cut, whole, {"rtol": 0.1, "atol": 0.1})
+
+
+@pytest.mark.parametrize("more", [(), ("--async-checkpoints", "--no-prefetch")])
+def test_a_killed_training_goes_on_to_the_same_bytes(tune, more) -> None:
+    """Once started again by torchrun, once by hand."""
+    whole = tune("2x2", *HARD, name="whole")
+    die = {"moment": "step", "rank": 3, "time": 12}
+    again = tune("2x2", *HARD, *more, faults=[die], restarts=1)
+    # what is written in the background may not be whole when the rank dies
+    assert any(f"from the checkpoint of step {step}\n" in again.printed for step in (8, 9))
+    assert_same(again, whole)
+    stopped = tune("2x2", *HARD, *more, name="b", faults=[die | {"time": 6}], ends=False)
+    assert not stopped.out.exists()
+    by_hand = tune("2x2", *HARD, *more, "--resume", name="b")
+    assert any(f"from the checkpoint of step {step}\n" in by_hand.printed for step in (3, 4))
+    assert_same(by_hand, whole)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """The same bytes in all files, but for the settings that say how checkpoints are written."""
+    ours, theirs = one.record, other.record
+    assert ours["history"] == theirs["history"]
+    if ours["settings"] == theirs["settings"]:
+        assert one.files == other.files
+    else:
+        assert {n: b for n, b in one.files.items() if n.startswith("weights/")} == {
+            n: b for n, b in other.files.items() if n.startswith("weights/")
+        }
+
+
+def test_what_is_written_is_what_was_measured(tune, make_wide, call_dmt, cluster_rows) -> None:
+    """fp16 tables; the best state is an earlier one, patience ends training."""
+    bundle = make_wide(compression=4, dtype="fp16")
+    found = tune(
+        *("2x1", "--table-lr", 0.3, "--lr-decay", "constant", "--max-steps", 90),
+        *("--patience", 3, "--eval-every", 2, "--json"),
+        bundle=bundle,
+    )
+    said = json.loads(found.printed)
+    steps = [evaluation["step"] for evaluation in said["history"]]
+    assert 0 < said["best_step"] == steps[-1] - 6 < said["steps"] - 4 == steps[-1] - 4 < 86
+    assert said["notes"] and "stored in fp16 again" in said["notes"][0]
+    assert {info.dtype for tower in found.bundle.towers for info in tower.values()} >= {"fp16"}
+    run = call_dmt("evaluate", found.out, "--data", cluster_rows / "valid.npz", "--json")
+    measured = json.loads(run.stdout)
+    for key in ("auc", "ne", "log_loss"):
+        assert measured[key] == pytest.approx(said["after"][key], abs=1e-6)
+
+
+def test_nothing_better_keeps_the_weights(tune, wide) -> None:
+    found = tune("1x2", "--table-lr", 40, "--dense-lr", 0.5, "--max-steps", 8)
+    assert "nothing beat the start" in found.printed and found.record["best_step"] == 0
+    for name, path in ((p.name, p) for p in (wide / "weights").iterdir()):
+        assert (found.out / "weights" / name).read_bytes() == path.read_bytes()
