@@ -41,7 +41,7 @@ VARIANTS = ("repository-npz", "probe-npz", "criteo-npy", "criteo-tsv gzip", "par
 
 @pytest.fixture(scope="module")
 def datasets(writers: Writers) -> Iterator[dict[str, Dataset]]:
-    """Eleven rows, in blocks of at most four where there are blocks; `range` is some of them."""
+    """Eleven rows, in blocks of at most four where the format has any; `range` is some of them."""
     patch = pytest.MonkeyPatch()
     patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
     patch.setattr(array_blocks, "BLOCK_ROWS", 4)

@@ -42,8 +42,11 @@ class Case:
     pooling: str
     """sum or mean."""
     ids: str
-    """single: one id per bag; multi: none to three; distinct: none to three, and no id twice in a
-    global batch, so that no gradients of a row are summed."""
+    """single: one id per bag; multi: none to three; rare: hardly any, for many ranks none at all;
+    distinct: none to three, and no id twice in a global batch, so that no gradients of a row are
+    summed."""
+    weights: bool
+    """Whether the data have weights."""
     hbm_bytes: int
     """Memory of a rank; little of it makes the planner cut tables."""
     optimizer: str
@@ -67,6 +70,7 @@ class Case:
             "interaction": "dot",
             "pooling": "sum",
             "ids": "multi",
+            "weights": False,
             "hbm_bytes": 10**9,
             "optimizer": "sgd",
             "modules": [{"kind": "passthrough"}],
@@ -146,13 +150,16 @@ class Case:
             if self.ids != "single":
                 lengths = rng.integers(0, 4, num_rows)
                 lengths[rng.integers(num_rows)] = 0
+            if self.ids == "rare":
+                lengths[rng.random(num_rows) < 0.9] = 0
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             count, rows = int(offsets[-1]), spec.table(feature.table).rows
             values = rng.integers(0, rows, count)
             if self.ids == "distinct":
                 values, unused[feature.table] = np.split(unused[feature.table], [count])
                 assert len(values) == count, f"{feature.table} has too few rows"
-            bags.append(Bag(values=values, offsets=offsets))
+            weights = rng.random(count).astype(np.float32) if self.weights else None
+            bags.append(Bag(values=values, offsets=offsets, weights=weights))
         return Batch(
             dense=rng.standard_normal((num_rows, NUM_DENSE)).astype(np.float32),
             feature_names=spec.feature_names,

@@ -40,7 +40,7 @@ def shard_case(case: Case, *, comm_dtype: str = "fp32") -> tuple[ShardedModel, T
         device="cpu",
         fused_params=fused_parameters(case.optimizer, lr=case.table_lr),
         comm_dtype=comm_dtype,
-        weighted=carries_weights(model.spec.flat),
+        weighted=case.weights or carries_weights(model.spec.flat),
     )
     with torch.no_grad():
         for name, top, left, part in shards_to_fill(sharded):

@@ -56,6 +56,12 @@ EXACT: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         {"towers": plain(1, 10), **ADAGRAD},
         {"hosts_per_tower": 2},
     ),
+    "2x2, all cuts, hardly any ids, one row a rank": (
+        2,
+        2,
+        {**CUT, "ids": "rare", "rows_per_rank": 1, **BIG},
+        {"cuts": ALL_CUTS},
+    ),
     "2x2, one tower a host": (2, 2, {"towers": plain(2, 90), "ids": "distinct", **BIG}, {}),
     "2x2, four towers out of order, shared, Adagrad": (
         2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 
@@ -114,4 +113,3 @@ def test_ranks_meet_and_part_and_meet_again(
         assert one["error"] is None
         mine = [next(g for g in groups if rank in g) for groups in (inside, across)]
         assert one["groups"] == [mine, mine]
-    assert "MASTER_PORT" not in os.environ

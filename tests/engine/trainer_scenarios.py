@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cluster_cases import Case, join_shards, largest_difference, whole_tables
+from sabotage import sabotage
 from torchrec.distributed.comm import intra_and_cross_node_pg
 
 from dmt_convert.engine import (
@@ -74,17 +75,18 @@ def train_with_trainer(
 
 
 def trainer_against_one_process(
-    data: str, config: dict[str, Any], **options: Any
+    data: str, config: dict[str, Any], broken: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Train over the ranks, and in one process by the same settings."""
     case, settings = Case.from_json(options), FinetuneConfig(**config)
     sharded, trainer = _trainer(case, data, settings)
     rows = open_training_data(Path(data))
     total = settings.total_steps(rows.train.num_rows)
-    trainer.start_accumulators()
-    trainer.start_at(0)
-    mine = [trainer.step(settings.lr_factor(step, total)) for step in range(1, total + 1)]
-    trainer.finish()
+    with sabotage(broken):
+        trainer.start_accumulators()
+        trainer.start_at(0)
+        mine = [trainer.step(settings.lr_factor(step, total)) for step in range(1, total + 1)]
+        trainer.finish()
     mine = trainer.agree_losses(mine)
     ended = trainer.measure()
     plain, theirs, evaluations = case.model(), [], []
