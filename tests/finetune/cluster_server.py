@@ -32,7 +32,7 @@ from dmt_convert.finetune import (
     cluster_voice,
     finetuned_bundle,
 )
-from dmt_convert.recipes import finetune_dmt
+from dmt_convert.recipes import finetune_dmt, finetune_endings
 
 SECONDS = 60.0
 """After which what still runs is killed."""
@@ -50,7 +50,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "kill": strike(signal.SIGKILL),
     "stop": strike(signal.SIGSTOP),
     "full disk": limit_files,
-    "slow": lambda: time.sleep(4),
+    "slow": lambda: time.sleep(5),
 }
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     **checkpoint_scenarios.MOMENTS,
@@ -186,6 +186,7 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     cluster_voice._WAIT_SECONDS = 1.0  # type: ignore[misc]
+    finetune_endings._GRACE_SECONDS = 1.0  # type: ignore[misc]
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
             # a process of its own: what forks has no threads but those of one store

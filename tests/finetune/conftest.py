@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ class Tuned:
 
     out: Path
     attempts: list[list[dict[str, Any]]] = field(default_factory=list)
+    seconds: float = 0
 
     @property
     def bundle(self) -> Bundle:
@@ -291,13 +293,14 @@ def wide(make_wide: Callable[..., Path]) -> Path:
     return make_wide(compression=4)
 
 
-@pytest.fixture
-def tune(
-    tmp_path: Path, wide: Path, cluster_rows: Path, cluster_jobs: Callable[..., Any]
+@pytest.fixture(scope="session")
+def tune_in(
+    wide: Path, cluster_rows: Path, cluster_jobs: Callable[..., Any]
 ) -> Callable[..., Tuned]:
-    """Run the recipe on HOSTS x RANKS."""
+    """Run the recipe in a folder on HOSTS x RANKS."""
 
     def run(
+        folder: Path,
         cluster: str,
         *options: object,
         name: str = "a",
@@ -308,7 +311,7 @@ def tune(
         **job: Any,
     ) -> Tuned:
         hosts, ranks = map(int, cluster.split("x"))
-        out = tmp_path / name / "new"
+        out = folder / name / "new"
         out.parent.mkdir(exist_ok=True)
         common = ("--bundle", bundle, "--data", data, "--out", out, *COMMON)
         arguments = [str(argument) for argument in (*common, *options)]
@@ -317,9 +320,14 @@ def tune(
         if ends:
             assert [rank["code"] for rank in last] == [0] * (hosts * ranks), last
             assert {rank["stderr"] for rank in last} <= {"", notes}
-        return Tuned(out=out, attempts=done["attempts"])
+        return Tuned(out=out, attempts=done["attempts"], seconds=done["seconds"])
 
     return run
+
+
+@pytest.fixture
+def tune(tmp_path: Path, tune_in: Callable[..., Tuned]) -> Callable[..., Tuned]:
+    return partial(tune_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

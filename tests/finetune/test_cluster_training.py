@@ -42,6 +42,12 @@ def tune_alone(tmp_path: Path, wide: Path, cluster_rows: Path, common: Any, tune
     return run
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tune_in: Tune) -> Any:
+    """Nothing interrupted it."""
+    return tune_in(tmp_path_factory.mktemp("whole"), "2x2", *HARD)
+
+
 def assert_alike(one: Any, other: Any, close: dict[str, float] = CLOSE) -> None:
     """The same evaluations and weights, but for sums in another order."""
     ours, theirs = one.record["history"], other.record["history"]
@@ -60,7 +66,6 @@ def assert_alike(one: Any, other: Any, close: dict[str, float] = CLOSE) -> None:
     ("cluster", "options"),
     [
         ("1x1", HARD),
-        ("2x2", HARD),
         ("2x1", ("--initial-accumulator", 0.01)),
         ("1x2", ("--table-optimizer", "sgd", "--dense-optimizer", "sgd", "--table-lr", 0.5)),
         ("2x1", ("--table-optimizer", "adagrad", "--dense-lr", 0.01, "--no-prefetch")),
@@ -70,6 +75,10 @@ def assert_alike(one: Any, other: Any, close: dict[str, float] = CLOSE) -> None:
 )
 def test_ranks_give_what_one_process_gives(tune, tune_alone, cluster, options) -> None:
     assert_alike(tune(cluster, *options), tune_alone(*options))
+
+
+def test_four_ranks_give_what_one_process_gives(whole, tune_alone) -> None:
+    assert_alike(whole, tune_alone(*HARD))
 
 
 def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, make_wide) -> None:
@@ -106,9 +115,8 @@ def write_plan(path: Path, bundle: Path, cluster: Cluster) -> tuple[Path, set[st
     return path, kinds
 
 
-def test_another_cluster_goes_on_by_resharding(tune, wide, tmp_path) -> None:
+def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> None:
     """Killed on 4x2, tables cut by rows; goes on on 2x2, is killed, and ends on 1x1."""
-    whole = tune("2x2", *HARD, name="whole")
     small, kinds = write_plan(
         tmp_path / "rw.json", wide, Cluster(hosts=4, ranks_per_host=2, hbm_bytes=50_000)
     )
@@ -121,13 +129,12 @@ def test_another_cluster_goes_on_by_resharding(tune, wide, tmp_path) -> None:
     assert_alike(last, whole)
 
 
-def test_column_shards_are_joined_and_cut(tune, wide, tmp_path) -> None:
+def test_column_shards_are_joined_and_cut(tune, whole, wide, tmp_path) -> None:
     """Row-wise Adagrad's sums differ between column shards: they go on from their mean."""
     plan, kinds = write_plan(
         tmp_path / "cw.json", wide, Cluster(hosts=2, ranks_per_host=2, hbm_bytes=75_000)
     )
     assert "table_column_wise 2" in kinds
-    whole = tune("2x2", *HARD, name="whole")
     assert_alike(tune("2x2", *HARD, "--plan", plan), whole, {"rtol": 0.1, "atol": 0.1})
     die = {"moment": "step", "rank": 0, "time": 8}
     tune("2x2", *HARD, "--plan", plan, name="b", faults=[die], ends=False)
@@ -139,9 +146,8 @@ def test_column_shards_are_joined_and_cut(tune, wide, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("--async-checkpoints", "--no-prefetch")])
-def test_a_killed_training_goes_on_to_the_same_bytes(tune, more) -> None:
+def test_a_killed_training_goes_on_to_the_same_bytes(tune, whole, more) -> None:
     """Once started again by torchrun, once by hand."""
-    whole = tune("2x2", *HARD, name="whole")
     die = {"moment": "step", "rank": 3, "time": 12}
     again = tune("2x2", *HARD, *more, faults=[die], restarts=1)
     # what is written in the background may not be whole when the rank dies

@@ -1,0 +1,284 @@
+"""Fine-tuning over ranks when something goes wrong: one clear error, nothing left, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmt_convert.bundle import open_bundle
+from dmt_convert.plan import Cluster, plan_towers
+
+Tune = Callable[..., Any]
+KILLED = -9
+SETTINGS = ("--table-lr", 0.1, "--warmup-steps", 3, "--clip-norm", 0.3)
+
+
+def assert_told_once(found: Any, *words: str, seconds: float = 20) -> str:
+    """One error over all ranks, in three parts, in bounded time; returns it."""
+    ranks = found.attempts[-1]
+    errors = "".join(rank["stderr"] for rank in ranks)
+    assert errors.count("error: ") == 1, errors
+    assert errors.count("\nexpected: ") == errors.count("\ntry: ") == 1, errors
+    assert "Traceback" not in errors
+    assert all(word in errors for word in words), errors
+    assert all(rank["code"] != 0 for rank in ranks)
+    assert found.seconds < seconds
+    return errors
+
+
+def assert_nothing_there(found: Any) -> None:
+    """Neither the bundle nor a half of one."""
+    names = {path.name for path in found.out.parent.iterdir()}
+    assert names <= {"new.checkpoints"}
+    partial = list(found.out.parent.rglob("*partial*"))
+    assert len(partial) <= 1, "at most the checkpoint that was being written"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tune_in: Tune) -> Any:
+    """Nothing interrupted it."""
+    return tune_in(tmp_path_factory.mktemp("whole"), "2x1", *SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("rank", "moment", "count"),
+    [
+        (1, "sums", 1),
+        (0, "step", 2),
+        (1, "step", 8),
+        (0, "measure", 4),
+        (1, "tensors written", 2),
+        (0, "before the name", 3),
+        (0, "old one removed", 1),
+        (0, "half written", 1),
+        (0, "written", 1),
+    ],
+)
+def test_a_lost_rank_changes_nothing(tune, whole, rank, moment, count) -> None:
+    fault = {"rank": rank, "moment": moment, "time": count}
+    found = tune("2x1", *SETTINGS, faults=[fault], restarts=1)
+    assert [ranks[rank]["code"] for ranks in found.attempts] == [KILLED, 0]
+    assert found.files == whole.files
+    assert {path.name for path in found.out.parent.iterdir()} == {"new", "new.checkpoints"}
+
+
+def test_without_restarts_the_loss_is_said(tune) -> None:
+    found = tune("1x2", faults=[{"rank": 1, "moment": "step", "time": 6}], ends=False)
+    assert_told_once(found, "another rank was lost", "--resume")
+    assert_nothing_there(found)
+
+
+@pytest.mark.parametrize(("rank", "moment"), [(1, "step"), (0, "half written")])
+def test_a_rank_that_stalls_is_given_up(tune, rank, moment) -> None:
+    fault = {"rank": rank, "moment": moment, "time": 1, "act": "stop"}
+    found = tune("1x2", "--timeout", 2, faults=[fault], ends=False)
+    assert_told_once(found, "did not answer within 2 s")
+    assert not found.out.exists()
+
+
+def test_writing_may_take_longer_than_ranks_wait(tune) -> None:
+    fault = {"rank": 0, "moment": "half written", "act": "slow"}
+    found = tune("1x2", "--timeout", 3, "--max-steps", 2, faults=[fault])
+    assert open_bundle(found.out)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_said(tune, rank) -> None:
+    fault = {"rank": rank, "moment": "step", "time": 4, "act": "full disk"}
+    found = tune("1x2", faults=[fault], ends=False)
+    assert_told_once(found, "is full", f"on rank {rank}")
+    assert not list(found.out.parent.rglob("*partial*"))
+
+
+def spoil_rows(folder: Path, rows: Path, **changes: Any) -> Path:
+    """Copy rows with some arrays changed."""
+    shutil.copytree(rows, folder, copy_function=shutil.copy)
+    arrays = dict(np.load(rows / "train.npz"))
+    for name, change in changes.items():
+        arrays[name] = change(arrays[name].copy())
+    kept = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(folder / "train.npz", **kept)
+    return folder
+
+
+def put(place: Any, value: float) -> Callable[[Any], Any]:
+    def change(array: Any) -> Any:
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"sparse": put((500, 0), 9)}, "id 9"),
+        ({"dense": put((100, 1), np.nan)}, "nan"),
+        ({"label": lambda array: None}, "has no labels"),
+        ({key: lambda array: array[:0] for key in ("sparse", "dense", "label")}, "no rows"),
+    ],
+)
+def test_bad_rows_are_said(tune, tmp_path, cluster_rows, changes, found) -> None:
+    data = spoil_rows(tmp_path / "bad", cluster_rows, **changes)
+    done = tune("1x2", "--json", data=data, ends=False)
+    errors = assert_told_once(done, found)
+    (document,) = (rank["stdout"] for rank in done.attempts[-1] if rank["stdout"])
+    assert errors.startswith(f"error: {json.loads(document)['found']}\n")
+    assert 3 in {rank["code"] for rank in done.attempts[-1]}
+    assert_nothing_there(done)
+
+
+def test_what_does_not_fit_is_said(tune, tmp_path, wide) -> None:
+    model = open_bundle(wide).manifest.model
+    plan = plan_towers(
+        model.flat,
+        model.assignment,
+        Cluster(hosts=2, ranks_per_host=2),
+        tower_widths=model.tower_widths,
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    damaged = Path(shutil.copytree(wide, tmp_path / "damaged"))
+    (damaged / "dmt.json").write_text("{}")
+    for cluster, options, found in (
+        ("1x2", {"options": ("--plan", tmp_path / "plan.json")}, "a plan for 2 hosts x 2 ranks"),
+        ("3x1", {}, "2 towers on 3 hosts"),
+        ("1x2", {"bundle": tmp_path / "no"}, "does not exist"),
+        ("1x2", {"bundle": damaged}, "dmt.json"),
+        ("1x2", {"options": ("--table-optimizer", "adam")}, "adam on CPU ranks"),
+        ("1x2", {"options": ("--dense-lr", 1e30, "--table-lr", 1e30)}, "diverged"),
+    ):
+        more = options.pop("options", ())
+        done = tune(cluster, *more, name=found[:6], ends=False, **options)
+        hosts = int(cluster[0])
+        if hosts == 1:
+            assert_told_once(done, found)
+        else:  # one rank of every host
+            assert [found in rank["stderr"] for rank in done.attempts[-1]] == [True] * hosts
+        assert_nothing_there(done)
+
+
+def test_checkpoints_and_bundles_are_not_lost(tune, whole, tmp_path) -> None:
+    """What is there stays, until it is said what is to become of it; also when ranks restart."""
+    shutil.copytree(whole.out.parent, tmp_path / "a")
+    checkpoints = tmp_path / "a" / "new.checkpoints"
+    there = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")}
+    for options, found in (
+        ((), "new exists"),
+        (("--resume",), "new exists"),
+        (("--force", "--resume", "--seed", 5), "is of another training"),
+    ):
+        done = tune("1x2", *SETTINGS, *options, restarts=1, ends=False)
+        assert_told_once(done, found)
+        assert len(done.attempts) == 2
+        assert done.files == whole.files
+    shutil.rmtree(tmp_path / "a" / "new")
+    done = tune("1x2", *SETTINGS, restarts=1, ends=False)
+    assert_told_once(done, "holds checkpoints of a training, up to step 16", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in checkpoints.rglob("step*/*")}.items() <= (
+        there.items()
+    )
+    again = tune("2x1", *SETTINGS, "--resume")
+    assert "from the checkpoint of step 16\n" in again.printed
+    assert again.files == whole.files
+    anew = tune("2x1", *SETTINGS, "--force", "--seed", 5)
+    assert "going on" not in anew.printed and anew.files != whole.files
+
+
+def start(arguments: tuple[object, ...], repository: Path) -> subprocess.Popen[str]:
+    paths = [str(repository), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def find_ranks(token: Path) -> dict[int, int]:
+    """Rank -> process, of all processes that have `token` among their arguments and are ranks."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            environment = dict(
+                line.split(b"=", 1)
+                for line in (process / "environ").read_bytes().split(b"\0")
+                if b"=" in line
+            )
+        except OSError:
+            continue
+        if str(token).encode() in arguments and b"LOCAL_RANK" in environment:
+            found[int(environment[b"RANK"])] = int(process.name)
+    return found
+
+
+def kill_rank(rank: int, out: Path, *, after: Path) -> dict[int, int]:
+    """Kill a rank as soon as a file is there; returns the processes of all ranks."""
+    end = time.monotonic() + 60
+    while not after.exists():
+        assert time.monotonic() < end, "training does not start"
+        time.sleep(0.02)
+    ranks = find_ranks(out)
+    os.kill(ranks[rank], signal.SIGKILL)
+    return ranks
+
+
+@pytest.mark.slow
+def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, common, repository):
+    more = (*common, *SETTINGS, "--max-steps", 80)
+    whole = tune("1x2", *SETTINGS, "--max-steps", 80, name="whole")
+    out = tmp_path / "b" / "new"
+    out.parent.mkdir()
+    recipe = repository / "recipes" / "finetune_dmt.py"
+    process = start(
+        (
+            *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
+            *(recipe, "--bundle", wide, "--data", cluster_rows, "--out", out, *more),
+        ),
+        repository,
+    )
+    try:
+        kill_rank(1, out, after=out.parent / "new.checkpoints" / "step_000000009")
+        stdout, stderr = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    assert stdout.count("going on from the checkpoint of step ") == 1
+    assert stderr.count("error: ") == stderr.count("another rank was lost") == 1
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert files == whole.files
+    assert find_ranks(out) == {}
+
+
+@pytest.mark.slow
+def test_dmt_finetune_says_which_rank_was_lost(tmp_path, wide, cluster_rows, common, repository):
+    out = tmp_path / "new"
+    process = start(
+        (
+            *("dmt_convert.cli.main", "finetune", wide, "--data", cluster_rows, "--out", out),
+            *("--nproc", 2, "--json", "--", *common, "--max-steps", 5000, "--patience", 5000),
+        ),
+        repository,
+    )
+    try:
+        kill_rank(0, out, after=tmp_path / "new.checkpoints" / "step_000000006")
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert json.loads(stdout)["found"] == "rank 0 was killed (SIGKILL)"
+    assert stderr.startswith("error: rank 0 was killed (SIGKILL)\nexpected: ")
+    assert stderr.count("\n") == 3
+    assert find_ranks(out) == {} and not out.exists()
