@@ -153,9 +153,9 @@ def together(*listeners: Callable[..., None]) -> Callable[..., None]:
 def say_evaluation(say: Say, found: Evaluation) -> None:
     """Say how good the model is now."""
     say(
-        f"step {found.step:>6}: validation AUC {show(found.auc)}, NE {show(found.ne)}, log loss "
+        f"step {found.step:>6}: AUC {show(found.auc)}, NE {show(found.ne)}, log loss "
         f"{found.log_loss:.5f}"
-        + ("" if found.train_loss is None else f", training loss {found.train_loss:.5f}")
+        + ("" if found.train_loss is None else f"; training loss {found.train_loss:.5f}")
     )
 
 
