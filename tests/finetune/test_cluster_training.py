@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,32 @@ def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> N
     last = tune("1x1", *HARD, "--resume")
     assert "from the checkpoint of step 12\n" in last.printed
     assert_alike(last, whole)
+
+
+def test_towers_may_change_hosts(tune, tune_alone, wide, tmp_path) -> None:
+    """Checkpoints name towers by their index, not by the order of their hosts."""
+    model = open_bundle(wide).manifest.model
+    plan = plan_towers(
+        model.flat,
+        model.assignment,
+        Cluster(hosts=2, ranks_per_host=1),
+        tower_widths=model.tower_widths,
+    )
+    swapped = replace(
+        plan,
+        tower_hosts=plan.tower_hosts[::-1],
+        tables=tuple(
+            replace(t, shards=tuple(replace(s, rank=1 - s.rank) for s in t.shards))
+            for t in plan.tables
+        ),
+        bytes_per_rank=plan.bytes_per_rank[::-1],
+        lookups_per_rank=plan.lookups_per_rank[::-1],
+    )
+    (tmp_path / "swapped.json").write_text(json.dumps(swapped.to_json()))
+    die = {"moment": "step", "rank": 0, "time": 8}
+    tune("2x1", *HARD, faults=[die], ends=False)
+    last = tune("2x1", *HARD, "--resume", "--plan", tmp_path / "swapped.json")
+    assert_alike(last, tune_alone(*HARD))
 
 
 def test_column_shards_are_joined_and_cut(tune, whole, wide, tmp_path) -> None:
