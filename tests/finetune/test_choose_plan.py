@@ -9,7 +9,7 @@ import pytest
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.engine.ranks import RankLayout
 from dmt_convert.errors import PlanError
-from dmt_convert.finetune.cluster_run import choose_plan
+from dmt_convert.finetune.cluster_job import choose_plan
 from dmt_convert.plan import plan_towers
 from dmt_convert.plan.cluster import Cluster
 
