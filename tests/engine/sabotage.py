@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.engine import cluster_model
+from dmt_convert.engine import cluster_model, sharded_towers
 from dmt_convert.engine.sharded_towers import ShardedTowers
+from dmt_convert.engine.tower_head import TowerHead
 
 
 @contextmanager
@@ -44,8 +45,13 @@ class _Multiplied(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def _no_block_order(patch: Callable[..., None]) -> None:
-    patch(cluster_model, "_block_order", lambda _: lambda *_: torch.empty(0, dtype=torch.int64))
+def _no_order(patch: Callable[..., None]) -> None:
+    """Columns are taken for being in order as they arrive."""
+
+    def settle_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, columns: original(self, range(len(columns)))
+
+    patch(cluster_model.ClusterModel, "settle_order", settle_nothing)
 
 
 def _swapped_tables(patch: Callable[..., None]) -> None:
@@ -65,9 +71,9 @@ def _undivided_gradients(patch: Callable[..., None]) -> None:
     """What comes back from the peers is a sum; here it is not made a mean."""
 
     def without(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda self, x: _Multiplied.apply(original(self, x), 2.0)  # two peers
+        return lambda *inputs: _Multiplied.apply(original(*inputs), 2.0)  # two peers
 
-    patch(cluster_model.TowerHead, "forward", without)
+    patch(TowerHead, "forward", without)
 
 
 def _wrong_feature(patch: Callable[..., None]) -> None:
@@ -107,22 +113,15 @@ class _Alone(nn.Module):
 def _own_tower_gradients(patch: Callable[..., None]) -> None:
     """Ranks of a host do not bring their tower modules' gradients together."""
 
-    def unsynchronised(original: Callable[..., Any]) -> Callable[..., Any]:
-        def shard(*arguments: Any, **options: Any) -> Any:
-            sharded = original(*arguments, **options)
-            for i, parallel in sharded.towers.interactions.items():
-                sharded.towers.interactions[i] = _Alone(parallel.module)
-            return sharded
-
-        return shard
-
-    import engine_scenarios
-
-    patch(engine_scenarios, "shard_model", unsynchronised)
+    patch(
+        sharded_towers,
+        "DistributedDataParallel",
+        lambda _: lambda **options: _Alone(options["module"]),
+    )
 
 
 _PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
-    "no block order": _no_block_order,
+    "no order of columns": _no_order,
     "swapped tables": _swapped_tables,
     "undivided gradients": _undivided_gradients,
     "wrong feature": _wrong_feature,

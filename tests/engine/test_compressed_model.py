@@ -14,6 +14,7 @@ rank by rank here and at once there. 6e-8 was seen."""
 
 TOWERS = [[[20, 16], [30, 16], [40, 16]], [[25, 16]], [[20, 16], [31, 16]]]
 OUT_OF_ORDER = [[[40, 16]], [[40, 16]], [[40, 16], [40, 16], [40, 16]], [[40, 16]]]
+MIXED = [[[600, 64]], [[1100, 20]], [[10, 8], [40, 16], [12, 8]], [[30, 16], [3, 4], [9, 8]]]
 
 
 def dlrm(*dims: int, c: int = 1, p: int = 0) -> list[dict[str, Any]]:
@@ -57,6 +58,18 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         2,
         2,
         {"towers": TOWERS, "modules": dlrm(6, p=1), "shared": [1, 4]},
+        {},
+    ),
+    "2x2, vectors per feature of different dims": (
+        2,
+        2,
+        {"towers": MIXED, "modules": dlrm(8, 5), "interaction": "cat", "shared": [3]},
+        {"order": [0, 1, 3, 2]},
+    ),
+    "2x4, ranks without a table": (
+        2,
+        4,
+        {"towers": [[[20, 16], [30, 16]], [[25, 16]]], "modules": dlrm(6, c=2)},
         {},
     ),
     "2x2, cross networks": (2, 2, {"towers": TOWERS, "modules": DCN, "interaction": "dcn"}, {}),

@@ -144,7 +144,7 @@ def test_it_is_the_flat_model_but_for_the_order_of_sums(run_ranks: RunRanks, cas
 @pytest.mark.parametrize(
     "changes",
     [
-        {"broken": "no block order"},
+        {"broken": "no order of columns"},
         {"broken": "swapped tables"},
         {"broken": "undivided gradients"},
         {"broken": "wrong feature"},

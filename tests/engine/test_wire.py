@@ -63,6 +63,25 @@ def test_half_precision_rounds_to_nearest(x: Tensor) -> None:
     assert bool(((round_trip(x, "bf16") - x).abs() <= 2.0**-8 * x.abs()).all())
 
 
+@given(x=vectors)
+def test_fp16_lifts_gradients(x: Tensor) -> None:
+    """Steps are then relative to the largest, which is brought to between 1 and 2."""
+    found = round_trip(x, "fp16", backward=True)
+    bound = 2.0**-11 * x.abs() + 2.0**-25 * x.abs().max()
+    assert bool(((found - x).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("exponent", [-44, -40, -37, -30, 30])
+def test_gradients_of_any_magnitude_travel(dtype: str, exponent: int) -> None:
+    """Below 1e-33 fp8 may give zeros, its scales being normal numbers."""
+    least = torch.finfo(torch.float8_e5m2).max * TINY if dtype == "fp8" else 2 * TINY
+    x = torch.tensor([[1.0, -0.5, 0.0, 0.25], [0.0, 0.0, 0.0, 0.0]]) * 10.0**exponent
+    found = round_trip(x, dtype, backward=True)
+    assert bool(((found - x).abs() <= 2.0**-3 * x.abs().max() + least).all())
+    assert bool((round_trip(x * 0, dtype, backward=True) == 0).all())
+
+
 def test_fp16_clamps_what_it_cannot_hold() -> None:
     x = torch.tensor([[65504.0, 65519.0, 65520.0, 1e30], [-1e30, torch.inf, -torch.inf, torch.nan]])
     largest = 65504.0
@@ -79,6 +98,14 @@ def test_int8_is_off_by_half_a_step_of_its_vector(x: Tensor) -> None:
     assert bool(((round_trip(x, "int8") - x).abs() <= half_step + rounding).all())
 
 
+@given(x=vectors)
+def test_int8_lifts_gradients(x: Tensor) -> None:
+    """What fbgemm adds to a range is then small beside the largest of all."""
+    largest, step = x.abs().max(), (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
+    found = round_trip(x, "int8", backward=True)
+    assert bool(((found - x).abs() <= step / 2 + (1e-8 + 2.0**-22) * largest).all())
+
+
 @given(x=vectors, backward=st.booleans())
 def test_fp8_is_off_by_half_a_unit_of_its_mantissa(x: Tensor, backward: bool) -> None:
     kind = torch.finfo(torch.float8_e5m2 if backward else torch.float8_e4m3fn)
@@ -90,13 +117,7 @@ def test_fp8_is_off_by_half_a_unit_of_its_mantissa(x: Tensor, backward: bool) ->
     assert not found[-1].any()
 
 
-@pytest.mark.parametrize(
-    "backward",
-    [
-        False,
-        True,
-    ],
-)
+@pytest.mark.parametrize("backward", [False, True])
 def test_fp8_of_subnormal_numbers_is_small(backward: bool) -> None:
     x = torch.logspace(-44, -38, 200).unsqueeze(1) * torch.tensor([[1.0, -0.5, 0.0, 0.25]])
     found = round_trip(x, "fp8", backward=backward)
@@ -116,12 +137,15 @@ def test_parts_of_a_matrix_travel_as_their_copies_do(dtype: str, backward: bool)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("fp32", 96), ("fp16", 48), ("bf16", 48), ("int8", 72), ("fp8", 48)]
+    ("dtype", "forward", "backward"),
+    [("fp32", 96, 96), ("fp16", 48, 52), ("bf16", 48, 48), ("int8", 72, 76), ("fp8", 48, 48)],
 )
-def test_bytes_of_twenty_four_elements(dtype: str, expected: int) -> None:
-    """int8 has a scale and a bias per vector, fp8 a scale."""
-    wire = Wire(dtype=dtype, vector_dim=4)  # type: ignore[arg-type]
-    assert wire.nbytes(24) == expected
+def test_bytes_of_twenty_four_elements(dtype: str, forward: int, backward: int) -> None:
+    """int8 has a scale and a bias per vector, fp8 a scale; fp16 and int8 gradients a factor."""
+    for is_backward, expected in ((False, forward), (True, backward)):
+        wire = Wire(dtype=dtype, vector_dim=4, backward=is_backward)  # type: ignore[arg-type]
+        assert wire.nbytes(24) == expected
+        assert wire.nbytes(0) == 0
 
 
 UNITS = {
@@ -164,15 +188,7 @@ def test_a_step_over_two_hosts_is_near_to_that_in_fp32(
         assert 0 < found[dtype]["moves"] <= SLACK * max(forward, backward)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "fp16",
-        "bf16",
-        "int8",
-        "fp8",
-    ],
-)
+@pytest.mark.parametrize("dtype", UNITS)
 def test_gradients_of_large_batches_travel_as_well(
     wires_of_large_batches: list[dict[str, Any]], dtype: str
 ) -> None:

@@ -60,11 +60,11 @@ def train_with_trainer(
     case = Case.from_json(options)
     sharded, trainer = _trainer(case, data, FinetuneConfig(**config))
     trainer.finish()  # nothing to forget yet
-    trainer.start_at(0)
+    trainer.start_at(0, case.steps)
     losses, measured = [], []
     for step in range(case.steps):
         if step == restart_at:
-            trainer.start_at(step)
+            trainer.start_at(step, case.steps)
         losses.append(trainer.step(1.0))
         if measure_every and step % measure_every == 0:
             measured.append(trainer.measure().log_loss)
@@ -83,8 +83,8 @@ def trainer_against_one_process(
     rows = open_training_data(Path(data))
     total = settings.total_steps(rows.train.num_rows)
     with sabotage(broken):
-        trainer.start_accumulators()
-        trainer.start_at(0)
+        trainer.start_sums({})
+        trainer.start_at(0, total)
         mine = [trainer.step(settings.lr_factor(step, total)) for step in range(1, total + 1)]
         trainer.finish()
     mine = trainer.agree_losses(mine)
