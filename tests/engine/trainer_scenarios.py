@@ -83,6 +83,7 @@ def trainer_against_one_process(
     rows = open_training_data(Path(data))
     total = settings.total_steps(rows.train.num_rows)
     with sabotage(broken):
+        trainer.rehearse()
         trainer.start_sums({})
         trainer.start_at(0, total)
         mine = [trainer.step(settings.lr_factor(step, total)) for step in range(1, total + 1)]
