@@ -88,6 +88,8 @@ class Wire:
         vectors = x.view(-1, self.vector_dim)
         if self.dtype == "int8":
             quantized: Tensor = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
+            # fbgemm passes over NaN; a scale of NaN shows that training diverged
+            quantized[~torch.isfinite(vectors).all(dim=1), -_SCALE_BYTES["int8"] :] = 255
             return quantized.view(-1)
         kind = self._fp8()
         scale = vectors.abs().amax(dim=1, keepdim=True) / torch.finfo(kind).max

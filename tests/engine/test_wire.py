@@ -198,3 +198,11 @@ def test_gradients_of_large_batches_travel_as_well(
 
 def test_a_step_is_repeatable(wires: list[dict[str, Any]]) -> None:
     assert [found["fp32"] for found in wires] == [{"logits": 0, "moves": 0}] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_int8_does_not_hide_that_training_diverged(value: float) -> None:
+    wire = Wire(dtype="int8", vector_dim=4)
+    found = wire.decode(wire.encode(torch.tensor([[value, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])))
+    assert found[:4].isnan().all()
+    assert torch.allclose(found[4:], torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.02)
