@@ -22,6 +22,21 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run also the further cases of long tests"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the further cases of long tests, unless they are asked for."""
+    if config.getoption("--exhaustive"):
+        return
+    further = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=further)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

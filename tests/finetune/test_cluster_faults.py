@@ -19,6 +19,9 @@ import pytest
 from dmt_convert.bundle import open_bundle
 from dmt_convert.plan import Cluster, plan_towers
 
+pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
+
+
 Tune = Callable[..., Any]
 KILLED = -9
 SETTINGS = ("--table-lr", 0.1, "--warmup-steps", 3, "--clip-norm", 0.3)
@@ -54,15 +57,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tune_in: Tune) -> Any:
 @pytest.mark.parametrize(
     ("rank", "moment", "count"),
     [
-        (1, "sums", 1),
-        (0, "step", 2),
+        pytest.param(1, "sums", 1, marks=pytest.mark.exhaustive),
+        pytest.param(0, "step", 2, marks=pytest.mark.exhaustive),
         (1, "step", 8),
-        (0, "measure", 4),
-        (1, "tensors written", 2),
+        pytest.param(0, "measure", 4, marks=pytest.mark.exhaustive),
+        pytest.param(1, "tensors written", 2, marks=pytest.mark.exhaustive),
         (0, "before the name", 3),
-        (0, "old one removed", 1),
+        pytest.param(0, "old one removed", 1, marks=pytest.mark.exhaustive),
         (0, "half written", 1),
-        (0, "written", 1),
+        pytest.param(0, "written", 1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_lost_rank_changes_nothing(tune, whole, rank, moment, count) -> None:
@@ -93,7 +96,7 @@ def test_writing_may_take_longer_than_ranks_wait(tune) -> None:
     assert open_bundle(found.out)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_full_disk_is_said(tune, rank) -> None:
     fault = {"rank": rank, "moment": "step", "time": 4, "act": "full disk"}
     found = tune("1x2", faults=[fault], ends=False)

@@ -67,11 +67,11 @@ def assert_alike(one: Any, other: Any, close: dict[str, float] = CLOSE) -> None:
     ("cluster", "options"),
     [
         ("1x1", HARD),
-        ("2x1", ("--initial-accumulator", 0.01)),
+        pytest.param("2x1", ("--initial-accumulator", 0.01), marks=pytest.mark.exhaustive),
         ("1x2", ("--table-optimizer", "sgd", "--dense-optimizer", "sgd", "--table-lr", 0.5)),
         ("2x1", ("--table-optimizer", "adagrad", "--dense-lr", 0.01, "--no-prefetch")),
-        ("2x1", ("--table-lr", 0, "--dense-lr", 0.01)),
-        ("2x1", ("--dense-lr", 0)),
+        pytest.param("2x1", ("--table-lr", 0, "--dense-lr", 0.01), marks=pytest.mark.exhaustive),
+        pytest.param("2x1", ("--dense-lr", 0), marks=pytest.mark.exhaustive),
     ],
 )
 def test_ranks_give_what_one_process_gives(tune, tune_alone, cluster, options) -> None:

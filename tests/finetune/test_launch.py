@@ -27,6 +27,9 @@ from dmt_convert.finetune.launch import (
 )
 from dmt_convert.finetune.outcome import FOLDER_VARIABLE, read_outcomes, write_outcome
 
+pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
+
+
 RECIPE = """
     import os, signal, sys, time
     from pathlib import Path
@@ -252,7 +255,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("node_rank", [0, 1])
+@pytest.mark.parametrize("node_rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_host_that_never_comes_is_an_error(start: Start, node_rank: int) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     done = start("done", nnodes=2, node_rank=node_rank, rdzv_endpoint=endpoint, rdzv_timeout=2)

@@ -115,7 +115,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage, marks=() if number % 3 == 0 else pytest.mark.exhaustive)
+        for number, damage in enumerate(DAMAGES)
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_with_a_note(
     copy: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,7 +230,13 @@ def test_a_step_before_the_newest_is_refused_until_that_is_discarded(run: Run, c
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("limited", "limit"), [(1, 0), (1, 3000), (0, 200)])
+@pytest.mark.parametrize(
+    ("limited", "limit"),
+    [
+        (1, 0),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(1, 3000), (0, 200)]),
+    ],
+)
 def test_a_full_disk_of_one_rank_stops_all_and_spoils_nothing(
     run: Run, tmp_path: Path, asynchronous: bool, limited: int, limit: int
 ) -> None:
@@ -285,7 +297,13 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(("moment", "rank", "asynchronous", "whole"), KILLS)
+@pytest.mark.parametrize(
+    ("moment", "rank", "asynchronous", "whole"),
+    [
+        pytest.param(*kill, marks=() if number % 3 == 2 else pytest.mark.exhaustive)
+        for number, kill in enumerate(KILLS)
+    ],
+)
 def test_whatever_is_killed_when_a_whole_checkpoint_remains(
     run: Run, tmp_path: Path, moment: str, rank: int, whole: bool, asynchronous: bool
 ) -> None:

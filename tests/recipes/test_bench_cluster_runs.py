@@ -22,6 +22,9 @@ from dmt_convert.recipes.cluster_bench.launch import run_topology
 from dmt_convert.recipes.cluster_bench.network import GOODPUT
 from dmt_convert.recipes.cluster_bench.settings import Settings, Topology
 
+pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
+
+
 MARK = 918_273_645
 """A seed that no other process has on its command line."""
 
@@ -142,7 +145,7 @@ def test_a_quick_run(mode: namespaces.Mode, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["root", "rootless"])
+@pytest.mark.parametrize("kind", ["root", pytest.param("rootless", marks=pytest.mark.exhaustive)])
 def test_the_link_carries_what_crosses_hosts_and_nothing_else(
     mode: namespaces.Mode, tmp_path: Path, kind: namespaces.Mode
 ) -> None:
@@ -178,7 +181,9 @@ def test_the_link_carries_what_crosses_hosts_and_nothing_else(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("mode")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGTERM]
+)
 def test_an_interrupted_run_writes_what_it_has_and_leaves_nothing(
     tmp_path: Path, sent: signal.Signals
 ) -> None:
