@@ -82,6 +82,7 @@ def test_four_ranks_give_what_one_process_gives(whole, tune_alone) -> None:
     assert_alike(whole, tune_alone(*HARD))
 
 
+@pytest.mark.exhaustive
 def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, make_wide) -> None:
     """Of two tables the bundle has sums; the others' are measured."""
 
@@ -116,6 +117,7 @@ def write_plan(path: Path, bundle: Path, cluster: Cluster) -> tuple[Path, set[st
     return path, kinds
 
 
+@pytest.mark.exhaustive
 def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> None:
     """Killed on 4x2, tables cut by rows; goes on on 2x2, is killed, and ends on 1x1."""
     small, kinds = write_plan(
@@ -130,6 +132,7 @@ def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> N
     assert_alike(last, whole)
 
 
+@pytest.mark.exhaustive
 def test_towers_may_change_hosts(tune, tune_alone, wide, tmp_path) -> None:
     """Checkpoints name towers by their index, not by the order of their hosts."""
     model = open_bundle(wide).manifest.model
@@ -156,6 +159,7 @@ def test_towers_may_change_hosts(tune, tune_alone, wide, tmp_path) -> None:
     assert_alike(last, tune_alone(*HARD))
 
 
+@pytest.mark.exhaustive
 def test_column_shards_are_joined_and_cut(tune, whole, wide, tmp_path) -> None:
     """Row-wise Adagrad's sums differ between column shards: they go on from their mean."""
     plan, kinds = write_plan(
@@ -172,6 +176,7 @@ def test_column_shards_are_joined_and_cut(tune, whole, wide, tmp_path) -> None:
     assert_alike(cut, whole, {"rtol": 0.1, "atol": 0.1})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--async-checkpoints", "--no-prefetch")])
 def test_a_killed_training_goes_on_to_the_same_bytes(tune, whole, more) -> None:
     """Once started again by torchrun, once by hand."""
@@ -199,6 +204,7 @@ def assert_same(one: Any, other: Any) -> None:
         }
 
 
+@pytest.mark.exhaustive
 def test_what_is_written_is_what_was_measured(tune, make_wide, call_dmt, cluster_rows) -> None:
     """fp16 tables; the best state is an earlier one, patience ends training."""
     bundle = make_wide(compression=4, dtype="fp16")
@@ -218,6 +224,7 @@ def test_what_is_written_is_what_was_measured(tune, make_wide, call_dmt, cluster
         assert measured[key] == pytest.approx(said["after"][key], abs=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_nothing_better_keeps_the_weights(tune, wide) -> None:
     found = tune("1x2", "--table-lr", 40, "--dense-lr", 0.5, "--max-steps", 8)
     assert "nothing beat the start" in found.printed and found.record["best_step"] == 0
