@@ -8,6 +8,8 @@ answer: per attempt, per rank the exit code, what it printed, and seconds until 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import resource
@@ -183,8 +185,17 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"attempts": attempts, "seconds": time.monotonic() - begin}
 
 
+def warm_up() -> None:
+    """Import what ranks would import one by one, when they first need it."""
+    torch.nn.EmbeddingBag(2, 2, device="meta")
+    for name in ("torch.utils.tensorboard", "torch.distributed.checkpoint"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    warm_up()
     cluster_voice._WAIT_SECONDS = 1.0  # type: ignore[misc]
     finetune_endings._GRACE_SECONDS = 1.0  # type: ignore[misc]
     for line in sys.stdin:

@@ -240,8 +240,8 @@ def kill_rank(rank: int, out: Path, *, after: Path) -> dict[int, int]:
 
 @pytest.mark.slow
 def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, common, repository):
-    more = (*common, *SETTINGS, "--max-steps", 80)
-    whole = tune("1x2", *SETTINGS, "--max-steps", 80, name="whole")
+    more = (*common, *SETTINGS, "--max-steps", 40)
+    whole = tune("1x2", *SETTINGS, "--max-steps", 40, name="whole")
     out = tmp_path / "b" / "new"
     out.parent.mkdir()
     recipe = repository / "recipes" / "finetune_dmt.py"
