@@ -29,61 +29,19 @@ from dmt_convert.bundle import open_bundle
 from dmt_convert.errors import DmtError
 
 if TYPE_CHECKING or __package__:
-    from .finetune_endings import (
-        end_with_torchrun,
-        fail,
-        find_rank,
-        interrupt,
-        is_loss,
-        lose,
-        refuse,
-        say_done,
-    )
+    from . import finetune_endings as ends
+    from . import finetune_options as ui
     from .finetune_metrics import MetricsLog
-    from .finetune_options import (
-        make_parser,
-        make_printer,
-        read_config,
-        say_cluster,
-        say_evaluation,
-        say_result,
-        say_rows,
-        say_start,
-        show_steps,
-        summarise,
-        together,
-    )
 else:  # torchrun runs the file itself
-    from finetune_endings import (
-        end_with_torchrun,
-        fail,
-        find_rank,
-        interrupt,
-        is_loss,
-        lose,
-        refuse,
-        say_done,
-    )
+    import finetune_endings as ends
+    import finetune_options as ui
     from finetune_metrics import MetricsLog
-    from finetune_options import (
-        make_parser,
-        make_printer,
-        read_config,
-        say_cluster,
-        say_evaluation,
-        say_result,
-        say_rows,
-        say_start,
-        show_steps,
-        summarise,
-        together,
-    )
 
 
 def finetune(options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune in this process; returns what `--json` prints."""
     # imports torch, which takes seconds: options are checked before
-    config = read_config(options)
+    config = ui.read_config(options)
     from dmt_convert.finetune import (
         check_memory,
         load_bundle,
@@ -102,34 +60,34 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     # 2. Everything into memory; tables in fp32
     model = load_bundle(bundle)
     silent = options.quiet or options.json
-    say = make_printer(silent=silent)
-    say_rows(say, data, config)
+    say = ui.make_printer(silent=silent)
+    ui.say_rows(say, data, config)
 
     # 3. The loop (dmt_convert/finetune/loop.py): the best state stays
     total = config.total_steps(data.train.num_rows)
     metrics = MetricsLog(options.log, config, total)
     metrics.start()
-    with show_steps(total, silent=silent) as show, closing(metrics):
+    with ui.show_steps(total, silent=silent) as on_step, closing(metrics):
         result = train(
             model,
             data.train,
             data.valid,
             config,
-            on_step=together(show, metrics.note_step),
-            on_evaluation=together(partial(say_evaluation, say), metrics.note_evaluation),
+            on_step=ui.together(on_step, metrics.note_step),
+            on_evaluation=ui.together(partial(ui.say_evaluation, say), metrics.note_evaluation),
         )
 
     # 4. A new bundle, whole or not at all
     written = write_finetuned(
         bundle, options.out, model, result, config=config, data=data, force=options.force
     )
-    say_result(say, options.out, result, written)
-    return summarise(options, result, written, data)
+    ui.say_result(say, options.out, result, written)
+    return ui.summarise(options, result, written, data)
 
 
 def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     """Fine-tune as one rank of several; rank 0 returns what `--json` prints."""
-    config = read_config(options)
+    config = ui.read_config(options)
     from dmt_convert.engine import start_ranks, stop_ranks
     from dmt_convert.engine.ranks import read_layout
     from dmt_convert.finetune import open_training_data
@@ -143,12 +101,12 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     data = open_training_data(options.data, options.valid)
     checkpoints = options.checkpoints or Path(f"{options.out}.checkpoints")
     silent = options.quiet or options.json or layout.rank != 0
-    say = make_printer(silent=silent)
+    say = ui.make_printer(silent=silent)
 
     # 2. Ranks find each other; every one reads its own shards (dmt_convert/engine)
     start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout_seconds=options.timeout)
-    say_cluster(say, layout, plan, config, checkpoints)
-    say_rows(say, data, config)
+    ui.say_cluster(say, layout, plan, config, checkpoints)
+    ui.say_rows(say, data, config)
     job = ClusterJob(
         bundle=bundle,
         plan=plan,
@@ -166,18 +124,18 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     total = config.total_steps(data.train.num_rows)
     log = (options.log or checkpoints / "log") if layout.rank == 0 else None
     metrics = MetricsLog(log, config, total)
-    with show_steps(total, silent=silent) as show, closing(metrics):
+    with ui.show_steps(total, silent=silent) as on_step, closing(metrics):
         listeners = Listeners(
-            on_step=together(show, metrics.note_step),
-            on_evaluation=together(partial(say_evaluation, say), metrics.note_evaluation),
-            on_start=together(metrics.start, partial(say_start, say)),
+            on_step=ui.together(on_step, metrics.note_step),
+            on_evaluation=ui.together(partial(ui.say_evaluation, say), metrics.note_evaluation),
+            on_start=ui.together(metrics.start, partial(ui.say_start, say)),
         )
         result, written = finetune_on_cluster(job, listeners)
     stop_ranks()
     if written is None:
         return None
-    say_result(say, options.out, result, written)
-    return summarise(options, result, written, data)
+    ui.say_result(say, options.out, result, written)
+    return ui.summarise(options, result, written, data)
 
 
 def hush_engines() -> None:
@@ -193,25 +151,26 @@ def start_logging(*, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("dmt_convert")
     logger.handlers = [handler]
-    logger.propagate = find_rank() is None  # torchrec logs by the root logger, which would repeat
+    # torchrec logs by the root logger, which would repeat
+    logger.propagate = ends.find_rank() is None
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe; what goes wrong is printed, and told by the exit code."""
-    options = make_parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
-    rank = find_rank()
+    options = ui.make_parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
+    rank = ends.find_rank()
     start_logging(quiet=options.quiet or options.json or rank not in (None, 0))
     if rank is None:
         signal.signal(signal.SIGTERM, _interrupt)
     else:
-        end_with_torchrun(options)
+        ends.end_with_torchrun(options)
         if os.environ.get("DMT_TRACEBACK") != "1":
             hush_engines()
     try:
         result = finetune(options) if rank is None else finetune_over_ranks(options)
     except DmtError as error:
-        refuse(options, error)
+        ends.refuse(options, error)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         refusal = DmtError(
@@ -219,18 +178,18 @@ def main(arguments: list[str] | None = None) -> None:
             expected="files and folders that can be read and written",
             hint="check the path, its owner and its permissions; nothing half-written was left",
         )
-        refuse(options, refusal)
+        ends.refuse(options, refusal)
     except KeyboardInterrupt:
-        interrupt(options)
+        ends.interrupt(options)
     except RuntimeError as error:
         if rank is None:
             raise
-        lose(options, error) if is_loss(error) else fail(error)
+        ends.lose(options, error) if ends.is_loss(error) else ends.fail(error)
     except Exception as error:
         if rank is None:
             raise
-        fail(error)
-    say_done(options, result)
+        ends.fail(error)
+    ends.say_done(options, result)
 
 
 def _interrupt(*_: object) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dmt_convert.data import Batch, Dataset, array_blocks, criteo_tsv_reader, open_data
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 NUM_ROWS = 11
@@ -147,6 +149,41 @@ WRITERS: Mapping[str, Writer] = {
 def writers() -> Mapping[str, Writer]:
     """Writers of a data set of 11 rows, by format and variant."""
     return WRITERS
+
+
+VARIANTS = (
+    "repository-npz",
+    "probe-npz",
+    "criteo-npy",
+    "criteo-npy multi-hot",
+    "criteo-tsv",
+    "criteo-tsv gzip",
+    "parquet",
+)
+
+
+@pytest.fixture(scope="module")
+def datasets(writers: Mapping[str, Writer]) -> Iterator[dict[str, Dataset]]:
+    """Eleven rows in every format, in blocks of at most four where it has any."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
+        patch.setattr(array_blocks, "BLOCK_ROWS", 4)
+        opened = {}
+        for variant in VARIANTS:
+            parent = Path(folder) / variant
+            parent.mkdir()
+            opened[variant] = open_data(writers[variant](parent))
+        yield opened
+
+
+def assert_same_rows(left: Batch, right: Batch) -> None:
+    np.testing.assert_array_equal(left.dense, right.dense)
+    np.testing.assert_equal(left.labels, right.labels)
+    np.testing.assert_equal(left.logits, right.logits)
+    for mine, theirs in zip(left.bags, right.bags, strict=True):
+        np.testing.assert_array_equal(mine.values, theirs.values)
+        np.testing.assert_array_equal(mine.offsets, theirs.offsets)
+        np.testing.assert_equal(mine.weights, theirs.weights)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,10 +20,7 @@ from dmt_convert.data import (
     Share,
     adapt_batches,
     adapt_shares,
-    array_blocks,
-    criteo_tsv_reader,
     deal_batches,
-    open_data,
     take_range,
 )
 from dmt_convert.data.row_blocks import BlockDataset, RowBatches, TakeRows
@@ -34,36 +28,16 @@ from dmt_convert.data.row_selection import join_batches, take_rows
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
 
-Writers = Mapping[str, Callable[[Path], Path]]
+from .conftest import assert_same_rows
+
 MakeSpec = Callable[..., ModelSpec]
 VARIANTS = ("repository-npz", "probe-npz", "criteo-npy", "criteo-tsv gzip", "parquet")
 
 
 @pytest.fixture(scope="module")
-def datasets(writers: Writers) -> Iterator[dict[str, Dataset]]:
-    """Eleven rows, in blocks of at most four where the format has any; `range` is some of them."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
-    patch.setattr(array_blocks, "BLOCK_ROWS", 4)
-    with tempfile.TemporaryDirectory() as folder:
-        opened = {}
-        for variant in VARIANTS:
-            parent = Path(folder) / variant
-            parent.mkdir()
-            opened[variant] = open_data(writers[variant](parent))
-        opened["range"] = take_range(opened["parquet"], 2, 9)
-        yield opened
-    patch.undo()
-
-
-def assert_same_rows(left: Batch, right: Batch) -> None:
-    np.testing.assert_array_equal(left.dense, right.dense)
-    np.testing.assert_equal(left.labels, right.labels)
-    np.testing.assert_equal(left.logits, right.logits)
-    for mine, theirs in zip(left.bags, right.bags, strict=True):
-        np.testing.assert_array_equal(mine.values, theirs.values)
-        np.testing.assert_array_equal(mine.offsets, theirs.offsets)
-        np.testing.assert_equal(mine.weights, theirs.weights)
+def datasets(datasets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """As everywhere; `range` is some of the rows of one."""
+    return {**datasets, "range": take_range(datasets["parquet"], 2, 9)}
 
 
 def global_batches(dataset: Dataset, size: int, seed: int | None) -> list[tuple[Batch, list[int]]]:

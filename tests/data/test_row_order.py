@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmt_convert.data import Batch, Dataset, array_blocks, criteo_tsv_reader, open_data
+from dmt_convert.data import Dataset
 from dmt_convert.data.row_blocks import RowBatches
 from dmt_convert.data.row_selection import join_batches, take_rows
 from dmt_convert.errors import ConfigError
 
-Writers = Mapping[str, Callable[[Path], Path]]
-VARIANTS = (
-    "repository-npz",
-    "probe-npz",
-    "criteo-npy",
-    "criteo-npy multi-hot",
-    "criteo-tsv",
-    "criteo-tsv gzip",
-    "parquet",
-)
-
-
-@pytest.fixture(scope="module")
-def datasets(writers: Writers) -> Iterator[dict[str, Dataset]]:
-    """Every format, in blocks of a few rows."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
-    patch.setattr(array_blocks, "BLOCK_ROWS", 4)
-    with tempfile.TemporaryDirectory() as folder:
-        opened = {}
-        for variant in VARIANTS:
-            parent = Path(folder) / variant
-            parent.mkdir()
-            opened[variant] = open_data(writers[variant](parent))
-        yield opened
-    patch.undo()
-
-
-def assert_same_rows(left: Batch, right: Batch) -> None:
-    np.testing.assert_array_equal(left.dense, right.dense)
-    np.testing.assert_equal(left.labels, right.labels)
-    np.testing.assert_equal(left.logits, right.logits)
-    for mine, theirs in zip(left.bags, right.bags, strict=True):
-        np.testing.assert_array_equal(mine.values, theirs.values)
-        np.testing.assert_array_equal(mine.offsets, theirs.offsets)
-        np.testing.assert_equal(mine.weights, theirs.weights)
-
+from .conftest import VARIANTS, assert_same_rows
 
 orders = st.fixed_dictionaries(
     {
