@@ -37,6 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
+@pytest.fixture(autouse=True)
+def plain_logging() -> None:
+    """A command or recipe that ran in this process left logging as it wants it."""
+    logger = logging.getLogger("dmt_convert")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

@@ -19,9 +19,6 @@ import pytest
 from dmt_convert.bundle import open_bundle
 from dmt_convert.plan import Cluster, plan_towers
 
-pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
-
-
 Tune = Callable[..., Any]
 KILLED = -9
 SETTINGS = ("--table-lr", 0.1, "--warmup-steps", 3, "--clip-norm", 0.3)
@@ -62,9 +59,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tune_in: Tune) -> Any:
         (1, "step", 8),
         pytest.param(0, "measure", 4, marks=pytest.mark.exhaustive),
         pytest.param(1, "tensors written", 2, marks=pytest.mark.exhaustive),
-        (0, "before the name", 3),
+        pytest.param(0, "before the name", 3, marks=pytest.mark.exhaustive),
         pytest.param(0, "old one removed", 1, marks=pytest.mark.exhaustive),
-        (0, "half written", 1),
+        pytest.param(0, "half written", 1, marks=pytest.mark.exhaustive),
         pytest.param(0, "written", 1, marks=pytest.mark.exhaustive),
     ],
 )
@@ -76,12 +73,14 @@ def test_a_lost_rank_changes_nothing(tune, whole, rank, moment, count) -> None:
     assert {path.name for path in found.out.parent.iterdir()} == {"new", "new.checkpoints"}
 
 
+@pytest.mark.exhaustive
 def test_without_restarts_the_loss_is_said(tune) -> None:
     found = tune("1x2", faults=[{"rank": 1, "moment": "step", "time": 6}], ends=False)
     assert_told_once(found, "another rank was lost", "--resume")
     assert_nothing_there(found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("rank", "moment"), [(1, "step"), (0, "half written")])
 def test_a_rank_that_stalls_is_given_up(tune, rank, moment) -> None:
     fault = {"rank": rank, "moment": moment, "time": 1, "act": "stop"}
@@ -90,12 +89,14 @@ def test_a_rank_that_stalls_is_given_up(tune, rank, moment) -> None:
     assert not found.out.exists()
 
 
+@pytest.mark.exhaustive
 def test_writing_may_take_longer_than_ranks_wait(tune) -> None:
     fault = {"rank": 0, "moment": "half written", "act": "slow"}
     found = tune("1x2", "--timeout", 3, "--max-steps", 2, faults=[fault])
     assert open_bundle(found.out)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_full_disk_is_said(tune, rank) -> None:
     fault = {"rank": rank, "moment": "step", "time": 4, "act": "full disk"}
@@ -123,6 +124,7 @@ def put(place: Any, value: float) -> Callable[[Any], Any]:
     return change
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -142,6 +144,7 @@ def test_bad_rows_are_said(tune, tmp_path, cluster_rows, changes, found) -> None
     assert_nothing_there(done)
 
 
+@pytest.mark.exhaustive
 def test_what_does_not_fit_is_said(tune, tmp_path, wide) -> None:
     model = open_bundle(wide).manifest.model
     plan = plan_towers(
@@ -171,6 +174,7 @@ def test_what_does_not_fit_is_said(tune, tmp_path, wide) -> None:
         assert_nothing_there(done)
 
 
+@pytest.mark.exhaustive
 def test_checkpoints_and_bundles_are_not_lost(tune, whole, tmp_path) -> None:
     """What is there stays, until it is said what is to become of it; also when ranks restart."""
     shutil.copytree(whole.out.parent, tmp_path / "a")
@@ -238,6 +242,7 @@ def kill_rank(rank: int, out: Path, *, after: Path) -> dict[int, int]:
     return ranks
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, common, repository):
     more = (*common, *SETTINGS, "--max-steps", 40)
@@ -265,6 +270,7 @@ def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, co
     assert find_ranks(out) == {}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_dmt_finetune_says_which_rank_was_lost(tmp_path, wide, cluster_rows, common, repository):
     out = tmp_path / "new"
