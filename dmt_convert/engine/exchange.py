@@ -72,11 +72,11 @@ class PeerExchange:
         """
         transfer = _Transfer()
         token = _Start.apply(emitted, self, transfer)  # type: ignore[no-untyped-call]
-        return _Emitted(self, transfer, token, len(emitted) // self.size)
+        return _Emitted(self, transfer, token, emitted.shape[0] // self.size)
 
     def scatter(self, emitted: Tensor, transfer: _Transfer) -> None:
         """Send every peer its samples; receive one's own samples from every peer."""
-        batch = len(emitted) // self.size
+        batch = emitted.shape[0] // self.size
         wire = self.forward_wire
         parts = [wire.encode(part) for part in torch.split(emitted, batch)]
         self._post(parts, [wire.nbytes(batch * width) for width in self.widths], transfer)
@@ -85,7 +85,7 @@ class PeerExchange:
         """Send every peer the gradient of its towers' outputs, the way back of `scatter`."""
         wire = self.backward_wire
         parts = [wire.encode(part) for part in torch.split(gradient, self.widths, dim=1)]
-        size = wire.nbytes(len(gradient) * self.widths[self.rank])
+        size = wire.nbytes(gradient.shape[0] * self.widths[self.rank])
         self._post(parts, [size] * self.size, transfer)
 
     def _post(self, parts: list[Tensor], sizes: list[int], transfer: _Transfer) -> None:
@@ -98,7 +98,12 @@ class PeerExchange:
         transfer.received = list(torch.split(received, sizes))
         transfer.works = [
             dist.all_to_all_single(
-                received, joined, sizes, list(map(len, parts)), group=self.group, async_op=True
+                received,
+                joined,
+                sizes,
+                [part.numel() for part in parts],
+                group=self.group,
+                async_op=True,
             )
         ]
 
@@ -131,7 +136,7 @@ class _Start(torch.autograd.Function):
         wire = ctx.exchange.backward_wire
         parts = [wire.decode(part) for part in ctx.transfer.wait()]
         # The loss is a mean over all ranks; TorchRec divides in its exchanges, too.
-        gradient = torch.cat(parts).view(ctx.shape) / ctx.exchange.size
+        gradient = torch.cat(parts).view(ctx.shape).div_(ctx.exchange.size)
         return gradient, None, None
 
 
@@ -145,7 +150,9 @@ class _Finish(torch.autograd.Function):
         ctx.exchange, ctx.transfer = exchange, transfer
         received = transfer.wait()
         wire = exchange.forward_wire
-        return torch.cat([wire.decode(part).view(batch, -1) for part in received if len(part)], 1)
+        return torch.cat(
+            [wire.decode(part).view(batch, -1) for part in received if part.numel()], 1
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

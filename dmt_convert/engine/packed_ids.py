@@ -70,7 +70,7 @@ class _Numbers(Awaitable[Any]):  # type: ignore[misc]
     def _pack(self, lengths: Tensor, values: list[Tensor]) -> None:
         """Cut what every rank gets into the first message and the rest."""
         batch, starts = self._batch, self._exchange.starts
-        sums = lengths.view(-1, batch).sum(dim=1).tolist() if len(lengths) else []
+        sums = lengths.view(-1, batch).sum(dim=1).tolist() if lengths.numel() else []
         self._heads: list[Tensor] = []
         self._rests: list[Tensor] = []
         at = 0
@@ -144,7 +144,7 @@ class _Ids(Awaitable[KeyedJaggedTensor]):  # type: ignore[misc]
                 lengths.view(own * len(order), self._batch),
                 streams[0],
                 weights,
-                len(streams[0]),
+                streams[0].numel(),
             )
         else:
             values = streams[0]
@@ -161,7 +161,7 @@ class _Ids(Awaitable[KeyedJaggedTensor]):  # type: ignore[misc]
         room = len(self._keys) * self._batch
         start = room * (1 + stream)
         rest = self._rests[rank]
-        length = len(rest) // self._streams
+        length = rest.numel() // self._streams
         return (
             self._heads[rank][start : start + min(room, self._counts[rank])],
             rest[length * stream : length * (stream + 1)],

@@ -106,7 +106,7 @@ class Wire:
             return data.view(torch.bfloat16).float()
         if self.dtype == "fp16":
             return data.view(torch.float16).float()
-        vectors = len(data) // (self.vector_dim + _SCALE_BYTES[self.dtype])
+        vectors = data.numel() // (self.vector_dim + _SCALE_BYTES[self.dtype])
         if self.dtype == "int8":
             rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(data.view(vectors, -1))
             return rows.view(-1)
