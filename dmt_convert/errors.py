@@ -7,6 +7,7 @@ DmtError                  exit code 3
 ├── PartitionError        no assignment of features to towers fits the request
 ├── PlanError             no placement of towers on hosts fits the request
 ├── BundleError           a bundle cannot be read or written
+├── ExportError           an export cannot be made or read, or does not answer like its model
 └── ConfigError           an option, or a model config file, is wrong
 
 Everything else that escapes is a bug (exit code 1).
@@ -80,6 +81,10 @@ class PlanError(DmtError):
 
 class BundleError(DmtError):
     """A bundle cannot be read or written."""
+
+
+class ExportError(DmtError):
+    """An export cannot be made or read, or does not answer like the model it came from."""
 
 
 class ConfigError(DmtError):

@@ -22,7 +22,7 @@ from dmt_convert.bundle.bundle import (
 )
 from dmt_convert.bundle.checksums import check_checksums
 from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
-from dmt_convert.bundle.staging import check_space, check_target
+from dmt_convert.bundle.staging import check_free, check_space, check_target, staged_folder
 from dmt_convert.bundle.weights import SmallWeights, plan_table_files, table_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "accumulator_file",
     "check_checksums",
     "check_digests",
+    "check_free",
     "check_space",
     "check_target",
     "describe_accumulators",
@@ -54,6 +55,7 @@ __all__ = [
     "plan_table_files",
     "read_manifest",
     "split_state",
+    "staged_folder",
     "table_bytes",
     "write_bundle",
 ]

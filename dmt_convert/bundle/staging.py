@@ -48,8 +48,7 @@ def check_target(out: Path, *, force: bool) -> None:
         )
     if not os.path.lexists(out):
         return
-    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
-    if empty:
+    if _is_empty(out):
         return
     if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
         kind = "a symbolic link" if out.is_symlink() else "not a bundle"
@@ -74,33 +73,61 @@ def check_target(out: Path, *, force: bool) -> None:
         )
 
 
+def check_free(out: Path, what: str) -> None:
+    """Refuse a target where anything is, whatever it is.
+
+    Args:
+        out: The folder to be written.
+        what: What it will be, for errors.
+
+    Raises:
+        BundleError: It is there, or its parent is not.
+    """
+    if os.path.lexists(out) and not _is_empty(out):
+        raise BundleError(
+            f"{out} exists",
+            expected=f"a path where nothing is, for the {what}",
+            hint="choose another --out, or remove it first; what is there is never deleted",
+        )
+    check_target(out, force=False)
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+
+
 @contextmanager
-def staged_folder(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+def staged_folder(
+    out: Path, *, force: bool, needed_bytes: int, what: str = "bundle"
+) -> Iterator[Path]:
     """Give a folder to write into; on success it becomes `out`, on failure it goes away.
 
     Args:
         out: The target.
         force: Whether a bundle that is there may be replaced.
         needed_bytes: How much will be written; refused at once where the disk has less.
+        what: What is written, for errors; only a bundle can replace another one.
 
     Raises:
         BundleError: The target is taken, or the disk is full.
     """
-    check_target(out, force=force)
+    check = check_target if what == "bundle" else lambda out, force: check_free(out, what)
+    check(out, force=force)
     # a name of our own: whatever goes wrong, what is removed is what this call made
     staging = out.parent / f".{out.name}{_MARK}{os.getpid()}-{next(_COUNTER)}"
     lock = None
     try:  # from before the folder is made: an interrupt may come at any moment
-        lock = _make_locked(staging, out, needed_bytes)
+        lock = _make_locked(staging, out, needed_bytes, what)
         yield staging
-        for folder in (*(path for path in staging.iterdir() if path.is_dir()), staging):
-            sync_folder(folder)
-        _put_in_place(staging, out, force=force)
+        for folder, _, _ in os.walk(staging, topdown=False):
+            sync_folder(Path(folder))
+        check(out, force=force)  # again: this took a while
+        _put_in_place(staging, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BundleError(
                 f"the disk of {out.parent} is full ({os.strerror(error.errno)})",
-                expected=f"{needed_bytes} bytes for the bundle",
+                expected=f"{needed_bytes} bytes for the {what}",
                 hint="free space, or choose another --out; nothing was changed",
             ) from None
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lock is None:
@@ -122,14 +149,14 @@ def make_folder(path: Path) -> None:
     path.chmod(0o755)
 
 
-def _make_locked(staging: Path, out: Path, needed_bytes: int) -> int:
+def _make_locked(staging: Path, out: Path, needed_bytes: int, what: str) -> int:
     """Make the staging folder and lock it; conversions to siblings wait for each other here."""
     parent = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(parent, fcntl.LOCK_EX)
         _remove_stale(out)
-        check_space(out, needed_bytes)
+        check_space(out, needed_bytes, what)
         make_folder(staging)
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):
@@ -139,7 +166,7 @@ def _make_locked(staging: Path, out: Path, needed_bytes: int) -> int:
         os.close(parent)
 
 
-def check_space(out: Path, needed_bytes: int) -> None:
+def check_space(out: Path, needed_bytes: int, what: str = "bundle") -> None:
     """Refuse where the disk has less than `needed_bytes`.
 
     Raises:
@@ -149,14 +176,14 @@ def check_space(out: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise BundleError(
             f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
-            expected=f"{needed_bytes / 2**30:.2f} GiB for the bundle",
-            hint="free space, choose another --out, or store tables smaller with --dtype fp16",
+            expected=f"{needed_bytes / 2**30:.2f} GiB for the {what}",
+            hint="free space, choose another --out, or store tables smaller with "
+            + ("--dtype fp16" if what == "bundle" else "--quantize int8"),
         )
 
 
-def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
+def _put_in_place(staging: Path, out: Path) -> None:
     """Rename; where a bundle is there, swap the two atomically (the old one then goes away)."""
-    check_target(out, force=force)  # again: conversions take a while
     if out.is_dir() and any(out.iterdir()):
         try:
             exchange_folders(staging, out)

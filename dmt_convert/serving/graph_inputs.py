@@ -1,0 +1,193 @@
+"""What an exported graph takes: the names and shapes of its inputs, and how a batch fills them.
+
+Letters: B batch, D dense inputs, L ids per bag, nnz ids of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.data import Bag, Batch
+from dmt_convert.errors import DataError, ExportError
+
+InputForm = Literal["single", "fixed", "padded", "jagged"]
+INPUT_FORMS: Final[tuple[str, ...]] = get_args(InputForm)
+PADDING: Final = -1
+"""The id that fills up padded bags; every other negative id is refused."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureInput:
+    """How the bags of one feature reach a graph.
+
+    | form | tensors | shape |
+    |---|---|---|
+    | single | `f` int64 | (B, 1): exactly one id |
+    | fixed | `f` int64 | (B, L): exactly L ids, L >= 1 the same for all rows |
+    | padded | `f` int64 | (B, L): up to L ids, the others `PADDING` |
+    | jagged | `f.values` int64, `f.lengths` int64 | (nnz,), (B,) |
+
+    Weighted bags have `f.weights` float32 as well, in the shape of the ids.
+    """
+
+    feature: str
+    """Name of the feature."""
+    form: InputForm
+    """Shape in which its ids come."""
+    weighted: bool = False
+    """Whether every id comes with a weight."""
+
+    @property
+    def ids(self) -> str:
+        """Name of the tensor of ids."""
+        return f"{self.feature}.values" if self.form == "jagged" else self.feature
+
+    @property
+    def lengths(self) -> str | None:
+        """Name of the tensor of lengths; jagged only."""
+        return f"{self.feature}.lengths" if self.form == "jagged" else None
+
+    @property
+    def weights(self) -> str | None:
+        """Name of the tensor of weights; weighted only."""
+        return f"{self.feature}.weights" if self.weighted else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all its tensors: ids, lengths, weights."""
+        return tuple(name for name in (self.ids, self.lengths, self.weights) if name is not None)
+
+    def fill(self, bag: Bag) -> Iterator[tuple[str, Array]]:
+        """Yield the tensors of one bag per row.
+
+        Raises:
+            DataError: The bags do not have this form.
+        """
+        lengths = np.diff(bag.offsets)
+        weights = bag.weights
+        if not self.weighted and weights is not None:
+            raise DataError(
+                f"the bags of feature {self.feature!r} have weights, its input has none",
+                expected="unweighted bags",
+                hint=f"export it again with --weighted {self.feature}",
+            )
+        if self.weighted and weights is None:
+            weights = np.ones(len(bag.values), dtype=np.float32)
+        if self.form == "jagged":
+            ids = bag.values
+            yield f"{self.feature}.lengths", lengths.astype(np.int64)
+        else:
+            ids, weights = self._rectangle(bag, lengths, weights)
+        yield self.ids, np.ascontiguousarray(ids, dtype=np.int64)
+        if self.weighted:
+            assert weights is not None
+            yield f"{self.feature}.weights", np.ascontiguousarray(weights, dtype=np.float32)
+
+    def _rectangle(
+        self, bag: Bag, lengths: Array, weights: Array | None
+    ) -> tuple[Array, Array | None]:
+        width = max(1, int(lengths.max(initial=0)))
+        expected = 1 if self.form == "single" else width
+        if self.form != "padded" and (lengths != expected).any():
+            row = int(np.flatnonzero(lengths != expected)[0])
+            raise DataError(
+                f"row {row} has {int(lengths[row])} ids of feature {self.feature!r}",
+                expected="exactly one id"
+                if self.form == "single"
+                else f"{expected} ids, as others",
+                hint=f"export it again with --pooling-input {self.feature}=padded or =jagged",
+            )
+        if self.form != "padded":
+            shape = (len(lengths), expected)
+            return bag.values.reshape(shape), None if weights is None else weights.reshape(shape)
+        filled = np.arange(width) < lengths[:, None]
+        ids = np.full(filled.shape, PADDING, dtype=np.int64)
+        ids[filled] = bag.values
+        if weights is None:
+            return ids, None
+        padded = np.zeros(filled.shape, dtype=np.float32)
+        padded[filled] = weights
+        return ids, padded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphInputs:
+    """Everything that a whole-model graph takes."""
+
+    num_dense: int
+    """D: columns of the dense input."""
+    features: tuple[FeatureInput, ...]
+    """One per feature, in the flat model's order."""
+    per_request: tuple[str, ...] = ()
+    """Request batching: features that come once per request, with batch 1; none otherwise."""
+    dense_per_request: bool = False
+    """Request batching: whether the dense inputs come once per request as well."""
+
+    def __post_init__(self) -> None:
+        names = [name for feature in self.features for name in feature.names]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ExportError(
+                f"two inputs of the graph would be called {', '.join(map(repr, twice))}",
+                expected="features whose tensors have names of their own",
+                hint="choose another --pooling-input for these features",
+            )
+
+    @property
+    def dense(self) -> str:
+        """Name of the dense input: `dense`, unless a feature is called so."""
+        taken = {name for feature in self.features for name in feature.names}
+        name = "dense"
+        while name in taken:
+            name += "_"
+        return name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all inputs, in the graph's order."""
+        return (self.dense, *(name for f in self.features for name in f.names))
+
+    def feature(self, name: str) -> FeatureInput:
+        """Return the input of a feature."""
+        return next(feature for feature in self.features if feature.feature == name)
+
+    def feeds(self, batch: Batch, features: Sequence[str] | None = None) -> dict[str, Array]:
+        """Fill the inputs of some features from a batch.
+
+        Args:
+            batch: Rows, features by name.
+            features: The features wanted; all of them, and the dense inputs, by default.
+
+        Raises:
+            DataError: A bag does not have the form of its input.
+        """
+        bags = dict(zip(batch.feature_names, batch.bags, strict=True))
+        feeds: dict[str, Array] = {}
+        if features is None:
+            feeds[self.dense] = np.ascontiguousarray(batch.dense, dtype=np.float32)
+        wanted = None if features is None else set(features)
+        for feature in self.features:
+            if wanted is None or feature.feature in wanted:
+                feeds.update(feature.fill(bags[feature.feature]))
+        return feeds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> GraphInputs:
+        """Read what `to_json` wrote."""
+        return cls(
+            num_dense=int(value["num_dense"]),
+            features=tuple(FeatureInput(**feature) for feature in value["features"]),
+            per_request=tuple(value["per_request"]),
+            dense_per_request=bool(value["dense_per_request"]),
+        )
