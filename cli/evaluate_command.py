@@ -15,7 +15,7 @@ NAME = "evaluate"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="Flat checkpoint or bundle.")],
+    model: Annotated[Path, typer.Argument(help="Flat checkpoint, bundle or export.")],
     data: Annotated[Path, typer.Option("--data", help="Data set with labels.")],
     model_config: ModelConfigOption = None,
     json_: JsonOption = False,

@@ -16,6 +16,7 @@ import typer
 from . import (
     convert_command,
     evaluate_command,
+    export_command,
     finetune_command,
     inspect_command,
     partition_command,
@@ -70,6 +71,7 @@ for _module in (
     score_command,
     evaluate_command,
     verify_command,
+    export_command,
 ):
     app.command(_module.NAME)(_module.run)
 app.command(finetune_command.NAME, context_settings=finetune_command.CONTEXT)(finetune_command.run)
@@ -90,7 +92,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except DmtError as error:
-        _fail(error.to_json(), str(error), code=3, as_json=as_json)
+        _fail(error.to_json(), str(error), code=error.exit_code, as_json=as_json)
     except typer.TyperException as error:
         found = error.format_message()
         value = _parts("UsageError", found, "a command and options that it knows", "dmt --help")

@@ -15,7 +15,7 @@ NAME = "score"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="Flat checkpoint or bundle.")],
+    model: Annotated[Path, typer.Argument(help="Flat checkpoint, bundle or export.")],
     data: Annotated[Path, typer.Option("--data", help="Data set, or a probe npz.")],
     out: Annotated[Path, typer.Option("--out", help="npz to write, with the array `logits`.")],
     model_config: ModelConfigOption = None,

@@ -19,8 +19,8 @@ NAME = "verify"
 
 
 def run(
-    a: Annotated[Path, typer.Argument(help="Reference: flat checkpoint or bundle.")],
-    b: Annotated[Path, typer.Argument(help="The other: flat checkpoint or bundle.")],
+    a: Annotated[Path, typer.Argument(help="Reference: flat checkpoint, bundle or export.")],
+    b: Annotated[Path, typer.Argument(help="The other: flat checkpoint, bundle or export.")],
     data: Annotated[
         Path | None, typer.Option("--data", help="Rows to run on. [generated rows]")
     ] = None,
@@ -109,8 +109,8 @@ def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
         ("on", report.data),
         ("tolerance", f"{report.atol:g} + {report.rtol:g} x the stage's largest value"),
     ]
-    if first is not None and other.bundle is not None:
-        model = other.bundle.manifest.model
+    if first is not None and other.towers is not None:
+        model = other.towers
         if not model.is_passthrough:
             rows.append(
                 (

@@ -367,8 +367,11 @@ def _write(
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         started = starting.result()
+        manifest = describe_manifest(info, partition, started, sample)
+        groups = {name: list(features) for name, features in config.partition.groups}
         manifest = replace(
-            describe_manifest(info, partition, started, sample),
+            manifest,
+            partition={**manifest.partition, "groups": groups},
             optimizer_state=describe_accumulators(info, accumulators, keep=keep),
         )
         # the towers may emit less, or otherwise, than was asked for

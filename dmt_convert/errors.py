@@ -1,13 +1,14 @@
 """What a user can mend, as exceptions.
 
-DmtError                  exit code 3
+DmtError                  exit code 3, unless it says otherwise
 ├── CheckpointError       a source cannot be read, or is not what it claims
 ├── ArchitectureError     tensors are readable but do not form a model we know
 ├── DataError             a data set cannot be read, or does not fit the model
 ├── PartitionError        no assignment of features to towers fits the request
 ├── PlanError             no placement of towers on hosts fits the request
 ├── BundleError           a bundle cannot be read or written
-├── ExportError           an export cannot be made or read, or does not answer like its model
+├── ExportError           an export cannot be made or read
+│   └── GraphsDifferError exit code 4: a graph does not answer like the model it came from
 └── ConfigError           an option, or a model config file, is wrong
 
 Everything else that escapes is a bug (exit code 1).
@@ -16,6 +17,7 @@ Everything else that escapes is a bug (exit code 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class DmtError(Exception):
@@ -27,6 +29,9 @@ class DmtError(Exception):
         hint: What the user can try.
         details: Further findings, one line each, when there are several.
     """
+
+    exit_code: ClassVar[int] = 3
+    """Code that `dmt` ends with."""
 
     def __init__(
         self,
@@ -84,7 +89,13 @@ class BundleError(DmtError):
 
 
 class ExportError(DmtError):
-    """An export cannot be made or read, or does not answer like the model it came from."""
+    """An export cannot be made or read."""
+
+
+class GraphsDifferError(ExportError):
+    """A graph does not answer like the model it came from."""
+
+    exit_code = 4
 
 
 class ConfigError(DmtError):

@@ -226,7 +226,7 @@ def _compare(
 
 
 def _changed_meaning(model: ScoredModel) -> set[str]:
-    """Stages of a compressed bundle that hold other things than the flat model's."""
-    if model.bundle is None or model.bundle.manifest.model.is_passthrough:
+    """Stages of a compressed model that hold other things than the flat model's."""
+    if model.towers is None or model.towers.is_passthrough:
         return set()
     return {"interaction"}

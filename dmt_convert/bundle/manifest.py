@@ -40,7 +40,8 @@ class Manifest:
     facts: tuple[Mapping[str, str], ...] = ()
     """How the flat model was understood: subject, value, source, reason."""
     partition: Mapping[str, Any] = field(default_factory=dict)
-    """Strategy, affinity, mean affinity within and between towers, loads."""
+    """Strategy, affinity, mean affinity within and between towers, loads; the groups of features
+    that share no tower, by name."""
     initialisation: Mapping[str, Any] = field(default_factory=dict)
     """method, sample, notes; in a fine-tuned bundle also finetune: parent, data, settings, steps,
     best_step, before, after, history, notes, previous (the parent's own record)."""

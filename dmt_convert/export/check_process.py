@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -75,7 +76,7 @@ def _compare(
     parts = exported.manifest.parts
     if not exported.manifest.inputs.per_request:
         for t, (name, value) in enumerate(expected.items()):
-            yield _check(name, what, value, lambda t=t: exported.tower(t, batch))
+            yield _check(name, what, value, partial(exported.tower, t, batch))
         yield _check("joined", what, logits, lambda: exported.joined(batch))
     if "whole" in parts:
         yield _check("whole", what, logits, lambda: exported.score(batch))

@@ -34,6 +34,8 @@ class ExportConfig:
     """Features whose ids come with weights; `*` for all."""
     quantize: TableCode = "none"
     """How tables are stored."""
+    max_auc_loss: float | None = None
+    """Largest loss of AUC by quantisation, on labelled data; None: any."""
     out_of_range: OutOfRange = "refuse"
     """What becomes of ids outside their table."""
     per_request: tuple[str, ...] = ()

@@ -136,7 +136,7 @@ def _check_weights(bundle: Bundle, all_digests: bool | None, progress: Progress)
 
 
 def _needed_bytes(bundle: Bundle, out: Path, config: ExportConfig) -> int:
-    same_disk = os.stat(bundle.path).st_dev == os.stat(out.parent).st_dev
+    same_disk = bundle.path.stat().st_dev == out.parent.stat().st_dev
     if config.quantize == "none" and same_disk:
         return _GRAPH_BYTES
     tables = sum(table.nbytes for table in bundle.manifest.model.flat.tables)

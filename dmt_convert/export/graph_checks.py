@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dmt_convert.errors import DataError, DmtError, ExportError
+from dmt_convert.errors import DataError, DmtError, ExportError, GraphsDifferError
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,7 +66,8 @@ def check_graphs(
         progress: Told of checks done and in all.
 
     Raises:
-        ExportError: A graph does not answer like the model, or the process died.
+        GraphsDifferError: A graph does not answer like the model.
+        ExportError: A graph cannot be loaded, or the process died.
         DataError: The data does not fit the model, or the form of the inputs.
     """
     command = [sys.executable, "-m", "dmt_convert.export.check_process", str(folder), str(bundle)]
@@ -93,8 +94,8 @@ def check_graphs(
         )
     failed = [check for check in checks if not check.passed]
     if failed or not checks:
-        raise ExportError(
-            f"{len(failed)} of {len(checks)} checks failed: the graphs do not answer like the model",
+        raise GraphsDifferError(
+            f"{len(failed)} of {len(checks)} checks failed: the graphs differ from the model",
             expected="the model's own outputs, within rounding",
             hint="this is a bug unless the model overflows on such inputs; report it. Nothing was "
             "left in place",

@@ -1,4 +1,4 @@
-"""Any model that can be scored: a flat checkpoint or a bundle."""
+"""Any model that can be scored: a flat checkpoint, a bundle, or an export."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from dmt_convert.bundle import (
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError
+from dmt_convert.serving import ExportedModel, is_export
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel, FlatModel, open_flat_model
+from dmt_convert.towers import DmtModel, DmtSpec, FlatModel, open_flat_model
 
 FloatArray = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096
@@ -41,9 +42,9 @@ class ScoredModel:
 
     path: Path
     """What was opened."""
-    kind: Literal["flat", "bundle"]
+    kind: Literal["flat", "bundle", "export"]
     """What it is."""
-    module: FlatModel | DmtModel
+    module: FlatModel | DmtModel | ExportedModel
     """The model itself."""
     bundle: Bundle | None = None
     """The bundle, where it is one."""
@@ -54,8 +55,16 @@ class ScoredModel:
         spec = self.module.spec
         return spec if isinstance(spec, ModelSpec) else spec.flat
 
+    @property
+    def towers(self) -> DmtSpec | None:
+        """The converted model's spec; None for a flat one."""
+        spec = self.module.spec
+        return None if isinstance(spec, ModelSpec) else spec
+
     def score(self, batch: Batch) -> FloatArray:
         """Return the logits of one batch, shape (B,)."""
+        if isinstance(self.module, ExportedModel):
+            return self.module.score(batch)
         with torch.inference_mode():
             logits: FloatArray = self.module(batch).numpy()
         return logits
@@ -81,10 +90,10 @@ class Scores:
 
 
 def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
-    """Open a flat checkpoint or a bundle for scoring.
+    """Open a flat checkpoint, a bundle or an export for scoring.
 
     Args:
-        path: The checkpoint or the bundle.
+        path: The checkpoint, the bundle's folder, or the export's.
         config: What the user says of a flat checkpoint.
 
     Raises:
@@ -95,6 +104,8 @@ def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
         return ScoredModel(
             path=path, kind="bundle", module=open_bundle_model(bundle), bundle=bundle
         )
+    if is_export(path):
+        return ScoredModel(path=path, kind="export", module=ExportedModel(path))
     info = infer_model(open_checkpoint(path), config)
     _check_bytes(info)
     return ScoredModel(path=path, kind="flat", module=open_flat_model(info))
