@@ -13,6 +13,7 @@ from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_ou
 if TYPE_CHECKING:
     from dmt_convert.architectures import FlatModelInfo
     from dmt_convert.bundle import Bundle
+    from dmt_convert.serving import ExportManifest
 
 NAME = "inspect"
 
@@ -34,10 +35,14 @@ def run(
     from dmt_convert.architectures import infer_model, read_model_config
     from dmt_convert.bundle import is_bundle, open_bundle
     from dmt_convert.checkpoint import open_checkpoint
+    from dmt_convert.serving import is_export, read_export_manifest
 
     output = make_output(json_=json_, quiet=quiet)
     if is_bundle(source):
         _show_bundle(output, open_bundle(source))
+        return
+    if is_export(source):
+        _show_export(output, source, read_export_manifest(source))
         return
     config = None if model_config is None else read_model_config(model_config)
     info = infer_model(open_checkpoint(source), config)
@@ -139,4 +144,27 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
         {"path": str(bundle.path), **manifest.to_json()},
         grid(rows),
         table("\nTowers", ["tower", "features>", "emits", "size>", "names"], towers),
+    )
+
+
+def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
+    rows = [
+        ("export", f"{path} ({manifest.format})"),
+        ("made of", str(manifest.bundle.get("name"))),
+        ("by", f"dmt-convert {manifest.tool_version}"),
+        ("tables", manifest.quantize if manifest.quantize != "none" else "as in the bundle"),
+        ("ids outside", "clipped" if manifest.out_of_range == "clip" else "refused"),
+        ("checks passed", str(len(manifest.checks))),
+    ]
+    tower_of = manifest.model.assignment.tower_of
+    inputs = [
+        [", ".join(f.names), f.form, str(manifest.model.flat.table_of(f.feature).rows - 1), str(t)]
+        for f in manifest.inputs.features
+        for t in (tower_of[f.feature],)
+    ]
+    output.result(
+        {"path": str(path), **manifest.to_json()},
+        grid(rows),
+        table("\nGraphs", ["part", "file"], [list(part) for part in manifest.parts.items()]),
+        table("Inputs, beside the dense one", ["tensors", "form", "last id>", "tower>"], inputs),
     )

@@ -33,7 +33,9 @@ def run(
     ] = None,
     checksums: Annotated[
         bool,
-        typer.Option("--checksums", help="Also read every byte of a bundle and check its digests."),
+        typer.Option(
+            "--checksums", help="Also read every byte of a bundle or export and check its digests."
+        ),
     ] = False,
     model_config: ModelConfigOption = None,
     json_: JsonOption = False,
@@ -48,6 +50,7 @@ def run(
     from dmt_convert.architectures import read_model_config
     from dmt_convert.bundle import check_digests
     from dmt_convert.scoring import open_model
+    from dmt_convert.serving import check_export_digests, is_export
     from dmt_convert.verify import DEFAULT_ATOL, DEFAULT_RTOL, verify_models
 
     output = make_output(json_=json_, quiet=quiet)
@@ -57,6 +60,8 @@ def run(
         for model in models if checksums else ():
             if model.bundle is not None:
                 check_digests(model.bundle)
+            elif is_export(model.path):
+                check_export_digests(model.path)
         report = verify_models(
             *models,
             data=data,
@@ -64,12 +69,12 @@ def run(
             rtol=DEFAULT_RTOL if rtol is None else rtol,
             on_rows=lambda done, total: progress("scoring", done, total),
         )
-    _show(output, report, models[1])
+    _show(output, report, *models)
     if not report.same:
         raise typer.Exit(4)
 
 
-def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
+def _show(output: Output, report: VerifyReport, reference: ScoredModel, other: ScoredModel) -> None:
     first = report.first_difference
     value: dict[str, Any] = {
         "same": report.same,
@@ -109,15 +114,23 @@ def _show(output: Output, report: VerifyReport, other: ScoredModel) -> None:
         ("on", report.data),
         ("tolerance", f"{report.atol:g} + {report.rtol:g} x the stage's largest value"),
     ]
-    if first is not None and other.towers is not None:
-        model = other.towers
-        if not model.is_passthrough:
-            rows.append(
-                (
-                    "remark",
-                    f"the tower modules of {other.path.name} compress {model.compression:.2f}x, "
-                    "so logits agree but are not the same; `--tower-module passthrough` is exact",
-                )
-            )
+    if first is not None and (remark := _remark(reference, other)):
+        rows.append(("remark", remark))
     columns = ["stage", "max |diff|>", "largest value>", ""]
     output.result(value, grid(rows), table("", columns, lines))
+
+
+def _remark(reference: ScoredModel, other: ScoredModel) -> str | None:
+    """Say why the models may well differ, where that is known."""
+    if other.quantised:
+        return (
+            f"the tables of {other.path.name} are quantised ({other.quantised}), so logits agree "
+            "but are not the same; its export.json says what that costs"
+        )
+    towers = other.towers
+    if towers is None or towers.is_passthrough or reference.towers is not None:
+        return None
+    return (
+        f"the tower modules of {other.path.name} compress {towers.compression:.2f}x, so logits "
+        "agree but are not the same; `--tower-module passthrough` is exact"
+    )

@@ -61,6 +61,14 @@ class ScoredModel:
         spec = self.module.spec
         return None if isinstance(spec, ModelSpec) else spec
 
+    @property
+    def quantised(self) -> str | None:
+        """How the tables of an export are quantised, where they are."""
+        if not isinstance(self.module, ExportedModel):
+            return None
+        code = self.module.manifest.quantize
+        return None if code == "none" else code
+
     def score(self, batch: Batch) -> FloatArray:
         """Return the logits of one batch, shape (B,)."""
         if isinstance(self.module, ExportedModel):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from dmt_convert import __version__
+from dmt_convert.bundle.digest import TreeDigest
+from dmt_convert.checkpoint import SafetensorsReader, stream_tensor
 from dmt_convert.errors import DmtError, ExportError
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.towers import DmtSpec
@@ -152,6 +154,34 @@ def read_export_manifest(folder: Path) -> ExportManifest:
         raise _damaged(path, repr(error)) from None
     _check_files(folder, manifest)
     return manifest
+
+
+def check_export_digests(
+    folder: Path, on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
+    """Read all weights of an export and compare their digests with its manifest.
+
+    Raises:
+        ExportError: Bytes changed since the export was written; every such tensor is named.
+    """
+    changed = []
+    for file, entry in read_export_manifest(folder).weights.items():
+        expected = entry["digests"]
+        tensors = {t.name: t for t in SafetensorsReader().read(folder / file).tensors}
+        for name in expected:
+            digest = TreeDigest()
+            for chunk in stream_tensor(tensors[name]) if name in tensors else ():
+                digest.update(chunk)
+                on_bytes(chunk.nbytes)
+            if digest.finish() != expected[name]:
+                changed.append(f"{file}: {name}")
+    if changed:
+        raise ExportError(
+            f"the export {folder} changed on disk: {len(changed)} tensors have other bytes",
+            expected="the digests in its export.json",
+            hint="copy it again, or export the bundle again",
+            details=changed,
+        )
 
 
 def _check_files(folder: Path, manifest: ExportManifest) -> None:
