@@ -82,7 +82,7 @@ def _with_id(batch: Batch, feature: int, value: int) -> Batch:
         changed = Bag(values=np.array([value]), offsets=offsets, weights=weights)
     else:
         values = bag.values.copy()
-        values[-1] = value
+        values[0] = value
         changed = replace(bag, values=values)
     bags = list(batch.bags)
     bags[feature] = changed

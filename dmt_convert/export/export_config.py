@@ -48,6 +48,19 @@ class ExportConfig:
     """triton, pt2: serve on a GPU."""
 
     def __post_init__(self) -> None:
+        if self.dense_per_request and not self.per_request:
+            raise ExportError(
+                "--dense-per-request without --request-batching",
+                expected="request batching, for features of one group",
+                hint="add --request-batching",
+            )
+        if self.per_request and self.format != "onnx":
+            raise ExportError(
+                f"--request-batching for {self.format}",
+                expected="--format onnx",
+                hint="export ONNX graphs, and serve them with a runtime of your own: batches of "
+                "two sizes in one request cannot be told to Triton's batcher",
+            )
         for value, known, option in (
             (self.format, EXPORT_FORMATS, "--format"),
             (self.quantize, TABLE_CODES, "--quantize"),

@@ -46,20 +46,30 @@ def add_inputs(b: GraphBuilder, inputs: GraphInputs, features: Sequence[str] | N
         features: Whose; by default all, and the dense inputs before them.
     """
     if features is None:
-        b.input(inputs.dense, "fp32", ["batch", inputs.num_dense])
+        b.input(inputs.dense, "fp32", [rows_of_dense(inputs), inputs.num_dense])
     for feature in inputs.features:
         if features is not None and feature.feature not in features:
             continue
-        name = feature.feature
+        name, rows = feature.feature, rows_of(inputs, feature.feature)
         if feature.form == "jagged":
             b.input(feature.ids, "int64", [f"ids of {name}"])
-            b.input(f"{name}.lengths", "int64", ["batch"])
+            b.input(f"{name}.lengths", "int64", [rows])
             shape: list[int | str] = [f"ids of {name}"]
         else:
-            shape = ["batch", 1 if feature.form == "single" else f"ids per bag of {name}"]
+            shape = [rows, 1 if feature.form == "single" else f"ids per bag of {name}"]
             b.input(feature.ids, "int64", shape)
         if feature.weights is not None:
             b.input(feature.weights, "fp32", shape)
+
+
+def rows_of(inputs: GraphInputs, feature: str) -> int | str:
+    """Rows in which a feature's bags come: one where they come once per request."""
+    return 1 if feature in inputs.per_request else "batch"
+
+
+def rows_of_dense(inputs: GraphInputs) -> int | str:
+    """Rows in which the dense inputs come."""
+    return 1 if inputs.dense_per_request else "batch"
 
 
 def pool_tower(b: GraphBuilder, job: ExportJob, tower: int) -> list[Piece]:

@@ -28,23 +28,28 @@ def emit_logits(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[s
     """
     spec, file = job.spec, job.weights.over_arch
     passed = mlp(b, file, "dense_arch", dense, spec.flat.dense_arch)
-    part = passed
-    if spec.dense_dim != spec.flat.input_dims[0]:
-        part = linear(b, file, "dense_projection", passed)
+    part = project_dense(b, job, passed)
     kind = spec.interaction.kind
     if kind == "dot":
         pairs = _dot_pairs(b, job, part, emitted)
         x = b.node("Concat", passed, pairs, name="interaction", axis=1)
     else:
-        x = b.node("Concat", part, *_in_order(b, job, emitted), name="side_by_side", axis=1)
+        x = b.node("Concat", part, *in_order(b, job, emitted), name="side_by_side", axis=1)
         if kind == "dcn":
             x = cross(b, file, "cross", x, spec.interaction.cross_layers)
         elif kind == "projection":
-            x = _project(b, job, passed, x)
+            x = project(b, job, passed, x)
     mlp(b, file, "over_arch", x, spec.over_arch, LOGITS)
 
 
-def _in_order(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
+def project_dense(b: GraphBuilder, job: ExportJob, passed: str) -> str:
+    """Return the dense vector as it takes part in the interaction: (B, D)."""
+    if job.spec.dense_dim == job.spec.flat.input_dims[0]:
+        return passed
+    return linear(b, job.weights.over_arch, "dense_projection", passed)
+
+
+def in_order(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
     """Return what enters the interaction, in its order: embeddings in the flat model's order."""
     if not job.spec.is_passthrough:
         return list(emitted)
@@ -68,11 +73,9 @@ def _in_order(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[s
 
 def _dot_pairs(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[str]) -> str:
     """Pair all vectors by dot products: (B, P). Narrower vectors are filled up with zeros."""
-    dim, dims = job.spec.dense_dim, [job.spec.towers[t].module.dim for t in range(len(emitted))]
-    if not job.spec.is_passthrough:
-        emitted = [_widen(b, tensor, own, dim) for tensor, own in zip(emitted, dims, strict=True)]
-    count = len(job.spec.interaction_dims)
-    joined = b.node("Concat", dense, *emitted, name="side_by_side", axis=1)
+    dim, count = job.spec.dense_dim, len(job.spec.interaction_dims)
+    wide = widen_vectors(b, job, emitted)
+    joined = b.node("Concat", dense, *wide, name="side_by_side", axis=1)
     shape = b.ints("vectors", [-1, count, dim])
     vectors = b.node("Reshape", joined, shape, name="vectors")
     turned = b.node("Transpose", vectors, name="vectors_turned", perm=[0, 2, 1])
@@ -82,6 +85,15 @@ def _dot_pairs(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[st
     by_cell = b.node("Transpose", flat, name="dots_by_cell", perm=[1, 0])
     pairs = b.node("Gather", by_cell, b.ints("pairs", left * count + right), name="pairs_by_cell")
     return b.node("Transpose", pairs, name="pairs", perm=[1, 0])
+
+
+def widen_vectors(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
+    """Fill the vectors of all towers up to one width: each (B, K * D)."""
+    if job.spec.is_passthrough:
+        return list(emitted)
+    dims = [tower.module.dim for tower in job.spec.towers]
+    wide = job.spec.dense_dim
+    return [_widen(b, tensor, own, wide) for tensor, own in zip(emitted, dims, strict=True)]
 
 
 def _widen(b: GraphBuilder, tensor: str, own: int, dim: int) -> str:
@@ -117,7 +129,8 @@ def _triangle(count: int, spec: InteractionSpec) -> tuple[np.ndarray, np.ndarray
     return np.triu_indices(count, 0 if spec.self_pairs else 1)
 
 
-def _project(b: GraphBuilder, job: ExportJob, passed: str, x: str) -> str:
+def project(b: GraphBuilder, job: ExportJob, passed: str, x: str) -> str:
+    """Let the two branches of a projection meet: (B, width)."""
     spec, file = job.spec.interaction, job.weights.over_arch
     assert spec.branch1 is not None and spec.branch2 is not None
     dim = job.spec.flat.input_dims[0]

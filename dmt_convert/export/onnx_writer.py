@@ -10,8 +10,9 @@ from typing import Any, Final
 from dmt_convert.errors import ExportError
 from dmt_convert.export.graph_writer import ExportJob, Written
 from dmt_convert.export.onnx_graph import IR_VERSION, OPSET, GraphBuilder
-from dmt_convert.export.onnx_lookup import add_inputs, pool_tower
+from dmt_convert.export.onnx_lookup import add_inputs, pool_tower, rows_of, rows_of_dense
 from dmt_convert.export.onnx_over_arch import LOGITS, emit_logits
+from dmt_convert.export.onnx_requests import emit_request_logits
 from dmt_convert.export.onnx_tower import emit_tower
 from dmt_convert.serving import OVER_ARCH, WHOLE, ExportFormat, tower_name
 
@@ -71,12 +72,12 @@ def write_over_arch_graph(job: ExportJob, path: Path) -> None:
         path: The `.onnx` file; the weights outside towers must lie in its folder, or below.
     """
     b = _builder(job, OVER_ARCH, path, outputs=[LOGITS])
-    b.input(job.inputs.dense, "fp32", ["batch", job.inputs.num_dense])
-    emitted = [
-        b.input(tower_name(t), "fp32", ["batch", width])
-        for t, width in enumerate(job.spec.tower_widths)
-    ]
-    emit_logits(b, job, job.inputs.dense, emitted)
+    b.input(job.inputs.dense, "fp32", [rows_of_dense(job.inputs), job.inputs.num_dense])
+    emitted = []
+    for t, width in enumerate(job.spec.tower_widths):
+        rows = rows_of(job.inputs, job.spec.towers[t].features[0])
+        emitted.append(b.input(tower_name(t), "fp32", [rows, width]))
+    _emit_logits(b, job, emitted)
     b.output(LOGITS, "fp32", ["batch", 1])
     b.save(_metadata(job, OVER_ARCH, ()))
 
@@ -96,9 +97,14 @@ def write_whole_graph(job: ExportJob, path: Path) -> None:
             emitted.append(f"{b.prefix}emitted")
             emit_tower(b, job, t, pool_tower(b, job, t), emitted[-1])
     with b.scope(OVER_ARCH):
-        emit_logits(b, job, job.inputs.dense, emitted)
+        _emit_logits(b, job, emitted)
     b.output(LOGITS, "fp32", ["batch", 1])
     b.save(_metadata(job, WHOLE, job.spec.flat.feature_names))
+
+
+def _emit_logits(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> None:
+    emit = emit_request_logits if job.inputs.per_request else emit_logits
+    emit(b, job, job.inputs.dense, emitted)
 
 
 def _builder(job: ExportJob, name: str, path: Path, outputs: Sequence[str]) -> GraphBuilder:

@@ -48,18 +48,17 @@ class ExportedModel:
 
     def score(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return logits, shape (B,): from the whole graph, or from towers and over_arch."""
-        return np.concatenate([self._logits(part) for part in self._requests(batch)])
+        return self.whole(batch) if WHOLE in self.manifest.parts else self.joined(batch)
 
     def stages(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield what every tower gives, then the logits."""
         if not self.manifest.inputs.per_request:
             for t in range(len(self.spec.towers)):
-                if tower_name(t) in self.manifest.parts:
-                    yield f"output of tower {t}", torch.from_numpy(self.tower(t, batch))
+                yield f"output of tower {t}", torch.from_numpy(self.tower(t, batch))
         yield "logit", torch.from_numpy(self.score(batch))
 
     def tower(self, index: int, batch: Batch) -> npt.NDArray[np.float32]:
-        """Return what one tower's graph gives, shape (B, O)."""
+        """Return what one tower's graph gives, shape (B, O); one row where it runs per request."""
         features = self.spec.towers[index].features
         output: npt.NDArray[np.float32] = self._runner(tower_name(index)).run(
             self.manifest.inputs.feeds(batch, features)
@@ -68,24 +67,22 @@ class ExportedModel:
 
     def joined(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return logits, shape (B,), from the tower graphs and the over_arch graph."""
-        inputs = self.manifest.inputs
-        feeds = {inputs.dense: np.ascontiguousarray(batch.dense, dtype=np.float32)}
-        feeds |= {tower_name(t): self.tower(t, batch) for t in range(len(self.spec.towers))}
-        logits: npt.NDArray[np.float32] = self._runner(OVER_ARCH).run(feeds)[:, 0]
-        return logits
+        inputs, logits = self.manifest.inputs, []
+        for request in inputs.requests(batch):
+            feeds = inputs.dense_feed(request)
+            feeds |= {tower_name(t): self.tower(t, request) for t in range(len(self.spec.towers))}
+            logits.append(self._runner(OVER_ARCH).run(feeds)[:, 0])
+        return np.concatenate(logits)
 
     def whole(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return logits, shape (B,), from the whole-model graph."""
-        feeds = self.manifest.inputs.feeds(batch)
-        logits: npt.NDArray[np.float32] = self._runner(WHOLE).run(feeds)[:, 0]
-        return logits
-
-    def _logits(self, batch: Batch) -> npt.NDArray[np.float32]:
-        return self.whole(batch) if WHOLE in self.manifest.parts else self.joined(batch)
-
-    def _requests(self, batch: Batch) -> Iterator[Batch]:
-        """Cut a batch into requests; without request batching, it is one."""
-        yield batch
+        inputs = self.manifest.inputs
+        return np.concatenate(
+            [
+                self._runner(WHOLE).run(inputs.feeds(request))[:, 0]
+                for request in inputs.requests(batch)
+            ]
+        )
 
     def _runner(self, part: str) -> GraphRunner:
         if part not in self._runners:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.data import Bag, Batch
+from dmt_convert.data import Bag, Batch, take_rows
 from dmt_convert.errors import DataError, ExportError
 
 InputForm = Literal["single", "fixed", "padded", "jagged"]
@@ -163,20 +163,48 @@ class GraphInputs:
 
         Args:
             batch: Rows, features by name.
-            features: The features wanted; all of them, and the dense inputs, by default.
+            features: The features wanted; all of them, and the dense inputs, by default. Of what
+                comes once per request, the first row is taken.
 
         Raises:
             DataError: A bag does not have the form of its input.
         """
         bags = dict(zip(batch.feature_names, batch.bags, strict=True))
-        feeds: dict[str, Array] = {}
-        if features is None:
-            feeds[self.dense] = np.ascontiguousarray(batch.dense, dtype=np.float32)
+        feeds = self.dense_feed(batch) if features is None else {}
         wanted = None if features is None else set(features)
         for feature in self.features:
-            if wanted is None or feature.feature in wanted:
-                feeds.update(feature.fill(bags[feature.feature]))
+            name = feature.feature
+            if wanted is None or name in wanted:
+                bag = _first_bag(bags[name]) if name in self.per_request else bags[name]
+                feeds.update(feature.fill(bag))
         return feeds
+
+    def dense_feed(self, batch: Batch) -> dict[str, Array]:
+        """Fill the dense input from a batch."""
+        dense = batch.dense[:1] if self.dense_per_request else batch.dense
+        return {self.dense: np.ascontiguousarray(dense, dtype=np.float32)}
+
+    def requests(self, batch: Batch) -> Iterator[Batch]:
+        """Cut a batch into requests: runs of rows that agree in all that comes once per request.
+
+        Without request batching the batch is one request.
+        """
+        if not self.per_request and not self.dense_per_request:
+            yield batch
+            return
+        bags = dict(zip(batch.feature_names, batch.bags, strict=True))
+        once = [bags[name] for name in self.per_request]
+        begin = 0
+        for row in range(1, batch.num_rows + 1):
+            if row < batch.num_rows and self._same_request(batch, once, begin, row):
+                continue
+            yield take_rows(batch, slice(begin, row))
+            begin = row
+
+    def _same_request(self, batch: Batch, once: Sequence[Bag], a: int, b: int) -> bool:
+        if self.dense_per_request and not np.array_equal(batch.dense[a], batch.dense[b]):
+            return False
+        return all(_same_bag(bag, a, b) for bag in once)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
@@ -191,3 +219,16 @@ class GraphInputs:
             per_request=tuple(value["per_request"]),
             dense_per_request=bool(value["dense_per_request"]),
         )
+
+
+def _first_bag(bag: Bag) -> Bag:
+    end = int(bag.offsets[1])
+    weights = None if bag.weights is None else bag.weights[:end]
+    return Bag(values=bag.values[:end], offsets=bag.offsets[:2], weights=weights)
+
+
+def _same_bag(bag: Bag, a: int, b: int) -> bool:
+    first, second = (slice(bag.offsets[row], bag.offsets[row + 1]) for row in (a, b))
+    if not np.array_equal(bag.values[first], bag.values[second]):
+        return False
+    return bag.weights is None or np.array_equal(bag.weights[first], bag.weights[second])
