@@ -10,13 +10,18 @@ from dmt_convert.bundle.weights import SmallWeights
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import BundleError
 from dmt_convert.towers.dmt_model import DmtModel
+from dmt_convert.towers.table_codes import RowCode
 from dmt_convert.towers.table_lookup import MappedTables, to_tensor
 
 _INNER = ("cross.", "branch1.", "branch2.")
 
 
-def open_bundle_model(bundle: Bundle) -> DmtModel:
+def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtModel:
     """Build the model of a bundle, in eval mode.
+
+    Args:
+        bundle: The bundle.
+        code: Look rows up as an export would that stores the tables in this code.
 
     Raises:
         BundleError: A tensor is missing, or has another shape than the manifest's model.
@@ -29,7 +34,7 @@ def open_bundle_model(bundle: Bundle) -> DmtModel:
             for name, info in tensors.items()
             if name.startswith("tables.")
         }
-        tables.append(MappedTables(spec.flat, infos))
+        tables.append(MappedTables(spec.flat, infos, code=code))
     with torch.device("meta"):
         model = DmtModel(spec, tables)
     state = {}

@@ -135,7 +135,9 @@ def main(folder: str, bundle: str, data: str | None = None) -> int:
     try:
         exported = ExportedModel(Path(folder))
         with torch.inference_mode():
-            model = open_bundle_model(open_bundle(Path(bundle)))
+            quantize = exported.manifest.quantize
+            code = None if quantize == "none" else quantize
+            model = open_bundle_model(open_bundle(Path(bundle)), code=code)
             path = None if data is None else Path(data)
             checks = run_checks(exported, model, path)
             total = 0  # known to nobody before the end: progress shows a count

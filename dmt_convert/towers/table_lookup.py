@@ -17,6 +17,7 @@ from dmt_convert.checkpoint import TensorInfo, gather_rows
 from dmt_convert.data import Bag
 from dmt_convert.errors import CheckpointError
 from dmt_convert.spec import Dtype, FeatureSpec, ModelSpec
+from dmt_convert.towers.table_codes import RowCode, recode_rows
 
 _TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,6 +65,7 @@ class MappedTables(nn.Module):
         spec: The model.
         infos: Table -> its tensor in the file.
         stored_as: Round rows to this type, as a bundle would that stores them so.
+        code: Code rows and decode them again, as an export would that stores them so.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class MappedTables(nn.Module):
         infos: Mapping[str, TensorInfo],
         *,
         stored_as: Dtype | None = None,
+        code: RowCode | None = None,
     ) -> None:
         super().__init__()
+        self._code = code
         self._rounded = None if stored_as is None else _TORCH_DTYPES[stored_as]
         self._features = {feature.name: feature for feature in spec.features}
         self._infos = infos
@@ -83,6 +87,7 @@ class MappedTables(nn.Module):
 
         Raises:
             CheckpointError: A row that is touched holds NaN or Inf.
+            ExportError: The code does not take a row that is touched.
         """
         spec = self._features[feature]
         info = self._infos[spec.table]
@@ -94,6 +99,10 @@ class MappedTables(nn.Module):
                 f"table {spec.table!r} holds NaN or Inf in row {bad}",
                 expected="finite weights",
                 hint="the training diverged or the file is damaged; use another checkpoint",
+            )
+        if self._code is not None:
+            gathered = recode_rows(
+                gathered, self._code, lambda i: f"row {rows[i]} of table {spec.table!r}"
             )
         local = Bag(values=inverse.astype(np.int64), offsets=bag.offsets, weights=bag.weights)
         rows_UN = to_tensor(gathered)
