@@ -181,10 +181,12 @@ def _request_features(bundle: Bundle, group: str) -> tuple[str, ...]:
 
 
 def _quality_text(quality: Mapping[str, Any]) -> str:
+    r2 = quality["logits"]["r2"]
     text = (
         f"tables as {quality['code']}: relative rms error {quality['relative_rms']:.2g}, "
         f"{human_bytes(quality['bytes_before'])} -> {human_bytes(quality['bytes_after'])}; "
-        f"logits R^2 {quality['logits']['r2']:.6f} on {quality['logits']['rows']} rows"
+        f"logits {'' if r2 is None else f'R^2 {r2:.6f}, '}max |diff| "
+        f"{quality['logits']['max_abs_diff']:.2g} on {quality['logits']['rows']} rows"
     )
     if auc := quality.get("auc"):
         text += f"; AUC {auc['before']:.6f} -> {auc['after']:.6f} (lost {auc['lost']:.6f})"

@@ -18,7 +18,7 @@ import numpy as np
 
 from dmt_convert.bundle.aligned_writer import ALIGNMENT, AlignedWriter
 from dmt_convert.bundle.digest import TreeDigest
-from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows
+from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows, TensorInfo
 from dmt_convert.errors import CheckpointError
 
 _SAFETENSORS_DTYPES: Final = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
@@ -169,7 +169,23 @@ def write_safetensors(
     return file.finish()
 
 
-def _header_text(sources: Sequence[TensorSource], metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(
+    tensors: Sequence[TensorSource | TensorInfo], metadata: Mapping[str, str]
+) -> bytes:
+    """Return the beginning of a file: all before its first tensor, which begins aligned.
+
+    Args:
+        tensors: Its tensors, in their order.
+        metadata: Strings for the header.
+    """
+    text = _header_text(tensors, metadata)
+    text += b" " * (_align(8 + len(text)) - 8 - len(text))
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_text(
+    sources: Sequence[TensorSource | TensorInfo], metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for source in sources:

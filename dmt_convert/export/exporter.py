@@ -14,8 +14,17 @@ from dmt_convert.bundle import Bundle, check_digests, check_free, staged_folder
 from dmt_convert.export.export_config import ExportConfig, plan_inputs
 from dmt_convert.export.graph_checks import GraphCheck, check_graphs
 from dmt_convert.export.graph_writer import ExportJob, GraphWriter
-from dmt_convert.export.placed_weights import PlacedFile, PlacedWeights, place_weights
-from dmt_convert.export.quantisation_cost import measure_quantisation
+from dmt_convert.export.placed_weights import (
+    PlacedFile,
+    PlacedWeights,
+    place_weights,
+    placed_bytes,
+)
+from dmt_convert.export.quantisation_cost import (
+    check_auc_limit,
+    check_auc_lost,
+    measure_quantisation,
+)
 from dmt_convert.serving import EXPORT_MANIFEST, ExportManifest
 
 Progress = Callable[[str, int, int], None]
@@ -72,13 +81,14 @@ def export_bundle(
     check_free(out, "export")
     inputs = plan_inputs(bundle.manifest.model, config)
     writer = load_writer(config.format)
+    check_auc_limit(config.max_auc_loss, config.quantize, data)
     _check_weights(bundle, all_digests, progress)
-    quality = measure_quantisation(bundle, config.quantize, data, progress)
+    quality = measure_quantisation(bundle, inputs, config.quantize, data, progress)
     if quality:
         on_quality(quality)
-    with staged_folder(
-        out, force=False, needed_bytes=_needed_bytes(bundle, out, config), what="export"
-    ) as staging:
+        check_auc_lost(quality, config.max_auc_loss)
+    needed = placed_bytes(bundle, out.parent, config.quantize) + _GRAPH_BYTES
+    with staged_folder(out, force=False, needed_bytes=needed, what="export") as staging:
         weights = place_weights(
             bundle, staging, writer.folder_of, quantize=config.quantize, progress=progress
         )
@@ -133,15 +143,6 @@ def _check_weights(bundle: Bundle, all_digests: bool | None, progress: Progress)
         progress("checking", done, size if everything else 0)
 
     check_digests(bundle, count, wanted=lambda name: everything or not name.startswith("tables."))
-
-
-def _needed_bytes(bundle: Bundle, out: Path, config: ExportConfig) -> int:
-    same_disk = bundle.path.stat().st_dev == out.parent.stat().st_dev
-    if config.quantize == "none" and same_disk:
-        return _GRAPH_BYTES
-    tables = sum(table.nbytes for table in bundle.manifest.model.flat.tables)
-    share = {"none": 1.0, "fp16": 0.5, "int8": 0.3, "int4": 0.2}[config.quantize]
-    return int(tables * share) + _GRAPH_BYTES
 
 
 def _describe_weights(weights: PlacedWeights) -> dict[str, dict[str, Any]]:
