@@ -21,6 +21,7 @@ from dmt_convert.serving.export_manifest import (
     tower_name,
 )
 from dmt_convert.serving.graph_runner import GraphRunner, OnnxRunner
+from dmt_convert.serving.pt2_runner import Pt2Runner
 from dmt_convert.towers import DmtSpec
 
 _SUFFIXES: Final = (".onnx", ".pt2")
@@ -102,9 +103,12 @@ def open_graph(path: Path, *, threads: int = 0) -> GraphRunner:
 
     Args:
         path: Its `.onnx` or `.pt2` file.
-        threads: Threads inside operators; 0 for one per core.
+        threads: Threads inside operators of an `.onnx` graph, 0 for one per core; `.pt2` graphs run
+            on torch's threads.
 
     Raises:
         ExportError: It cannot be loaded.
     """
+    if path.suffix == ".pt2":
+        return Pt2Runner(path)
     return OnnxRunner(path, threads=threads)

@@ -1,0 +1,154 @@
+"""Run the graphs that `dmt export --format pt2` wrote. Needs torch, and nothing else.
+
+    model = load("served")                       # the whole model
+    tower = load("served", "tower_000")          # one tower; "over_arch" takes all towers' outputs
+    logits = model({"dense": dense, "f0.values": ids, "f0.lengths": lengths, ...})
+
+`model.inputs` lists what a graph takes. Weights stay in the `.safetensors` files, memory-mapped:
+loading costs milliseconds, and processes share one copy. The first requests read from the disk,
+so send some before traffic comes. Threads are torch's own (`torch.set_num_threads`). Servers with
+large batches do well to keep freed memory: start them with MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_=2000000000 in the environment (glibc), or with jemalloc.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPUS = ("DEFAULT", "AVX2", "AVX512")
+
+
+def load(folder: str | Path, part: str = "whole", *, runners: int = 1) -> Graph:
+    """Open one graph of an export.
+
+    Args:
+        folder: The export.
+        part: `whole`, `tower_000`, ..., or `over_arch`.
+        runners: Requests that run at the same time; further ones wait.
+
+    Raises:
+        OSError: A file is missing.
+        RuntimeError: The graph does not fit this machine or its weights.
+    """
+    parts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))["parts"]
+    if part not in parts:
+        raise ValueError(f"{folder} has no graph {part!r}; it has {', '.join(parts)}")
+    return Graph(Path(folder) / parts[part], runners=runners)
+
+
+class Graph:
+    """One graph; may be called by several threads."""
+
+    def __init__(self, path: Path, *, runners: int = 1) -> None:
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, runners, -1)
+        about = self._loader.get_metadata()
+        described: dict[str, Any] = json.loads(about["dmt"])
+        needed, found = described["cpu"], torch.backends.cpu.get_cpu_capability()
+        weaker = _CPUS[: _CPUS.index(found)] if found in _CPUS else ()
+        if needed != found and needed not in weaker:
+            raise RuntimeError(f"it was compiled for {needed}; this machine has {found}")
+        self.inputs: list[dict[str, Any]] = described["inputs"]
+        self._ids: list[dict[str, Any]] = described["ids"]
+        files = {name: MappedFile(path.parent / name) for name in described["files"]}
+        device = described["device"]
+        self._weights: dict[str, Tensor] = {}
+        for name in self._loader.get_constant_fqns():
+            entry = described["weights"][name]
+            if "values" in entry:
+                weight = torch.tensor(entry["values"], dtype=torch.int64)
+            else:
+                weight = files[entry["file"]].view(entry["tensors"], entry["dtype"], entry["shape"])
+            self._weights[name] = weight.to(device)
+        self._loader.load_constants(self._weights, False, True, True)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        """Return the graph's output, float32.
+
+        Args:
+            feeds: Its inputs by name; others are ignored.
+
+        Raises:
+            ValueError: An input is missing or of another type or shape, or ids are outside.
+        """
+        sizes: dict[str, int] = {}
+        tensors = [self._checked(entry, feeds, sizes) for entry in self.inputs]
+        try:
+            (output,) = self._loader.boxed_run(tensors)
+        except RuntimeError as error:
+            raise ValueError(self._explain(feeds) or str(error)) from None
+        return output
+
+    def _checked(
+        self, entry: Mapping[str, Any], feeds: Mapping[str, Tensor], sizes: dict[str, int]
+    ) -> Tensor:
+        name, shape = entry["name"], entry["shape"]
+        tensor = feeds.get(name)
+        if tensor is None:
+            raise ValueError(f"input {name!r} is missing")
+        fits = str(tensor.dtype) == f"torch.{entry['dtype']}" and tensor.dim() == len(shape)
+        if not fits or any(
+            found != (size if isinstance(size, int) else sizes.setdefault(size, found))
+            for found, size in zip(tensor.shape, shape, strict=True)
+        ):
+            wanted = [sizes.get(size, size) for size in shape]
+            raise ValueError(
+                f"input {name!r} is {tensor.dtype} {list(tensor.shape)}, not {entry['dtype']} "
+                f"{wanted}"
+            )
+        if sizes.get("B") == 0:
+            raise ValueError("the batch is empty")
+        return tensor.contiguous()
+
+    def _explain(self, feeds: Mapping[str, Tensor]) -> str | None:
+        """Say which input is wrong; looked for only when a graph has refused."""
+        for entry in self._ids:
+            ids = feeds[entry["name"]]
+            bad = ids[(ids < entry["lowest"]) | (ids >= entry["rows"])]
+            if len(bad):
+                return (
+                    f"id {int(bad[0])} in {entry['name']!r}, whose table has {entry['rows']} rows"
+                )
+            if entry["lengths"] is not None:
+                lengths = feeds[entry["lengths"]]
+                if bool((lengths < 0).any()) or int(lengths.sum()) != len(ids):
+                    return f"{entry['lengths']!r} does not add up to the {len(ids)} ids there are"
+        return None
+
+
+class MappedFile:
+    """A `.safetensors` file, memory-mapped; its tensors must not be written to."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header: dict[str, Any] = json.loads(file.read(length))
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._begin = 8 + length
+
+    def view(self, names: Sequence[str], dtype: str, shape: Sequence[int]) -> Tensor:
+        """View neighbouring tensors as one.
+
+        Raises:
+            RuntimeError: The file does not hold them so.
+        """
+        places = [self._header.get(name, {}).get("data_offsets", (0, 0)) for name in names]
+        kind: torch.dtype = getattr(torch, dtype)
+        begin, end, count = places[0][0], places[-1][1], math.prod(shape)
+        gaps = any(left[1] != right[0] for left, right in itertools.pairwise(places))
+        if gaps or end - begin != count * kind.itemsize or self._begin + end > len(self._bytes):
+            raise RuntimeError(f"{', '.join(names)}: not the {dtype} {list(shape)} compiled for")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is read-only: a graph never writes to its weights
+            start = self._begin + begin
+            flat = torch.frombuffer(self._bytes, dtype=kind, count=count, offset=start)
+        return flat.reshape(list(shape))
