@@ -159,7 +159,9 @@ Worker = tuple["subprocess.Popen[str]", IO[str]]
 
 
 def _start(job: CompileJob, logs: ExitStack) -> Worker:
-    log = logs.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+    log = logs.enter_context(
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "dmt_convert.export.pt2_compile"],
         stdin=subprocess.PIPE,
