@@ -29,10 +29,12 @@ class Lookup:
 def checked_ids(b: GraphBuilder, lookup: Lookup, ids: str) -> str:
     """Return ids of any shape such that reading their rows fails where one is outside the table.
 
-    Runtimes refuse ids behind a table's end, but take negative ones from there backwards: without
-    their sign they are far behind the end.
+    Runtimes refuse ids behind a table's end, but take negative ones from there backwards: these are
+    moved to just behind the end.
     """
     if lookup.clip:
         low, high = b.ints("id_low", 0), b.ints("id_high", lookup.rows - 1)
         return b.node("Clip", ids, low, high, name="ids_clipped")
-    return b.node("BitwiseAnd", ids, b.ints("without_sign", [2**63 - 1]), name="ids_unsigned")
+    negative = b.node("Less", ids, b.ints("zero", [0]), name="ids_below_zero")
+    behind = b.ints("behind_the_end", [lookup.rows])
+    return b.node("Where", negative, behind, ids, name="ids_or_behind_the_end")

@@ -16,7 +16,7 @@ from dmt_convert.export.onnx_graph import GraphBuilder
 from dmt_convert.export.onnx_ids import Lookup, checked_ids
 from dmt_convert.export.onnx_tables import Rows, read_rows, weighted_sum
 
-CHUNK: Final = 16
+CHUNK: Final = 8
 """C, where bags differ much in length."""
 WASTE: Final = (3, 8)
 """A rectangle as wide as the longest bag is taken if it holds at most so many times the ids that
@@ -106,9 +106,11 @@ def _bags(b: GraphBuilder, lookups: Sequence[Lookup]) -> tuple[list[_Bags], str]
     total_F = b.node("ReduceSum", lengths_FB, one, name="totals", keepdims=0)
     negative = b.node("Less", shortest_F, zero, name="is_negative")
     beyond = b.node("Greater", longest_F, counts_F, name="is_beyond")
-    same = b.node("Equal", total_F, counts_F, name="adds_up")
     wrong = b.node("Or", negative, beyond, name="is_outside")
-    wrong = b.node("Or", wrong, b.node("Not", same, name="differs"), name="is_wrong")
+    for name, amounts in (("ids", total_F), ("weights", _amounts_of_weights(b, lookups, shapes))):
+        if amounts:
+            same = b.node("Equal", amounts, counts_F, name=f"{name}_add_up")
+            wrong = b.node("Or", wrong, b.node("Not", same, name=f"{name}_differ"), name="is_wrong")
     index = b.node("Cast", wrong, name="wrong", to=7)
     number = b.node("Mul", index, b.ints("numbers", range(1, len(rows) + 1)), name="wrong_feature")
     nothing = b.node("Gather", zero, number, name="lengths_that_do_not_fit_their_ids")
@@ -128,6 +130,21 @@ def _bags(b: GraphBuilder, lookups: Sequence[Lookup]) -> tuple[list[_Bags], str]
                 )
             )
     return bags, even
+
+
+def _amounts_of_weights(
+    b: GraphBuilder, lookups: Sequence[Lookup], amounts: Sequence[str]
+) -> str | None:
+    """Return how many weights every feature has, (F,); an unweighted one as many as ids."""
+    if not any(lookup.input.weighted for lookup in lookups):
+        return None
+    shapes = [
+        amount
+        if lookup.input.weights is None
+        else b.node("Shape", lookup.input.weights, name="num_weights")
+        for lookup, amount in zip(lookups, amounts, strict=True)
+    ]
+    return b.node("Concat", *shapes, name="nums_weights", axis=0)
 
 
 def _is_even(b: GraphBuilder, lengths_FB: str, longest_F: str, counts_F: str) -> str:
@@ -153,29 +170,57 @@ def _pool_even(b: GraphBuilder, lookup: Lookup, bags: _Bags, ids: str, weights: 
 def _pool_chunks(
     b: GraphBuilder, lookup: Lookup, bags: _Bags, ids: str, weights: str | None
 ) -> str:
-    """Pool chunk by chunk, then add up the chunks of every bag."""
-    chunks, counts = _cut(b, bags.lengths, bags.starts)
-    sums = _pool_first(b, lookup, bags, chunks, ids, weights)
-    several = _has_several(b, counts)
+    """Pool chunk by chunk, then add up the chunks of those bags that have several."""
+    zero = b.ints("zero", [0])
+    chunks, counts_B = _cut(b, bags.lengths, bags.starts)
+    sums_TN = _pool_first(b, lookup, bags, chunks, ids, weights)
+    starts_B = b.node("CumSum", counts_B, b.ints("zero_", 0), name="chunk_starts", exclusive=1)
+    several = b.node("Greater", counts_B, b.ints("one", [1]), name="is_long")
+    long_ = b.node("Squeeze", b.node("NonZero", several, name="long"), zero, name="long_bags")
+    joined_KN = _join_chunks(
+        b,
+        _has_several(b, counts_B),
+        b.node("Gather", counts_B, long_, name="long_counts"),
+        b.node("Gather", starts_B, long_, name="long_starts"),
+        sums_TN,
+    )
+    # short bags are their only chunk; the joined ones lie behind all chunks
+    as_int = b.node("Cast", several, name="is_long_as_int", to=7)
+    rank = b.node("CumSum", as_int, b.ints("zero_", 0), name="rank", exclusive=1)
+    num_chunks = b.node("Shape", sums_TN, name="all_chunks", start=0, end=1)
+    behind = b.node("Add", rank, num_chunks, name="behind_chunks")
+    place = b.node("Where", several, behind, starts_B, name="places")
+    everything = b.node("Concat", sums_TN, joined_KN, name="chunks_and_joined", axis=0)
+    return b.node("Gather", everything, place, name="pooled_bags")
+
+
+def _join_chunks(b: GraphBuilder, several: str, counts: str, starts: str, sums: str) -> str:
+    """Add up runs of rows, (T, N), in chunks of chunks until each run is one row: (K, N).
+
+    Where there is no run of several rows, the rows come back as they are.
+    """
     with b.branch("chunks_of_chunks") as inner:
         inner.input(f"{inner.prefix}turn", "int64", [])
         inner.input(f"{inner.prefix}again", "bool", [])
         before = inner.input(f"{inner.prefix}counts_before", "int64", None)
+        begin = inner.input(f"{inner.prefix}starts_before", "int64", None)
         values = inner.input(f"{inner.prefix}sums_before", "fp32", None)
-        starts = inner.node("CumSum", before, inner.ints("zero_", 0), name="starts", exclusive=1)
-        next_chunks, after = _cut(inner, before, starts)
+        chunks, after = _cut(inner, before, begin)
         zero = inner.ints("zero", [0])
-        positions = inner.node("Where", next_chunks.filled, next_chunks.positions, zero, name="at")
+        positions = inner.node("Where", chunks.filled, chunks.positions, zero, name="at")
         rows = Rows(values=inner.node("Gather", values, positions, name="sums"))
-        each = inner.node("Cast", next_chunks.filled, name="filled_as_fp32", to=1)
+        each = inner.node("Cast", chunks.filled, name="filled_as_fp32", to=1)
         added = weighted_sum(inner, rows, each)
+        first = inner.node("CumSum", after, inner.ints("zero_", 0), name="starts", exclusive=1)
         inner.output(_has_several(inner, after), "bool", [])
         inner.output(after, "int64", None)
+        inner.output(first, "int64", None)
         inner.output(added, "fp32", None)
         body = inner.graph()
+    state = (counts, starts, sums)
     return b.nodes(
-        "Loop", "", several, counts, sums, name="joined_chunks", outputs=(None, None), body=body
-    )[1]
+        "Loop", "", several, *state, name="joined_chunks", outputs=(None,) * 3, body=body
+    )[2]
 
 
 def _has_several(b: GraphBuilder, counts: str) -> str:

@@ -166,10 +166,11 @@ def _stacked_ids(b: GraphBuilder, group: Sequence[Lookup], ids: str) -> str:
     if group[0].clip:
         low = b.node("Max", ids, b.ints("zero", [0]), name="ids_from_zero")
         return b.node("Add", b.node("Min", low, last, name="ids_clipped"), first, name="rows_")
-    known = b.node("BitwiseAnd", ids, b.ints("without_sign", [2**63 - 1]), name="ids_unsigned")
-    outside = b.node("Greater", known, last, name="ids_outside_their_table")
+    below = b.node("Less", ids, b.ints("zero", [0]), name="ids_below_zero")
+    above = b.node("Greater", ids, last, name="ids_above_last_row")
+    outside = b.node("Or", below, above, name="ids_outside_their_table")
     behind = b.ints("behind_the_end", sum(stack.rows) + np.arange(len(group)))
-    moved = b.node("Add", known, first, name="ids_in_the_stack")
+    moved = b.node("Add", ids, first, name="ids_in_the_stack")
     return b.node("Where", outside, behind, moved, name="ids_or_behind_the_end")
 
 

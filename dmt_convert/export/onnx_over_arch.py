@@ -82,9 +82,13 @@ def _dot_pairs(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[st
     gram = b.node("MatMul", vectors, turned, name="dots")
     left, right = pair_positions(job)
     flat = b.node("Reshape", gram, b.ints("cells", [-1, count * count]), name="dots_flat")
-    by_cell = b.node("Transpose", flat, name="dots_by_cell", perm=[1, 0])
-    pairs = b.node("Gather", by_cell, b.ints("pairs", left * count + right), name="pairs_by_cell")
-    return b.node("Transpose", pairs, name="pairs", perm=[1, 0])
+    # GatherElements has a loop of its own for the last axis; Gather copies number by number, and
+    # turning the matrix round for it costs more than repeating the indices
+    cells = b.ints("pairs", (left * count + right)[None])
+    rows = b.node("Shape", flat, name="rows", start=0, end=1)
+    size = b.node("Concat", rows, b.ints("num_pairs", [len(left)]), name="size", axis=0)
+    repeated = b.node("Expand", cells, size, name="pairs_of_rows")
+    return b.node("GatherElements", flat, repeated, name="pairs", axis=1)
 
 
 def widen_vectors(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:

@@ -113,7 +113,7 @@ def _builder(job: ExportJob, name: str, path: Path, outputs: Sequence[str]) -> G
         raise ExportError(
             f"a feature's input is called {taken[0]!r}, as the output of the {name} graph is",
             expected="features with other names than the graphs' outputs",
-            hint="rename the feature with --feature-names when converting",
+            hint="convert again with another name for it under `features` in --model-config",
         )
     return GraphBuilder(name, job.folder, path)
 

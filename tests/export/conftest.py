@@ -1,0 +1,87 @@
+"""Tiny bundles and their exports, made once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmt_convert.architectures.model_config import ModelConfig
+from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
+from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
+from dmt_convert.export.check_process import run_checks
+from dmt_convert.partition import PartitionConfig
+from dmt_convert.serving import ExportedModel
+
+BundleMaker = Callable[..., Bundle]
+Exporter = Callable[..., ExportedModel]
+
+
+@pytest.fixture(scope="session")
+def make_bundle(
+    tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]
+) -> BundleMaker:
+    """Convert a tiny checkpoint: `make_bundle(module, interaction=, names=, convert=, edit=)`.
+
+    Two towers of four features. The second and the fourth feature take the mean of their bags.
+    """
+    made: dict[str, Bundle] = {}
+
+    def make(
+        module: str = "passthrough",
+        *,
+        convert: dict[str, Any] | None = None,
+        edit: Callable[[dict[str, Any]], object] | None = None,
+        mean: bool = True,
+        **options: Any,
+    ) -> Bundle:
+        key = repr((module, convert, edit and edit.__name__, mean, options))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("export")
+            source = make_flat(folder / "flat.pt", edit=edit, **options)
+            prefix = "cat_" if options.get("names", "torchrec") == "torchrec" else ""
+            pooling: dict[str, Any] = {f"{prefix}{i}": "mean" for i in (1, 3)} if mean else {}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 512)
+                patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
+                config = ConvertConfig(
+                    partition=PartitionConfig(num_towers=2),
+                    tower_module=module,  # type: ignore[arg-type]
+                    model_config=ModelConfig(pooling=pooling) if pooling else None,
+                    distill_steps=0,
+                    **(convert or {}),
+                )
+                done = convert_checkpoint(source, folder / "bundle", config=config)
+            made[key] = open_bundle(done.bundle.path)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def export_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
+    """Export a bundle without the process that checks it, which takes longest."""
+    monkeypatch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+    count = 0
+
+    def export(bundle: Bundle, **options: Any) -> ExportedModel:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"out-{count}"
+        export_bundle(bundle, out, ExportConfig(**{"format": "onnx", **options}))
+        return ExportedModel(out)
+
+    return export
+
+
+@pytest.fixture
+def checks_of() -> Callable[[ExportedModel, Bundle], list[GraphCheck]]:
+    """Run, in this process, what an export is checked by."""
+
+    def check(exported: ExportedModel, bundle: Bundle) -> list[GraphCheck]:
+        with torch.inference_mode():
+            return list(run_checks(exported, open_bundle_model(bundle), None))
+
+    return check
