@@ -80,7 +80,7 @@ def export_bundle(
     """
     check_free(out, "export")
     inputs = plan_inputs(bundle.manifest.model, config)
-    writer = load_writer(config.format)
+    writer = load_writer(config)
     check_auc_limit(config.max_auc_loss, config.quantize, data)
     _check_weights(bundle, all_digests, progress)
     quality = measure_quantisation(bundle, inputs, config.quantize, data, progress)
@@ -124,10 +124,10 @@ def export_bundle(
     return Export(path=out, manifest=manifest, checks=checks)
 
 
-def load_writer(name: str) -> GraphWriter:
-    """Import the writer of a format; each needs packages of its own."""
-    module, _, attribute = _WRITERS[name].partition(":")
-    writer: GraphWriter = getattr(import_module(module), attribute)()
+def load_writer(config: ExportConfig) -> GraphWriter:
+    """Make the writer of a format; each needs packages of its own."""
+    module, _, attribute = _WRITERS[config.format].partition(":")
+    writer: GraphWriter = getattr(import_module(module), attribute)(config)
     return writer
 
 

@@ -40,7 +40,7 @@ class Written:
 
 
 class GraphWriter(Protocol):
-    """A format."""
+    """A format; made with the config of the export as its one argument."""
 
     format: ExportFormat
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert.errors import ExportError
+from dmt_convert.export.export_config import ExportConfig
 from dmt_convert.export.graph_writer import ExportJob, Written
 from dmt_convert.export.onnx_graph import IR_VERSION, OPSET, GraphBuilder
 from dmt_convert.export.onnx_lookup import add_inputs, pool_tower, rows_of, rows_of_dense
@@ -25,6 +26,9 @@ class OnnxWriter:
     """Writes `whole.onnx` and, in folders of their own, `tower_000.onnx` and its like."""
 
     format: ExportFormat = "onnx"
+
+    def __init__(self, config: ExportConfig) -> None:
+        """Take nothing of it before `write`."""
 
     def folder_of(self, part: str) -> str:
         """See `GraphWriter.folder_of`."""
