@@ -26,6 +26,7 @@ from typing import IO, Final
 import torch
 
 from dmt_convert.errors import ExportError
+from dmt_convert.export.export_config import ExportConfig
 from dmt_convert.export.graph_writer import ExportJob, Written
 from dmt_convert.export.pt2_compile import CompileJob
 from dmt_convert.serving import OVER_ARCH, WHOLE, ExportFormat, load_pt2, tower_name
@@ -38,13 +39,16 @@ _MAX_WORKERS: Final = 2
 class Pt2Writer:
     """Compiles the graphs of an export.
 
+    Args:
+        config: What is asked for; nothing of it is needed before `write`.
+
     Raises:
         ExportError: There is no C++ compiler.
     """
 
     format: ExportFormat = "pt2"
 
-    def __init__(self) -> None:
+    def __init__(self, config: ExportConfig) -> None:
         # here, and not when graphs are written: weights may take long to be put in place
         self._compiler = _find_compiler()
 

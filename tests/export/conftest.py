@@ -46,13 +46,13 @@ def make_bundle(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 512)
                 patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-                config = ConvertConfig(
-                    partition=PartitionConfig(num_towers=2),
-                    tower_module=module,  # type: ignore[arg-type]
-                    model_config=ModelConfig(pooling=pooling) if pooling else None,
-                    distill_steps=0,
-                    **(convert or {}),
-                )
+                asked: dict[str, Any] = {
+                    "partition": PartitionConfig(num_towers=2),
+                    "tower_module": module,
+                    "model_config": ModelConfig(pooling=pooling) if pooling else None,
+                    "distill_steps": 0,
+                }
+                config = ConvertConfig(**{**asked, **(convert or {})})
                 done = convert_checkpoint(source, folder / "bundle", config=config)
             made[key] = open_bundle(done.bundle.path)
         return made[key]
