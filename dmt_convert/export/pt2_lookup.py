@@ -142,7 +142,8 @@ class TowerLookup(nn.Module):
         for i, (stack, parts) in enumerate(zip(self.stacks, tensors, strict=True)):
             for suffix, tensor in zip(stack.suffixes, parts, strict=True):
                 name = f"stack_{i}_{suffix[1:]}"
-                self.register_buffer(name, tensor)
+                # no buffer: torch._inductor copies the values of buffers, not those of parameters
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
                 self.sources[name] = stack.names(suffix)
         self._groups = tuple(_group(self.stacks, self.features, self._specs, self._inputs))
 
