@@ -54,6 +54,12 @@ class ExportConfig:
                 expected="request batching, for features of one group",
                 hint="add --request-batching",
             )
+        if self.max_auc_loss is not None and self.quantize == "none":
+            raise ExportError(
+                f"--max-auc-loss {self.max_auc_loss:g} without quantisation",
+                expected="tables that are quantised, which may lose AUC",
+                hint="add --quantize int8, or leave it out",
+            )
         if self.per_request and self.format != "onnx":
             raise ExportError(
                 f"--request-batching for {self.format}",
