@@ -103,12 +103,6 @@ def _check(job: ExportJob) -> None:
             "are exported",
             hint="export on a machine like the one that serves, or leave --gpu out",
         )
-    if job.inputs.per_request or job.inputs.dense_per_request:
-        raise ExportError(
-            "a pt2 export with request batching",
-            expected="graphs in which all inputs have one batch size",
-            hint="choose --format onnx or triton for request batching",
-        )
 
 
 def _find_compiler() -> str:

