@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from dmt_convert.export.graph_writer import ExportJob
-from dmt_convert.export.triton_config import LOGITS, MAX_BATCH, features_of, triton_messages
-from dmt_convert.serving import PADDING, FeatureInput, tower_name
+from dmt_convert.export.triton_config import LOGITS, MAX_BATCH, triton_messages
+from dmt_convert.serving import PADDING, FeatureInput
 
 CONTAINER: Final = "nvcr.io/nvidia/tritonserver:26.09-py3"
-"""A release whose ONNX Runtime loads our graphs; any from 24.02 on does."""
+"""A release whose ONNX Runtime is new enough for our graphs; it must be 1.17 at least."""
 TESTED: Final = "Triton 2.51 (the release of container 24.10)"
 """The server that the tests of dmt-convert load such repositories with."""
 
@@ -34,19 +35,44 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         _start(job, configs),
         _ask(job, configs[-1]),
         _behaviour(job, configs),
-        _update(job, configs),
-        [
-            "## Tested",
-            "",
-            "Before it was put in place, every graph here was run in ONNX Runtime against the model",
-            "that it was made of; `export.json` has each check. The tests of dmt-convert load such",
-            f"repositories, unmodified, into {TESTED} on the CPU, with ONNX",
-            "Runtime behind Triton's Python backend under the name of the ONNX Runtime backend, and",
-            f"ask it over HTTP and gRPC. The container `{CONTAINER.rpartition(':')[2]}` itself was "
-            "not run by them.",
-        ],
+        _update(configs),
+        _tested(),
     )
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
+
+
+def _wrap(text: str, *, bullet: bool = False) -> list[str]:
+    """Break a paragraph into lines."""
+    return textwrap.wrap(
+        text,
+        width=96,
+        initial_indent="- " if bullet else "",
+        subsequent_indent="  " if bullet else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _tested() -> list[str]:
+    return [
+        "## Tested",
+        "",
+        *_wrap(
+            "Before it was put in place, every graph here was run in ONNX Runtime against the "
+            "model that it was made of; `export.json` has each check. The tests of dmt-convert "
+            f"load such repositories, unmodified, into {TESTED}, on the CPU, and ask it over HTTP "
+            "and gRPC; ONNX Runtime runs there behind Triton's Python backend, under the name of "
+            f"the ONNX Runtime backend. They have not run the container `{CONTAINER.rpartition(':')[2]}` "
+            "itself, nor a GPU."
+        ),
+        "",
+        *_wrap(
+            "Use Triton 26.05 or newer. Older ones may crash where a step of an ensemble fails "
+            "while others are being started (triton-inference-server/core, pull request 483), and "
+            "an id outside its table makes a step fail. If you cannot, export with "
+            "`--out-of-range clip`, and check requests before they reach the server."
+        ),
+    ]
 
 
 def _models(job: ExportJob, configs: Sequence[Any]) -> list[str]:
@@ -55,8 +81,11 @@ def _models(job: ExportJob, configs: Sequence[Any]) -> list[str]:
     lines = [
         f"# {name}: a model repository for Triton Inference Server",
         "",
-        f"The ensemble `{name}` is what clients ask. It fans out to {towers} towers, which look up",
-        "and pool their own features side by side, and joins their outputs in the over_arch.",
+        *_wrap(
+            f"The ensemble `{name}` is what clients ask. It fans out to {towers} towers, which "
+            "look up and pool their own features side by side, and joins their outputs in the "
+            "over_arch."
+        ),
         "",
         "| model | takes | gives | largest batch |",
         "|---|---|---|---|",
@@ -112,26 +141,29 @@ def _start(job: ExportJob, configs: Sequence[Any]) -> list[str]:
         "curl -f localhost:8000/v2/health/ready",
         "```",
         "",
-        "Port 8000 is HTTP, 8001 gRPC, 8002 metrics. The weights (`tower.safetensors`) lie beside the",
-        "graphs that point into them, and are memory-mapped: the server is ready at once, and the first",
-        "requests read from the disk. On a machine that has the memory, read them once before that:",
-        "`cat */1/*.safetensors > /dev/null`.",
+        *_wrap(
+            "Port 8000 is HTTP, 8001 gRPC, 8002 metrics. The weights (`*.safetensors`) lie beside "
+            "the graphs that point into them, and are memory-mapped: the server is ready at once, "
+            "and the first requests read from the disk. Where they fit into the memory, read them "
+            "once before that:"
+        ),
+        "",
+        "```sh",
+        "cat */*/*.safetensors > /dev/null",
+        "```",
         "",
     ]
     if job.config.gpu:
-        return [
-            *lines,
-            "All models are on the GPU (`instance_group` in each `config.pbtxt`), weights included. A",
-            "tower whose tables do not fit stays on the CPU with `kind: KIND_CPU`.",
-        ]
-    return [
-        *lines,
-        "Every `config.pbtxt` may be tuned to the machine: `instance_group` says how many batches a",
-        "model works on at a time, `intra_op_thread_count` with how many threads each. As it is, a",
-        f"tower has one thread for each of {configs[0].instance_group[0].count} batches, and the "
-        "over_arch, which computes most, all cores",
-        "for one.",
-    ]
+        return lines + _wrap(
+            "All models are on the GPU (`instance_group` in each `config.pbtxt`), with their "
+            "weights. A tower whose tables do not fit stays on the CPU with `kind: KIND_CPU`."
+        )
+    return lines + _wrap(
+        "Every `config.pbtxt` may be tuned to the machine: `instance_group` says how many batches "
+        "a model works on at a time, `intra_op_thread_count` with how many threads each. As it is, "
+        f"a tower has one thread for each of {configs[0].instance_group[0].count} batches, and the "
+        "over_arch, which computes most, all cores for one."
+    )
 
 
 def _ask(job: ExportJob, ensemble: Any) -> list[str]:
@@ -188,56 +220,64 @@ def _example_shape(feature: FeatureInput) -> str:
 
 def _behaviour(job: ExportJob, configs: Sequence[Any]) -> list[str]:
     lines = ["## How it behaves", ""]
-    batched = [config.name for config in configs[:-1] if config.max_batch_size]
-    if batched:
-        lines += [
-            f"- Requests of up to {MAX_BATCH} rows are accepted, and merged while they wait for a",
-            "  model that is busy (dynamic batching), if all their shapes but B agree. Clients that pad",
-            "  their ids to a few widths L, instead of the longest bag of each request, let Triton merge",
-            "  more of them.",
-        ]
-    if len(batched) < len(configs) - 1:
-        names = ", ".join(f"`{c.name}`" for c in configs if not c.max_batch_size)
-        lines += [
-            f"- {names}: `max_batch_size` is 0. These take jagged ids, or lie behind a model that does.",
-            "  The ids of all rows are one tensor, whose first axis is not B: Triton cannot merge such",
-            "  requests, and takes B from the request as it is. Put all rows that are to be answered",
-            "  together into one request, or export with `--pooling-input padded`.",
-        ]
+    single = [config.name for config in configs if not config.max_batch_size]
+    if len(single) < len(configs):
+        lines += _wrap(
+            f"Requests of up to {MAX_BATCH} rows are accepted, and merged while they wait for a "
+            "model that is busy (dynamic batching), if all their shapes but B agree. Clients that "
+            "pad ids to a few widths L, instead of the longest bag of each request, let Triton "
+            "merge more of them.",
+            bullet=True,
+        )
+    if single:
+        names = ", ".join(f"`{name}`" for name in single)
+        lines += _wrap(
+            f"{names}: `max_batch_size` is 0. These take jagged ids, or lie behind a model that "
+            "does. The ids of all rows are one tensor, whose first axis is not B: Triton cannot "
+            "merge such requests. Put all rows that are to be answered together into one request, "
+            "or export with `--pooling-input padded`.",
+            bullet=True,
+        )
     if job.config.out_of_range == "clip":
-        lines.append("- An id outside its table takes the nearest row.")
+        lines += _wrap("An id outside its table takes the nearest row.", bullet=True)
     else:
-        lines += [
-            "- An id outside its table makes a request fail, and the error names the graph's node. Where",
-            "  requests are merged, those merged with it fail with it: Triton's ONNX Runtime backend runs",
-            "  them as one batch. Check ids before asking, or export with `--out-of-range clip`.",
-        ]
+        merged = (
+            " Where requests are merged, those merged with it fail with it: Triton's ONNX Runtime "
+            "backend runs them as one batch."
+        )
+        lines += _wrap(
+            "An id outside its table makes a request fail."
+            f"{merged if len(single) < len(configs) else ''} Check ids before asking, or export "
+            "with `--out-of-range clip`.",
+            bullet=True,
+        )
     return lines
 
 
-def _update(job: ExportJob, configs: Sequence[Any]) -> list[str]:
-    tower = next(
-        config.name
-        for t, config in enumerate(configs)
-        if any(features_of(job, t)) and config.name.endswith(tower_name(t))
-    )
+def _update(configs: Sequence[Any]) -> list[str]:
+    tower = configs[0].name
     return [
         "## Update one tower",
         "",
-        "A tower is a model with versions of its own. While its outputs mean the same to the over_arch",
-        "(tables trained further, the rest frozen), it can be replaced by itself. Export the new bundle,",
-        "and put its folder beside the old one under the next number, in one move from the same disk:",
+        *_wrap(
+            "A tower is a model with versions of its own. While its outputs mean the same to the "
+            "over_arch (tables trained further, the rest frozen), it can be replaced by itself. "
+            "Export the new bundle, and put its folder under the next number, in one move on the "
+            "same disk:"
+        ),
         "",
         "```sh",
-        f"cp -r new/{tower}/1 {tower}.new && mv {tower}.new {tower}/2",
+        f"cp -r NEW_EXPORT/{tower}/1 .{tower}.new && mv .{tower}.new {tower}/2",
         "```",
         "",
-        "A server started with `--model-control-mode=poll` loads it within seconds; one with",
-        "`--model-control-mode=explicit --load-model='*'` when told:",
+        *_wrap(
+            "A server started with `--model-control-mode=poll` loads it within seconds; one with "
+            "`--model-control-mode=explicit --load-model='*'` when it is told:"
+        ),
         "",
         "```sh",
         f"curl -f -X POST localhost:8000/v2/repository/models/{tower}/load",
         "```",
         "",
-        "Requests are answered meanwhile; both versions are held until the new one is ready.",
+        "Requests are answered meanwhile, by the old version until the new one is ready.",
     ]

@@ -24,8 +24,8 @@ from dmt_convert.serving import OVER_ARCH, ExportFormat, tower_name
 
 CONFIG: Final = "config.pbtxt"
 _PLACEHOLDER: Final = (
-    "An ensemble has no file of its own, but Triton wants a folder for its version, and what copies\n"
-    "folders often leaves out empty ones.\n"
+    "An ensemble has no file of its own, but Triton wants a folder for its version, and what\n"
+    "copies folders often leaves out empty ones.\n"
 )
 
 

@@ -1,14 +1,15 @@
 """Stands in for Triton's ONNX Runtime backend in the server that `scripts/triton-server` starts.
 
 The server in the wheel `nvidia-pytriton` has a Python backend only. Under the name of the real
-backend, this one loads an unmodified model repository. It reads of `config.pbtxt` what the real one
-reads of ours, compares inputs and outputs with the graph as the real one does, and like the real one
-answers every request of a batch with the error that one of them causes.
+backend, this one loads an unmodified model repository. It reads what the real one reads of our
+`config.pbtxt`s, compares their inputs and outputs with the graph as the real one does, and like the
+real one answers every request of a batch with the error that one of them causes.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 # The process that embeds Python here does not read PYTHONPATH by itself.
@@ -17,6 +18,10 @@ sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
+
+# Triton before 26.05 crashes where a step of an ensemble fails while the steps beside it are still
+# being started (triton-inference-server/core, pull request 483): a matter of microseconds.
+_ERROR_DELAY_S = 0.05
 
 TYPES = {
     "tensor(float)": "TYPE_FP32",
@@ -58,8 +63,10 @@ class TritonPythonModel:
             }
             values = self.session.run(self.outputs, feeds)
         except Exception as error:
-            failed = pb_utils.TritonError(f"onnx runtime error: {_first_line(error)}")
-            return [pb_utils.InferenceResponse(error=failed) for _ in requests]
+            time.sleep(_ERROR_DELAY_S)
+            text = f"onnx runtime error: {_first_line(error)}"
+            # an error each: the server frees that of every response
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(text)) for _ in requests]
         if len(requests) == 1:
             return [self._response(values)]
         ends = np.cumsum(rows)[:-1]
