@@ -62,8 +62,8 @@ def _tested() -> list[str]:
             "model that it was made of; `export.json` has each check. The tests of dmt-convert "
             f"load such repositories, unmodified, into {TESTED}, on the CPU, and ask it over HTTP "
             "and gRPC; ONNX Runtime runs there behind Triton's Python backend, under the name of "
-            f"the ONNX Runtime backend. They have not run the container `{CONTAINER.rpartition(':')[2]}` "
-            "itself, nor a GPU."
+            "the ONNX Runtime backend. They have not run the container "
+            f"`{CONTAINER.rpartition(':')[2]}` itself, nor a GPU."
         ),
         "",
         *_wrap(
