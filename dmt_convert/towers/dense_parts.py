@@ -135,6 +135,6 @@ class Interaction(nn.Module):
             vectors_BKN = x_BM.reshape(-1, self.count, self.dim)
             return torch.cat((passed_BN, self.pairs(vectors_BKN)), dim=1)
         dim = passed_BN.shape[1]
-        left = self.branch1(x_BM).reshape(len(x_BM), -1, dim)
-        right = self.branch2(x_BM).reshape(len(x_BM), dim, -1)
-        return torch.cat((passed_BN, torch.bmm(left, right).reshape(len(x_BM), -1)), dim=1)
+        left = self.branch1(x_BM).reshape(x_BM.shape[0], -1, dim)
+        right = self.branch2(x_BM).reshape(x_BM.shape[0], dim, -1)
+        return torch.cat((passed_BN, torch.bmm(left, right).reshape(x_BM.shape[0], -1)), dim=1)

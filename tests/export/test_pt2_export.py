@@ -213,8 +213,12 @@ def test_a_compiler_that_fails_is_quoted(
         ("passthrough", {}, {"quantize": "int4", **FORMS}),
         ("passthrough", {"dim": 7}, {"quantize": "int4", "form": "single"}),
         ("dlrm", {}, {"quantize": "fp16", "form": "jagged", "weighted": ("*",)}),
-        ("dlrm", {"names": "facebook", "interaction": "cat"}, {"form": "jagged"}),
-        ("dlrm", {"names": "facebook", "interaction": "self-pairs"}, {"form": "padded"}),
+        ("dlrm", {"names": "facebook", "interaction": "cat", "mean": False}, {"form": "jagged"}),
+        (
+            "dlrm",
+            {"names": "facebook", "interaction": "self-pairs", "mean": False},
+            {"form": "padded"},
+        ),
     ],
 )
 def test_every_kind_of_model_passes_its_own_checks(
