@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,17 +75,20 @@ def check_graphs(
     if data is not None:
         command.append(str(data))
     checks: list[GraphCheck] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+    ):
+        assert process.stdout is not None
         for line in process.stdout:
             value = json.loads(line)
             if "error" in value:
                 raise _error(value)
             checks.append(GraphCheck(**value["check"]))
             progress("running the graphs", len(checks), value["total"])
-        complaint = process.stderr.read()
+        process.wait()
+        complaints.seek(0)
+        complaint = complaints.read()
     if process.returncode != 0:
         last = (complaint.strip().splitlines() or ["no message"])[-1]
         raise ExportError(
