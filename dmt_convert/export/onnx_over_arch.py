@@ -81,13 +81,17 @@ def _dot_pairs(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[st
     turned = b.node("Transpose", vectors, name="vectors_turned", perm=[0, 2, 1])
     gram = b.node("MatMul", vectors, turned, name="dots")
     left, right = pair_positions(job)
-    flat = b.node("Reshape", gram, b.ints("cells", [-1, count * count]), name="dots_flat")
+    return pick_cells(b, gram, count * count, left * count + right)
+
+
+def pick_cells(b: GraphBuilder, dots: str, width: int, cells: np.ndarray) -> str:
+    """Pick some of every row's dot products: (B, ...) with `width` of them to (B, P)."""
+    flat = b.node("Reshape", dots, b.ints("cells", [-1, width]), name="dots_flat")
     # GatherElements has a loop of its own for the last axis; Gather copies number by number, and
     # turning the matrix round for it costs more than repeating the indices
-    cells = b.ints("pairs", (left * count + right)[None])
     rows = b.node("Shape", flat, name="rows", start=0, end=1)
-    size = b.node("Concat", rows, b.ints("num_pairs", [len(left)]), name="size", axis=0)
-    repeated = b.node("Expand", cells, size, name="pairs_of_rows")
+    size = b.node("Concat", rows, b.ints("num_pairs", [len(cells)]), name="size", axis=0)
+    repeated = b.node("Expand", b.ints("pairs", cells[None]), size, name="pairs_of_rows")
     return b.node("GatherElements", flat, repeated, name="pairs", axis=1)
 
 

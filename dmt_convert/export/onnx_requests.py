@@ -23,6 +23,7 @@ from dmt_convert.export.onnx_over_arch import (
     LOGITS,
     in_order,
     pair_positions,
+    pick_cells,
     project,
     project_dense,
     widen_vectors,
@@ -248,7 +249,4 @@ def _pairs(
         column = np.where(flags[other], items + place[other], place[other])
         width = items * (items + users)
         cells = row * (items + users) + column
-    flat = b.node("Reshape", gram, b.ints("cells", [-1, width]), name="dots_flat")
-    by_cell = b.node("Transpose", flat, name="dots_by_cell", perm=[1, 0])
-    pairs = b.node("Gather", by_cell, b.ints("pairs", cells), name="pairs_by_cell")
-    return b.node("Transpose", pairs, name="pairs", perm=[1, 0])
+    return pick_cells(b, gram, width, cells)
