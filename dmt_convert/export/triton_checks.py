@@ -23,19 +23,32 @@ Tensor = tuple[str, tuple[int, ...]]
 """Type, and shape with the batch; -1 is any size."""
 
 
-def check_names(job: ExportJob) -> None:
-    """Refuse names that Triton cannot have.
+def check_model_name(name: str) -> None:
+    """Refuse a name that models, folders and URLs cannot have.
 
     Raises:
-        ExportError: The model's name is no folder's or URL's, or an input cannot be called so.
+        ExportError: It is such a name.
     """
-    name = job.config.model_name
     if not _MODEL_NAME.fullmatch(name):
         raise ExportError(
             f"the model name {name!r}",
             expected="letters, digits, '.', '_' and '-' only, the first a letter or digit: Triton "
             "has it in paths and URLs",
             hint="choose another --model-name",
+        )
+
+
+def check_inputs(job: ExportJob) -> None:
+    """Refuse inputs that Triton cannot have.
+
+    Raises:
+        ExportError: An input cannot be called as it is, or the model has no dense inputs.
+    """
+    if job.inputs.num_dense == 0:
+        raise ExportError(
+            "the model has no dense inputs: Triton has no tensors of no columns",
+            expected="a model with dense inputs",
+            hint="export with --format onnx and serve the graphs by ONNX Runtime",
         )
     taken = {LOGITS, *(tower_name(t) for t in range(len(job.spec.towers)))}
     wrong = [
@@ -45,7 +58,7 @@ def check_names(job: ExportJob) -> None:
         raise ExportError(
             f"{len(wrong)} inputs cannot be called in Triton as their features are",
             expected="names of printable characters that no other tensor has",
-            hint="rename these features with --feature-names when converting",
+            hint="give these features other names in --model-config when converting",
             details=wrong,
         )
 

@@ -12,6 +12,8 @@ from dmt_convert.serving import PADDING, FeatureInput
 
 CONTAINER: Final = "nvcr.io/nvidia/tritonserver:26.09-py3"
 """A release whose ONNX Runtime is new enough for our graphs; it must be 1.17 at least."""
+SAFE_RELEASE: Final = "26.05"
+"""The first release cut after https://github.com/triton-inference-server/core/pull/483."""
 TESTED: Final = "Triton 2.51 (the release of container 24.10)"
 """The server that the tests of dmt-convert load such repositories with."""
 
@@ -64,13 +66,6 @@ def _tested() -> list[str]:
             "and gRPC; ONNX Runtime runs there behind Triton's Python backend, under the name of "
             "the ONNX Runtime backend. They have not run the container "
             f"`{CONTAINER.rpartition(':')[2]}` itself, nor a GPU."
-        ),
-        "",
-        *_wrap(
-            "Use Triton 26.05 or newer. Older ones may crash where a step of an ensemble fails "
-            "while others are being started (triton-inference-server/core, pull request 483), and "
-            "an id outside its table makes a step fail. If you cannot, export with "
-            "`--out-of-range clip`, and check requests before they reach the server."
         ),
     ]
 
@@ -241,14 +236,23 @@ def _behaviour(job: ExportJob, configs: Sequence[Any]) -> list[str]:
     if job.config.out_of_range == "clip":
         lines += _wrap("An id outside its table takes the nearest row.", bullet=True)
     else:
-        merged = (
-            " Where requests are merged, those merged with it fail with it: Triton's ONNX Runtime "
-            "backend runs them as one batch."
-        )
+        merged = " Those merged with it fail with it: the ONNX Runtime backend runs one batch."
+        merged = merged if len(single) < len(configs) else ""
         lines += _wrap(
-            "An id outside its table makes a request fail."
-            f"{merged if len(single) < len(configs) else ''} Check ids before asking, or export "
-            "with `--out-of-range clip`.",
+            f"An id outside its table makes a request fail.{merged} Check ids before asking, or "
+            "export with `--out-of-range clip`.",
+            bullet=True,
+        )
+        if job.config.gpu:
+            lines += _wrap(
+                "ONNX Runtime's lookup on a GPU does not check ids: where they are not checked "
+                "before, export with `--out-of-range clip`.",
+                bullet=True,
+            )
+        lines += _wrap(
+            f"Triton before {SAFE_RELEASE} can crash when one of the steps that an ensemble starts "
+            "together fails at once (triton-inference-server/core, pull request 483), as a tower "
+            "does that refuses an id. Use a newer one wherever ids are not checked before.",
             bullet=True,
         )
     return lines

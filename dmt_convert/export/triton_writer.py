@@ -11,7 +11,7 @@ import numpy as np
 from dmt_convert.export.export_config import ExportConfig
 from dmt_convert.export.graph_writer import ExportJob, Written
 from dmt_convert.export.onnx_writer import ONNX_DETAILS, write_over_arch_graph, write_tower_graph
-from dmt_convert.export.triton_checks import check_names, check_repository
+from dmt_convert.export.triton_checks import check_inputs, check_model_name, check_repository
 from dmt_convert.export.triton_config import (
     WARMUP_FOLDER,
     make_configs,
@@ -34,11 +34,15 @@ class TritonWriter:
 
     Args:
         config: What is asked for; names the models.
+
+    Raises:
+        ExportError: Triton's client is not installed, or the models cannot be called so.
     """
 
     format: ExportFormat = "triton"
 
     def __init__(self, config: ExportConfig) -> None:
+        check_model_name(config.model_name)  # before a folder is called so
         triton_messages()  # whoever lacks them should hear so before the weights are placed
         self._name = config.model_name
 
@@ -48,7 +52,7 @@ class TritonWriter:
 
     def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
         """See `GraphWriter.write`."""
-        check_names(job)
+        check_inputs(job)
         towers = [tower_name(t) for t in range(len(job.spec.towers))]
         parts = {part: f"{self.folder_of(part)}/model.onnx" for part in (*towers, OVER_ARCH)}
         for t, part in enumerate(towers):

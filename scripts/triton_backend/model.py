@@ -64,9 +64,10 @@ class TritonPythonModel:
             values = self.session.run(self.outputs, feeds)
         except Exception as error:
             time.sleep(_ERROR_DELAY_S)
-            text = f"onnx runtime error: {_first_line(error)}"
-            # an error each: the server frees that of every response
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(text)) for _ in requests]
+            message = f"onnx runtime error: {_first_line(error)}"
+            return [  # an error object each: the backend frees them one by one
+                pb_utils.InferenceResponse(error=pb_utils.TritonError(message)) for _ in requests
+            ]
         if len(requests) == 1:
             return [self._response(values)]
         ends = np.cumsum(rows)[:-1]
