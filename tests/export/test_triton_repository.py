@@ -1,0 +1,196 @@
+"""Model repositories for Triton, without a server: configs, README, and what is refused."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+from dmt_convert.bundle import Bundle
+from dmt_convert.errors import ExportError
+from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
+from dmt_convert.export.graph_writer import ExportJob
+from dmt_convert.export.triton_checks import check_inputs, check_repository
+from dmt_convert.serving import ExportedModel
+
+Exporter = Callable[..., ExportedModel]
+
+
+@pytest.fixture(scope="session")
+def bundle(make_bundle: Callable[..., Bundle]) -> Bundle:
+    return make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
+
+
+@pytest.fixture
+def triton(bundle: Bundle, export_unchecked: Exporter) -> Exporter:
+    return lambda **options: export_unchecked(bundle, format="triton", **options)
+
+
+def configs_of(folder: Path) -> list[Any]:
+    """Parse all configs, the ensemble last."""
+    paths = sorted(folder.glob("*/config.pbtxt"), key=lambda path: -len(path.parent.name))
+    return [text_format.Parse(path.read_text(), ModelConfig()) for path in paths]
+
+
+def dims(entries: Any) -> dict[str, list[int]]:
+    return {entry.name: list(entry.dims) for entry in entries}
+
+
+def test_padded_models_batch_and_their_graphs_answer_like_the_model(
+    bundle: Bundle,
+    triton: Exporter,
+    checks_of: Callable[[ExportedModel, Bundle], list[GraphCheck]],
+) -> None:
+    exported = triton()
+    checks = checks_of(exported, bundle)
+    assert checks and not [check.line for check in checks if not check.passed]
+    configs = {config.name: config for config in configs_of(exported.path)}
+    assert set(configs) == {"dmt", "dmt_tower_000", "dmt_tower_001", "dmt_over_arch"}
+    assert all(config.max_batch_size == 4096 for config in configs.values())
+    tower, over_arch, ensemble = (configs[f"dmt{n}"] for n in ("_tower_000", "_over_arch", ""))
+    assert dims(tower.input) == {name: [-1] for name in exported.spec.towers[0].features}
+    widths = exported.spec.tower_widths
+    assert dims(over_arch.input) == {
+        "dense": [5],
+        "tower_000": [widths[0]],
+        "tower_001": [widths[1]],
+    }
+    assert dims(ensemble.output) == {"logits": [1]}
+    assert tower.dynamic_batching.max_queue_delay_microseconds > 0
+    assert tower.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    assert [warmup.batch_size for warmup in tower.model_warmup] == [1, 64]
+    assert tower.backend == "onnxruntime" and ensemble.platform == "ensemble"
+
+
+def test_models_behind_jagged_ids_do_not_batch_and_others_do(triton: Exporter) -> None:
+    exported = triton(forms={"cat_0": "jagged"}, form="single", weighted=("cat_0",), gpu=True)
+    with_jagged = next(t for t, own in enumerate(exported.spec.towers) if "cat_0" in own.features)
+    configs = {config.name: config for config in configs_of(exported.path)}
+    mine, other = (configs[f"dmt_tower_00{t}"] for t in (with_jagged, 1 - with_jagged))
+    assert (mine.max_batch_size, other.max_batch_size) == (0, 4096)
+    assert configs["dmt"].max_batch_size == configs["dmt_over_arch"].max_batch_size == 0
+    jagged = {"cat_0.values": [-1], "cat_0.lengths": [-1], "cat_0.weights": [-1]}
+    assert jagged.items() <= dims(mine.input).items()
+    assert all(own == [1] for own in dims(other.input).values())
+    assert not mine.HasField("dynamic_batching")
+    assert mine.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
+    for warmup in mine.model_warmup:
+        lengths = warmup.inputs["cat_0.lengths"]
+        data = exported.path / mine.name / "warmup" / lengths.input_data_file
+        assert data.stat().st_size == 8 * lengths.dims[0]
+    readme = (exported.path / "README.md").read_text()
+    assert "`max_batch_size` is 0" in readme and "--gpus all" in readme
+
+
+def test_the_readme_names_what_there_is(triton: Exporter) -> None:
+    exported = triton(model_name="ranker", out_of_range="clip")
+    readme = (exported.path / "README.md").read_text()
+    for config in configs_of(exported.path):
+        assert f"`{config.name}`" in readme
+    for name in exported.manifest.inputs.names:
+        assert f"| `{name}` |" in readme and f"    {name!r}: np." in readme
+    assert "26.09-py3" in readme and "takes the nearest row" in readme
+
+
+def _damage(configs: list[Any], what: str) -> None:
+    tower, ensemble = configs[0], configs[-1]
+    step = ensemble.ensemble_scheduling.step[0]
+    if what == "width":
+        tower.output[0].dims[0] += 1
+    elif what == "type":
+        tower.input[0].data_type = tower.output[0].data_type
+    elif what == "batch":
+        tower.max_batch_size = 64
+    elif what == "twice":
+        tower.input.append(tower.input[0])
+    elif what == "map":
+        del step.input_map[tower.input[0].name]
+    elif what == "order":
+        ensemble.ensemble_scheduling.step.reverse()
+    elif what == "model":
+        step.model_name = "none"
+    elif what == "unused":
+        ensemble.input.add(name="more", data_type="TYPE_FP32", dims=[1])
+    elif what == "output":
+        ensemble.output[0].name = "scores"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("width", "in the graph"),
+        ("type", "TYPE_FP32"),
+        ("batch", "takes 64 rows at most"),
+        ("twice", "2 inputs are called"),
+        ("map", "not all of its tensors"),
+        ("order", "nothing before it gives 'tower_000'"),
+        ("model", "there is no such model"),
+        ("unused", "no step takes 'more'"),
+        ("output", "no step gives 'scores'"),
+    ],
+)
+def test_configs_that_do_not_fit_are_seen(triton: Exporter, what: str, message: str) -> None:
+    exported = triton()
+    configs = configs_of(exported.path)
+    check_repository(exported.path, configs)
+    _damage(configs, what)
+    with pytest.raises(ExportError) as refused:
+        check_repository(exported.path, configs)
+    assert message in "\n".join(refused.value.details)
+
+
+def _job(bundle: Bundle, exported: ExportedModel, **changes: Any) -> ExportJob:
+    inputs = exported.manifest.inputs
+    if "feature" in changes:
+        first = replace(inputs.features[0], feature=changes["feature"])
+        inputs = replace(inputs, features=(first, *inputs.features[1:]))
+    inputs = replace(inputs, num_dense=changes.get("num_dense", inputs.num_dense))
+    return ExportJob(
+        folder=exported.path,
+        spec=bundle.manifest.model,
+        inputs=inputs,
+        weights=None,  # type: ignore[arg-type]
+        config=ExportConfig(format="triton"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature": "line\nfeed"}, "cannot be called"),
+        ({"feature": " "}, "cannot be called"),
+        ({"feature": "nul\0"}, "cannot be called"),
+        ({"feature": "tower_001"}, "cannot be called"),
+        ({"feature": "logits"}, "cannot be called"),
+        ({"num_dense": 0}, "no dense inputs"),
+    ],
+)
+def test_what_triton_cannot_have_is_refused(
+    bundle: Bundle, triton: Exporter, changes: dict[str, Any], message: str
+) -> None:
+    exported = triton()
+    check_inputs(_job(bundle, exported))
+    check_inputs(_job(bundle, exported, feature='wörter "und" \\ /$'))
+    with pytest.raises(ExportError, match=message):
+        check_inputs(_job(bundle, exported, **changes))
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "..", "", "a b", "ä", "-a", "a" * 300])
+def test_model_names_stay_in_the_folder(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ExportError, match="model name"):
+        export_bundle(bundle, tmp_path / "out", ExportConfig(format="triton", model_name=name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_tritons_client_nothing_is_written(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    with pytest.raises(ExportError, match="client is not installed") as refused:
+        export_bundle(bundle, tmp_path / "out", ExportConfig(format="triton"))
+    assert "dmt-convert[triton]" in refused.value.hint
+    assert not list(tmp_path.iterdir())
