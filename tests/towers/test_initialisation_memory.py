@@ -8,8 +8,8 @@ import sys
 import pytest
 
 # ~220 MB of imports, ~120 MB of weights twice over, 68 MB of pooled embeddings and as many
-# gradients, and up to 150 MB of the allocator's, which differ between runs; without work in blocks of
-# rows the peak is above 1.3 GB
+# gradients, and up to 150 MB of the allocator's, which differ between runs; without work in
+# blocks of rows the peak is above 1.3 GB
 LIMIT_MB = 1150
 
 SCRIPT = """
