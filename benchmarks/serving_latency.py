@@ -80,13 +80,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if options.keep_freed:
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
-    with prepared_folder(folder, options):
-        locked = LockedFiles()
-        for case in cases(options):
-            run_case(folder, case, options, findings, locked)
-    for line in (*show_tables(findings.results), *show_verdicts(judge(findings.results))):
-        print(line)
-    findings.write(options.json)
+    try:
+        with prepared_folder(folder, options):
+            locked = LockedFiles()
+            for case in cases(options):
+                run_case(folder, case, options, findings, locked)
+    finally:  # an interrupted run shows what it has
+        for line in (*show_tables(findings.results), *show_verdicts(judge(findings.results))):
+            print(line)
+        findings.write(options.json)
 
 
 def parse() -> argparse.Namespace:
