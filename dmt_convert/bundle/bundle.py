@@ -16,12 +16,12 @@ from dmt_convert.bundle.accumulators import (
     accumulator_name,
     write_accumulators,
 )
-from dmt_convert.bundle.digest import TreeDigest, digest_names
+from dmt_convert.bundle.digest import digest_names, digest_of
 from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
 from dmt_convert.bundle.safetensors_writer import StreamedFile, TensorSource
 from dmt_convert.bundle.staging import make_folder, staged_folder
 from dmt_convert.bundle.weights import DENSE_FILE, SmallWeights, tower_file
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.plan import TowerPlan
 
@@ -282,13 +282,7 @@ def check_digests(
     for file, tensors in groups.items():
         expected = bundle.manifest.weights[file]["digests"]
         for name, tensor in tensors.items():
-            if not wanted(name):
-                continue
-            digest = TreeDigest()
-            for chunk in stream_tensor(tensor):
-                digest.update(chunk)
-                on_bytes(chunk.nbytes)
-            if digest.finish() != expected[name]:
+            if wanted(name) and digest_of(tensor, on_bytes) != expected[name]:
                 changed.append(f"{file}: {name}")
     if changed:
         raise BundleError(

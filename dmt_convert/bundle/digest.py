@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Final
 
-from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
+from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows, TensorInfo, stream_tensor
 
 PREFIX: Final = "crc32/8MiB:"
 
@@ -55,6 +55,20 @@ class TreeDigest:
 @cache
 def _crc32_of_zeros() -> int:
     return zlib.crc32(ZEROS.data)
+
+
+def digest_of(tensor: TensorInfo, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Read a tensor and return its digest.
+
+    Args:
+        tensor: Where it lies.
+        on_bytes: Told of every piece that was read, for progress.
+    """
+    digest = TreeDigest()
+    for chunk in stream_tensor(tensor):
+        digest.update(chunk)
+        on_bytes(chunk.nbytes)
+    return digest.finish()
 
 
 def digest_names(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert import __version__
-from dmt_convert.errors import BundleError, DmtError
+from dmt_convert.bundle.versioned_document import read_versioned
+from dmt_convert.errors import BundleError
 from dmt_convert.towers import DmtSpec
 
 SCHEMA_VERSION: Final = 1
@@ -110,31 +110,22 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: It is missing, damaged, or of a newer layout.
     """
     path = folder / MANIFEST_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
+    return read_versioned(
+        path,
+        Manifest.from_json,
+        version=SCHEMA_VERSION,
+        absent=BundleError(
             f"{folder} is no bundle: it has no {MANIFEST_NAME}",
             expected="a bundle, as `dmt convert` writes it",
             hint="convert a checkpoint first: dmt convert ckpt.pt --towers 4",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if type(version) is not int:
-        raise _damaged(path, "it has no schema_version")
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {version}",
+        ),
+        damaged=lambda why: _damaged(path, why),
+        other_version=lambda found: BundleError(
+            f"{path} has schema version {found}",
             expected=f"schema version {SCHEMA_VERSION}",
             hint="use the version of dmt-convert that wrote it, or convert again",
-        )
-    try:
-        return Manifest.from_json(value)
-    except DmtError as error:
-        raise _damaged(path, error.found) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, repr(error)) from None
+        ),
+    )
 
 
 def _damaged(path: Path, why: str) -> BundleError:

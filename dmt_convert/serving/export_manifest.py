@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from dmt_convert import __version__
-from dmt_convert.bundle.digest import TreeDigest
-from dmt_convert.checkpoint import SafetensorsReader, stream_tensor
-from dmt_convert.errors import DmtError, ExportError
+from dmt_convert.bundle.digest import digest_of
+from dmt_convert.bundle.versioned_document import read_versioned
+from dmt_convert.checkpoint import SafetensorsReader
+from dmt_convert.errors import ExportError
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.towers import DmtSpec
 
@@ -127,31 +127,22 @@ def read_export_manifest(folder: Path) -> ExportManifest:
             missing or of another size.
     """
     path = folder / EXPORT_MANIFEST
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(
+    manifest = read_versioned(
+        path,
+        ExportManifest.from_json,
+        version=EXPORT_SCHEMA,
+        absent=ExportError(
             f"{folder} is no export: it has no {EXPORT_MANIFEST}",
             expected="an export, as `dmt export` writes it",
             hint="export a bundle first: dmt export ckpt-dmt4 --format onnx --out served",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if type(version) is not int:
-        raise _damaged(path, "it has no schema_version")
-    if version != EXPORT_SCHEMA:
-        raise ExportError(
-            f"{path} has schema version {version}",
+        ),
+        damaged=lambda why: _damaged(path, why),
+        other_version=lambda found: ExportError(
+            f"{path} has schema version {found}",
             expected=f"schema version {EXPORT_SCHEMA}",
             hint="use the version of dmt-convert that wrote it, or export the bundle again",
-        )
-    try:
-        manifest = ExportManifest.from_json(value)
-    except DmtError as error:
-        raise _damaged(path, error.found) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, repr(error)) from None
+        ),
+    )
     _check_files(folder, manifest)
     return manifest
 
@@ -169,11 +160,7 @@ def check_export_digests(
         expected = entry["digests"]
         tensors = {t.name: t for t in SafetensorsReader().read(folder / file).tensors}
         for name in expected:
-            digest = TreeDigest()
-            for chunk in stream_tensor(tensors[name]) if name in tensors else ():
-                digest.update(chunk)
-                on_bytes(chunk.nbytes)
-            if digest.finish() != expected[name]:
+            if name not in tensors or digest_of(tensors[name], on_bytes) != expected[name]:
                 changed.append(f"{file}: {name}")
     if changed:
         raise ExportError(
