@@ -21,6 +21,8 @@ import numpy as np
 from serving_case import Case, count_inputs, draw_inputs
 from serving_variants import Opened, build_graph, find_variant, open_variant
 
+from dmt_convert.serving.load_pt2 import keep_freed_memory
+
 _WARM_SECONDS: Final = 4.0
 _PARENT_DEATH_SIGNAL: Final = 1
 
@@ -122,6 +124,7 @@ def main(text: str) -> None:
         build(job)
         answers.write("{}\n")
         return
+    keep_freed_memory()  # rivals too
     server = Server(job)
     for line in sys.stdin:
         request = json.loads(line)

@@ -31,6 +31,7 @@ from dmt_convert.export.pt2_graphs import (
     list_over_arch_inputs,
     traced,
 )
+from dmt_convert.export.pt2_linear import OneDnnLinear
 from dmt_convert.export.pt2_lookup import TowerLookup, stack_tables
 from dmt_convert.serving import OVER_ARCH, WHOLE, GraphInputs, tower_name
 from dmt_convert.serving.load_pt2 import MappedFile
@@ -215,7 +216,7 @@ def compile_part(builder: GraphBuilder, part: str) -> None:
     graph, weights = builder.build(part)
     examples, free = traced(graph.inputs, job.device)
     over_arch = isinstance(graph, OverArchGraph)
-    with torch.no_grad():
+    with torch.no_grad(), OneDnnLinear(job.device):
         program = torch.export.export(
             graph,
             examples,

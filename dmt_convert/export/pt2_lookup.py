@@ -167,7 +167,15 @@ class TowerLookup(nn.Module):
     def _singles(self, group: _Group, feeds: Feeds, wrong: list[Tensor]) -> Tensor:
         """Return one row per feature, shape (B, F, N)."""
         ids_BF = torch.cat([self._ids(name, feeds, wrong) for name in group.features], dim=1)
-        rows_BFN = self._rows(group.stack, ids_BF)
+        table = getattr(self, f"stack_{group.stack}_{self.stacks[group.stack].suffixes[0][1:]}")
+        if self.stacks[group.stack].plain and table.device.type == "cpu":
+            # a bag each: its kernel asks for rows ahead of time, a compiled gather does not
+            ids = ids_BF.flatten()
+            each = torch.arange(ids.shape[0], device=ids.device)
+            rows = functional.embedding_bag(ids, table, each, mode="sum")
+            rows_BFN = rows.reshape(-1, len(group.features), rows.shape[1])
+        else:
+            rows_BFN = self._rows(group.stack, ids_BF)
         if group.weighted:
             weights = [feeds[f"{name}.weights"] for name in group.features]
             rows_BFN = rows_BFN * torch.cat(weights, dim=1).unsqueeze(2)
