@@ -12,17 +12,27 @@ from dmt_convert.serving import FeatureInput, GraphInputs
 from dmt_convert.spec import ModelSpec
 
 
-def generate_batch(spec: ModelSpec, inputs: GraphInputs, rows: int, *, seed: int) -> Batch:
+def generate_batch(
+    spec: ModelSpec, inputs: GraphInputs, rows: int, *, seed: int, longest: int = 0
+) -> Batch:
     """Make rows that fit the forms of the inputs.
 
     Where the form allows it, bags hold 0 to 4 ids, the first one none; the first and the last row
     of every table occur. Features that come once per request have the same bag in every row.
+
+    Args:
+        spec: The model.
+        inputs: Forms of the inputs.
+        rows: How many rows.
+        seed: What to draw with.
+        longest: Ids in the last bag of every jagged feature; 0 for as many as in others.
     """
     rng = np.random.default_rng((seed, rows))
     bags = []
     for feature in inputs.features:
         once = feature.feature in inputs.per_request
-        bag = _bag(rng, feature, 1 if once else rows, spec.table_of(feature.feature).rows)
+        table_rows = spec.table_of(feature.feature).rows
+        bag = _bag(rng, feature, 1 if once else rows, table_rows, longest)
         bags.append(_repeat(bag, rows) if once else bag)
     dense = rng.standard_normal((1 if inputs.dense_per_request else rows, spec.num_dense))
     return Batch(
@@ -32,7 +42,9 @@ def generate_batch(spec: ModelSpec, inputs: GraphInputs, rows: int, *, seed: int
     )
 
 
-def _bag(rng: np.random.Generator, feature: FeatureInput, rows: int, table_rows: int) -> Bag:
+def _bag(
+    rng: np.random.Generator, feature: FeatureInput, rows: int, table_rows: int, longest: int
+) -> Bag:
     if feature.form == "single":
         lengths = np.ones(rows, dtype=np.int64)
     elif feature.form == "fixed":
@@ -40,6 +52,8 @@ def _bag(rng: np.random.Generator, feature: FeatureInput, rows: int, table_rows:
     else:
         lengths = rng.integers(0, 5, size=rows)
         lengths[0] = 0 if rows > 1 else rng.integers(0, 3)
+        if longest and feature.form == "jagged":
+            lengths[-1] = longest
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     values = rng.integers(0, table_rows, size=int(offsets[-1]), dtype=np.int64)
     if len(values):

@@ -32,6 +32,10 @@ ATOL: Final = 1e-6
 """For outputs that are zero throughout."""
 ROW_COUNTS: Final = (1, 2, 7, 130)
 """Batch sizes that are run; none is the one that a graph was traced with."""
+MANY_ROWS: Final = 2048
+"""Rows of jagged bags that are too many to be read as one rectangle."""
+LONG_BAG: Final = 100
+"""Ids of a bag that no rectangle is made for."""
 DATA_ROWS: Final = 1024
 """Rows of the given data that are run."""
 
@@ -50,6 +54,11 @@ def run_checks(exported: ExportedModel, model: DmtModel, data: Path | None) -> C
     for rows in ROW_COUNTS:
         batch = generate_batch(spec, inputs, rows, seed=rows)
         yield from _compare(exported, model, batch, f"{rows} generated rows")
+    if any(feature.form == "jagged" for feature in inputs.features):
+        batch = generate_batch(spec, inputs, MANY_ROWS, seed=1)
+        yield from _compare(exported, model, batch, f"{MANY_ROWS} generated rows")
+        batch = generate_batch(spec, inputs, 300, seed=2, longest=LONG_BAG)
+        yield from _compare(exported, model, batch, f"300 rows, bags of {LONG_BAG} among them")
     batch = generate_batch(spec, inputs, 3, seed=0)
     for wrong, what in bad_ids(spec, inputs, batch):
         if exported.manifest.out_of_range == "clip":

@@ -14,6 +14,7 @@ from typing import Final
 
 from dmt_convert.export.onnx_graph import GraphBuilder
 from dmt_convert.export.onnx_ids import Lookup, checked_ids
+from dmt_convert.export.onnx_jagged_stacked import is_small, pool_stacked
 from dmt_convert.export.onnx_tables import Rows, read_rows, weighted_sum
 
 CHUNK: Final = 8
@@ -21,6 +22,18 @@ CHUNK: Final = 8
 WASTE: Final = (3, 8)
 """A rectangle as wide as the longest bag is taken if it holds at most so many times the ids that
 there are, and so many per bag beside them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AllBags:
+    """Bags of all features."""
+
+    lengths: str
+    """Lengths, shape (F, B), checked."""
+    counts: str
+    """Number of ids of each feature, shape (F,)."""
+    longest: str
+    """The longest bag of each, shape (F,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,35 +68,56 @@ def pool_jagged(b: GraphBuilder, lookups: Sequence[Lookup]) -> list[str]:
     The graph fails where lengths are negative, or do not add up to the number of ids.
     """
     with b.scope("jagged"):
-        ids, weights = [], []
-        for lookup in lookups:
-            with b.scope(lookup.feature.name):
-                checked = checked_ids(b, lookup, lookup.input.ids)
-                ids.append(_one_more(b, checked, b.ints("zero", [0]), "ids"))
-                weight = lookup.input.weights
-                if weight is not None:
-                    weight = _one_more(b, weight, b.floats("zero", [0]), "weights")
-                weights.append(weight)
-        bags, even = _bags(b, lookups)
-        branches = []
-        for name in ("rectangles", "chunks"):
-            with b.branch(name) as inner:
-                for lookup, own, values, weight in zip(lookups, bags, ids, weights, strict=True):
-                    with inner.scope(lookup.feature.name):
-                        pool = _pool_even if name == "rectangles" else _pool_chunks
-                        pooled = pool(inner, lookup, own, values, weight)
-                    inner.output(pooled, "fp32", None)
-                branches.append(inner.graph())
-        return list(
-            b.nodes(
-                "If",
-                even,
-                name="pooled",
-                outputs=[f"{b.prefix}{lookup.feature.name}/pooled" for lookup in lookups],
-                then_branch=branches[0],
-                else_branch=branches[1],
-            )
+        return _pool_each(b, lookups, _all_bags(b, lookups))
+
+
+def pool_jagged_stack(b: GraphBuilder, lookups: Sequence[Lookup]) -> str:
+    """Look up and pool jagged features that `can_stack`, side by side: (B, F * N)."""
+    with b.scope("jagged"):
+        bags = _all_bags(b, lookups)
+        small = is_small(b, lookups, bags.lengths, bags.longest)
+        with b.branch("few_bags") as inner:
+            pooled = pool_stacked(inner, lookups, bags.lengths, bags.longest)
+            inner.output(pooled, "fp32", None)
+            few = inner.graph()
+        with b.branch("many_bags") as inner:
+            each = _pool_each(inner, lookups, bags)
+            inner.output(inner.node("Concat", *each, name="joined", axis=1), "fp32", None)
+            many = inner.graph()
+        return b.node("If", small, name="pooled", then_branch=few, else_branch=many)
+
+
+def _pool_each(b: GraphBuilder, lookups: Sequence[Lookup], bags: _AllBags) -> list[str]:
+    """Look up and pool one feature after the other, each to (B, N)."""
+    ids, weights, own = [], [], []
+    for i, lookup in enumerate(lookups):
+        with b.scope(lookup.feature.name):
+            checked = checked_ids(b, lookup, lookup.input.ids)
+            ids.append(_one_more(b, checked, b.ints("zero", [0]), "ids"))
+            weight = lookup.input.weights
+            if weight is not None:
+                weight = _one_more(b, weight, b.floats("zero", [0]), "weights")
+            weights.append(weight)
+            own.append(_bags_of(b, bags, i))
+    branches = []
+    for name in ("rectangles", "chunks"):
+        with b.branch(name) as inner:
+            for lookup, of_one, values, weight in zip(lookups, own, ids, weights, strict=True):
+                with inner.scope(lookup.feature.name):
+                    pool = _pool_even if name == "rectangles" else _pool_chunks
+                    pooled = pool(inner, lookup, of_one, values, weight)
+                inner.output(pooled, "fp32", None)
+            branches.append(inner.graph())
+    return list(
+        b.nodes(
+            "If",
+            _is_even(b, bags),
+            name="pooled_each",
+            outputs=[f"{b.prefix}{lookup.feature.name}/pooled" for lookup in lookups],
+            then_branch=branches[0],
+            else_branch=branches[1],
         )
+    )
 
 
 def _one_more(b: GraphBuilder, values: str, filler: str, name: str) -> str:
@@ -91,8 +125,8 @@ def _one_more(b: GraphBuilder, values: str, filler: str, name: str) -> str:
     return b.node("Concat", values, filler, name=f"{name}_and_filler", axis=0)
 
 
-def _bags(b: GraphBuilder, lookups: Sequence[Lookup]) -> tuple[list[_Bags], str]:
-    """Check all lengths, and tell whether bags are about equally long."""
+def _all_bags(b: GraphBuilder, lookups: Sequence[Lookup]) -> _AllBags:
+    """Check the lengths of all features."""
     zero, one = b.ints("zero", [0]), b.ints("one", [1])
     rows, shapes = [], []
     for lookup in lookups:
@@ -115,21 +149,18 @@ def _bags(b: GraphBuilder, lookups: Sequence[Lookup]) -> tuple[list[_Bags], str]
     number = b.node("Mul", index, b.ints("numbers", range(1, len(rows) + 1)), name="wrong_feature")
     nothing = b.node("Gather", zero, number, name="lengths_that_do_not_fit_their_ids")
     longest_F = b.node("Add", longest_F, nothing, name="longest_checked")
-    starts_FB = b.node("CumSum", lengths_FB, b.ints("one_", 1), name="starts", exclusive=1)
-    even = _is_even(b, lengths_FB, longest_F, counts_F)
-    bags = []
-    for i, lookup in enumerate(lookups):
-        with b.scope(lookup.feature.name):
-            which = b.ints("feature", i)
-            bags.append(
-                _Bags(
-                    lengths=b.node("Gather", lengths_FB, which, name="lengths"),
-                    starts=b.node("Gather", starts_FB, which, name="starts"),
-                    count=b.node("Gather", counts_F, which, name="count"),
-                    longest=b.node("Gather", longest_F, which, name="longest"),
-                )
-            )
-    return bags, even
+    return _AllBags(lengths=lengths_FB, counts=counts_F, longest=longest_F)
+
+
+def _bags_of(b: GraphBuilder, bags: _AllBags, feature: int) -> _Bags:
+    which = b.ints("feature", feature)
+    lengths = b.node("Gather", bags.lengths, which, name="lengths")
+    return _Bags(
+        lengths=lengths,
+        starts=b.node("CumSum", lengths, b.ints("zero_", 0), name="starts", exclusive=1),
+        count=b.node("Gather", bags.counts, which, name="count"),
+        longest=b.node("Gather", bags.longest, which, name="longest"),
+    )
 
 
 def _amounts_of_weights(
@@ -147,12 +178,13 @@ def _amounts_of_weights(
     return b.node("Concat", *shapes, name="nums_weights", axis=0)
 
 
-def _is_even(b: GraphBuilder, lengths_FB: str, longest_F: str, counts_F: str) -> str:
+def _is_even(b: GraphBuilder, bags: _AllBags) -> str:
+    """Tell whether bags are about equally long, bool, shape ()."""
     per_id, per_bag = WASTE
-    num_bags = b.node("Shape", lengths_FB, name="num_bags", start=1)
-    cells = b.node("Mul", longest_F, num_bags, name="cells")
+    num_bags = b.node("Shape", bags.lengths, name="num_bags", start=1)
+    cells = b.node("Mul", bags.longest, num_bags, name="cells")
     spared = b.node("Mul", num_bags, b.ints("waste_per_bag", [per_bag]), name="cells_per_bag")
-    used = b.node("Mul", counts_F, b.ints("waste_per_id", [per_id]), name="cells_per_id")
+    used = b.node("Mul", bags.counts, b.ints("waste_per_id", [per_id]), name="cells_per_id")
     allowed = b.node("Add", spared, used, name="allowed_cells")
     over = b.node("Sub", cells, allowed, name="cells_too_many")
     most = b.node("ReduceMax", over, name="most_cells_too_many", keepdims=0)

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from dmt_convert.export.graph_writer import ExportJob
 from dmt_convert.export.onnx_graph import GraphBuilder
-from dmt_convert.export.onnx_ids import Lookup, checked_ids
-from dmt_convert.export.onnx_jagged import pool_jagged
+from dmt_convert.export.onnx_ids import Lookup, checked_ids, stacked_ids
+from dmt_convert.export.onnx_jagged import pool_jagged, pool_jagged_stack
+from dmt_convert.export.onnx_jagged_stacked import can_stack
 from dmt_convert.export.onnx_tables import (
     TableStack,
     find_stacks,
@@ -77,6 +76,8 @@ def pool_tower(b: GraphBuilder, job: ExportJob, tower: int) -> list[Piece]:
     lookups = _lookups(job, tower)
     pooled: dict[str, str] = {}
     jagged = [lookup for lookup in lookups if lookup.input.form == "jagged"]
+    if jagged == lookups and can_stack(lookups):
+        return [_piece(pool_jagged_stack(b, lookups), lookups)]
     if jagged:
         tensors = pool_jagged(b, jagged)
         pooled = {look.feature.name: name for look, name in zip(jagged, tensors, strict=True)}
@@ -89,14 +90,16 @@ def pool_tower(b: GraphBuilder, job: ExportJob, tower: int) -> list[Piece]:
             (lookup,) = group
             name = lookup.feature.name
             tensor = pooled[name] if name in pooled else _pool_rectangle(b, lookup)
-        pieces.append(
-            Piece(
-                tensor=tensor,
-                features=tuple(lookup.feature.name for lookup in group),
-                dims=tuple(lookup.stack.dim for lookup in group),
-            )
-        )
+        pieces.append(_piece(tensor, group))
     return pieces
+
+
+def _piece(tensor: str, group: Sequence[Lookup]) -> Piece:
+    return Piece(
+        tensor=tensor,
+        features=tuple(lookup.feature.name for lookup in group),
+        dims=tuple(lookup.stack.dim for lookup in group),
+    )
 
 
 def join(b: GraphBuilder, pieces: Sequence[Piece], output: str | None = None) -> str:
@@ -139,7 +142,7 @@ def _pool_single(b: GraphBuilder, group: Sequence[Lookup]) -> str:
     stack = group[0].stack
     with b.scope("single"):
         ids = _side_by_side(b, [lookup.input.ids for lookup in group], "ids")
-        rows = read_rows(b, stack, _stacked_ids(b, group, ids))
+        rows = read_rows(b, stack, stacked_ids(b, group, ids, axis=1))
         values = plain_rows(b, rows)
         if group[0].input.weighted:
             weights = _side_by_side(b, [str(lookup.input.weights) for lookup in group], "weights")
@@ -152,26 +155,6 @@ def _pool_single(b: GraphBuilder, group: Sequence[Lookup]) -> str:
 
 def _side_by_side(b: GraphBuilder, tensors: Sequence[str], name: str) -> str:
     return tensors[0] if len(tensors) == 1 else b.node("Concat", *tensors, name=name, axis=1)
-
-
-def _stacked_ids(b: GraphBuilder, group: Sequence[Lookup], ids: str) -> str:
-    """Turn ids (B, F) into rows of the stack; those outside their table go behind its end.
-
-    So the lookup itself fails, and the number that it complains about, less the stack's rows,
-    says which of the features it was.
-    """
-    stack = group[0].stack
-    last = b.ints("last_rows", [lookup.rows - 1 for lookup in group])
-    first = b.ints("first_rows", [stack.first_row(lookup.feature.table) for lookup in group])
-    if group[0].clip:
-        low = b.node("Max", ids, b.ints("zero", [0]), name="ids_from_zero")
-        return b.node("Add", b.node("Min", low, last, name="ids_clipped"), first, name="rows_")
-    below = b.node("Less", ids, b.ints("zero", [0]), name="ids_below_zero")
-    above = b.node("Greater", ids, last, name="ids_above_last_row")
-    outside = b.node("Or", below, above, name="ids_outside_their_table")
-    behind = b.ints("behind_the_end", sum(stack.rows) + np.arange(len(group)))
-    moved = b.node("Add", ids, first, name="ids_in_the_stack")
-    return b.node("Where", outside, behind, moved, name="ids_or_behind_the_end")
 
 
 def _pool_rectangle(b: GraphBuilder, lookup: Lookup) -> str:

@@ -214,14 +214,29 @@ LONG = np.random.default_rng(1).integers(0, 5, (4, 300))
 LONG[1, 7], LONG[2, 299], LONG[2, 0] = 5000, 65, 9
 
 
+@pytest.fixture
+def unstacked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Read one feature after the other, however few bags there are."""
+    return lambda: monkeypatch.setattr(
+        "dmt_convert.export.onnx_jagged_stacked._CACHED_BYTES", -1000
+    )
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])
 @pytest.mark.parametrize(
     "lengths",
     [LONG, np.zeros((4, 3), dtype=int), np.array([[0], [4096], [1], [0]]), LONG[:, 6:8]],
     ids=["one long bag", "nothing", "one row", "a long one of two"],
 )
 def test_jagged_bags_of_any_length(
-    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, lengths: np.ndarray
+    make_bundle: Callable[..., Bundle],
+    export_unchecked: Exporter,
+    unstacked: Callable[[], None],
+    lengths: np.ndarray,
+    stacked: bool,
 ) -> None:
+    if not stacked:
+        unstacked()
     bundle = make_bundle("passthrough")
     exported = export_unchecked(bundle, form="jagged")
     batch = jagged(exported, lengths)
@@ -232,7 +247,7 @@ def test_jagged_bags_of_any_length(
     np.testing.assert_allclose(exported.joined(batch), expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["rectangle", "chunks"])
+@pytest.mark.parametrize("way", ["stacked", "rectangle", "chunks"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -246,11 +261,14 @@ def test_jagged_bags_of_any_length(
 def test_lengths_that_do_not_fit_are_refused(
     make_bundle: Callable[..., Bundle],
     export_unchecked: Exporter,
-    long: bool,
+    unstacked: Callable[[], None],
+    way: str,
     change: Callable[[np.ndarray], object],
 ) -> None:
+    if way != "stacked":
+        unstacked()
     exported = export_unchecked(make_bundle("passthrough"), form="jagged")
-    batch = jagged(exported, LONG if long else LONG[:, 10:20])
+    batch = jagged(exported, LONG if way == "chunks" else LONG[:, 10:20])
     feeds = exported.manifest.inputs.feeds(batch)
     name = f"{exported.spec.flat.feature_names[2]}.lengths"
     feeds[name] = feeds[name].copy()
