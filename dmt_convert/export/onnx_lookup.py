@@ -146,6 +146,7 @@ def _pool_single(b: GraphBuilder, group: Sequence[Lookup]) -> str:
         values = plain_rows(b, rows)
         if group[0].input.weighted:
             weights = _side_by_side(b, [str(lookup.input.weights) for lookup in group], "weights")
+            weights = _of_the_shape_of(b, weights, ids)
             last = b.ints("last_axis", [-1])
             column = b.node("Unsqueeze", weights, last, name="weights_of_rows")
             values = b.node("Mul", values, column, name="weighted_rows")
@@ -157,11 +158,19 @@ def _side_by_side(b: GraphBuilder, tensors: Sequence[str], name: str) -> str:
     return tensors[0] if len(tensors) == 1 else b.node("Concat", *tensors, name=name, axis=1)
 
 
+def _of_the_shape_of(b: GraphBuilder, weights: str, ids: str) -> str:
+    """Make the graph fail where there is not one weight per id; one for many would be repeated."""
+    shape = b.node("Shape", ids, name="shape_of_ids")
+    return b.node("Reshape", weights, shape, name="one_weight_per_id")
+
+
 def _pool_rectangle(b: GraphBuilder, lookup: Lookup) -> str:
     """Pool fixed or padded bags, (B, L), of one feature: (B, N)."""
     with b.scope(lookup.feature.name):
         ids = lookup.input.ids
         weights = lookup.input.weights
+        if weights is not None:
+            weights = _of_the_shape_of(b, weights, ids)
         mean = lookup.feature.pooling == "mean"
         one = b.ints("axis_1", [1])
         stack: TableStack = lookup.stack.only(lookup.feature.table)

@@ -40,16 +40,18 @@ class Pt2Writer:
     """Compiles the graphs of an export.
 
     Args:
-        config: What is asked for; nothing of it is needed before `write`.
+        config: What is asked for.
 
     Raises:
-        ExportError: There is no C++ compiler.
+        ExportError: There is no C++ compiler, or no GPU for a graph that is to run on one.
     """
 
     format: ExportFormat = "pt2"
 
     def __init__(self, config: ExportConfig) -> None:
         # here, and not when graphs are written: weights may take long to be put in place
+        if config.gpu:
+            _check_gpu()
         self._compiler = _find_compiler()
 
     def folder_of(self, part: str) -> str:
@@ -58,7 +60,6 @@ class Pt2Writer:
 
     def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
         """See `GraphWriter.write`."""
-        _check(job)
         parts = {WHOLE: "whole.pt2"}
         parts |= {tower_name(t): f"{tower_name(t)}/tower.pt2" for t in range(len(job.spec.towers))}
         parts[OVER_ARCH] = f"{OVER_ARCH}/over_arch.pt2"
@@ -90,13 +91,8 @@ class Pt2Writer:
         )
 
 
-def _check(job: ExportJob) -> None:
-    """Refuse what this format cannot do.
-
-    Raises:
-        ExportError: See there.
-    """
-    if job.config.gpu and not torch.cuda.is_available():
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
         raise ExportError(
             "a pt2 export for a GPU on a machine that has none",
             expected="a CUDA device and a build of torch for it: packages are compiled where they "

@@ -285,6 +285,20 @@ def test_one_weight_per_id(make_bundle: Callable[..., Bundle], export_unchecked:
             exported._runner("whole").run(feeds | {"cat_2.weights": changed})
 
 
+@pytest.mark.parametrize("form", ["fixed", "padded", "single"])
+def test_one_weight_is_not_taken_for_many(
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, form: str
+) -> None:
+    exported = export_unchecked(make_bundle("passthrough"), form=form, weighted=("cat_2",))
+    batch = jagged(exported, np.ones((4, 3), dtype=int))
+    bags = [*batch.bags]
+    bags[2] = replace(bags[2], weights=np.ones(3, dtype=np.float32))
+    feeds = exported.manifest.inputs.feeds(replace(batch, bags=tuple(bags)))
+    exported._runner("whole").run(feeds)
+    with pytest.raises(DataError):
+        exported._runner("whole").run(feeds | {"cat_2.weights": feeds["cat_2.weights"][:1]})
+
+
 @pytest.mark.parametrize("form", ["fixed", "padded", "jagged", "single"])
 def test_an_id_outside_its_table_names_the_place(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, form: str
