@@ -20,6 +20,8 @@ def check_checksums(info: TensorInfo, origin: str) -> None:
     Raises:
         CheckpointError: Bytes changed since the checkpoint was written.
     """
+    for source in () if info.derivation is None else info.derivation.sources:
+        check_checksums(source, f"{source.path}, of which {origin} is made,")
     for segment in resolve_segments(info):
         if segment.crc32 is not None:
             for _ in _read_checked(segment, ITEM_BYTES[info.dtype], origin):
@@ -37,11 +39,13 @@ def stream_checked(info: TensorInfo, origin: str) -> Iterator[ByteRows]:
         CheckpointError: Bytes changed since the checkpoint was written.
     """
     segments = sorted(resolve_segments(info), key=lambda segment: segment.starts)
-    if all(s.strides is None and s.sizes[1:] == info.shape[1:] for s in segments):
+    in_files = info.derivation is None
+    if in_files and all(s.strides is None and s.sizes[1:] == info.shape[1:] for s in segments):
         for segment in segments:
             yield from _read_checked(segment, ITEM_BYTES[info.dtype], origin)
     else:
-        # columns of several blocks interleave, so that no block passes by in one piece
+        # columns of several blocks interleave, and a derived tensor's bytes lie in no file, so that
+        # no block passes by in one piece
         check_checksums(info, origin)
         yield from stream_tensor(info)
 

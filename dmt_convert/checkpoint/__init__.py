@@ -2,6 +2,7 @@
 
 from dmt_convert.checkpoint.flat_checkpoint import (
     ITEM_BYTES,
+    Derivation,
     FlatCheckpoint,
     Piece,
     Scalar,
@@ -15,6 +16,7 @@ from dmt_convert.checkpoint.tensor_bytes import (
     ZEROS,
     ByteRows,
     check_finite,
+    gather_bytes,
     gather_rows,
     read_tensor,
     resolve_segments,
@@ -29,6 +31,7 @@ __all__ = [
     "READERS",
     "ZEROS",
     "ByteRows",
+    "Derivation",
     "FlatCheckpoint",
     "Piece",
     "Reader",
@@ -37,6 +40,7 @@ __all__ = [
     "Segment",
     "TensorInfo",
     "check_finite",
+    "gather_bytes",
     "gather_rows",
     "open_checkpoint",
     "read_tensor",

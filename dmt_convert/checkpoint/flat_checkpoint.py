@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 Scalar = str | int | float | bool | None
 
@@ -64,6 +67,26 @@ class Piece:
     """Strides in elements where the piece is not row-major."""
 
 
+class Derivation(Protocol):
+    """How a tensor's elements come from those of others, any rows at a time; see `derived`."""
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The tensors that it is computed from."""
+        ...
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Compute some rows.
+
+        Args:
+            rows: Indices along the first axis, shape (n,).
+
+        Returns:
+            The bytes of these rows in the tensor's dtype, shape (n, bytes per row).
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """What a header says of one tensor."""
@@ -77,7 +100,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Its shape."""
     pieces: tuple[Piece, ...]
-    """Its bytes; several when it was saved in shards."""
+    """Its bytes; several when it was saved in shards, none when it is derived."""
+    derivation: Derivation | None = None
+    """How it is computed, where its bytes lie in no file."""
 
     @property
     def path(self) -> str:

@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,8 @@ NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 def resolve_segments(info: TensorInfo) -> tuple[Segment, ...]:
     """Return where the tensor's elements lie, looking into `torch.save` pieces.
+
+    A derived tensor lies nowhere: its sources do.
 
     Raises:
         CheckpointError: A piece is damaged, or is not the tensor that the header promised.
@@ -94,17 +97,52 @@ def gather_rows(info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.NDArray[np
     """Read some rows of a table as fp32.
 
     Args:
-        info: A tensor of shape (rows, N) in fp32, fp16, bf16 or fp64.
+        info: A tensor of shape (rows, N), or (rows,), in fp32, fp16, bf16 or fp64.
         rows: Row indices, shape (n,), each within the table; sorted indices read fastest.
 
     Returns:
-        The rows, shape (n, N), float32.
+        The rows, shape (n, N), float32; N is 1 for a vector.
     """
+    return to_fp32(gather_bytes(info, rows), info.dtype)
+
+
+def gather_bytes(info: TensorInfo, rows: npt.NDArray[np.int64]) -> ByteRows:
+    """Read some rows of a tensor of any rank and dtype as they are stored.
+
+    Args:
+        info: The tensor; what its first axis counts are its rows.
+        rows: Row indices, shape (n,), each within the tensor; sorted indices read fastest.
+
+    Returns:
+        Their bytes, shape (n, bytes per row).
+    """
+    if info.derivation is not None:
+        return info.derivation.gather(rows)
+    segments = [_as_matrix(segment, info) for segment in resolve_segments(info)]
+    if None in segments:  # blocks of a tensor of three axes or more, which is no table
+        return _read_bytes(info).reshape(info.shape[0], -1)[rows]
     item = ITEM_BYTES[info.dtype]
-    out = np.empty((len(rows), info.shape[1] * item), dtype=np.uint8)
-    for segment in resolve_segments(info):
+    out = np.empty((len(rows), _count(info.shape[1:]) * item), dtype=np.uint8)
+    for segment in segments:
+        assert segment is not None
         _gather_segment(segment, item, rows, out)
-    return to_fp32(out, info.dtype)
+    return out
+
+
+def _as_matrix(segment: Segment, info: TensorInfo) -> Segment | None:
+    """Describe a block by its rows alone, as of a table; None where that cannot be done."""
+    if len(segment.sizes) == 2:
+        return segment
+    inner = _count(segment.sizes[1:])
+    strides = segment.strides
+    if len(segment.sizes) > 1 and (strides is not None or segment.sizes[1:] != info.shape[1:]):
+        return None
+    return replace(
+        segment,
+        starts=(*segment.starts[:1], 0) if segment.starts else (0, 0),
+        sizes=(*segment.sizes[:1], inner) if segment.sizes else (1, 1),
+        strides=None if not strides else (*strides, 1),
+    )
 
 
 def _gather_segment(
@@ -175,13 +213,9 @@ def read_tensor(info: TensorInfo) -> npt.NDArray[np.generic]:
 
     For tensors that fit in memory (the dense parts); tables are streamed or gathered.
     """
-    item = ITEM_BYTES[info.dtype]
-    if len(info.shape) != 2 and len(info.pieces) > 1:
-        return _read_sharded_vector(info)
-    raw = np.concatenate([*_chunks(info)]) if info.nbytes else np.empty(0, np.uint8)
+    raw = _read_bytes(info)
     if info.dtype == "bf16":
         return to_fp32(raw.reshape(1, -1), "bf16").reshape(info.shape)
-    assert raw.nbytes == info.nbytes == int(np.prod(info.shape, dtype=np.int64)) * item
     return raw.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
@@ -204,7 +238,16 @@ def check_finite(array: npt.NDArray[np.generic], origin: str) -> None:
         )
 
 
-def _read_sharded_vector(info: TensorInfo) -> npt.NDArray[np.generic]:
+def _read_bytes(info: TensorInfo) -> ByteRows:
+    """Read a whole tensor's bytes, row-major, shape (bytes,)."""
+    if len(info.shape) != 2 and len(info.pieces) > 1:
+        return _read_sharded_vector(info)
+    raw = np.concatenate([*_chunks(info)]) if info.nbytes else np.empty(0, np.uint8)
+    assert raw.nbytes == info.nbytes
+    return raw
+
+
+def _read_sharded_vector(info: TensorInfo) -> ByteRows:
     """Read a tensor of any rank that was saved in several blocks."""
     item = ITEM_BYTES[info.dtype]
     out = np.empty((*info.shape, item), dtype=np.uint8)
@@ -212,9 +255,7 @@ def _read_sharded_vector(info: TensorInfo) -> npt.NDArray[np.generic]:
         block = np.concatenate([*_segment_chunks(segment, item)] or [np.empty(0, np.uint8)])
         where = tuple(slice(a, a + n) for a, n in zip(segment.starts, segment.sizes, strict=True))
         out[where] = block.reshape(*segment.sizes, item)
-    if info.dtype == "bf16":
-        return to_fp32(out.reshape(1, -1), "bf16").reshape(info.shape)
-    return out.reshape(*info.shape[:-1], -1).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+    return out.reshape(-1)
 
 
 def _chunks(info: TensorInfo) -> Iterator[ByteRows]:
@@ -238,6 +279,9 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
 
     Every chunk is a whole number of elements, valid until the next but one is asked for.
     """
+    if info.derivation is not None:
+        yield from _stream_rows(info)
+        return
     segments = sorted(resolve_segments(info), key=lambda segment: segment.starts)
     segments = [s for s in segments if all(size > 0 for size in s.sizes)]
     item = ITEM_BYTES[info.dtype]
@@ -252,7 +296,7 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
                 length = info.nbytes if not info.shape else item * _count(segment.sizes)
                 yield from stream_file(segment.path, segment.offset, length)
     else:
-        yield from _stream_columns(info, item)
+        yield from _stream_rows(info)
 
 
 def stream_file(path: Path, offset: int, length: int) -> Iterator[ByteRows]:
@@ -321,17 +365,13 @@ def _strided_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
     yield np.ascontiguousarray(block).reshape(-1)
 
 
-def _stream_columns(info: TensorInfo, item: int) -> Iterator[ByteRows]:
-    """Stream a table whose columns were sharded: gather a block of rows at a time."""
-    rows, cols = info.shape
-    step = max(1, min(_ROWS_PER_MAP * 8, CHUNK_BYTES // (cols * item)))
-    segments = resolve_segments(info)
-    for begin in range(0, rows, step):
+def _stream_rows(info: TensorInfo) -> Iterator[ByteRows]:
+    """Stream what lies in no file row by row (sharded columns, a derived tensor)."""
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, min(_ROWS_PER_MAP * 8, CHUNK_BYTES * rows // max(1, info.nbytes)))
+    for begin in range(0, rows if info.nbytes else 0, step):
         index = np.arange(begin, min(begin + step, rows), dtype=np.int64)
-        out = np.empty((len(index), cols * item), dtype=np.uint8)
-        for segment in segments:
-            _gather_segment(segment, item, index, out)
-        yield out.reshape(-1)
+        yield gather_bytes(info, index).reshape(-1)
 
 
 def to_fp32(raw: ByteRows, dtype: str) -> npt.NDArray[np.float32]:

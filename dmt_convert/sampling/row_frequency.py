@@ -16,7 +16,6 @@ import numpy.typing as npt
 from dmt_convert.architectures import subtract_initial
 from dmt_convert.checkpoint import (
     ITEM_BYTES,
-    Piece,
     TensorInfo,
     gather_rows,
     resolve_segments,
@@ -69,11 +68,10 @@ def _draw_candidates(
     Tables are often sorted by frequency, so the head of the table is looked at whole; every row
     that is looked at behind it stands for as many others as there are to one.
     """
-    table = state if len(state.shape) == 2 else _as_column(state)
     head = np.arange(min(rows, _HEAD_ROWS), dtype=np.int64)
     tail = _spread_rows(len(head), rows, rng)
     candidates = np.concatenate([head, tail])
-    weight = _weights(gather_rows(table, candidates), state.dtype, initial)
+    weight = _weights(gather_rows(state, candidates), state.dtype, initial)
     weight[len(head) :] *= (rows - len(head)) / max(1, len(tail))
     if weight.sum() <= 0:
         return None
@@ -139,25 +137,3 @@ def _spread_rows(begin: int, end: int, rng: np.random.Generator) -> Ids:
     # a run that reaches the end goes on at the beginning: all rows are as likely
     runs = (starts[:, None] + np.arange(_RUN_ROWS, dtype=np.int64)) % (end - begin)
     return begin + np.unique(runs)
-
-
-def _as_column(info: TensorInfo) -> TensorInfo:
-    """Describe a vector as a table of one column, so that single elements can be gathered."""
-    pieces = tuple(
-        Piece(
-            path=segment.path,
-            offset=segment.offset,
-            length=segment.sizes[0] * ITEM_BYTES[info.dtype],
-            starts=(*segment.starts, 0),
-            sizes=(*segment.sizes, 1),
-            strides=None if segment.strides is None else (*segment.strides, 1),
-        )
-        for segment in resolve_segments(info)
-    )
-    return TensorInfo(
-        name=info.name,
-        container=info.container,
-        dtype=info.dtype,
-        shape=(*info.shape, 1),
-        pieces=pieces,
-    )

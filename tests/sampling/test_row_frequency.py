@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dmt_convert.checkpoint import CHUNK_BYTES, gather_rows, open_checkpoint
+from dmt_convert.checkpoint import (
+    CHUNK_BYTES,
+    Piece,
+    TensorInfo,
+    gather_rows,
+    open_checkpoint,
+)
 from dmt_convert.sampling import draw_rows, row_frequency
 
 MATRIX = ["vector", "column", "matrix"]
@@ -73,7 +79,7 @@ def test_without_state_rows_are_uniform_over_the_whole_table():
 
 def test_a_vector_is_gathered_element_by_element(vector):
     values = _rng().standard_normal(1000)
-    info = row_frequency._as_column(vector(values))
+    info = vector(values)
     rows = np.array([0, 5, 999, 500])
     np.testing.assert_allclose(gather_rows(info, rows)[:, 0], values[rows], rtol=1e-6)
 
@@ -82,7 +88,7 @@ def test_a_strided_vector_is_gathered(tmp_path):
     values = torch.arange(40.0)
     torch.save({"state": {"sum": values[::2], "whole": values}}, tmp_path / "state.pt")
     tensors = open_checkpoint(tmp_path / "state.pt").tensors
-    info = row_frequency._as_column(next(t for t in tensors if t.name == "sum"))
+    info = next(t for t in tensors if t.name == "sum")
     assert gather_rows(info, np.array([0, 1, 19]))[:, 0].tolist() == [0, 2, 38]
 
 
@@ -225,7 +231,7 @@ def test_sharded_accumulators(tmp_path, rows, shape):
             file.write(values[begin:end].tobytes())
             rest = values.shape[1:]
             pieces.append(
-                row_frequency.Piece(
+                Piece(
                     path=path,
                     offset=offset,
                     length=(end - begin) * item,
@@ -234,9 +240,7 @@ def test_sharded_accumulators(tmp_path, rows, shape):
                 )
             )
             offset += (end - begin) * item
-    sharded = row_frequency.TensorInfo(
-        name="sum", dtype="fp32", shape=values.shape, pieces=tuple(pieces)
-    )
+    sharded = TensorInfo(name="sum", dtype="fp32", shape=values.shape, pieces=tuple(pieces))
     _check_proportional(draw_rows(rows, whole, 20_000, _rng()), weight)
     _check_proportional(draw_rows(rows, sharded, 20_000, _rng()), weight)
 
