@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from dmt_convert.architectures.model_tensors import ModelTensors
 from dmt_convert.architectures.name_map import NameMap
 from dmt_convert.spec import InteractionKind, PairOrder
 
@@ -38,3 +39,5 @@ class Architecture:
     """Regular expressions of names that belong to variants that cannot be read, and why."""
     over_arch_last: str = ""
     """Trainer's stem of the last over_arch layer where it stands apart, for messages."""
+    rewrite: Callable[[ModelTensors], None] | None = None
+    """Puts plain tensors in the place of those that the trainer stores in another form."""

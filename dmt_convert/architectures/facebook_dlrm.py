@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from dmt_convert.architectures.architecture import Architecture
+from dmt_convert.architectures.facebook_tables import PARTS, put_tables_together
 from dmt_convert.architectures.name_map import NameMap
 
 
@@ -33,6 +34,7 @@ FACEBOOK_DLRM: Final = Architecture(
             "bot_l.{}.bias": "dense_arch.{}.bias",
             "top_l.{}.weight": "over_arch.{}.weight",
             "top_l.{}.bias": "over_arch.{}.bias",
+            **PARTS,
         },
         renumber={"dense_arch": (_halve, _double), "over_arch": (_halve, _double)},
     ),
@@ -41,9 +43,5 @@ FACEBOOK_DLRM: Final = Architecture(
     allows_self_pairs=True,
     final_sigmoid=True,
     positional=True,
-    unsupported={
-        r"emb_l\.\d+\.weight_[qr]": "quotient-remainder tables (--qr-flag)",
-        r"emb_l\.\d+\.(embs|proj)\..*": "mixed-dimension tables (--md-flag)",
-        r"v_W_l\.\d+": "learned pooling weights (--weighted-pooling=learned)",
-    },
+    rewrite=put_tables_together,
 )

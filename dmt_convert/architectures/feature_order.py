@@ -14,7 +14,12 @@ from dmt_convert.spec import FeatureSpec, Pooling
 
 
 def infer_features(
-    tables: list[str], *, ordered: bool, family: Architecture, config: ModelConfig
+    tables: list[str],
+    *,
+    ordered: bool,
+    family: Architecture,
+    config: ModelConfig,
+    known_order: Fact | None = None,
 ) -> tuple[tuple[FeatureSpec, ...], list[Fact]]:
     """Name the features and put them in order.
 
@@ -23,6 +28,7 @@ def infer_features(
         ordered: Whether that order is the order in which the model was built.
         family: The family.
         config: What the user says.
+        known_order: Why that order is the interaction's, where the checkpoint says so.
 
     Raises:
         ArchitectureError: The order was lost and cannot be restored.
@@ -33,11 +39,16 @@ def infer_features(
         derived = {table: table for table in tables}
     pooling, facts = _pooling(config)
     if config.features is not None:
-        pairs = _given_features(config.features, derived, tables, ordered=ordered, family=family)
+        order = tables
+        if known_order is None and not _names_tables(config.features, derived, tables):
+            order, _ = _order(tables, ordered=ordered, family=family)
+        pairs = _given_features(config.features, derived, order)
         facts.append(_fact("features", f"{len(pairs)} features", "given", "--model-config"))
         own = {f.name: f.pooling for f in config.features if f.pooling is not None}
     else:
-        order, fact = _order(tables, ordered=ordered, family=family)
+        order, fact = tables, known_order
+        if fact is None:
+            order, fact = _order(tables, ordered=ordered, family=family)
         names = {table: name for name, table in derived.items()}
         pairs = [(names[table], table) for table in order]
         facts += [fact, _naming_fact(pairs, family)]
@@ -86,19 +97,22 @@ def _pooling_of(pooling: Pooling | Mapping[str, Pooling], name: str) -> Pooling:
     return pooling.get(name, "sum") if isinstance(pooling, Mapping) else pooling
 
 
+def _names_tables(
+    features: tuple[FeatureConfig, ...], derived: Mapping[str, str], tables: list[str]
+) -> bool:
+    """Tell whether the user's list says which tables are meant; else it is new names in order."""
+    known = [f.table is not None or f.name in derived or f.name in tables for f in features]
+    return any(known) or len(features) != len(tables)
+
+
 def _given_features(
     features: tuple[FeatureConfig, ...],
     derived: Mapping[str, str],
     tables: list[str],
-    *,
-    ordered: bool,
-    family: Architecture,
 ) -> list[tuple[str, str]]:
     """Resolve the user's list: explicit tables, known names, or new names by position."""
-    known = [f.table is not None or f.name in derived or f.name in tables for f in features]
-    if not any(known) and len(features) == len(tables):
-        order, _ = _order(tables, ordered=ordered, family=family)
-        return [(f.name, table) for f, table in zip(features, order, strict=True)]
+    if not _names_tables(features, derived, tables):
+        return [(f.name, table) for f, table in zip(features, tables, strict=True)]
     names = {table: name for name, table in derived.items()}
     pairs = []
     for feature in features:

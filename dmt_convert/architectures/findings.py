@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from dmt_convert.architectures.facts import Fact, Source
 from dmt_convert.architectures.optimizer_state import is_accumulator
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.spec import ModelSpec
 
-Source = Literal["read", "inferred", "assumed", "given"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
-    """One thing that is known of the model, and why."""
-
-    subject: str
-    """What it is about."""
-    value: str
-    """What is the case."""
-    source: Source
-    """read: from the checkpoint; inferred: only this fits; assumed: the trainer's documented
-    default; given: by the user."""
-    reason: str
-    """Why, in one line."""
+__all__ = ["Fact", "FlatModelInfo", "Source"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +46,15 @@ class FlatModelInfo:
 
     @property
     def accumulators(self) -> dict[str, TensorInfo]:
-        """Table -> Adagrad's sum of squared gradients, where there is one: as `row_state`."""
-        return {name: info for name, info in self.row_state.items() if is_accumulator(info)}
+        """Table -> Adagrad's sum of squared gradients, where there is one: as `row_state`.
+
+        A derived table has none: its gradients are not those of what it is made of.
+        """
+        return {
+            name: info
+            for name, info in self.row_state.items()
+            if is_accumulator(info) and self.table_info(name).derivation is None
+        }
 
     @property
     def dense_tensors(self) -> dict[str, TensorInfo]:

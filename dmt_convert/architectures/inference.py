@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final, cast
 
@@ -10,26 +9,31 @@ from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.facebook_dlrm import FACEBOOK_DLRM
 from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.findings import Fact, FlatModelInfo
+from dmt_convert.architectures.interactions import (
+    check_given_kind,
+    infer_interaction,
+    parametric_kind,
+)
 from dmt_convert.architectures.matching import Match, find_model
 from dmt_convert.architectures.model_config import ModelConfig
+from dmt_convert.architectures.model_tensors import ModelTensors
+from dmt_convert.architectures.nvidia_dlrm import NVIDIA_DLRM
 from dmt_convert.architectures.optimizer_state import find_optimizer_state
+from dmt_convert.architectures.quantised_rows import decode_tables
 from dmt_convert.architectures.table_faults import blame_tables
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.widths import ShapeReader
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
-from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.errors import ArchitectureError
 from dmt_convert.spec import (
     DTYPE_BYTES,
     Dtype,
     FeatureSpec,
-    InteractionKind,
-    InteractionSpec,
-    MlpSpec,
     ModelSpec,
     TableSpec,
 )
 
-ARCHITECTURES: Final[tuple[Architecture, ...]] = (TORCHREC_DLRM, FACEBOOK_DLRM)
+ARCHITECTURES: Final[tuple[Architecture, ...]] = (TORCHREC_DLRM, FACEBOOK_DLRM, NVIDIA_DLRM)
 """All families."""
 _MAX_LISTED: Final = 100
 """Tensors of a kind that an error lists."""
@@ -48,9 +52,12 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
     """
     config = config or ModelConfig()
     match = find_model(checkpoint, ARCHITECTURES, config)
+    model = _rewrite(checkpoint, match, config)
     facts = [_family_fact(match)]
-    shapes = ShapeReader(match.tensors, match.family, match.prefix)
-    tables = _read_tables(match, shapes)
+    shapes = ShapeReader(model.tensors, match.family, match.prefix)
+    shapes.missing += [shapes.source_name(name) for name in model.missing]
+    shapes.wrong += model.wrong
+    tables = _read_tables(model, match.family, shapes)
     spec = None
     if tables:
         features, feature_facts = infer_features(
@@ -58,9 +65,10 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
             ordered=checkpoint.ordered,
             family=match.family,
             config=config,
+            known_order=model.order,
         )
-        facts += feature_facts
-        spec = _assemble(match, shapes, tables, features, config, facts)
+        facts += [*feature_facts, *model.facts]
+        spec = _assemble(match, model, shapes, tables, features, facts)
     if match.unsupported:
         raise ArchitectureError(
             f"{checkpoint.source} uses {', '.join(match.unsupported)}",
@@ -68,8 +76,8 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
             hint="this variant cannot be converted yet",
         )
     extra = [*match.extra]
-    tensors: Mapping[str, TensorInfo] = match.tensors
-    state = find_optimizer_state(checkpoint, match)
+    tensors: Mapping[str, TensorInfo] = model.tensors
+    state = _fitting_state(find_optimizer_state(checkpoint, match), match, model)
     if spec is not None:
         tensors, state = _number_last(tensors, spec), _number_last(state, spec)
         extra += [info.path for name, info in tensors.items() if not _belongs(name, spec)]
@@ -83,6 +91,27 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         facts=tuple(facts),
         ignored=_ignored(checkpoint, match),
     )
+
+
+def _rewrite(checkpoint: FlatCheckpoint, match: Match, config: ModelConfig) -> ModelTensors:
+    """Put plain tensors in the place of those that are stored in another form."""
+    model = ModelTensors(tensors=dict(match.tensors), scalars=checkpoint.scalars, config=config)
+    if match.family.rewrite is not None:
+        match.family.rewrite(model)
+    decode_tables(model)
+    return model
+
+
+def _fitting_state(
+    state: Mapping[str, TensorInfo], match: Match, model: ModelTensors
+) -> dict[str, TensorInfo]:
+    """Keep accumulators of tensors that are as they were, and of tables with the same rows."""
+    return {
+        name: info
+        for name, info in state.items()
+        if (now := model.tensors.get(name)) is match.tensors[name]
+        or (now is not None and name.startswith("tables.") and now.shape[:1] == info.shape[:1])
+    }
 
 
 def _number_last(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> dict[str, TensorInfo]:
@@ -114,10 +143,10 @@ def _family_fact(match: Match) -> Fact:
     )
 
 
-def _read_tables(match: Match, shapes: ShapeReader) -> list[TableSpec]:
-    names = [n for n in match.tensors if n.startswith("tables.")]
+def _read_tables(model: ModelTensors, family: Architecture, shapes: ShapeReader) -> list[TableSpec]:
+    names = [n for n in model.tensors if n.startswith("tables.")]
     found = {n.removeprefix("tables.").removesuffix(".weight") for n in names}
-    if match.family.positional:
+    if family.positional:
         last = max((int(name) for name in found), default=-1)
         if last < 100_000:
             gaps = [str(i) for i in range(last + 1) if str(i) not in found]
@@ -125,7 +154,7 @@ def _read_tables(match: Match, shapes: ShapeReader) -> list[TableSpec]:
     tables = []
     for name in names:
         shape = shapes.shape(name, 2)
-        info = match.tensors[name]
+        info = model.tensors[name]
         if shape is not None:
             table = name.removeprefix("tables.").removesuffix(".weight")
             # another dtype is a problem that ShapeReader has noted; the widths still count
@@ -138,20 +167,21 @@ def _read_tables(match: Match, shapes: ShapeReader) -> list[TableSpec]:
 
 def _assemble(
     match: Match,
+    model: ModelTensors,
     shapes: ShapeReader,
     tables: list[TableSpec],
     features: tuple[FeatureSpec, ...],
-    config: ModelConfig,
     facts: list[Fact],
 ) -> ModelSpec | None:
     # without all tables no width fits: what is missing is reported, not what follows from it
     whole = not shapes.missing and len(tables) == sum(
-        n.startswith("tables.") for n in match.tensors
+        n.startswith("tables.") for n in model.tensors
     )
+    config = model.config
     by_name = {table.name: table for table in tables}
     dims = [by_name[feature.table].dim for feature in features]
-    kind = _parametric_kind(shapes)
-    _check_given_kind(kind, config)
+    kind = parametric_kind(shapes)
+    check_given_kind(kind, config)
     same_dim = kind in (None, "projection") and len(set(dims)) == 1
     dense_arch = shapes.mlp("dense_arch", output=dims[0] if same_dim else None, final_relu=True)
     last = "over_arch.last" if match.family.over_arch_last else None
@@ -161,8 +191,8 @@ def _assemble(
     widths = {"dense": dense_arch.widths[-1], "over": over_arch.widths[0]}
     if config.features is None and blame_tables(shapes, match.family, tables, kind, **widths):
         return None
-    interaction = _interaction(
-        match, shapes, kind, [dense_arch.widths[-1], *dims], over_arch, config, facts
+    interaction = infer_interaction(
+        match, model, shapes, kind, [dense_arch.widths[-1], *dims], over_arch, facts
     )
     if interaction is None or shapes.missing or shapes.wrong:
         return None
@@ -192,169 +222,6 @@ def _assemble(
         over_arch=over_arch,
         final_sigmoid=match.family.final_sigmoid if sigmoid is None else sigmoid,
     )
-
-
-def _parametric_kind(shapes: ShapeReader) -> InteractionKind | None:
-    if shapes.indices("cross"):
-        return "dcn"
-    if shapes.indices("branch1") or shapes.indices("branch2"):
-        return "projection"
-    return None
-
-
-def _check_given_kind(kind: InteractionKind | None, config: ModelConfig) -> None:
-    """Refuse an interaction in the model config that the tensors contradict."""
-    given = config.interaction
-    if given is None or given == kind or (kind is None and given in ("dot", "cat")):
-        return
-    raise ConfigError(
-        f"the model config says interaction {given}, the checkpoint "
-        + (f"holds the tensors of {kind}" if kind else f"holds no tensor of {given}"),
-        expected=kind or "dot or cat",
-        hint="leave `interaction` out; `dmt inspect` shows what the tensors tell",
-    )
-
-
-def _interaction(
-    match: Match,
-    shapes: ShapeReader,
-    kind: InteractionKind | None,
-    dims: list[int],
-    over_arch: MlpSpec,
-    config: ModelConfig,
-    facts: list[Fact],
-) -> InteractionSpec | None:
-    if kind == "dcn":
-        cross = shapes.cross(sum(dims))
-        if cross is None:
-            return None
-        facts.append(_shape_fact("interaction", f"dcn, {cross[0]} layers of rank {cross[1]}"))
-        interaction = InteractionSpec(kind="dcn", cross_layers=cross[0], cross_rank=cross[1])
-    elif kind == "projection":
-        branch1 = shapes.mlp("branch1", final_relu=True)
-        branch2 = shapes.mlp("branch2", final_relu=True)
-        if branch1 is None or branch2 is None:
-            return None
-        facts.append(_shape_fact("interaction", "projection"))
-        interaction = InteractionSpec(kind="projection", branch1=branch1, branch2=branch2)
-        for name, branch in (("branch1", branch1), ("branch2", branch2)):
-            if branch.widths[0] != sum(dims) or branch.widths[-1] % dims[0]:
-                shapes.wrong.append(
-                    f"{shapes.source_name(f'{name}.0.weight')} and its successors map "
-                    f"{branch.widths[0]} to {branch.widths[-1]}, expected {sum(dims)} to a "
-                    f"multiple of {dims[0]}"
-                )
-    else:
-        return _dot_or_cat(match, shapes, dims, over_arch.widths[0], config, facts)
-    if over_arch.widths[0] != interaction.output_width(dims):
-        shapes.wrong.append(
-            f"{shapes.source_name('over_arch.0.weight')} takes {over_arch.widths[0]} inputs, the "
-            f"{interaction.kind} interaction of {len(dims) - 1} features gives "
-            f"{interaction.output_width(dims)}"
-        )
-        return None
-    return interaction
-
-
-def _dot_or_cat(
-    match: Match,
-    shapes: ShapeReader,
-    dims: list[int],
-    width: int,
-    config: ModelConfig,
-    facts: list[Fact],
-) -> InteractionSpec | None:
-    """Tell dot, dot with self-pairs and cat apart by the width of over_arch."""
-    family = match.family
-    kinds = family.interactions if config.interaction is None else (config.interaction,)
-    order = config.pair_order or family.pair_order
-    pairs = (False, True) if family.allows_self_pairs else (False,)
-    if config.self_pairs is not None:
-        pairs = (config.self_pairs,)
-    options = [
-        InteractionSpec(kind="dot", self_pairs=own, pair_order=order)
-        for own in pairs
-        if "dot" in kinds and len(set(dims)) == 1
-    ]
-    options += [InteractionSpec(kind="cat")] if "cat" in kinds else []
-    fitting = [option for option in options if option.output_width(dims) == width]
-    if not fitting:
-        shapes.wrong.append(_width_problem(shapes, dims, width, options))
-        return None
-    chosen = fitting[0]
-    label = _label(chosen)
-    if config.interaction is not None:
-        facts.append(
-            Fact(subject="interaction", value=label, source="given", reason="--model-config")
-        )
-    elif len(fitting) > 1:
-        others = " and ".join(_label(option) for option in fitting[1:])
-        if label != "dot":
-            raise ArchitectureError(
-                f"{shapes.source_name('over_arch.0.weight')} takes {width} inputs, which "
-                f"{label} and {others} both give",
-                expected="a width that only one interaction gives, or dot, the trainer's default",
-                hint="say which one with --model-config: `interaction: cat`, or "
-                "`interaction: dot` (and `self_pairs: true`)",
-            )
-        reason = f"{others} would give the same width; dot is the trainer's default"
-        facts.append(Fact(subject="interaction", value=label, source="assumed", reason=reason))
-    else:
-        facts.append(
-            _shape_fact("interaction", label, f"only this gives over_arch its {width} inputs")
-        )
-    if chosen.kind == "dot":
-        facts.append(
-            Fact(
-                subject="order of pairs",
-                value=order,
-                source="assumed" if config.pair_order is None else "given",
-                reason="the trainer's order" if config.pair_order is None else "--model-config",
-            )
-        )
-    return chosen
-
-
-def _shape_fact(subject: str, value: str, reason: str = "tensor names and shapes") -> Fact:
-    return Fact(subject=subject, value=value, source="inferred", reason=reason)
-
-
-def _width_problem(
-    shapes: ShapeReader, dims: list[int], width: int, options: list[InteractionSpec]
-) -> str:
-    name = shapes.source_name("over_arch.0.weight")
-    gives = ", ".join(f"{_label(option)} {option.output_width(dims)}" for option in options)
-    if not options:
-        gives = f"vectors of widths {sorted(set(dims))}, which dot cannot pair"
-    text = (
-        f"{name} takes {width} inputs; {len(dims) - 1} features and the dense vector give {gives}"
-    )
-    implied = {
-        f"a {_label(option)} of {count - 1} features"
-        for option in options
-        for count in (_implied_count(option, dims[0], width),)
-        if len(set(dims)) == 1 and count > len(dims)
-    }
-    if implied:
-        text += (
-            f". {' or '.join(sorted(implied))} would fit: tables are missing (a multi-rank run of "
-            "dlrm_s_pytorch.py saves only its own), or a table serves several features (list "
-            "them with --model-config)"
-        )
-    return text
-
-
-def _label(option: InteractionSpec) -> str:
-    return option.kind + (" with self-pairs" if option.self_pairs else "")
-
-
-def _implied_count(option: InteractionSpec, dim: int, width: int) -> int:
-    """Return how many vectors of `dim` make an interaction so wide; 0 where no number does."""
-    guess = width // dim
-    if option.kind == "dot":
-        root = math.isqrt(max(0, 1 + 8 * (width - dim)))
-        guess = (root - 1 if option.self_pairs else root + 1) // 2
-    return guess if guess and option.output_width([dim] * guess) == width else 0
 
 
 def _incomplete(

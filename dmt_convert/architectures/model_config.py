@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
+from dmt_convert.checkpoint.computed_rows import Combination
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import InteractionKind, PairOrder, Pooling
 
 EXAMPLE: Final = """\
 # every key is optional
-family: torchrec-dlrm          # or facebook-dlrm
+family: torchrec-dlrm          # or facebook-dlrm, nvidia-dlrm
 container: model               # key of the dict that holds the weights, nested by dots
 prefix: model.                 # what stands before sparse_arch. or emb_l.
 interaction: dot               # dot | cat | dcn | projection
@@ -21,6 +22,7 @@ self_pairs: false
 pair_order: triu               # triu | tril
 pooling: sum                   # or a map from feature name to sum | mean
 final_sigmoid: false
+qr_operation: mult             # of quotient-remainder tables: mult | add | concat
 features:                      # order of the features in the interaction; new names; shared tables
   - {name: user_id, table: t_user, pooling: sum}
   - last_item
@@ -60,6 +62,8 @@ class ModelConfig:
     """Pooling of all features, or of each by name."""
     final_sigmoid: bool | None = None
     """Whether the original model ends in a sigmoid."""
+    qr_operation: Combination | None = None
+    """facebook: what is made of a quotient's and a remainder's row."""
     features: tuple[FeatureConfig, ...] | None = None
     """The features in interaction order."""
     ignore: tuple[str, ...] = ()
@@ -94,6 +98,7 @@ def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
     checks = {
         "interaction": get_args(InteractionKind),
         "pair_order": get_args(PairOrder),
+        "qr_operation": get_args(Combination),
     }
     problems += [
         f"{key}: {_show(content[key])} is not one of {', '.join(allowed)}"

@@ -24,6 +24,12 @@ TORCHREC_DLRM: Final = Architecture(
     names=NameMap(
         {
             "sparse_arch.embedding_bag_collection.embedding_bags.{}.weight": "tables.{}.weight",
+            "sparse_arch.embedding_bag_collection.embedding_bags.{}.weight_qscale": (
+                "tables.{}.qscale"
+            ),
+            "sparse_arch.embedding_bag_collection.embedding_bags.{}.weight_qbias": (
+                "tables.{}.qbias"
+            ),
             "dense_arch.model._mlp.{}._linear.weight": "dense_arch.{}.weight",
             "dense_arch.model._mlp.{}._linear.bias": "dense_arch.{}.bias",
             "inter_arch.crossnet.W_kernels.{}": "cross.{}.w",

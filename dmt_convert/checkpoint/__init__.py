@@ -9,6 +9,7 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     Segment,
     TensorInfo,
 )
+from dmt_convert.checkpoint.nvidia_reader import NVIDIA_TABLE_ORDER
 from dmt_convert.checkpoint.registry import READERS, Reader, open_checkpoint
 from dmt_convert.checkpoint.safetensors_reader import DTYPE_NAMES, SafetensorsReader
 from dmt_convert.checkpoint.tensor_bytes import (
@@ -28,6 +29,7 @@ __all__ = [
     "CHUNK_BYTES",
     "DTYPE_NAMES",
     "ITEM_BYTES",
+    "NVIDIA_TABLE_ORDER",
     "READERS",
     "ZEROS",
     "ByteRows",

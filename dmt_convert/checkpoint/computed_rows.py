@@ -26,7 +26,7 @@ class Combined:
     """A quotient-remainder table, spelt out."""
 
     quotient: TensorInfo
-    """Row i // r_rows of it belongs to id i."""
+    """Row i // r_rows of it belongs to id i, as fp32 divides."""
     remainder: TensorInfo
     """Row i % r_rows of it belongs to id i; r_rows is its number of rows."""
     how: Combination
@@ -39,8 +39,10 @@ class Combined:
 
     def gather(self, rows: Index) -> ByteRows:
         """Look up both parts of every id."""
-        collisions = self.remainder.shape[0]
-        wanted, place = np.unique(rows // collisions, return_inverse=True)
+        collisions, quotients = self.remainder.shape[0], self.quotient.shape[0]
+        # the trainer divides in fp32, so that of huge ids some fall to the next quotient
+        quotient = (rows.astype(np.float32) / np.float32(collisions)).astype(np.int64)
+        wanted, place = np.unique(np.minimum(quotient, quotients - 1), return_inverse=True)
         q = to_fp32(gather_bytes(self.quotient, wanted), self.quotient.dtype)[place]
         wanted, place = np.unique(rows % collisions, return_inverse=True)
         r = to_fp32(gather_bytes(self.remainder, wanted), self.remainder.dtype)[place]
@@ -87,6 +89,28 @@ class Scaled(OneSource):
         """Multiply these rows by theirs."""
         block = to_fp32(gather_bytes(self.source, rows), self.source.dtype)
         return as_bytes(block * to_fp32(gather_bytes(self.factors, rows), self.factors.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine(OneSource):
+    """A table of 8-bit codes whose rows' scales and biases are tensors of their own."""
+
+    scale: TensorInfo
+    """One number per row."""
+    bias: TensorInfo
+    """One number per row."""
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """Codes, scales and biases."""
+        return self.source, self.scale, self.bias
+
+    def gather(self, rows: Index) -> ByteRows:
+        """Decode these rows."""
+        codes, scale, bias = (
+            to_fp32(gather_bytes(part, rows), part.dtype) for part in self.sources
+        )
+        return as_bytes(codes * scale + bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

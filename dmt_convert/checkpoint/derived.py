@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from dmt_convert.checkpoint.computed_rows import (
+    Affine,
     Combination,
     Combined,
     Dequantised,
@@ -151,6 +152,8 @@ def fill(name: str, shape: tuple[int, ...], value: float = 0.0) -> TensorInfo:
 def combine_rows(quotient: TensorInfo, remainder: TensorInfo, how: Combination) -> TensorInfo:
     """Spell out a quotient-remainder table: row i is made of q[i // r_rows] and r[i % r_rows].
 
+    The division is that of facebookresearch/dlrm, in fp32, which is inexact from 2^24 on.
+
     Args:
         quotient: Shape (q_rows, N).
         remainder: Shape (r_rows, N); for `concat` its N may differ.
@@ -176,6 +179,12 @@ def scale_rows(source: TensorInfo, factors: TensorInfo) -> TensorInfo:
     """Multiply each row of a table (R, N) by its own factor, (R,) or (R, 1): fp32."""
     assert _count(factors.shape) == factors.shape[0] == source.shape[0]
     return describe(source.shape, Scaled(source=source, factors=factors))
+
+
+def decode_rows(codes: TensorInfo, scale: TensorInfo, bias: TensorInfo) -> TensorInfo:
+    """Decode 8-bit codes (R, N) by a scale and a bias per row, (R,) or (R, 1): fp32, (R, N)."""
+    assert all(_count(part.shape) == part.shape[0] == codes.shape[0] for part in (scale, bias))
+    return describe(codes.shape, Affine(source=codes, scale=scale, bias=bias))
 
 
 def dequantise_rows(source: TensorInfo, dim: int, codes: RowCodes) -> TensorInfo:

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from dmt_convert.checkpoint.dcp_reader import DcpReader
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.nvidia_reader import NvidiaReader
 from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
 from dmt_convert.checkpoint.torch_reader import TorchReader
 from dmt_convert.errors import CheckpointError
@@ -27,7 +28,12 @@ class Reader(Protocol):
         ...
 
 
-READERS: Final[tuple[Reader, ...]] = (SafetensorsReader(), DcpReader(), TorchReader())
+READERS: Final[tuple[Reader, ...]] = (
+    SafetensorsReader(),
+    DcpReader(),
+    NvidiaReader(),
+    TorchReader(),
+)
 """All containers, asked in this order."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dmt_convert.data.batch import Bag, Batch, FloatArray
 from dmt_convert.data.dataset import Dataset
-from dmt_convert.data.feature_names import are_positional
+from dmt_convert.data.feature_names import count_columns
 from dmt_convert.data.row_blocks import RowBatches
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec, TableSpec
@@ -43,7 +43,7 @@ def match_features(dataset: Dataset, spec: ModelSpec) -> FeatureMatch:
     """Match the data's columns to the model's features.
 
     By name; where no name matches and one side's names only count columns (`f0`, `f1`, ...), by
-    position. How it was done is logged, unless the columns are the features as they stand.
+    position. Where both do, `f7` is the eighth column, wherever it stands in the model. How it was done is logged, unless the columns are the features as they stand.
 
     Raises:
         DataError: Features are missing, or the number of dense inputs differs.
@@ -62,16 +62,21 @@ def match_features(dataset: Dataset, spec: ModelSpec) -> FeatureMatch:
             dropped=dropped,
             constant_dense=constant_dense,
         )
-    is_counted = dataset.names_are_positional or are_positional(spec.feature_names)
-    if len(missing) == len(spec.features) == len(index) and is_counted:
+    counted = count_columns(spec.feature_names)
+    in_order = tuple(range(len(spec.features)))
+    if dataset.names_are_positional:
+        counted = counted or in_order
+    elif counted != in_order:
+        counted = None  # names that mean something are not put in another order
+    if len(missing) == len(spec.features) == len(index) and counted is not None:
         _log.info(
             "%s: no name matches, columns are matched by position: %s is fed to %s, and so on",
             dataset.path,
-            dataset.feature_names[0],
+            dataset.feature_names[counted[0]],
             spec.feature_names[0],
         )
         return FeatureMatch(
-            columns=tuple(range(len(index))),
+            columns=counted,
             by="position",
             dropped=(),
             constant_dense=constant_dense,

@@ -15,12 +15,22 @@ def are_positional(names: Sequence[str]) -> bool:
 
     The prefix may be empty: `0`, `1`, ... are positional as well.
     """
-    matches = [re.fullmatch(r"(.*?)(\d+)", name, flags=re.DOTALL) for name in names]
+    return count_columns(names) == tuple(range(len(names))) != ()
+
+
+def count_columns(names: Sequence[str]) -> tuple[int, ...] | None:
+    """Return which column each name counts, from 0; None where names do not count columns.
+
+    They do where they are `<prefix><i>`, i running from 0 or 1 without gaps, in any order: a model
+    may take its features in another order than the data hold them (`f9`, `f20`, `f6`, ...).
+    """
+    matches = [re.fullmatch(r"(.*?)(\d{1,9})", name, flags=re.DOTALL) for name in names]
     parts = [(match.group(1), int(match.group(2))) for match in matches if match is not None]
-    if not parts or len(parts) != len(names):
-        return False
-    prefix, first = parts[0]
-    return first in (0, 1) and parts == [(prefix, first + i) for i in range(len(parts))]
+    if not parts or len(parts) != len(names) or len({prefix for prefix, _ in parts}) > 1:
+        return None
+    first = min(number for _, number in parts)
+    columns = tuple(number - first for _, number in parts)
+    return columns if first in (0, 1) and sorted(columns) == [*range(len(columns))] else None
 
 
 def check_unique(names: Sequence[str], file: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt_convert.data import adapt_batches, match_features, open_data
-from dmt_convert.data.feature_names import are_positional
+from dmt_convert.data.feature_names import are_positional, count_columns
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
 
@@ -102,6 +102,19 @@ def test_positional_names_that_overlap_are_not_shifted(tmp_path: Path, make_spec
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
     with pytest.raises(DataError, match="lacks 1 of the model's 2"):
         match_features(dataset, make_spec(["f1", "f2"], num_dense=1))
+
+
+def test_numbers_in_another_order_say_the_column(tmp_path: Path, make_spec: MakeSpec) -> None:
+    dataset = open_data(write_npz(tmp_path / "a.npz", 3))
+    match = match_features(dataset, make_spec(["t2", "t0", "t1"], num_dense=1))
+    assert (match.by, match.columns) == ("position", (2, 0, 1))
+
+
+def test_columns_that_names_count() -> None:
+    assert count_columns(["f10", "f9", "f8"] + [f"f{i}" for i in range(8)])[:3] == (10, 9, 8)
+    assert count_columns(["C2", "C1"]) == (1, 0)
+    for names in (["f1", "f1"], ["f0", "f2"], ["f0", "g1"], ["f2", "f3"], ["f"], []):
+        assert count_columns(names) is None
 
 
 def test_positional_names() -> None:
