@@ -59,7 +59,8 @@ def rewrite_nvidia(model: ModelTensors) -> None:
 
 
 def _drop_padding(model: ModelTensors) -> None:
-    first, width, count = model.tensors.get(_FIRST), model.dense_width, len(model.parts())
+    first, width = model.tensors.get(_FIRST), model.dense_width
+    count = len(model.parts() if model.config.features is None else model.config.features)
     if first is None or len(first.shape) != 2 or width is None:
         return
     dims = [width] * (count + 1)

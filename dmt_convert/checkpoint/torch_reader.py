@@ -23,7 +23,7 @@ from dmt_convert.errors import CheckpointError
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _MAX_DEPTH: Final = 32
 _MAX_ITEMS: Final = 1_000_000
-_MAX_SCALARS: Final = 1000
+_MAX_SCALARS: Final = 100_000
 
 
 class TorchReader:

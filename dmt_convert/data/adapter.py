@@ -43,7 +43,8 @@ def match_features(dataset: Dataset, spec: ModelSpec) -> FeatureMatch:
     """Match the data's columns to the model's features.
 
     By name; where no name matches and one side's names only count columns (`f0`, `f1`, ...), by
-    position. Where both do, `f7` is the eighth column, wherever it stands in the model. How it was done is logged, unless the columns are the features as they stand.
+    position. Where both do, `f7` is the eighth column, wherever it stands in the model. How it was
+    done is logged, unless the columns are the features as they stand.
 
     Raises:
         DataError: Features are missing, or the number of dense inputs differs.

@@ -10,13 +10,15 @@ import torch
 
 from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.data import Bag, Batch
+from dmt_convert.data import adapt_batches, open_data
 from dmt_convert.errors import DmtError
 
 SAMPLES = {
     "fb-dlrm-cat": "model.pt",
     "fb-dlrm-dot": "model.pt",
+    "fb-dlrm-qr-concat": "model.pt",
     "fb-dlrm-random-multihot": "model.pt",
+    "nvidia-dlrm-dot-4gpu-unordered": "checkpoint",
     "torchrec-dcn-dcp-2rank": "dcp",
     "torchrec-dcn-dlrmtrain-pt": "model.pt",
     "torchrec-dcn-fp16-tables-pt": "model.pt",
@@ -36,18 +38,10 @@ def test_checkpoints_of_other_peoples_trainers(
         pytest.skip(f"no sample {sample}")
     assert json.loads((folder / "meta.json").read_text())
     info = infer_model(open_checkpoint(folder / SAMPLES[sample]))
-    with np.load(folder / "probe.npz") as probe:
-        names = [str(name) for name in probe["feature_names"]]
-        bags = [
-            Bag(values=probe[f"values_{i}"].astype(np.int64), offsets=probe[f"offsets_{i}"])
-            for i in range(len(names))
-        ]
-        dense, logits = probe["dense"].astype(np.float32), probe["logits"]
-    if set(names) == set(info.spec.feature_names):
-        bags = [bags[names.index(name)] for name in info.spec.feature_names]
-    batch = Batch(dense=dense, feature_names=info.spec.feature_names, bags=tuple(bags))
+    data = open_data(folder / "probe.npz")
+    batch = next(adapt_batches(data, info.spec, data.batches(batch_size=data.num_rows)))
     flat, ours = flat_logits(info, batch)
-    assert difference(ours, logits) <= 1e-5
+    assert difference(ours, batch.logits) <= 1e-5
     with torch.no_grad():
         assert np.array_equal(passthrough(flat, 3)(batch).numpy(), ours)
 
@@ -57,8 +51,6 @@ def test_checkpoints_of_other_peoples_trainers(
     [
         ("deepctr-dcnmix/model.h5", "no model of a known family"),
         ("fuxictr-dlrm-dot/fuxictr-dlrm-dot.model", "no model of a known family"),
-        ("fb-dlrm-qr-concat/model.pt", "quotient-remainder tables"),
-        ("nvidia-dlrm-dot-4gpu-unordered/checkpoint", "not a checkpoint of a known kind"),
         ("torchrec-dcn-dmp-2rank-pt/dmp_rank0.pt", "one rank's shards"),
         ("torchrec-dcn-dmp-2rank-pt", "not a checkpoint of a known kind"),
         ("torchrec-dcn-pickled-module/model.pt", "a pickled module"),

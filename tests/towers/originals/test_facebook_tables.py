@@ -1,0 +1,177 @@
+"""Tables that dlrm_s_pytorch.py stores in parts give the logits that its modules give."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmt_convert.architectures import ModelConfig, infer_model
+from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.errors import ArchitectureError, ConfigError
+
+ROWS = (3, 30, 11, 40)
+DIM = 6
+
+
+class QrBag(nn.Module):
+    """Pools quotients and remainders apart, and joins the pooled vectors."""
+
+    def __init__(self, rows: int, dim: int, operation: str, collisions: int = 4) -> None:
+        super().__init__()
+        self.operation, self.collisions = operation, collisions
+        self.weight_q = nn.Parameter(torch.randn(-(-rows // collisions), dim))
+        self.weight_r = nn.Parameter(torch.randn(collisions, dim))
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, **weights: Any) -> torch.Tensor:
+        kind: Any = {"mode": "sum", "include_last_offset": True, **weights}
+        pool = nn.functional.embedding_bag
+        q = pool(ids // self.collisions, self.weight_q, offsets, **kind)
+        r = pool(ids % self.collisions, self.weight_r, offsets, **kind)
+        if self.operation == "concat":
+            return torch.cat([q, r], dim=1)
+        return q * r if self.operation == "mult" else q + r
+
+
+class MdBag(nn.Module):
+    """A narrow table behind a projection; as wide as the model, without one."""
+
+    def __init__(self, rows: int, dim: int, base: int) -> None:
+        super().__init__()
+        self.embs = nn.EmbeddingBag(rows, dim, mode="sum", include_last_offset=True)
+        self.proj: nn.Module = nn.Identity()
+        if dim < base:
+            self.proj = nn.Linear(dim, base, bias=False)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor, **weights: Any) -> torch.Tensor:
+        return self.proj(self.embs(ids, offsets, **weights))
+
+
+@pytest.fixture
+def store(
+    facebook_original: Callable[..., Any], save_facebook: Callable[..., Path], tmp_path: Path
+) -> Callable[..., tuple[Path, Any]]:
+    """Give a model other tables, learned pooling weights if asked, and save it."""
+
+    def store(
+        tables: Iterable[nn.Module | None], *, weighted: bool = False, **options: Any
+    ) -> tuple[Path, Any]:
+        original = facebook_original("dot", rows=ROWS, dim=DIM, **options)
+        torch.manual_seed(7)
+        model = copy.deepcopy(original.model)
+        for i, table in enumerate(tables):
+            if table is not None:
+                model.emb_l[i] = table
+        if weighted:
+            model.v_W_l = nn.ParameterList(nn.Parameter(torch.randn(rows)) for rows in ROWS)
+            for table, factors in zip(model.emb_l, model.v_W_l, strict=True):
+                table.register_forward_pre_hook(_weigh(factors), with_kwargs=True)
+        wide = copy.deepcopy(model).double()
+        if weighted:  # the copy's hooks look at the weights of the first
+            model.double()
+            wide = model
+        batch = replace(original.batch, dense=original.batch.dense.astype(np.float64))
+        with torch.no_grad():
+            logits = torch.logit(wide(batch)).float().numpy()
+        model.float()
+        changed = replace(original, model=model, logits=logits)
+        return save_facebook(changed, tmp_path / "model.pt"), changed
+
+    return store
+
+
+def _weigh(factors: nn.Parameter) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "per_sample_weights": factors[args[0]]}
+
+    return hook
+
+
+def qr(operation: str, dim: int = DIM, skip: int = 1) -> list[nn.Module | None]:
+    """Tables above a threshold are split, the first ones are plain."""
+    return [None if i < skip else QrBag(n, dim, operation) for i, n in enumerate(ROWS)]
+
+
+def md() -> list[nn.Module | None]:
+    return [MdBag(n, d, DIM) for n, d in zip(ROWS, (6, 2, 4, 1), strict=True)]
+
+
+CASES: dict[str, tuple[Callable[[], list[nn.Module | None]], dict[str, Any], str | None]] = {
+    "mult": (lambda: qr("mult"), {"lengths": 1}, None),
+    "add": (lambda: qr("add"), {"lengths": 4}, "add"),
+    "concat": (lambda: qr("concat", DIM // 2, skip=0), {"lengths": 4}, None),
+    "mixed dims": (md, {"lengths": 4}, None),
+    "weighted": (lambda: [], {"lengths": 4, "weighted": True}, None),
+    "weighted mixed dims": (md, {"lengths": 4, "weighted": True}, None),
+    "weighted mult": (lambda: qr("mult"), {"lengths": 1, "weighted": True}, "mult"),
+    "weighted add": (lambda: qr("add"), {"lengths": 4, "weighted": True}, "add"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables_in_parts(case, store, assert_agrees):
+    tables, options, operation = CASES[case]
+    path, original = store(tables(), **options)
+    assert_agrees(path, original, ModelConfig(qr_operation=operation))  # type: ignore[arg-type]
+    info = infer_model(open_checkpoint(path))
+    # what an optimizer gathered for one form of a table is no state of another
+    derived = {t.name for t in info.spec.tables if info.table_info(t.name).derivation is not None}
+    assert not derived & set(info.accumulators)
+    facts = {fact.subject: fact for fact in info.facts}
+    if "mixed" in case:
+        assert facts["mixed-dimension tables"].value == "4 of 4"
+    if "weighted" in case:
+        assert facts["tables with learned pooling weights"].value == "4 of 4"
+
+
+def test_what_the_file_does_not_say_is_assumed_and_shows(
+    store, assert_agrees, flat_logits, difference
+):
+    path, original = store(qr("add"), lengths=1)
+    facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
+    said = facts["quotient-remainder tables"]
+    assert (said.value, said.source) == (
+        "3 of 4, mult",
+        "assumed",
+    ) and "qr_operation" in said.reason
+    assert facts["bags of those tables"].source == "assumed"
+    _, wrong = flat_logits(infer_model(open_checkpoint(path)), original.batch)
+    assert difference(wrong, original.logits) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"emb_l.1.weight_r": None}, "missing: emb_l.1.weight_r"),
+        ({"emb_l.1.weight_r": torch.ones(4, 2)}, "weight_r has 2 columns, .*weight_q has 6"),
+        ({"emb_l.2.weight_q": torch.ones(4)}, r"weight_q has shape \[4\], not 2 dims"),
+        ({"v_W_l.0": torch.ones(4)}, r"v_W_l.0 has shape \[4\], expected \[3\]"),
+        ({"v_W_l.1": torch.ones(28)}, r"v_W_l.1 has shape \[28\], expected \[32\]"),
+        ({"v_W_l.9": torch.ones(28)}, "missing: emb_l.9.weight"),
+        ({"emb_l.3.proj.weight": torch.ones(6, 2)}, "missing: emb_l.3"),
+    ],
+)
+def test_parts_that_do_not_fit(edit, says, store, tmp_path):
+    path, original = store(qr("mult"), lengths=1)
+    state = {**original.state, **edit}
+    if "emb_l.3.proj.weight" in state:
+        del state["emb_l.3.weight_q"], state["emb_l.3.weight_r"]
+    torch.save({name: t for name, t in state.items() if t is not None}, path)
+    with pytest.raises(ArchitectureError) as caught:
+        infer_model(open_checkpoint(path))
+    assert any(re.search(says, line) for line in caught.value.details), caught.value.details
+
+
+@pytest.mark.parametrize(("dim", "given"), [(DIM, "concat"), (DIM // 2, "mult")])
+def test_an_operation_that_the_shapes_contradict(dim, given, store):
+    path, _ = store(qr("concat" if dim < DIM else "add", dim, skip=0), lengths=1)
+    with pytest.raises(ConfigError, match=f"says qr_operation {given}, but"):
+        infer_model(open_checkpoint(path), ModelConfig(qr_operation=given))  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Tables that TorchRec's `quantize_embeddings` made into bytes give that model's logits."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmt_convert.architectures import infer_model
+from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.errors import ArchitectureError
+
+EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
+
+
+def quantise(original: Any, *, split: bool = False) -> Any:
+    """Quantise the tables with TorchRec itself, and score with the quantised model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchrec.inference.modules import quantize_embeddings
+        from torchrec.modules.embedding_modules import EmbeddingBagCollection
+        from torchrec.quant.embedding_modules import (
+            quant_prep_enable_quant_state_dict_split_scale_bias_for_types,
+        )
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+        model = copy.deepcopy(original.model)
+        if split:
+            quant_prep_enable_quant_state_dict_split_scale_bias_for_types(
+                model, [EmbeddingBagCollection]
+            )
+        model = quantize_embeddings(model, dtype=torch.qint8, inplace=True)
+        batch = original.batch
+        jagged = KeyedJaggedTensor.from_lengths_sync(
+            keys=[*batch.feature_names],
+            values=torch.cat([torch.from_numpy(bag.values) for bag in batch.bags]),
+            lengths=torch.cat([torch.from_numpy(np.diff(bag.offsets)) for bag in batch.bags]),
+        )
+        with torch.no_grad():
+            logits = model(torch.from_numpy(batch.dense), jagged).squeeze(1).numpy()
+    return replace(original, model=model, logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "split"),
+    [("dot", 6, False), ("dcn", 12, False), ("projection", 6, False), ("dot", 6, True)],
+)
+def test_quantised_models(kind, dim, split, torchrec_original, assert_agrees, difference, tmp_path):
+    exact = torchrec_original(kind, lengths=4, dim=dim)
+    original = quantise(exact, split=split)
+    assert original.state[f"{EBC}.t_cat_0.weight"].dtype == torch.uint8
+    assert difference(exact.logits, original.logits) > 1e-5  # quantising is seen
+    # torch refuses to save the parts as they are: views of the same bytes in two dtypes
+    state = {name: tensor.clone() for name, tensor in original.state.items()}
+    torch.save(state if split else original.state, tmp_path / "model.pt")
+    assert_agrees(tmp_path / "model.pt", original)
+    info = infer_model(open_checkpoint(tmp_path / "model.pt"))
+    assert {table.dtype for table in info.spec.tables} == {"fp32"}
+    facts = {fact.subject: fact for fact in info.facts}
+    assert facts["int8 tables"].value == "11 of 11, decoded to fp32"
+
+
+@pytest.mark.parametrize("dim", [5, 8])
+def test_rows_that_end_with_fp32_numbers(dim, torchrec_original, tmp_path):
+    """FBGEMM's older rows; where padding could be meant as well, fp16 numbers are assumed."""
+    state = torchrec_original("dot", rows=(7, 9), dim=dim).state
+    wanted = {}
+    for name in [name for name in state if name.startswith(EBC)]:
+        state[name] = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(state[name])
+        wanted[name] = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(state[name])
+    torch.save(state, tmp_path / "model.pt")
+    info = infer_model(open_checkpoint(tmp_path / "model.pt"))
+    fact = next(fact for fact in info.facts if fact.subject == "int8 tables")
+    assert ("fp32 scale" in fact.reason) == (dim == 5)
+    if dim == 5:
+        for name, table in zip(wanted, info.spec.tables, strict=True):
+            ours = read_tensor(info.table_info(table.name))
+            np.testing.assert_allclose(ours, wanted[name].numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"t_cat_1.weight": torch.ones(7, 9, dtype=torch.uint8)}, "rows of 9 bytes; those of 6"),
+        ({"t_cat_1.weight_qscale": torch.ones(3)}, r"has shape \[3\], expected \[7, 1\]"),
+        ({"t_cat_1.weight_qscale": torch.ones(7)}, "has a scale or a bias, not both"),
+    ],
+)
+def test_rows_that_do_not_fit(edit, says, torchrec_original, tmp_path):
+    state = torchrec_original("dot").state
+    table = f"{EBC}.t_cat_1.weight"
+    state[table] = torch.ones(len(state[table]), 16, dtype=torch.uint8)
+    state |= {f"{EBC}.{name}": tensor for name, tensor in edit.items()}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ArchitectureError) as caught:
+        infer_model(open_checkpoint(tmp_path / "model.pt"))
+    assert any(re.search(says, line) for line in caught.value.details), caught.value.details
