@@ -141,6 +141,13 @@ def _dot_or_cat(
             )
         reason = f"{others} would give the same width; dot is the trainer's default"
         facts.append(Fact(subject="interaction", value=label, source="assumed", reason=reason))
+    elif chosen.self_pairs:
+        # n vectors have as many pairs with themselves as n + 1 have without
+        reason = (
+            f"a dot of {len(dims)} features without self-pairs is as wide: if a table is missing, "
+            "or serves two features, say so with --model-config"
+        )
+        facts.append(Fact(subject="interaction", value=label, source="assumed", reason=reason))
     else:
         facts.append(
             _shape_fact("interaction", label, f"only this gives over_arch its {width} inputs")

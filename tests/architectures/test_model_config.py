@@ -21,6 +21,7 @@ def test_the_example_is_read(tmp_path):
     assert (config.interaction, config.self_pairs, config.pair_order) == ("dot", False, "triu")
     assert config.features is not None and config.features[0].table == "t_user"
     assert config.features[1].name == "last_item" and config.features[1].table is None
+    assert config.qr_operation == "mult"
     assert config.ignore == ("train_auroc.*",)
 
 
@@ -44,6 +45,7 @@ def test_numbers_are_names(tmp_path):
         ("interaction: fm", "interaction: 'fm' is not one of dot"),
         ("interaction: [dot]", "is not one of dot"),
         ("pair_order: upper", "pair_order"),
+        ("qr_operation: sum", "qr_operation: 'sum' is not one of mult"),
         ("self_pairs: 1", "self_pairs: 1 is neither true nor false"),
         ("final_sigmoid: 'yes'", "final_sigmoid"),
         ("family: 3", "family: 3 is not a string"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import ModelConfig, infer_model
+from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, ConfigError
 
@@ -25,14 +25,16 @@ DIM = 6
 class QrBag(nn.Module):
     """Pools quotients and remainders apart, and joins the pooled vectors."""
 
-    def __init__(self, rows: int, dim: int, operation: str, collisions: int = 4) -> None:
+    def __init__(
+        self, rows: int, dim: int, operation: str, collisions: int = 4, mode: str = "sum"
+    ) -> None:
         super().__init__()
-        self.operation, self.collisions = operation, collisions
+        self.operation, self.collisions, self.mode = operation, collisions, mode
         self.weight_q = nn.Parameter(torch.randn(-(-rows // collisions), dim))
         self.weight_r = nn.Parameter(torch.randn(collisions, dim))
 
     def forward(self, ids: torch.Tensor, offsets: torch.Tensor, **weights: Any) -> torch.Tensor:
-        kind: Any = {"mode": "sum", "include_last_offset": True, **weights}
+        kind: Any = {"mode": self.mode, "include_last_offset": True, **weights}
         pool = nn.functional.embedding_bag
         q = pool(ids // self.collisions, self.weight_q, offsets, **kind)
         r = pool(ids % self.collisions, self.weight_r, offsets, **kind)
@@ -175,3 +177,31 @@ def test_an_operation_that_the_shapes_contradict(dim, given, store):
     path, _ = store(qr("concat" if dim < DIM else "add", dim, skip=0), lengths=1)
     with pytest.raises(ConfigError, match=f"says qr_operation {given}, but"):
         infer_model(open_checkpoint(path), ModelConfig(qr_operation=given))  # type: ignore[arg-type]
+
+
+def test_shared_tables_and_mean_pooling(store, assert_agrees):
+    shared = QrBag(40, DIM, "add", mode="mean")
+    path, original = store([shared, None, None, shared], lengths=4)
+    state = {n: t for n, t in original.state.items() if not n.startswith("emb_l.3.")}
+    torch.save(state, path)
+    # one table fewer is as wide as all of them with self-pairs would be: that is said
+    facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
+    assert (facts["interaction"].value, facts["interaction"].source) == (
+        "dot with self-pairs",
+        "assumed",
+    )
+    assert "4 features" in facts["interaction"].reason
+    names = [("a", "0"), ("b", "1"), ("c", "2"), ("d", "0")]
+    features = tuple(FeatureConfig(name=name, table=table) for name, table in names)
+    pooling: dict[str, Any] = {"a": "mean", "d": "mean"}
+    given = ModelConfig(features=features, pooling=pooling, qr_operation="add")
+    assert_agrees(path, original, given)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_saved_from_a_gpu(zipped, store, assert_agrees, monkeypatch):
+    path, original = store(qr("mult"), lengths=1)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    torch.save(original.state, path, _use_new_zipfile_serialization=zipped)
+    assert b"cuda:3" in path.read_bytes()
+    assert_agrees(path, original)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import infer_model
+from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import ArchitectureError
 
@@ -48,18 +48,25 @@ def quantise(original: Any, *, split: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim", "split"),
-    [("dot", 6, False), ("dcn", 12, False), ("projection", 6, False), ("dot", 6, True)],
+    ("kind", "dim", "split", "pooling"),
+    [
+        ("dot", 6, False, "sum"),
+        ("dcn", 12, False, "mean"),
+        ("projection", 6, False, "sum"),
+        ("dot", 6, True, "sum"),
+    ],
 )
-def test_quantised_models(kind, dim, split, torchrec_original, assert_agrees, difference, tmp_path):
-    exact = torchrec_original(kind, lengths=4, dim=dim)
+def test_quantised_models(
+    kind, dim, split, pooling, torchrec_original, assert_agrees, difference, tmp_path
+):
+    exact = torchrec_original(kind, lengths=4, dim=dim, pooling=pooling)
     original = quantise(exact, split=split)
     assert original.state[f"{EBC}.t_cat_0.weight"].dtype == torch.uint8
     assert difference(exact.logits, original.logits) > 1e-5  # quantising is seen
     # torch refuses to save the parts as they are: views of the same bytes in two dtypes
     state = {name: tensor.clone() for name, tensor in original.state.items()}
     torch.save(state if split else original.state, tmp_path / "model.pt")
-    assert_agrees(tmp_path / "model.pt", original)
+    assert_agrees(tmp_path / "model.pt", original, ModelConfig(pooling=pooling))
     info = infer_model(open_checkpoint(tmp_path / "model.pt"))
     assert {table.dtype for table in info.spec.tables} == {"fp32"}
     facts = {fact.subject: fact for fact in info.facts}
