@@ -367,6 +367,9 @@ def _strided_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
 
 def _stream_rows(info: TensorInfo) -> Iterator[ByteRows]:
     """Stream what lies in no file row by row (sharded columns, a derived tensor)."""
+    if info.derivation is None and len(info.shape) != 2:  # no table, and small
+        yield _read_bytes(info)
+        return
     rows = info.shape[0] if info.shape else 1
     step = max(1, min(_ROWS_PER_MAP * 8, CHUNK_BYTES * rows // max(1, info.nbytes)))
     for begin in range(0, rows if info.nbytes else 0, step):
