@@ -7,6 +7,7 @@ plain pickle that torch loads unguarded; here it is read as inert records.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     ITEM_BYTES,
     FlatCheckpoint,
     Piece,
-    Scalar,
     TensorInfo,
 )
 from dmt_convert.checkpoint.inert_objects import DCP_GLOBALS, Record, is_size
 from dmt_convert.checkpoint.safe_unpickler import read_pickle
+from dmt_convert.checkpoint.shards import check_files, check_tiling
 from dmt_convert.errors import CheckpointError
 
 _Location = tuple[str, int, int]
@@ -54,7 +55,7 @@ class DcpReader:
         with metadata_path.open("rb") as file:
             metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
         try:
-            tensors, scalars = _read_entries(folder, metadata)
+            tensors, unread = _read_entries(folder, metadata)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(
                 f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
@@ -62,38 +63,84 @@ class DcpReader:
                 hint="the file is damaged, or of a version that is not known yet; report it",
             ) from None
         files = tuple(sorted({piece.path for tensor in tensors for piece in tensor.pieces}))
-        _check_files(folder, tensors, files)
+        check_files(folder, tensors, expected="every .distcp file that .metadata names, whole")
         return FlatCheckpoint(
             source=folder,
             format=self.format,
             tensors=tensors,
             ordered=False,
             files=(*files, metadata_path),
-            scalars=scalars,
+            unread=unread,
         )
 
 
-def _read_entries(
-    folder: Path, metadata: object
-) -> tuple[tuple[TensorInfo, ...], dict[str, Scalar]]:
+class DcpPairReader:
+    """A folder of DCP directories that were saved apart: `model/`, and `optimizer/` beside it."""
+
+    format = "dcp-pair"
+
+    def can_read(self, path: Path) -> bool:
+        """Tell by the names."""
+        return (
+            path.is_dir()
+            and not (path / ".metadata").exists()
+            and (path / "model" / ".metadata").is_file()
+        )
+
+    def read(self, path: Path) -> FlatCheckpoint:
+        """Read the metadata of both; their folders become the outermost keys.
+
+        Raises:
+            CheckpointError: One of them is incomplete or damaged.
+        """
+        folders = [path / name for name in ("model", "optimizer")]
+        opened = [DcpReader().read(folder) for folder in folders if _is_saved(folder)]
+        return FlatCheckpoint(
+            source=path,
+            format=self.format,
+            tensors=tuple(
+                replace(tensor, container=(checkpoint.source.name, *tensor.container))
+                for checkpoint in opened
+                for tensor in checkpoint.tensors
+            ),
+            ordered=False,
+            files=tuple(file for checkpoint in opened for file in checkpoint.files),
+            scalars={
+                f"{checkpoint.source.name}.{key}": value
+                for checkpoint in opened
+                for key, value in checkpoint.scalars.items()
+            },
+            unread={
+                f"{checkpoint.source.name}.{key}": value
+                for checkpoint in opened
+                for key, value in checkpoint.unread.items()
+            },
+        )
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / ".metadata").is_file()
+
+
+def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
     if not isinstance(metadata, Record):
         raise TypeError("no Metadata record")
     entries = dict(metadata.get("state_dict_metadata"))
     locations = _read_locations(metadata.get("storage_data"))
     paths: Mapping[str, Any] = metadata.fields.get("planner_data") or {}
     tensors: list[TensorInfo] = []
-    scalars: dict[str, Scalar] = {}
+    unread: dict[str, str] = {}
     for fqn, entry in entries.items():
         keys = _keys(fqn, paths)
         if "chunks" not in entry.fields:
-            scalars[fqn] = "(bytes)"
+            unread[fqn] = "a pickled object"
             continue
         pieces = tuple(
             _piece(folder, fqn, _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes")), locations)
             for chunk in entry.get("chunks")
         )
         shape = _sizes(entry.get("size"))
-        _check_tiling(folder, fqn, shape, pieces)
+        check_tiling(folder, fqn, shape, pieces)
         tensors.append(
             TensorInfo(
                 name=keys[-1],
@@ -103,7 +150,7 @@ def _read_entries(
                 pieces=pieces,
             )
         )
-    return tuple(tensors), scalars
+    return tuple(tensors), unread
 
 
 def _read_locations(storage: Mapping[Any, Record]) -> dict[tuple[str, tuple[int, ...]], _Location]:
@@ -164,73 +211,3 @@ def _piece(
         sizes=sizes,
         encoding="torch-zip",
     )
-
-
-def _check_tiling(
-    folder: Path, fqn: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]
-) -> None:
-    """Refuse shards that leave a hole, overlap, or reach outside the tensor."""
-    covered = 0
-    for piece in pieces:
-        inside = all(
-            start + size <= whole
-            for start, size, whole in zip(piece.starts, piece.sizes, shape, strict=True)
-        )
-        if not inside:
-            raise ValueError(f"a shard of {fqn} at {piece.starts} reaches outside {shape}")
-        covered += _count(piece.sizes)
-    whole = covered == _count(shape)
-    overlap = whole and _any_overlap(pieces)
-    if not whole or overlap:
-        raise CheckpointError(
-            f"{folder}: the {len(pieces)} shards of {fqn} hold {covered} elements"
-            + (", some twice" if overlap else ""),
-            expected=f"shards that tile the shape {list(shape)} ({_count(shape)} elements)",
-            hint="the save did not finish, or files of two saves are mixed",
-        )
-
-
-def _any_overlap(pieces: tuple[Piece, ...]) -> bool:
-    """Tell whether two shards share an element; shards far apart in dim 0 are not compared."""
-    solid = sorted((p for p in pieces if _count(p.sizes)), key=lambda piece: piece.starts)
-    for i, piece in enumerate(solid):
-        for later in solid[i + 1 :]:
-            if piece.starts and later.starts[0] >= piece.starts[0] + piece.sizes[0]:
-                break
-            if _overlaps(piece, later):
-                return True
-    return False
-
-
-def _overlaps(a: Piece, b: Piece) -> bool:
-    return all(
-        sa < sb + nb and sb < sa + na
-        for sa, na, sb, nb in zip(a.starts, a.sizes, b.starts, b.sizes, strict=True)
-    )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _check_files(folder: Path, tensors: tuple[TensorInfo, ...], files: tuple[Path, ...]) -> None:
-    sizes = {path: path.stat().st_size if path.is_file() else None for path in files}
-    ends: dict[Path, int] = {}
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            ends[piece.path] = max(ends.get(piece.path, 0), piece.offset + piece.length)
-    details = [
-        f"{path.name}: " + ("missing" if size is None else f"{size} bytes, needs {ends[path]}")
-        for path, size in sizes.items()
-        if size is None or size < ends[path]
-    ]
-    if details:
-        raise CheckpointError(
-            f"{folder} lacks {len(details)} of its {len(files)} payload files",
-            expected="every .distcp file that .metadata names, whole",
-            hint="copy the directory again; every rank's files belong to it",
-            details=details,
-        )

@@ -134,6 +134,8 @@ class FlatCheckpoint:
     """All files that belong to the checkpoint."""
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     """Plain values stored beside the tensors (epoch, loss, ...), by dotted path."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Objects of other kinds that were left unread: what each is, by dotted path."""
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,26 @@ MAX_SIZE: Final = 1 << 62
 """Numbers from here on are no sizes, offsets or lengths of anything."""
 _MAX_COPY: Final = 64
 """Longest byte string that is decoded; only numbers are read from such strings."""
+
+
+_MAX_ARGS: Final = 16
+
+
+def call(function: object, args: tuple[object, ...]) -> object:
+    """Do what a pickle asks for by a call: a listed stand-in is called, all else is recorded.
+
+    Raises:
+        TypeError: A stand-in is called with more arguments than any trainer gives it.
+    """
+    if isinstance(function, UnknownGlobal):
+        return Record.of(function.name, args, {})
+    if function is Record:
+        return Record.of("", args, {})
+    if isinstance(function, FunctionType):
+        if len(args) > _MAX_ARGS:
+            raise TypeError(f"a call with {len(args)} arguments")
+        return function(*args)
+    return Record.of("?", args, {})  # what another call gave, or a plain value: not callable here
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +86,72 @@ class TensorRef:
         return 1 + sum((s - 1) * t for s, t in zip(self.shape, self.strides, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class UnknownGlobal:
+    """A class or function that a pickle names and that is not on the list: only its name."""
+
+    name: str
+
+
 class Record:
-    """An inert object: keeps the arguments and the state that a pickle gives it."""
+    """An inert object: keeps the arguments, the state and the items that a pickle gives it."""
 
     args: tuple[object, ...]
     fields: dict[str, Any]
+    origin: str
+    """The class or function that was named, empty for those on the list."""
+    items: list[Any] | InertDict | None
+    """What was appended to it, or set in it as in a dict."""
+    _built: bool
 
     def __new__(cls, *args: object, **kwargs: object) -> Record:
         """Keep the arguments; pickles make objects by __new__ alone as well as by a call."""
-        record = super().__new__(cls)
-        record.args = args
-        record.fields = dict(kwargs)
-        return record
+        return cls.of("", args, dict(kwargs))
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
+    @classmethod
+    def of(cls, origin: str, args: tuple[object, ...], fields: dict[str, Any]) -> Record:
+        """Make a record; nothing is copied, so that a pickle that repeats this gains nothing."""
+        record = super().__new__(cls)
+        record.args, record.fields, record.origin = args, fields, origin
+        record.items, record._built = None, False
+        return record
+
     def __setstate__(self, state: object) -> None:
+        if self._built or (self.fields and isinstance(state, dict)):
+            raise TypeError("an object whose state is set twice")
+        self._built = True
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            # how objects with __slots__ are pickled: (None or their dict, their slots)
+            state = state[1] if not state[0] else state[0]
         if isinstance(state, dict):
-            if self.fields:
-                raise TypeError("an object whose state is set twice")
             self.fields = state
-        else:
+        elif len(self.args) <= _MAX_ARGS:
             self.args = (*self.args, state)
+        else:
+            raise TypeError(f"an object of {len(self.args)} arguments")
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if self.items is None:
+            self.items = InertDict()
+        if not isinstance(self.items, InertDict):
+            raise TypeError("an object that is both a list and a dict")
+        self.items[key] = value
+
+    def append(self, value: object) -> None:
+        """Take an item of an object that is a list."""
+        if self.items is None:
+            self.items = []
+        if not isinstance(self.items, list):
+            raise TypeError("an object that is both a list and a dict")
+        self.items.append(value)
+
+    def extend(self, values: list[object]) -> None:
+        """Take several items."""
+        for value in values:
+            self.append(value)
 
     def get(self, name: str) -> Any:
         """Return a field; KeyError where the pickle did not set it."""
@@ -108,7 +172,8 @@ def check_key(key: object) -> None:
         TypeError: The key is a tuple that holds more than plain values.
     """
     if isinstance(key, tuple) and not all(
-        part is None or isinstance(part, str | int | float | bytes) for part in key
+        part is None or isinstance(part, str | int | float | bytes | Record | UnknownGlobal)
+        for part in key
     ):
         raise TypeError("a dict key is a nested tuple")
 
@@ -151,7 +216,9 @@ def _int_tuple(values: object) -> tuple[int, ...]:
 
 def _rebuild_tensor(
     storage: object, offset: int, size: object, stride: object, *_: object
-) -> TensorRef:
+) -> TensorRef | Record:
+    if isinstance(storage, Record):
+        return storage  # of a type that is not read
     if not isinstance(storage, StorageRef) or not is_size(offset):
         raise TypeError("a tensor without a storage")
     if storage.dtype is None:
@@ -168,7 +235,9 @@ def _rebuild_tensor_v3(
     _hooks: object,
     dtype: object,
     *_: object,
-) -> TensorRef:
+) -> TensorRef | Record:
+    if isinstance(dtype, UnknownGlobal):
+        return Record.of(dtype.name, (), {})
     if not isinstance(storage, StorageRef) or not is_size(offset):
         raise TypeError("a tensor without a storage")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -189,11 +258,14 @@ def _rebuild_parameter(data: object, *_: object) -> object:
     return data
 
 
-def _rebuild_from_type(build: object, _: object, args: object, *__: object) -> object:
+def _rebuild_from_type(build: object, kind: object, args: object, state: object = None) -> object:
+    if isinstance(build, UnknownGlobal):
+        # a subclass that holds its data in its state, as ShardedTensor and DTensor do
+        return Record.of(kind.name if isinstance(kind, UnknownGlobal) else "", (args, state), {})
     # a tensor with attributes of its own; they do not matter here
     if build not in (_rebuild_tensor, _rebuild_tensor_v3) or not isinstance(args, tuple):
         raise TypeError("a tensor that is built in an unknown way")
-    return build(*args)
+    return build(*args[:_MAX_ARGS])
 
 
 def _encode(text: str, encoding: str = "latin1") -> object:

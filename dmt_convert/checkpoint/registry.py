@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Protocol
 
-from dmt_convert.checkpoint.dcp_reader import DcpReader
+from dmt_convert.checkpoint.dcp_reader import DcpPairReader, DcpReader
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.indexed_reader import IndexedReader
 from dmt_convert.checkpoint.nvidia_reader import NvidiaReader
 from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
 from dmt_convert.checkpoint.torch_reader import TorchReader
+from dmt_convert.checkpoint.torchsnapshot_reader import TorchsnapshotReader
 from dmt_convert.errors import CheckpointError
 
 
@@ -29,8 +31,11 @@ class Reader(Protocol):
 
 
 READERS: Final[tuple[Reader, ...]] = (
+    IndexedReader(),
     SafetensorsReader(),
     DcpReader(),
+    DcpPairReader(),
+    TorchsnapshotReader(),
     NvidiaReader(),
     TorchReader(),
 )

@@ -19,6 +19,8 @@ from dmt_convert.checkpoint.inert_objects import (
     Record,
     StorageRef,
     StorageType,
+    UnknownGlobal,
+    call,
     check_key,
     is_size,
 )
@@ -77,22 +79,35 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: IO[bytes], allowed: Mapping[tuple[str, str], object]) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        allowed: Mapping[tuple[str, str], object],
+        unknown: dict[str, UnknownGlobal] | None,
+    ) -> None:
         super().__init__(_BoundedFile(file), encoding="utf-8")
         self._allowed = allowed
+        self._unknown = unknown
         self.stack: list[Any] = []
         self.storages: dict[str, StorageRef] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         key = ("builtins" if module == "__builtin__" else module, name)
-        if key not in self._allowed:
-            raise ForbiddenGlobalError(f"{module}.{name}")
-        return self._allowed[key]
+        if key in self._allowed:
+            return self._allowed[key]
+        full = f"{module}.{name}"
+        if self._unknown is None:
+            raise ForbiddenGlobalError(full)
+        return self._unknown.setdefault(full, UnknownGlobal(full))
 
-    def persistent_load(self, pid: Any) -> StorageRef:
+    def persistent_load(self, pid: Any) -> object:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # a class beside its source, as files before torch 1.6 hold modules
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise pickle.UnpicklingError("a persistent id that is not a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
+        if isinstance(kind, UnknownGlobal):
+            return Record.of(kind.name, (), {})
         if not isinstance(kind, StorageType) or not is_size(numel):
             raise pickle.UnpicklingError("a storage of unknown type")
         if len(pid) > 5 and pid[5] is not None:
@@ -109,6 +124,54 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(target, Record | InertDict):
             raise pickle.UnpicklingError(f"state for a {type(target).__name__}")
         target.__setstate__(state)
+
+    def load_reduce(self) -> None:
+        """Call a function, where it is a stand-in of ours."""
+        args = self.stack.pop()
+        if not isinstance(args, tuple):
+            raise pickle.UnpicklingError("a call without a tuple of arguments")
+        self.stack[-1] = call(self.stack[-1], args)
+
+    def load_newobj(self) -> None:
+        """Make an object of a class: the same as a call of it."""
+        self.load_reduce()
+
+    def load_newobj_ex(self) -> None:
+        """Make an object with keyword arguments, which are kept as its fields."""
+        fields = self.stack.pop()
+        self.load_reduce()
+        made = self.stack[-1]
+        if isinstance(made, Record) and isinstance(fields, dict) and not made.fields:
+            made.fields = fields
+
+    def load_inst(self) -> None:
+        """Make an object the way of protocol 0."""
+        module = self.readline()[:-1].decode("ascii")  # type: ignore[attr-defined]
+        name = self.readline()[:-1].decode("ascii")  # type: ignore[attr-defined]
+        args = tuple(self.pop_mark())  # type: ignore[attr-defined]
+        self.stack.append(call(self.find_class(module, name), args))
+
+    def load_obj(self) -> None:
+        """Make an object whose class lies behind the mark."""
+        args = self.pop_mark()  # type: ignore[attr-defined]
+        function = args.pop(0)
+        self.stack.append(call(function, tuple(args)))
+
+    def load_empty_set(self) -> None:
+        """Make a list for a set: nothing need be hashed."""
+        self.stack.append([])
+
+    def load_additems(self) -> None:
+        """Add what lies above the mark to a set."""
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        target = self.stack[-1]
+        if not isinstance(target, list | Record):
+            raise pickle.UnpicklingError(f"members for a {type(target).__name__}")
+        target.extend(items)
+
+    def load_frozenset(self) -> None:
+        """Make a list of what lies above the mark."""
+        self.stack.append(self.pop_mark())  # type: ignore[attr-defined]
 
     def load_setitem(self) -> None:
         """Set one item of a dict."""
@@ -135,9 +198,16 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict
-    # sets would hash what they hold, bytearrays allocate what they claim: no trainer has them
-    for _opcode in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8):
-        del dispatch[_opcode[0]]
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.INST[0]] = load_inst
+    dispatch[pickle.OBJ[0]] = load_obj
+    dispatch[pickle.EMPTY_SET[0]] = load_empty_set
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+    # bytearrays allocate what they claim: no trainer has them
+    del dispatch[pickle.BYTEARRAY8[0]]
 
 
 def read_pickle(
@@ -146,6 +216,7 @@ def read_pickle(
     source: Path,
     allowed: Mapping[tuple[str, str], object] = TENSOR_GLOBALS,
     storages: dict[str, StorageRef] | None = None,
+    unknown: dict[str, UnknownGlobal] | None = None,
 ) -> Any:
     """Unpickle one object, building inert data only.
 
@@ -154,15 +225,17 @@ def read_pickle(
         source: The file to name in errors.
         allowed: The globals that the pickle may name, and what stands for them.
         storages: Takes all storages that the pickle refers to, by key.
+        unknown: Takes all other globals that the pickle names; what is made of them are inert
+            `Record`s. Without it such a pickle is refused.
 
     Raises:
         CheckpointError: The pickle is damaged, or names a global that is not allowed.
     """
     try:
-        unpickler = _Unpickler(file, allowed)
+        unpickler = _Unpickler(file, allowed, unknown)
         value = unpickler.load()
     except ForbiddenGlobalError as error:
-        raise _refusal(source, str(error)) from None
+        raise refuse_global(source, str(error)) from None
     except _CORRUPT as error:
         raise CheckpointError(
             f"{source} holds a damaged pickle ({type(error).__name__}: {str(error)[:120]})",
@@ -195,7 +268,7 @@ _OTHER_TENSORS: Final = (
 """Beginnings of what names dtypes, storages and layouts that no flat model has."""
 
 
-def _refusal(source: Path, name: str) -> CheckpointError:
+def refuse_global(source: Path, name: str) -> CheckpointError:
     """Say why a global is not read, and what to do about the commonest ones."""
     if name.startswith(_SHARDED):
         return CheckpointError(

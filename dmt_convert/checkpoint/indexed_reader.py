@@ -1,0 +1,148 @@
+"""Folders as Hugging Face libraries write them: shards of whole tensors, and an index of names.
+
+`model.safetensors.index.json` beside `model-00001-of-00002.safetensors` and so on (or
+`pytorch_model.bin.index.json` beside `.bin` files of `torch.save`), or one `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Final
+
+from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Scalar, TensorInfo
+from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
+from dmt_convert.checkpoint.torch_reader import TorchReader
+from dmt_convert.errors import CheckpointError
+
+_INDEX: Final = ".index.json"
+_SHARD: Final = re.compile(r"-\d+-of-\d+\.(?:safetensors|bin)$")
+_SINGLE: Final = ("model.safetensors", "pytorch_model.bin")
+_MAX_INDEX_BYTES: Final = 1 << 28
+_MAX_LISTED: Final = 20
+
+
+class IndexedReader:
+    """A folder with an index of its shards, the index itself, or one of the shards."""
+
+    format = "indexed"
+
+    def can_read(self, path: Path) -> bool:
+        """Tell by the names."""
+        return bool(_indices(path)) or _single(path) is not None
+
+    def read(self, path: Path) -> FlatCheckpoint:
+        """Read the index and the headers of all shards.
+
+        Raises:
+            CheckpointError: A shard is missing or damaged, or holds other tensors than the index
+                says.
+        """
+        single = _single(path)
+        if single is not None:
+            reader = SafetensorsReader() if single.suffix == ".safetensors" else TorchReader()
+            return reader.read(single)
+        indices = _indices(path)
+        if len(indices) > 1:
+            raise CheckpointError(
+                f"{path} holds {len(indices)} indices of shards",
+                expected="one",
+                hint="name one of them: " + ", ".join(index.name for index in indices[:5]),
+            )
+        return _read_indexed(indices[0], self.format)
+
+
+def _indices(path: Path) -> list[Path]:
+    """Return the indices that a path means."""
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.name.endswith(_INDEX))
+        plain = [p for p in found if p.name == f"model.safetensors{_INDEX}"]
+        return plain or found
+    if path.name.endswith(_INDEX):
+        return [path]
+    match = _SHARD.search(path.name)
+    if match is None:
+        return []
+    suffix = path.suffix
+    return [
+        index
+        for index in (path.with_name(f"{path.name[: match.start()]}{suffix}{_INDEX}"),)
+        if index.is_file()
+    ]
+
+
+def _single(path: Path) -> Path | None:
+    """Return the one file of weights of a folder without an index."""
+    if not path.is_dir() or _indices(path):
+        return None
+    return next((path / name for name in _SINGLE if (path / name).is_file()), None)
+
+
+def _read_indexed(index: Path, format_name: str) -> FlatCheckpoint:
+    weight_map, scalars = _read_index(index)
+    shards = [index.with_name(name) for name in dict.fromkeys(weight_map.values())]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
+            "names",
+            expected="all of them beside it",
+            hint="copy the missing ones there",
+            details=missing[:_MAX_LISTED],
+        )
+    opened = [
+        (SafetensorsReader() if shard.suffix == ".safetensors" else TorchReader()).read(shard)
+        for shard in shards
+    ]
+    tensors = {
+        (checkpoint.source.name, tensor.path): tensor
+        for checkpoint in opened
+        for tensor in checkpoint.tensors
+    }
+    listed = {(file, name) for name, file in weight_map.items()}
+    wrong = [f"{file}: lacks {name}" for file, name in listed - tensors.keys()]
+    wrong += [f"{file}: holds {name}, unlisted" for file, name in tensors.keys() - listed]
+    if wrong:
+        raise CheckpointError(
+            f"{index} and its shards contradict each other in {len(wrong)} tensors",
+            expected="every shard to hold what the index says",
+            hint="files of two saves are mixed, or a download broke off; copy the folder again",
+            details=sorted(wrong)[:_MAX_LISTED],
+        )
+    ordered: list[TensorInfo] = [tensors[file, name] for name, file in weight_map.items()]
+    return FlatCheckpoint(
+        source=index.parent,
+        format=format_name,
+        tensors=tuple(ordered),
+        ordered=False,
+        files=(*shards, index),
+        scalars=scalars,
+    )
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Scalar]]:
+    """Return tensor -> file name, and the plain values of the index."""
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"{index.stat().st_size} bytes")
+        value = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = value["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError("no weight_map")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise ValueError(f"a shard outside the folder: {str(file)[:100]!r}")
+        metadata = value.get("metadata") or {}
+        scalars: dict[str, Scalar] = {
+            key: entry
+            for key, entry in dict(metadata).items()
+            if isinstance(entry, str | int | float | None)
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is no index of shards ({type(error).__name__}: {str(error)[:120]})",
+            expected='a JSON document with "weight_map": tensor -> file',
+            hint="the file is damaged; copy it again",
+        ) from None
+    return weight_map, scalars

@@ -1,0 +1,177 @@
+"""What a pickle holds, as inert objects: tensors, shards of tensors, modules, plain values.
+
+A module (`torch.save(model)`) is read as its `state_dict()` would list it: parameters, buffers,
+then the modules inside, each in order of construction. None of its code is known or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dmt_convert.checkpoint.flat_checkpoint import Scalar
+from dmt_convert.checkpoint.inert_objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
+from dmt_convert.checkpoint.sharded_tensor import ShardedRef, as_sharded
+from dmt_convert.errors import CheckpointError
+
+Keys = tuple[str, ...]
+
+_MAX_DEPTH: Final = 32
+_MAX_ITEMS: Final = 1_000_000
+_MAX_SCALARS: Final = 100_000
+_MAX_UNREAD: Final = 1000
+_MODULE_PARTS: Final = ("_parameters", "_buffers", "_modules")
+_SCRIPTED: Final = "__torch__."
+
+
+@dataclass(slots=True)
+class PickledContent:
+    """Everything of a pickle that is used, by the keys around it; the last key is the name."""
+
+    tensors: dict[Keys, TensorRef | ShardedRef] = field(default_factory=dict)
+    scalars: dict[str, Scalar] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def collect_content(content: object, path: Path) -> PickledContent:
+    """Walk through what was unpickled.
+
+    Args:
+        content: What `read_pickle` returned.
+        path: The file to name in errors.
+
+    Raises:
+        CheckpointError: It is nested too deeply or holds too many items.
+    """
+    found = PickledContent()
+    for keys, value in _walk(content, path):
+        if isinstance(value, TensorRef | ShardedRef):
+            found.tensors[keys] = value
+        elif isinstance(value, Record | UnknownGlobal):
+            if len(found.unread) < _MAX_UNREAD:
+                found.unread[".".join(keys)] = _describe(value)
+        elif len(found.scalars) < _MAX_SCALARS:
+            found.scalars[".".join(keys)] = value
+    return found
+
+
+_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal
+
+
+def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
+    """Yield all that is of use, in the order of the file."""
+    stack: list[tuple[Keys, object]] = [((), content)]
+    seen: set[int] = set()
+    count = 1
+    while stack:
+        keys, value = stack.pop()
+        if isinstance(value, Record) and not is_module(value):
+            sharded = as_sharded(value, ".".join(keys), path)
+            if sharded is not None:
+                yield keys, sharded
+                continue
+            if value.origin:
+                yield keys, value
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+        items = _items(keys, value)
+        if items is None:
+            if not (isinstance(value, int) and abs(value) >= MAX_SIZE) and isinstance(
+                value, TensorRef | str | int | float | UnknownGlobal | None
+            ):
+                yield keys, value
+            continue
+        count += len(items)
+        if len(keys) > _MAX_DEPTH or count > _MAX_ITEMS:
+            raise CheckpointError(
+                f"{path} nests dicts more than {_MAX_DEPTH} deep or holds over {_MAX_ITEMS} items",
+                expected="a state dict, or a dict that holds one",
+                hint="save only the weights: torch.save(model.state_dict(), 'weights.pt')",
+            )
+        stack.extend(reversed(items))
+
+
+def _items(keys: Keys, value: object) -> list[tuple[Keys, object]] | None:
+    """Return what is inside, with its keys; None where nothing can be."""
+    if isinstance(value, dict):
+        return [((*keys, _key_name(key)), item) for key, item in dict.items(value)]
+    if isinstance(value, list | tuple):
+        return [((*keys, str(index)), item) for index, item in enumerate(value)]
+    if isinstance(value, Record):
+        if is_module(value):
+            return list(_module_items(keys, value))
+        if len(keys) >= _MAX_DEPTH:  # an object may well hold itself
+            return []
+        return [*(_items(keys, value.fields) or []), *(_items(keys, value.items) or [])]
+    return None
+
+
+def is_module(value: Record) -> bool:
+    """Tell a pickled `torch.nn.Module`, or a scripted one, by what it keeps."""
+    return value.origin.startswith(_SCRIPTED) or all(
+        isinstance(value.fields.get(part), dict) for part in _MODULE_PARTS
+    )
+
+
+def _module_items(keys: Keys, module: Record) -> Iterator[tuple[Keys, object]]:
+    """Yield a module's tensors by their names in its state dict, and its plain attributes.
+
+    Names inside are one key, joined by dots, as a state dict has them.
+    """
+    stack = [("", 0, module)]
+    count = 0
+    while stack:
+        prefix, level, current = stack.pop()
+        inside = []
+        for name, value in _members(current):
+            count += 1
+            if level > _MAX_DEPTH or count > _MAX_ITEMS:
+                raise _too_deep()
+            if isinstance(value, Record) and is_module(value):
+                inside.append((f"{prefix}{name}.", level + 1, value))
+            else:
+                yield (*keys, prefix + name), value
+        stack.extend(reversed(inside))
+
+
+def _too_deep() -> CheckpointError:
+    return CheckpointError(
+        f"a module nests modules more than {_MAX_DEPTH} deep or holds over {_MAX_ITEMS} items",
+        expected="the modules of a model",
+        hint="save only the weights: torch.save(model.state_dict(), 'weights.pt')",
+    )
+
+
+def _members(module: Record) -> Iterator[tuple[str, object]]:
+    """Yield parameters, buffers, plain attributes and modules of one module."""
+    fields = module.fields
+    if module.origin.startswith(_SCRIPTED) and "_modules" not in fields:
+        for name, value in fields.items():
+            if isinstance(value, TensorRef | Record):
+                yield _key_name(name), value
+        return
+    passing = fields.get("_non_persistent_buffers_set")
+    skipped = passing if isinstance(passing, list) else []
+    for part in _MODULE_PARTS[:2]:
+        for name, value in dict.items(fields[part]):
+            if value is not None and not (part == "_buffers" and name in skipped):
+                yield _key_name(name), value
+    for name, value in fields.items():
+        if isinstance(value, str | int | float) and not str(name).startswith("_"):
+            yield _key_name(name), value
+    for name, value in dict.items(fields["_modules"]):
+        if value is not None:
+            yield _key_name(name), value
+
+
+def _key_name(key: object) -> str:
+    return str(key) if isinstance(key, str) or (type(key) is int and abs(key) < MAX_SIZE) else "?"
+
+
+def _describe(value: Record | UnknownGlobal) -> str:
+    if isinstance(value, UnknownGlobal):
+        return f"the name {value.name}"
+    return f"an object made by {value.origin}"
