@@ -33,6 +33,7 @@ _VERBS = {
     "writing": "Writing the bundle",
     "scoring": "Scoring",
     "checking": "Checking digests",
+    "unsharding": "Writing tensors",
 }
 
 

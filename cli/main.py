@@ -22,6 +22,7 @@ from . import (
     partition_command,
     plan_command,
     score_command,
+    unshard_command,
     verify_command,
 )
 from .console import drop_stdout
@@ -72,6 +73,7 @@ for _module in (
     evaluate_command,
     verify_command,
     export_command,
+    unshard_command,
 ):
     app.command(_module.NAME)(_module.run)
 app.command(finetune_command.NAME, context_settings=finetune_command.CONTEXT)(finetune_command.run)

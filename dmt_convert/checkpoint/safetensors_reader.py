@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,8 @@ DTYPE_NAMES: Final = {
     "BOOL": "bool",
 }
 _MAX_HEADER_BYTES: Final = 100_000_000
+DICTS_KEY: Final = "dmt.dicts"
+"""Key of the metadata under which `dmt unshard` lists the dicts that names begin with."""
 
 
 class SafetensorsReader:
@@ -64,7 +67,10 @@ class SafetensorsReader:
                 raise TypeError("the header is not an object")
             metadata = header.pop("__metadata__", None) or {}
             scalars: dict[str, Scalar] = {str(k): str(v) for k, v in dict(metadata).items()}
-            tensors = tuple(_tensor_info(path, 8 + length, *item) for item in header.items())
+            dicts = _read_dicts(str(scalars.pop(DICTS_KEY, "[]")))
+            tensors = tuple(
+                _put_back(_tensor_info(path, 8 + length, *item), dicts) for item in header.items()
+            )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(path, f"a header that cannot be read ({error})") from None
         _check_layout(path, 8 + length, size, tensors)
@@ -76,6 +82,22 @@ class SafetensorsReader:
             files=(path,),
             scalars=scalars,
         )
+
+
+def _read_dicts(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the dicts around tensors that are not the model's, by what names begin with."""
+    dicts = [tuple(str(key) for key in keys) for keys in json.loads(text)]
+    return {".".join(keys): keys for keys in dicts if keys}
+
+
+def _put_back(tensor: TensorInfo, dicts: dict[str, tuple[str, ...]]) -> TensorInfo:
+    """Put a tensor back into the dict that `dmt unshard` took it from."""
+    end = len(tensor.name)
+    while dicts and (end := tensor.name.rfind(".", 0, end)) > 0:
+        keys = dicts.get(tensor.name[:end])
+        if keys is not None:
+            return replace(tensor, name=tensor.name[end + 1 :], container=keys)
+    return tensor
 
 
 def _tensor_info(path: Path, base: int, name: str, entry: dict[str, object]) -> TensorInfo:

@@ -128,6 +128,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _load_yaml(text: str) -> Any:
     import yaml
 
+    if "<<" in text:  # a merge copies what it names, as often as it is named
+        raise ValueError("a merge key")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return yaml.load(text, Loader=loader)

@@ -23,6 +23,7 @@ OPTIONS = {
     "score": "--data --out --model-config --json --quiet",
     "evaluate": "--data --model-config --json --quiet",
     "verify": "--data --atol --rtol --checksums --model-config --json --quiet",
+    "unshard": "--out --only --force --json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
     "--rdzv-timeout --max-restarts --config --epochs --max-steps --batch-size --eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
@@ -38,6 +39,7 @@ ARGUMENTS = {
     "score": ["model"],
     "evaluate": ["model"],
     "verify": ["a", "b"],
+    "unshard": ["source"],
     "finetune": ["bundle"],
 }
 DMT = Path(sys.executable).with_name("dmt")
