@@ -146,7 +146,13 @@ def _read_records(path: Path, start: int, archive: zipfile.ZipFile) -> ZipArchiv
     if len(pickles) != 1:
         raise zipfile.BadZipFile(f"{len(pickles)} records data.pkl")
     root = pickles[0].filename.removesuffix("data.pkl")
-    compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+    # code of scripted modules is compressed; nothing of it is read
+    used = tuple(f"{root}{name}" for name in ("data.pkl", "data/", "byteorder"))
+    compressed = [
+        m.filename
+        for m in members
+        if m.compress_type != zipfile.ZIP_STORED and m.filename.startswith(used)
+    ]
     if compressed:
         raise zipfile.BadZipFile(f"record {compressed[0]} is compressed; torch stores them raw")
     # torch.serialization.set_crc32_options(False) writes zeros for every checksum

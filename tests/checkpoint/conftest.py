@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -80,3 +82,18 @@ def saves() -> dict[str, Save]:
 def state() -> StateDict:
     """See `tiny_state`."""
     return tiny_state()
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[str], ModuleType]:
+    """Load a module beside the tests, by name."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parent / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

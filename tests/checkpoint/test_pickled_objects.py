@@ -76,8 +76,8 @@ def test_a_pickled_module_is_its_state_dict(options, trainer, tmp_path):
 
 def test_modules_inside_dicts(trainer, tmp_path):
     model = trainer()
-    optimizer = torch.optim.Adagrad(model.parameters())
-    content = {"net": model, "epoch": 3, "optimizer": optimizer, "fn": os.path.join}
+    run = types.SimpleNamespace(best=model.scale, last=model.scale)
+    content = {"net": model, "epoch": 3, "run": run, "fn": os.path.join}
     torch.save(content, tmp_path / "model.pt")
     checkpoint = open_checkpoint(tmp_path / "model.pt")
     assert_state(checkpoint, model, "net.")
@@ -85,7 +85,8 @@ def test_modules_inside_dicts(trainer, tmp_path):
         ("net",)
     }
     assert checkpoint.scalars["epoch"] == 3
-    assert checkpoint.unread["optimizer"] == "an object made by torch.optim.adagrad.Adagrad"
+    assert checkpoint.unread["run"] == "an object made by types.SimpleNamespace"
+    assert values(checkpoint)["run.last"] == 2  # tensors that objects hold are found too
     assert checkpoint.unread["fn"] == "the name posixpath.join"
 
 

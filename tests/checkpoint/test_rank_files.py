@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,15 +14,9 @@ from dmt_convert.checkpoint import FlatCheckpoint, open_checkpoint, read_tensor
 from dmt_convert.errors import CheckpointError
 
 
-@pytest.fixture(scope="module")
-def ranks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "rank_save", Path(__file__).parent / "rank_save.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def ranks(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("rank_save")
 
 
 def whole(rows: int, cols: int, first: float = 0.0) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""Folders of several files: sharded safetensors with an index, DCP directories side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmt_convert.architectures import infer_model
+from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.errors import CheckpointError
+
+
+def split(state: dict[str, torch.Tensor], folder: Path, kind: str = "safetensors") -> Path:
+    """Write two shards and an index, as `save_pretrained` does."""
+    folder.mkdir(exist_ok=True)
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    weight_map = {}
+    for part, names in enumerate((list(state)[:3], list(state)[3:]), start=1):
+        shard = folder / f"{stem}-0000{part}-of-00002.{kind}"
+        tensors = {name: state[name] for name in names}
+        save_file(tensors, shard) if kind == "safetensors" else torch.save(tensors, shard)
+        weight_map.update(dict.fromkeys(names, shard.name))
+    index = {"metadata": {"total_size": 7}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def refuse(path: Path, match: str) -> CheckpointError:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        open_checkpoint(path)
+    assert caught.value.expected and caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_with_an_index(kind, state, tmp_path):
+    folder = split(state, tmp_path / "hf", kind)
+    for path in (folder, *folder.iterdir()):
+        checkpoint = open_checkpoint(path)
+        assert (checkpoint.format, checkpoint.ordered) == ("indexed", False)
+        assert len(checkpoint.files) == 3
+        assert checkpoint.scalars == {"total_size": 7}
+        assert {i.name: read_tensor(i).tolist() for i in checkpoint.tensors} == {
+            name: tensor.tolist() for name, tensor in state.items()
+        }
+    assert infer_model(checkpoint).spec.family == "facebook-dlrm"
+
+
+def test_a_folder_with_one_file(saves, state, tmp_path):
+    saves["safetensors"](state, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.format, checkpoint.source.name) == ("safetensors", "model.safetensors")
+    assert len(checkpoint.tensors) == len(state)
+
+
+def test_shards_and_index_must_fit(state, tmp_path):
+    folder = split(state, tmp_path / "hf")
+    index, (first, second) = folder / "model.safetensors.index.json", sorted(folder.glob("*of*"))
+    text = index.read_text()
+    moved = json.loads(text)
+    moved["weight_map"]["bot_l.0.bias"] = first.name
+    index.write_text(json.dumps(moved))
+    details = refuse(folder, "contradict each other in 2 tensors").details
+    assert f"{first.name}: lacks bot_l.0.bias" in details
+    for name in ("../a.safetensors", "", "/etc/passwd"):
+        moved["weight_map"]["bot_l.0.bias"] = name
+        index.write_text(json.dumps(moved))
+        refuse(folder, "a shard outside the folder")
+    for wrong in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[" * 99_999):
+        index.write_text(wrong)
+        refuse(index, "is no index of shards|is empty")
+    index.write_text(text)
+    second.unlink()
+    assert refuse(first, "lacks 1 of the 2 shards").details == (second.name,)
+
+
+def test_dcp_directories_side_by_side(saves, state, tmp_path):
+    out = tmp_path / "model.ckpt-3"
+    for name, content in (
+        ("model", state),
+        ("optimizer", {"state": {"w": {"sum": state["bot_l.0.weight"]}}}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        out.mkdir(exist_ok=True)
+        saves["dcp"](content, folder).rename(out / name)
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.format == "dcp-pair" and len(checkpoint.files) == 4
+    found = {info.path: info for info in checkpoint.tensors}
+    assert {*found} == {"optimizer.state.w.sum", *(f"model.{name}" for name in state)}
+    np.testing.assert_array_equal(
+        read_tensor(found["model.emb_l.2.weight"]), state["emb_l.2.weight"].numpy()
+    )
+    assert len(infer_model(checkpoint).tensors) == len(state)
+    assert open_checkpoint(out / "model").format == "dcp"
+    (out / "optimizer" / "__0_0.distcp").unlink()
+    refuse(out, "optimizer lacks 1 of its 1 payload files")
