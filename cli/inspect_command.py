@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dmt_convert.serving import ExportManifest
 
 NAME = "inspect"
+_LISTED = 20
+"""Objects that were not read, as far as a table lists them."""
 
 
 def run(
@@ -65,6 +67,7 @@ def _as_json(info: FlatModelInfo) -> dict[str, Any]:
         "optimizer_state": {name: tensor.path for name, tensor in info.row_state.items()},
         "accumulators": {name: tensor.path for name, tensor in info.accumulators.items()},
         "ignored": list(info.ignored),
+        "unread": dict(info.checkpoint.unread),
         "scalars": {key: _plain(value) for key, value in info.checkpoint.scalars.items()},
     }
 
@@ -90,6 +93,7 @@ def _tables(info: FlatModelInfo) -> list[Any]:
         ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
         ("accumulators", f"Adagrad's, which bundles keep, for {len(info.accumulators)} of these"),
         *(("not used", line) for line in info.ignored),
+        *(("not read", f"{path}: {what}") for path, what in [*checkpoint.unread.items()][:_LISTED]),
     ]
     facts = [[fact.subject, fact.value, fact.source, fact.reason] for fact in info.facts]
     features = []

@@ -163,6 +163,17 @@ def test_numpy_1_scalars(state, tmp_path):
         assert_same(info, state[info.name])
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_that_were_saved_on_a_gpu(legacy, state, tmp_path, monkeypatch):
+    # as on a machine with two of them: every storage is tagged with where it was
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
+    assert b"cuda:1" in path.read_bytes()
+    for info in open_checkpoint(path).tensors:
+        assert_same(info, state[info.name])
+
+
 @pytest.mark.slow
 def test_shards_of_two_ranks_are_joined(tmp_path):
     out, meet = tmp_path / "dcp", tmp_path / "meet"
