@@ -6,14 +6,14 @@ Letters: B batch, F features, N embedding dim, D tower output dim, T towers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, cast, get_args
 
 from dmt_convert.errors import ArchitectureError, PartitionError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Pooling = Literal["sum", "mean"]
-InteractionKind = Literal["dot", "cat", "dcn", "projection"]
+InteractionKind = Literal["dot", "cat", "dcn", "projection", "network"]
 PairOrder = Literal["tril", "triu"]
 
 DTYPE_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -60,7 +60,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpSpec:
-    """A stack of linear layers with ReLU between them."""
+    """A stack of linear layers with ReLU between them; without a layer, the identity."""
 
     widths: tuple[int, ...]
     """Input width, then the output width of each layer, in elements."""
@@ -68,10 +68,11 @@ class MlpSpec:
     """Whether the last layer is followed by a ReLU as well."""
 
     def __post_init__(self) -> None:
-        if len(self.widths) < 2 or min(self.widths) < 1:
+        layers = len(self.widths) > 1
+        if not self.widths or min(self.widths) < (1 if layers else 0):
             raise ArchitectureError(
                 f"an MLP with widths {list(self.widths)}",
-                expected="an input width and at least one layer, all positive",
+                expected="an input width, and the positive widths of its layers",
                 hint="check that the checkpoint was saved whole",
             )
 
@@ -79,6 +80,23 @@ class MlpSpec:
     def num_layers(self) -> int:
         """Number of linear layers."""
         return len(self.widths) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """Any torch module over the dense inputs and the pooled embeddings, as data.
+
+    It is built by a factory of `dmt_convert.towers.networks`, or by a user's adapter file.
+    """
+
+    name: str
+    """Name of the factory; `user` for an adapter's."""
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the factory is told: JSON-able, lists instead of tuples."""
+    file: str = ""
+    """Adapter only: the file's name."""
+    sha256: str = ""
+    """Adapter only: hex digest of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +108,8 @@ class InteractionSpec:
 
     kind: InteractionKind
     """dot: [dense, pairwise dots]; cat: all inputs side by side; dcn: low-rank cross network
-    over cat; projection: [dense, branch1 x branch2] over cat."""
+    over cat; projection: [dense, branch1 x branch2] over cat; network: a module of its own that
+    gives the logit."""
     self_pairs: bool = False
     """dot only: whether a vector is also paired with itself."""
     pair_order: PairOrder = "triu"
@@ -103,6 +122,11 @@ class InteractionSpec:
     """projection only: the MLP whose output is split into vectors of N."""
     branch2: MlpSpec | None = None
     """projection only: the MLP whose output is split into N vectors."""
+    network: NetworkSpec | None = None
+    """network only: the module."""
+
+    def __post_init__(self) -> None:
+        assert (self.network is not None) == (self.kind == "network")
 
     def output_width(self, dims: Sequence[int]) -> int:
         """Width of the interaction's output.
@@ -110,6 +134,8 @@ class InteractionSpec:
         Args:
             dims: Widths of the inputs, the dense vector first.
         """
+        if self.kind == "network":
+            return 1
         if self.kind == "dot":
             count = len(dims)
             pairs = count * (count + 1) // 2 if self.self_pairs else count * (count - 1) // 2
@@ -124,7 +150,11 @@ class InteractionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A flat model: sparse_arch (tables, features), dense_arch, interaction, over_arch."""
+    """A flat model: sparse_arch (tables, features), dense_arch, interaction, over_arch.
+
+    Where a network takes the place of the three, it is the interaction: dense_arch and over_arch
+    have no layers then, and let the dense inputs and the logit through (see `network_model`).
+    """
 
     family: str
     """Name of the trainer's family, such as `torchrec-dlrm`."""
@@ -212,7 +242,10 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
-        return asdict(self)
+        value = asdict(self)
+        if self.interaction.network is None:  # as versions wrote it that knew no networks
+            del value["interaction"]["network"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
@@ -221,6 +254,8 @@ class ModelSpec:
         for branch in ("branch1", "branch2"):
             if interaction.get(branch) is not None:
                 interaction[branch] = _mlp_from_json(interaction[branch])
+        if interaction.get("network") is not None:
+            interaction["network"] = NetworkSpec(**interaction["network"])
         return cls(
             family=value["family"],
             tables=tuple(TableSpec(**table) for table in value["tables"]),
@@ -230,6 +265,39 @@ class ModelSpec:
             over_arch=_mlp_from_json(value["over_arch"]),
             final_sigmoid=value["final_sigmoid"],
         )
+
+
+def network_model(
+    *,
+    family: str,
+    tables: Sequence[TableSpec],
+    features: Sequence[FeatureSpec],
+    num_dense: int,
+    network: NetworkSpec,
+    final_sigmoid: bool = False,
+) -> ModelSpec:
+    """Describe a model whose dense part is a network.
+
+    Args:
+        family: Name of the family.
+        tables: All tables.
+        features: All features, in the order in which the network takes them.
+        num_dense: Number of dense inputs; may be 0.
+        network: The dense part.
+        final_sigmoid: Whether the original model ends in a sigmoid.
+
+    Raises:
+        ArchitectureError: Tables and features do not fit together.
+    """
+    return ModelSpec(
+        family=family,
+        tables=tuple(tables),
+        features=tuple(features),
+        dense_arch=MlpSpec(widths=(num_dense,), final_relu=False),
+        interaction=InteractionSpec(kind="network", network=network),
+        over_arch=MlpSpec(widths=(1,), final_relu=False),
+        final_sigmoid=final_sigmoid,
+    )
 
 
 def _mlp_from_json(value: Mapping[str, Any]) -> MlpSpec:

@@ -96,7 +96,8 @@ def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
     problems = [f"unknown key {_show(key)}" for key in content if key not in known]
     checks = {
-        "interaction": get_args(InteractionKind),
+        # a network is known by its family or its adapter, never by this word alone
+        "interaction": tuple(k for k in get_args(InteractionKind) if k != "network"),
         "pair_order": get_args(PairOrder),
         "qr_operation": get_args(Combination),
     }

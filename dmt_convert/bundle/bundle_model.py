@@ -10,10 +10,9 @@ from dmt_convert.bundle.weights import SmallWeights
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import BundleError
 from dmt_convert.towers.dmt_model import DmtModel
+from dmt_convert.towers.flat_model import as_state, state_name
 from dmt_convert.towers.table_codes import RowCode
-from dmt_convert.towers.table_lookup import MappedTables, to_tensor
-
-_INNER = ("cross.", "branch1.", "branch2.")
+from dmt_convert.towers.table_lookup import MappedTables
 
 
 def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtModel:
@@ -39,13 +38,13 @@ def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtMode
         model = DmtModel(spec, tables)
     state = {}
     for name, info in bundle.dense.items():
-        key = f"interaction.{name}" if name.startswith(_INNER) else name
-        state[key] = read_tensor(info)
+        state[state_name(name)] = read_tensor(info)
     for t, tensors in enumerate(bundle.towers):
         for name, info in tensors.items():
             if name.startswith("tower_module."):
                 state[f"towers.{t}.{name}"] = read_tensor(info)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    own = model.state_dict()
+    expected = {name: tuple(value.shape) for name, value in own.items()}
     problems = [f"missing: {name}" for name in expected if name not in state]
     problems += [f"extra: {name}" for name in state if name not in expected]
     problems += [
@@ -60,9 +59,7 @@ def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtMode
             hint="copy it again, or convert the checkpoint again",
             details=problems,
         )
-    tensors_ = {
-        name: to_tensor(np.asarray(array, dtype=np.float32)) for name, array in state.items()
-    }
+    tensors_ = {name: as_state(array, own[name]) for name, array in state.items()}
     model.load_state_dict(tensors_, assign=True)
     return model.eval()
 

@@ -94,7 +94,8 @@ def weights_affinity(
 
     Raises:
         ArchitectureError: A tensor is missing or has another shape than the spec says.
-        PartitionError: The features differ in their number of rows, or there are none.
+        PartitionError: The features differ in their number of rows, or there are none; or the
+            dense part is a network, which does not tell.
     """
     _check_rows(pooled)
     if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
@@ -106,6 +107,12 @@ def weights_affinity(
             hint="sample the embeddings from the same model",
         )
     kind = spec.interaction.kind
+    if kind == "network":
+        raise PartitionError(
+            "--affinity weights for a model whose dense part is a network",
+            expected="an architecture whose weights tell what each pair of features is used for",
+            hint="use --affinity cosine, the default",
+        )
     if kind == "dot":
         use = _dot_use(spec, weights, pooled)
     elif kind == "dcn":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmt_convert.spec import InteractionSpec, MlpSpec
+from dmt_convert.spec import InteractionSpec, MlpSpec, NetworkSpec
 from dmt_convert.towers import DmtSpec, TowerModuleSpec
 
 BACKWARD: Final = 2.0
@@ -80,8 +80,19 @@ def _cross(width: int, rank: int, layers: int) -> DenseWork:
     )
 
 
+def _network(spec: NetworkSpec, dims: Sequence[int]) -> DenseWork:
+    """Count a network as if all of it were linear layers."""
+    from dmt_convert.towers.networks import build_network
+
+    network = build_network(spec, dims[1:], dims[0])
+    count = sum(value.numel() for value in network.parameters())
+    return DenseWork(flops=2.0 * count, parameters=count)
+
+
 def _interaction(spec: InteractionSpec, dims: Sequence[int]) -> DenseWork:
     width = sum(dims)
+    if spec.network is not None:
+        return _network(spec.network, dims)
     if spec.kind == "dot":
         return DenseWork(flops=2.0 * len(dims) ** 2 * dims[0], parameters=0)
     if spec.kind == "dcn":

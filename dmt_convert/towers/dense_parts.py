@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.spec import InteractionSpec, MlpSpec
+from dmt_convert.towers.networks import build_network
 
 
 class Mlp(nn.ModuleList):
@@ -103,6 +104,7 @@ class Interaction(nn.Module):
     def __init__(self, spec: InteractionSpec, dims: tuple[int, ...]) -> None:
         super().__init__()
         self.kind = spec.kind
+        self.dims = dims
         self.count = len(dims)
         self.dim = dims[0]
         if spec.kind == "dot":
@@ -112,6 +114,9 @@ class Interaction(nn.Module):
         elif spec.kind == "projection":
             assert spec.branch1 is not None and spec.branch2 is not None
             self.branch1, self.branch2 = Mlp(spec.branch1), Mlp(spec.branch2)
+        elif spec.kind == "network":
+            assert spec.network is not None
+            self.network = build_network(spec.network, dims[1:], dims[0])
 
     def forward(self, dense_BN: Tensor, sparse_BM: Tensor, passed_BN: Tensor) -> Tensor:
         """Let the inputs interact.
@@ -123,8 +128,12 @@ class Interaction(nn.Module):
                 interaction; the same as dense_BN in a flat model.
 
         Returns:
-            What over_arch takes, shape (B, width).
+            What over_arch takes, shape (B, width); a network's logit, shape (B, 1).
         """
+        if self.kind == "network":
+            vectors = torch.split(sparse_BM, list(self.dims[1:]), dim=1)
+            logit_B: Tensor = self.network(dense_BN, vectors)
+            return logit_B.unsqueeze(1)
         x_BM = torch.cat((dense_BN, sparse_BM), dim=1)
         if self.kind == "cat":
             return x_BM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from dmt_convert.architectures import FlatModelInfo
 from dmt_convert.checkpoint import check_finite, read_tensor
 from dmt_convert.data import Batch
+from dmt_convert.errors import ArchitectureError
 from dmt_convert.spec import ModelSpec
 from dmt_convert.towers.dense_parts import Interaction, Mlp
 from dmt_convert.towers.table_lookup import MappedTables, TrainableTables, to_tensor
 
 Stages = Iterator[tuple[str, Tensor]]
+_INNER: Final = ("cross.", "branch1.", "branch2.", "network.")
+"""Canonical names that belong to the interaction."""
 
 
 class FlatModel(nn.Module):
@@ -71,6 +75,8 @@ class FlatModel(nn.Module):
 
 def over_arch_stages(over_arch: Mlp, x: Tensor) -> Stages:
     """Yield the pre-activations of every over_arch layer; the last one is the logit."""
+    if not len(over_arch):  # a network gives the logit itself
+        yield "logit", x.squeeze(1)
     for i, layer in enumerate(over_arch):
         x = layer(x)
         last = i == len(over_arch) - 1
@@ -98,25 +104,67 @@ def load_dense(
     arrays: Mapping[str, np.ndarray],
     origins: Mapping[str, str] | None = None,
 ) -> None:
-    """Give a model's dense parts their weights, as float32.
+    """Give a model's dense parts their weights, as float32 (integer buffers as they are).
 
     Args:
         model: The model, dense parts on the meta device or in memory.
-        arrays: Canonical name -> array. `cross.*` and `branch*` belong to the interaction.
+        arrays: Canonical name -> array.
         origins: Canonical name -> what the checkpoint calls it, for errors.
 
     Raises:
         CheckpointError: An array holds NaN or Inf.
+        ArchitectureError: They are not the tensors of the model's network.
     """
-    state = {}
+    own, state = model.state_dict(), {}
     for name, array in arrays.items():
         check_finite(array, (origins or {}).get(name, name))
-        inner = name.startswith(("cross.", "branch1.", "branch2."))
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-        state[f"interaction.{name}" if inner else name] = tensor
+        state[state_name(name)] = as_state(array, own.get(state_name(name)))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise AssertionError(f"buffer {name} on the meta device")
+    _check_network(own, state)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tables = [name for name in missing if not name.startswith(("tables.", "towers."))]
     assert not tables and not unexpected, (tables, unexpected)
+
+
+def state_name(canonical: str) -> str:
+    """Name of a dense tensor in a model's state dict."""
+    return f"interaction.{canonical}" if canonical.startswith(_INNER) else canonical
+
+
+def as_state(array: np.ndarray, like: Tensor | None) -> Tensor:
+    """Make a tensor of an array, of the type that the model computes with.
+
+    Args:
+        array: Numbers.
+        like: The model's own tensor; float32 where it has none.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return tensor if like is None else tensor.reshape(array.shape).to(like.dtype)
+
+
+def _check_network(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not a network's; those of other models are checked by their family.
+
+    Raises:
+        ArchitectureError: A tensor is missing, unknown, or has another shape.
+    """
+    mine = {name for name in (*own, *state) if name.startswith("interaction.network.")}
+    details = []
+    for name in sorted(mine):
+        shown = name.removeprefix("interaction.network.")
+        if name not in state:
+            details.append(f"missing: {shown} {list(own[name].shape)}")
+        elif name not in own:
+            details.append(f"extra: {shown} {list(state[name].shape)}")
+        elif own[name].shape != state[name].shape:
+            wrong, right = list(state[name].shape), list(own[name].shape)
+            details.append(f"wrong shape: {shown} {wrong}, expected {right}")
+    if details:
+        raise ArchitectureError(
+            f"the checkpoint does not hold the network's tensors: {len(details)} do not fit",
+            expected="exactly the tensors of the network's state dict",
+            hint="check that the checkpoint was saved whole, by the model that is described",
+            details=details,
+        )

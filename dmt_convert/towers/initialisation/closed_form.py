@@ -11,7 +11,7 @@ from torch import nn
 from dmt_convert.sampling import Sample
 from dmt_convert.towers.dmt_model import DmtModel
 from dmt_convert.towers.dmt_spec import DmtSpec
-from dmt_convert.towers.flat_model import FlatModel
+from dmt_convert.towers.flat_model import FlatModel, state_name
 from dmt_convert.towers.initialisation.dcn_conversion import start_dcn
 from dmt_convert.towers.initialisation.dot_conversion import start_dot
 from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
@@ -102,8 +102,7 @@ def _load(model: DmtModel, start: Start) -> None:
         for name, value in module.items()
     }
     for name, value in start.dense.items():
-        inner = name.startswith(("cross.", "branch1.", "branch2."))
-        state[f"interaction.{name}" if inner else name] = value
+        state[state_name(name)] = value
     own = model.state_dict()
     for name, value in state.items():
         own[name].copy_(to_tensor(np.ascontiguousarray(value, dtype=np.float32)))

@@ -34,7 +34,7 @@ class FlatTrace:
     pooled: FloatArray
     """Pooled embeddings in feature order, shape (n, M)."""
     pre_activation: FloatArray
-    """First over_arch layer before its ReLU, shape (n, H)."""
+    """First over_arch layer before its ReLU, shape (n, H); a network's logit, shape (n, 1)."""
     pooled_gradient: FloatArray
     """Gradient of the logit by the pooled embeddings, shape (n, M)."""
     interaction_gradient: Array
@@ -55,7 +55,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
     """
     rows = sample.batch.num_rows
     out_dense = np.empty((rows, model.spec.input_dims[0]), dtype=np.float32)
-    out_pre = np.empty((rows, model.spec.over_arch.widths[1]), dtype=np.float32)
+    out_pre = np.empty((rows, model.spec.over_arch.widths[:2][-1]), dtype=np.float32)
     out_gradient = np.empty_like(sample.pooled)
     squares: Array | float = 0.0
     for begin in range(0, rows, _BATCH):
@@ -64,7 +64,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
         with torch.enable_grad():
             dense = model.dense_arch(to_tensor(sample.batch.dense[chosen]))
             interacted = model.interaction(dense, pooled, dense)
-            pre = model.over_arch[0](interacted)
+            pre = model.over_arch[0](interacted) if len(model.over_arch) else interacted
             logits = model.over_arch(interacted).sum()
             by_pooled, by_interacted = torch.autograd.grad(logits, (pooled, interacted))
         out_dense[chosen] = dense.detach().numpy()
