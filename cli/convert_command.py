@@ -63,7 +63,7 @@ def run(
             "--tower-module",
             help="auto is the architecture's own; passthrough computes exactly what the flat "
             "model computes.",
-            metavar="auto|passthrough|dlrm|dcn",
+            metavar="auto|passthrough|dlrm|dcn|linear",
         ),
     ] = "auto",
     c: Annotated[int | None, typer.Option("--c", help="Vectors emitted per feature.")] = None,
@@ -172,7 +172,7 @@ def run(
     _show_conversion(output, source, conversion)
 
 
-_MODULES = ("auto", "passthrough", "dlrm", "dcn")
+_MODULES = ("auto", "passthrough", "dlrm", "dcn", "linear")
 _DTYPES = ("fp32", "fp16", "bf16")
 _STATES = ("keep", "drop")
 
@@ -245,8 +245,8 @@ def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
         return "passthrough (exact)"
     dims = [str(other.dim) for other in modules]
     width = dims[0] if len(set(dims)) == 1 else "/".join(dims)
-    if module.kind == "dcn":
-        return f"dcn, D={width}"
+    if module.kind in ("dcn", "linear"):
+        return f"{module.kind}, D={width}"
     return f"dlrm, c={module.c}, p={module.p}, D={width}"
 
 

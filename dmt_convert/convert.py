@@ -41,8 +41,8 @@ from dmt_convert.sampling import Sample, draw_sample
 from dmt_convert.towers import (
     DmtSpec,
     TowerModuleSpec,
-    TowerSpec,
     alternative_modules,
+    converted_spec,
     module_spec,
 )
 
@@ -143,15 +143,13 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
         sizes = partition_features(info.spec, round_robin).assignment.towers
     towers = sizes if partition is None else partition.assignment.towers
     module = _module(info, config, len(towers))
-    dims = dict(zip(info.spec.feature_names, info.spec.feature_dims, strict=True))
-    emitted = sum(module.width([dims[name] for name in tower]) for tower in towers)
     return Preview(
         info=info,
         out=out,
         module=module,
         alternatives=_alternatives(info, config, module, len(towers)),
         num_towers=len(towers),
-        compression=sum(info.spec.feature_dims) / emitted,
+        compression=converted_spec(info.spec, towers, module).compression,
         table_bytes=size,
         accumulator_bytes=summed,
         partition=partition,
@@ -182,7 +180,8 @@ def convert_checkpoint(
     progress("partitioning", 0, 0)
     partition = partition_sample(info, sample, _strategy(config, preview))
     specs = [
-        _dmt_spec(info, partition, module) for module in (preview.module, *preview.alternatives)
+        converted_spec(info.spec, partition.assignment.towers, module)
+        for module in (preview.module, *preview.alternatives)
     ]
     # that the cluster holds the tables is known before anything is written
     plan = _plan(info, specs[0], partition, config.cluster)
@@ -220,6 +219,8 @@ def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfi
     Raises:
         PartitionError: The request cannot be met.
     """
+    if info.spec.interaction.network is not None and config.affinity == "weights":
+        config = replace(config, affinity="cosine")  # a network does not tell, see `affinity`
     affinity = measure_affinity(info, sample, config.affinity)
     return partition_features(info.spec, config, affinity)
 
@@ -274,15 +275,6 @@ def _alternatives(
     )
 
 
-def _dmt_spec(info: FlatModelInfo, partition: Partition, module: TowerModuleSpec) -> DmtSpec:
-    return DmtSpec(
-        flat=info.spec,
-        towers=tuple(
-            TowerSpec(features=features, module=module) for features in partition.assignment.towers
-        ),
-    )
-
-
 def _plan(
     info: FlatModelInfo, spec: DmtSpec, partition: Partition, cluster: Cluster | None
 ) -> TowerPlan:
@@ -328,7 +320,7 @@ def _start(
         specs[0],
         sample,
         alternatives=specs[1:],
-        allot=config.compression is not None,
+        allot=config.compression is not None or specs[0].kind == "linear",
         distill_steps=config.distill_steps,
         stored_as=config.dtype,
         seed=config.seed,

@@ -21,7 +21,7 @@ class ConvertConfig:
     own_strategy: bool = True
     """Whether the strategy is the user's; else it is `diverse` where towers may combine features,
     since those that the model pairs strongly are then better kept apart."""
-    tower_module: Literal["auto", "passthrough", "dlrm", "dcn"] = "auto"
+    tower_module: Literal["auto", "passthrough", "dlrm", "dcn", "linear"] = "auto"
     """Kind of tower module."""
     c: int | None = None
     """Vectors per feature."""

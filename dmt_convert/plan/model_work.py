@@ -51,7 +51,10 @@ class ModelWork:
 def count_work(model: DmtSpec) -> ModelWork:
     """Count FLOPs and parameters; of a passthrough model they are the flat model's."""
     over = _interaction(model.interaction, model.interaction_dims) + _mlp(model.over_arch)
-    if not model.is_passthrough and model.flat.interaction.kind == "dot":
+    if model.kind == "linear":  # the receiver undoes every tower's map
+        for tower, dims in zip(model.towers, model.dims_by_tower, strict=True):
+            over += _linear(tower.module.dim, sum(dims))
+    if not model.keeps_network and model.flat.interaction.kind == "dot":
         over += _linear(model.flat.input_dims[0], model.dense_dim)
     return ModelWork(
         dense_arch=_mlp(model.flat.dense_arch),
@@ -82,10 +85,9 @@ def _cross(width: int, rank: int, layers: int) -> DenseWork:
 
 def _network(spec: NetworkSpec, dims: Sequence[int]) -> DenseWork:
     """Count a network as if all of it were linear layers."""
-    from dmt_convert.towers.networks import build_network
+    from dmt_convert.towers.networks import network_size
 
-    network = build_network(spec, dims[1:], dims[0])
-    count = sum(value.numel() for value in network.parameters())
+    count = network_size(spec, tuple(dims[1:]), dims[0])
     return DenseWork(flops=2.0 * count, parameters=count)
 
 
@@ -110,6 +112,8 @@ def _tower(module: TowerModuleSpec, dims: Sequence[int]) -> DenseWork:
     width, out = sum(dims), module.dim
     if module.kind == "passthrough":
         return NO_WORK
+    if module.kind == "linear":
+        return DenseWork(flops=2.0 * width * out, parameters=width * out)
     if module.kind == "dcn":
         rank = min(module.cross_rank, width)
         return _cross(width, rank, module.cross_layers) + _linear(width, len(dims) * out)

@@ -109,6 +109,8 @@ def _module(module: TowerModuleSpec) -> str:
     if module.kind == "dcn":
         layers = plural(module.cross_layers, "cross layer")
         return f"dcn, D={module.dim}, {layers} of rank {module.cross_rank}"
+    if module.kind == "linear":
+        return f"linear, D={module.dim}"
     return "passthrough (identity)"
 
 

@@ -12,7 +12,11 @@ from dmt_convert.towers.dmt_spec import (
     TowerModuleSpec,
     TowerSpec,
 )
-from dmt_convert.towers.module_choice import alternative_modules, module_spec
+from dmt_convert.towers.module_choice import (
+    alternative_modules,
+    converted_spec,
+    module_spec,
+)
 
 if TYPE_CHECKING:
     from dmt_convert.towers.dmt_model import DmtModel, Tower
@@ -40,6 +44,7 @@ __all__ = [
     "TowerSpec",
     "TrainableTables",
     "alternative_modules",
+    "converted_spec",
     "load_dense",
     "module_spec",
     "open_flat_model",

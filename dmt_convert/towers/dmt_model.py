@@ -44,6 +44,26 @@ class Tower(nn.Module):
         return emitted
 
 
+class Restore(nn.ModuleList):
+    """Per tower, a linear map from what it emitted back to its embeddings: D_t to M_t.
+
+    Args:
+        spec: The converted model, of linear tower modules.
+    """
+
+    def __init__(self, spec: DmtSpec) -> None:
+        self.widths = list(spec.tower_widths)
+        super().__init__(
+            nn.Linear(tower.module.dim, sum(dims))
+            for tower, dims in zip(spec.towers, spec.dims_by_tower, strict=True)
+        )
+
+    def forward(self, emitted_BO: Tensor) -> Tensor:
+        """Map (B, sum D_t) to (B, M), towers side by side."""
+        parts = torch.split(emitted_BO, self.widths, dim=1)
+        return torch.cat([layer(x) for layer, x in zip(self, parts, strict=True)], dim=1)
+
+
 class DmtModel(nn.Module):
     """dense_arch, towers, interaction over what the towers emit, over_arch: one logit per row.
 
@@ -65,6 +85,7 @@ class DmtModel(nn.Module):
         self.dense_projection = (
             nn.Linear(dense, spec.dense_dim) if spec.dense_dim != dense else None
         )
+        self.restore = Restore(spec) if spec.kind == "linear" else None
         self.interaction = Interaction(spec.interaction, spec.interaction_dims)
         self.over_arch = Mlp(spec.over_arch)
         self.register_buffer("arrange", _arrangement(spec), persistent=False)
@@ -103,12 +124,14 @@ class DmtModel(nn.Module):
     def interact(self, dense_BN: Tensor, emitted_BO: Tensor) -> Tensor:
         """Return what over_arch takes, shape (B, width).
 
-        A passthrough model first brings the embeddings back into the flat order, so that every
-        sum is taken in the order in which the flat model takes it. Vectors for dot products are
-        filled up to one width.
+        Where the network is the flat model's, the embeddings are first restored and brought back
+        into the flat order, so that every sum is taken in the order in which the flat model takes
+        it. Vectors for dot products are filled up to one width.
         """
+        if self.restore is not None:
+            emitted_BO = self.restore(emitted_BO)
         if self.arrange.numel():
-            if not self.spec.is_passthrough:
+            if not self.spec.keeps_network:
                 emitted_BO = nn.functional.pad(emitted_BO, (0, 1))
             emitted_BO = emitted_BO[:, self.arrange]
         part = dense_BN if self.dense_projection is None else self.dense_projection(dense_BN)
@@ -152,11 +175,11 @@ def _columns(spec: DmtSpec) -> list[Tensor]:
 
 
 def _arrangement(spec: DmtSpec) -> Tensor:
-    """Column of the towers' joint output for every column that the interaction takes.
+    """Column of the towers' joint (restored) output for every column that the interaction takes.
 
     Empty where they are the same. The column behind the last one holds zeros.
     """
-    if spec.is_passthrough:
+    if spec.keeps_network:
         return torch.argsort(torch.cat(_columns(spec)))
     dims = spec.emitted_dims
     if spec.interaction.kind != "dot" or len(set(dims)) == 1:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from dmt_convert.errors import BundleError, ConfigError
 from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
 
-TowerModuleKind = Literal["passthrough", "dlrm", "dcn"]
+TowerModuleKind = Literal["passthrough", "dlrm", "dcn", "linear"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +20,14 @@ class TowerModuleSpec:
     """What stands between a tower's lookup and the network."""
 
     kind: TowerModuleKind
-    """passthrough: identity; dlrm: two linear maps; dcn: a cross network, then a linear map."""
+    """passthrough: identity; dlrm: two linear maps; dcn: a cross network, then a linear map;
+    linear: one linear map, which the receiver undoes as well as it can."""
     c: int = 0
     """dlrm: vectors emitted per feature."""
     p: int = 0
     """dlrm: vectors emitted per tower beside those."""
     dim: int = 0
-    """Output dim D of every emitted vector; 0 for passthrough."""
+    """Output dim D of every emitted vector; 0 for passthrough; linear: all that the tower emits."""
     cross_layers: int = 0
     """dcn: layers of the tower's own cross network."""
     cross_rank: int = 0
@@ -49,6 +50,8 @@ class TowerModuleSpec:
 
     def num_vectors(self, num_features: int) -> int:
         """K_t: vectors that a tower of that many features emits (not for passthrough)."""
+        if self.kind == "linear":
+            return 1
         return self.c * num_features + self.p if self.kind == "dlrm" else num_features
 
     def width(self, dims: Sequence[int]) -> int:
@@ -107,6 +110,11 @@ class DmtSpec:
         """Whether the model computes exactly what the flat one does."""
         return self.kind == "passthrough"
 
+    @property
+    def keeps_network(self) -> bool:
+        """Whether all that stands behind the towers is the flat model's, fed in its order."""
+        return self.kind in ("passthrough", "linear")
+
     def tower_dims(self, tower: int) -> tuple[int, ...]:
         """Embedding dims of a tower's features."""
         return self.dims_by_tower[tower]
@@ -132,7 +140,7 @@ class DmtSpec:
     def dense_dim(self) -> int:
         """Width at which the dense vector takes part in the interaction."""
         dense = self.flat.input_dims[0]
-        if self.is_passthrough or self.flat.interaction.kind != "dot":
+        if self.keeps_network or self.flat.interaction.kind != "dot":
             return dense
         return max(tower.module.dim for tower in self.towers)
 
@@ -152,7 +160,7 @@ class DmtSpec:
         Vectors that are paired by dot products have one width: narrower ones are filled up with
         zeros where they arrive, so that no zero crosses the network.
         """
-        if self.is_passthrough:
+        if self.keeps_network:
             return self.flat.input_dims
         if self.flat.interaction.kind == "dot":
             return (self.dense_dim,) * (1 + len(self.emitted_dims))
@@ -162,7 +170,7 @@ class DmtSpec:
     def interaction(self) -> InteractionSpec:
         """The converted interaction."""
         flat = self.flat.interaction
-        if self.is_passthrough or flat.kind != "projection":
+        if self.keeps_network or flat.kind != "projection":
             return flat
         assert flat.branch1 is not None and flat.branch2 is not None
         width = sum(self.interaction_dims)
@@ -176,7 +184,7 @@ class DmtSpec:
     def over_arch(self) -> MlpSpec:
         """The converted over_arch: only its input width may differ from the flat one's."""
         flat = self.flat
-        if self.is_passthrough or flat.interaction.kind == "projection":
+        if self.keeps_network or flat.interaction.kind == "projection":
             return flat.over_arch
         dims = self.interaction_dims
         width = self.interaction.output_width(dims) + flat.input_dims[0] - dims[0]

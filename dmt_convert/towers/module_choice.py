@@ -6,11 +6,13 @@ Letters: F features, N embedding dim, T towers, K_t vectors that a tower emits, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Literal
 
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers.dmt_spec import TowerModuleSpec
+from dmt_convert.towers.dmt_spec import DmtSpec, TowerModuleSpec, TowerSpec
 
 _MAX_FEATURES: Final = 128
 """Features up to which alternatives are tried: each costs one more closed form."""
@@ -18,7 +20,7 @@ _MAX_FEATURES: Final = 128
 
 def module_spec(
     spec: ModelSpec,
-    kind: Literal["auto", "passthrough", "dlrm", "dcn"],
+    kind: Literal["auto", "passthrough", "dlrm", "dcn", "linear"],
     *,
     num_towers: int,
     c: int | None = None,
@@ -28,8 +30,8 @@ def module_spec(
 ) -> TowerModuleSpec:
     """Choose a tower module.
 
-    `auto` is the architecture's own: dcn for DCNv2, dlrm for all others; with nothing else said
-    c = 1, p = 0, D = N / 2 (compression 2), or 1 where that is less.
+    `auto` is the architecture's own: dcn for DCNv2, linear for networks, dlrm for all others; with
+    nothing else said c = 1, p = 0, D = N / 2 (compression 2), or 1 where that is less.
 
     Args:
         spec: The flat model.
@@ -43,7 +45,7 @@ def module_spec(
     Raises:
         ConfigError: The options contradict each other or cannot be had.
     """
-    own = "dcn" if spec.interaction.kind == "dcn" else "dlrm"
+    own = {"dcn": "dcn", "network": "linear"}.get(spec.interaction.kind, "dlrm")
     chosen = own if kind == "auto" else kind
     if chosen == "passthrough":
         if any(value is not None for value in (c, p, dim, compression)):
@@ -53,12 +55,14 @@ def module_spec(
                 hint="leave these options out, or choose --tower-module auto",
             )
         return TowerModuleSpec(kind="passthrough")
-    if (chosen == "dcn") != (spec.interaction.kind == "dcn"):
+    if chosen not in (own, "linear"):
         raise ConfigError(
             f"--tower-module {chosen} for a model with {spec.interaction.kind} interaction",
-            expected=f"--tower-module {own} (or passthrough)",
+            expected=" or ".join(dict.fromkeys((f"--tower-module {own}", "linear", "passthrough"))),
             hint="leave --tower-module at auto",
         )
+    if chosen == "linear":
+        return _linear_module(spec, num_towers, c=c, p=p, dim=dim, compression=compression)
     if chosen == "dcn" and (c not in (None, 1) or p not in (None, 0)):
         raise ConfigError(
             f"a dcn tower module with c={c}, p={p}",
@@ -81,6 +85,62 @@ def module_spec(
         rank = min(spec.interaction.cross_rank, max(spec.feature_dims))
         return TowerModuleSpec(kind="dcn", dim=dim, cross_layers=1, cross_rank=rank)
     return TowerModuleSpec(kind="dlrm", c=per_feature, p=per_tower, dim=dim)
+
+
+def _linear_module(
+    spec: ModelSpec,
+    num_towers: int,
+    *,
+    c: int | None,
+    p: int | None,
+    dim: int | None,
+    compression: float | None,
+) -> TowerModuleSpec:
+    """Choose the elements that a tower emits on average; compression 1 is passthrough."""
+    if c is not None or p is not None or (dim is not None and compression is not None):
+        raise ConfigError(
+            "a linear tower module with --c or --p, or with both --dim and --compression",
+            expected="--dim D, the elements that a tower emits, or --compression",
+            hint="2 is the default compression",
+        )
+    if compression == 1:
+        return TowerModuleSpec(kind="passthrough")
+    if dim is None:
+        ratio = 2.0 if compression is None else compression
+        dim = int(sum(spec.feature_dims) / (num_towers * ratio) + 1e-9) if ratio > 1 else 0
+        dim = max(dim, 1) if compression is None else dim
+    if dim < 1:
+        raise ConfigError(
+            f"--compression {compression or 0:g} for {num_towers} towers that hold "
+            f"{sum(spec.feature_dims)} elements",
+            expected=f"between 1 and {sum(spec.feature_dims) / num_towers:g}",
+            hint="2 is the default; 4 and 8 trade quality for bytes",
+        )
+    return TowerModuleSpec(kind="linear", dim=dim)
+
+
+def converted_spec(
+    flat: ModelSpec, towers: Sequence[tuple[str, ...]], module: TowerModuleSpec
+) -> DmtSpec:
+    """Put a module over every tower; a linear one emits in proportion to what its tower holds.
+
+    Args:
+        flat: The flat model.
+        towers: Features of every tower.
+        module: What `module_spec` chose; a linear one's D is the mean over the towers.
+    """
+    modules = [module] * len(towers)
+    if module.kind == "linear":
+        dims = dict(zip(flat.feature_names, flat.feature_dims, strict=True))
+        widths = [sum(dims[name] for name in features) for features in towers]
+        share = module.dim * len(widths) / sum(widths)
+        modules = [
+            replace(module, dim=min(width, max(1, int(width * share + 1e-9)))) for width in widths
+        ]
+    pairs = zip(towers, modules, strict=True)
+    return DmtSpec(
+        flat=flat, towers=tuple(TowerSpec(features=names, module=own) for names, own in pairs)
+    )
 
 
 def _dim_for(spec: ModelSpec, num_towers: int, c: int, p: int, compression: float) -> int:

@@ -89,6 +89,13 @@ class DcnTowerModule(nn.Module):
         return nn.functional.linear(self.cross(pooled_BM), self.weight, self.bias)
 
 
+class LinearTowerModule(nn.Linear):
+    """One linear map of the whole tower, M to D, without a bias: the receiver adds one."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__(width, dim, bias=False)
+
+
 def build_tower_module(spec: TowerModuleSpec, dims: Sequence[int]) -> nn.Module:
     """Build the module of one tower, randomly initialised as `nn.Linear` is.
 
@@ -98,6 +105,8 @@ def build_tower_module(spec: TowerModuleSpec, dims: Sequence[int]) -> nn.Module:
     """
     if spec.kind == "passthrough":
         return Passthrough()
+    if spec.kind == "linear":
+        return LinearTowerModule(sum(dims), spec.dim)
     if spec.kind == "dlrm":
         return DlrmTowerModule(spec, dims)
     return DcnTowerModule(spec, dims)

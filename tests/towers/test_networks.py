@@ -16,7 +16,13 @@ from dmt_convert.spec import (
     network_model,
 )
 from dmt_convert.towers import FlatModel, TowerModuleSpec, load_dense, networks
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.towers.initialisation import (
+    allot_dims,
+    distill,
+    initialise,
+    restored_start,
+    trace_flat,
+)
 
 DIMS = (3, 8, 1, 5)
 
@@ -110,3 +116,83 @@ def test_loading_keeps_types_and_names_what_does_not_fit(make):
 def test_an_unknown_network_is_refused():
     with pytest.raises(ConfigError, match="no-such"):
         FlatModel(_spec(name="no-such"))
+
+
+def _linear(dim):
+    return TowerModuleSpec(kind="linear", dim=dim)
+
+
+def _r2(model, flat, sample):
+    dense, pooled = torch.from_numpy(sample.batch.dense), torch.from_numpy(sample.pooled)
+    with torch.no_grad():
+        expected = flat.forward_pooled(dense, pooled)
+        error = model.forward_pooled(dense, pooled) - expected
+    return 1 - float(error.square().sum() / (expected - expected.mean()).square().sum())
+
+
+def _low_rank(make, spec, rank):
+    """A flat model whose network feels `rank` directions of every tower's embeddings."""
+    flat = make.flat(spec)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        hidden = flat.interaction.network.hidden.weight
+        hidden[:, 4:] = torch.randn(len(hidden), rank) @ torch.randn(rank, sum(DIMS))
+    return flat
+
+
+def test_linear_towers_keep_the_directions_that_the_network_reads(make):
+    """Each of 2 towers of 17 elements is read through 2 directions: D = 2 loses nothing much."""
+    spec = _spec()
+    flat = _low_rank(make, spec, 2)
+    sample, held = make.sample(flat, 1200), make.sample(flat, 400, seed=1)
+    for dim, least in ((2, 0.99), (1, 0.3)):
+        towers = make.towers(spec, 2, _linear(dim))
+        model, notes = initialise(flat, towers, sample, method="closed-form")
+        agreement = _r2(model, flat, held)
+        assert least < agreement < 1, notes
+        random, _ = initialise(flat, towers, sample, method="random")
+        assert _r2(random, flat, held) < agreement - 0.2
+    for name, value in flat.interaction.state_dict().items():
+        assert torch.equal(model.interaction.state_dict()[name], value)
+
+
+def test_a_linear_tower_of_full_width_is_exact(make):
+    spec = _spec()
+    flat = make.flat(spec)
+    towers = make.towers(spec, 1, _linear(sum(DIMS)))
+    model, _ = initialise(flat, towers, make.sample(flat, 100), method="closed-form")
+    batch = make.batch(spec, 33)
+    assert torch.allclose(model(batch), flat(batch), rtol=0, atol=1e-6)  # one product by 1
+
+
+def test_directions_are_allotted_to_the_towers_that_need_them(make):
+    spec = _spec()
+    flat = make.flat(spec)
+    with torch.no_grad():  # of tower 1 (f1, f3) the network reads one direction alone
+        hidden = flat.interaction.network.hidden.weight
+        for columns in (slice(7, 15), slice(16, 21)):
+            hidden[:, columns] = 0.0
+        hidden[:, 7] = 1.0
+    sample = make.sample(flat, 600)
+    allotted = allot_dims(trace_flat(flat, sample), make.towers(spec, 2, _linear(2)))
+    assert [tower.module.dim for tower in allotted.towers] == [3, 1]
+
+
+def test_wide_towers_are_solved_in_blocks(make, monkeypatch):
+    spec = _spec()
+    flat = _low_rank(make, spec, 2)
+    sample = make.sample(flat, 1200)
+    monkeypatch.setattr(restored_start, "_MAX_WIDTH", 5)
+    model, _ = initialise(flat, make.towers(spec, 1, _linear(8)), sample, method="closed-form")
+    assert _r2(model, flat, make.sample(flat, 400, seed=1)) > 0.98
+
+
+def test_distillation_leaves_the_network_alone(make):
+    spec = _spec()
+    flat = make.flat(spec)
+    sample, held = make.sample(flat, 1200), make.sample(flat, 400, seed=1)
+    model, _ = initialise(flat, make.towers(spec, 2, _linear(3)), sample, method="closed-form")
+    better, _ = distill(flat, model, sample, steps=200)
+    assert _r2(better, flat, held) > _r2(model, flat, held)
+    for name, value in flat.interaction.state_dict().items():
+        assert torch.equal(better.interaction.state_dict()[name], value)

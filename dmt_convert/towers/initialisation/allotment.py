@@ -21,6 +21,7 @@ from dmt_convert.towers.initialisation.dot_start import second_moments, shared_p
 from dmt_convert.towers.initialisation.flat_trace import FlatTrace
 from dmt_convert.towers.initialisation.linear_conversion import first_layers
 from dmt_convert.towers.initialisation.linear_start import output_losses
+from dmt_convert.towers.initialisation.restored_start import allot_restored
 
 Array = npt.NDArray[np.float64]
 Loss = Callable[[Sequence[int]], float]
@@ -30,8 +31,8 @@ _MAX_ELEMENTS: Final = 1 << 24
 def allot_dims(trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
     """Give every tower its own D, emitting no more than `spec` does.
 
-    Only where every vector stands for one feature (c >= 1, p = 0, or dcn): combinations of
-    features compete for the same dims in ways that no closed form weighs.
+    Of modules that combine features only the linear one: combinations of features compete for the
+    same dims in ways that no closed form weighs where the network behind changes as well.
 
     Args:
         trace: What the flat model computes on sampled rows.
@@ -43,6 +44,8 @@ def allot_dims(trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
     module = spec.towers[0].module
     if spec.is_passthrough or len(spec.towers) == 1 or module.p:
         return spec
+    if spec.kind == "linear":
+        return allot_restored(trace, spec)
     loss = _tower_loss(trace, spec)
     dims = [tower.module.dim for tower in spec.towers]
     if loss is None:

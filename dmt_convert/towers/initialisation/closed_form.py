@@ -16,6 +16,7 @@ from dmt_convert.towers.initialisation.dcn_conversion import start_dcn
 from dmt_convert.towers.initialisation.dot_conversion import start_dot
 from dmt_convert.towers.initialisation.flat_trace import FlatTrace, trace_flat
 from dmt_convert.towers.initialisation.linear_conversion import start_linear
+from dmt_convert.towers.initialisation.restored_start import start_restored
 from dmt_convert.towers.initialisation.ridge import refit_linear
 from dmt_convert.towers.initialisation.start import Start
 from dmt_convert.towers.table_lookup import to_tensor
@@ -62,10 +63,13 @@ def initialise(
     assert sample is not None
     with torch.no_grad():
         trace = trace_flat(flat, sample) if trace is None else trace
-        start = _start(trace, spec)
+        if spec.keeps_network:
+            start = start_restored(flat, sample, trace, spec)
+        else:
+            start = _start(trace, spec)
         _load(model, start)
         notes = start.notes
-        if spec.flat.interaction.kind == "dot":
+        if spec.flat.interaction.kind == "dot" and not spec.keeps_network:
             notes = (*notes, _refit_over_arch(model, trace, start))
     return model, notes
 
@@ -82,7 +86,7 @@ def _start(trace: FlatTrace, spec: DmtSpec) -> Start:
 def _copy_unchanged(flat: FlatModel, model: DmtModel) -> None:
     """Copy every weight that the converted model has in the same shape and meaning."""
     source = flat.state_dict()
-    changed = set() if model.spec.is_passthrough else _changed_layers(model.spec)
+    changed = set() if model.spec.keeps_network else _changed_layers(model.spec)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name in source and not name.startswith(tuple(changed)):

@@ -19,6 +19,7 @@ from dmt_convert.spec import MlpSpec
 from dmt_convert.towers.dmt_model import DmtModel
 from dmt_convert.towers.dmt_spec import DmtSpec
 from dmt_convert.towers.flat_model import FlatModel
+from dmt_convert.towers.networks import network_size
 from dmt_convert.towers.table_lookup import to_tensor
 
 _BATCH: Final = 512
@@ -54,6 +55,8 @@ def _elements(spec: DmtSpec) -> int:
     interaction = spec.interaction
     if interaction.kind == "dot":
         elements += len(dims) * sum(dims)
+    if interaction.network is not None:
+        elements += network_size(interaction.network, flat.feature_dims, flat.num_dense)
     elements += 2 * interaction.cross_layers * interaction.cross_rank * sum(dims)
     for branch in (interaction.branch1, interaction.branch2):
         elements += 0 if branch is None else _mlp_size(branch)
@@ -73,7 +76,7 @@ def distill(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[DmtModel, str]:
-    """Train tower modules, interaction and over_arch against the flat model's logits.
+    """Train tower modules and what changed behind them against the flat model's logits.
 
     The mean squared error of logits on a fifth of the rows, never trained on, decides: the best
     state is kept, training stops once it has not improved for 1,000 steps, and where nothing
@@ -146,6 +149,7 @@ def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]
     """Copy the weights but not the table lookups, which stay shared.
 
     Tables and dense_arch are the flat model's and stay so: they lose nothing by the conversion.
+    So does a network that linear tower modules restore its inputs for.
 
     Returns:
         The copy, and what of it is to be trained, by name.
@@ -153,13 +157,17 @@ def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]
     lookups = [tower.tables for tower in model.tower_list]
     student = DmtModel(model.spec, lookups)
     student.load_state_dict(model.state_dict())
-    student.dense_arch.requires_grad_(False)
-    parameters = student.named_parameters(remove_duplicate=False)
-    return student, {
-        name: value
-        for name, value in parameters
-        if ".tables." not in name and not name.startswith("dense_arch.")
-    }
+    student.eval()  # a network may hold dropout or batch norm: the teacher is in eval mode too
+    kept: tuple[str, ...] = ("dense_arch.",)
+    if model.spec.keeps_network:
+        kept = (*kept, "interaction.", "over_arch.")
+    trained = {}
+    for name, value in student.named_parameters(remove_duplicate=False):
+        if ".tables." not in name:
+            value.requires_grad_(not name.startswith(kept))
+            if value.requires_grad:
+                trained[name] = value
+    return student, trained
 
 
 def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:

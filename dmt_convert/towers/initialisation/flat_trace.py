@@ -37,6 +37,8 @@ class FlatTrace:
     """First over_arch layer before its ReLU, shape (n, H); a network's logit, shape (n, 1)."""
     pooled_gradient: FloatArray
     """Gradient of the logit by the pooled embeddings, shape (n, M)."""
+    logits: FloatArray
+    """The logits, shape (n,)."""
     interaction_gradient: Array
     """Mean square gradient of the logit by every input of over_arch, shape (width,)."""
 
@@ -57,6 +59,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
     out_dense = np.empty((rows, model.spec.input_dims[0]), dtype=np.float32)
     out_pre = np.empty((rows, model.spec.over_arch.widths[:2][-1]), dtype=np.float32)
     out_gradient = np.empty_like(sample.pooled)
+    out_logits = np.empty(rows, dtype=np.float32)
     squares: Array | float = 0.0
     for begin in range(0, rows, _BATCH):
         chosen = slice(begin, begin + _BATCH)
@@ -65,8 +68,9 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
             dense = model.dense_arch(to_tensor(sample.batch.dense[chosen]))
             interacted = model.interaction(dense, pooled, dense)
             pre = model.over_arch[0](interacted) if len(model.over_arch) else interacted
-            logits = model.over_arch(interacted).sum()
-            by_pooled, by_interacted = torch.autograd.grad(logits, (pooled, interacted))
+            logits = model.over_arch(interacted).squeeze(1)
+            by_pooled, by_interacted = torch.autograd.grad(logits.sum(), (pooled, interacted))
+        out_logits[chosen] = logits.detach().numpy()
         out_dense[chosen] = dense.detach().numpy()
         out_pre[chosen] = pre.detach().numpy()
         out_gradient[chosen] = by_pooled.numpy()
@@ -78,6 +82,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
         pooled=sample.pooled,
         pre_activation=out_pre,
         pooled_gradient=out_gradient,
+        logits=out_logits,
         interaction_gradient=np.asarray(squares, dtype=np.float64) / max(1, rows),
     )
 

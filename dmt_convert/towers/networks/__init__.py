@@ -8,6 +8,7 @@ sigmoid, shape (B,). Its tensors' canonical names are `network.` and their names
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -16,11 +17,19 @@ from torch import nn
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import NetworkSpec
 
+__all__ = ["NETWORKS", "Factory", "build_network", "network_size"]
+
 Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
 """Builds a network of its config, the embedding dims N_f of the features, and D."""
 
 NETWORKS: Final[Mapping[str, Factory]] = {}
 """All built-in networks, by name."""
+
+
+@cache
+def network_size(spec: NetworkSpec, dims: tuple[int, ...], num_dense: int) -> int:
+    """Count the parameters of a network; arguments as of `build_network`."""
+    return sum(value.numel() for value in build_network(spec, dims, num_dense).parameters())
 
 
 def build_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.Module:
