@@ -20,6 +20,7 @@ from .console import (
     table,
 )
 from .partition_options import (
+    AdapterOption,
     AffinityOption,
     ApartOption,
     CalibrationOption,
@@ -29,6 +30,7 @@ from .partition_options import (
     TogetherOption,
     TowersOption,
     make_partition_config,
+    read_model_options,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def run(
         ),
     ] = "keep",
     model_config: ModelConfigOption = None,
+    adapter: AdapterOption = None,
     seed: SeedOption = 0,
     dry_run: Annotated[
         bool,
@@ -159,7 +162,7 @@ def run(
         cluster=_cluster(hosts, ranks_per_host, hbm_gib, towers),
         dtype=None if dtype is None else _choice("--dtype", dtype, _DTYPES),  # type: ignore[arg-type]
         optimizer_state=_choice("--optimizer-state", optimizer_state, _STATES),  # type: ignore[arg-type]
-        model_config=_read_config(model_config),
+        model_config=read_model_options(model_config, adapter),
         seed=seed,
         force=force,
     )
@@ -185,12 +188,6 @@ def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
             f"{option} {value}", expected="one of " + ", ".join(allowed), hint="choose one of these"
         )
     return value
-
-
-def _read_config(path: Path | None) -> Any:
-    from dmt_convert.architectures import read_model_config
-
-    return None if path is None else read_model_config(path)
 
 
 def _cluster(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import JsonOption, QuietOption, grid, make_output, number
-from .partition_options import ModelConfigOption
+from .partition_options import AdapterOption, ModelConfigOption, read_model_options
 
 NAME = "evaluate"
 
@@ -18,6 +18,7 @@ def run(
     model: Annotated[Path, typer.Argument(help="Flat checkpoint, bundle or export.")],
     data: Annotated[Path, typer.Option("--data", help="Data set with labels.")],
     model_config: ModelConfigOption = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -25,12 +26,11 @@ def run(
 
     Example: `dmt evaluate ckpt.pt --data clicks/test.npz`
     """
-    from dmt_convert.architectures import read_model_config
     from dmt_convert.evaluate import evaluate_model
     from dmt_convert.scoring import open_model
 
     output = make_output(json_=json_, quiet=quiet)
-    config = None if model_config is None else read_model_config(model_config)
+    config = read_model_options(model_config, adapter)
     opened = open_model(model, config)
     with output.progress() as progress:
         found = evaluate_model(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_output, table
+from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
@@ -108,6 +109,7 @@ def run(
             help="Compare all tables with their digests. [where they have up to 4 GiB in all]",
         ),
     ] = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -121,6 +123,7 @@ def run(
     from dmt_convert.export import ExportConfig, export_bundle
 
     output = make_output(json_=json_, quiet=quiet)
+    read_model_options(None, adapter)
     opened = open_bundle(bundle)
     form, forms = _forms(pooling_input or ())
     config = ExportConfig(

@@ -13,6 +13,7 @@ import typer
 from dmt_convert.errors import DmtError
 
 from .console import JsonOption, Output, QuietOption, make_output
+from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
     from dmt_convert.finetune.launch import Launched
@@ -154,6 +155,7 @@ def run(
     timeout: Annotated[
         float | None, _rank_option("Seconds that ranks wait for each other. [600]")
     ] = None,
+    model: AdapterOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a bundle and checkpoints that are there.")
     ] = False,
@@ -169,6 +171,7 @@ def run(
 
     Example: `dmt finetune ckpt-dmt16 --data clicks --nproc 8`
     """
+    from dmt_convert.adapter import USER, find_adapter
     from dmt_convert.bundle import open_bundle
     from dmt_convert.finetune.launch import (
         LaunchConfig,
@@ -200,7 +203,11 @@ def run(
         else:
             print(show_command(command))
         return
-    open_bundle(bundle)  # headers only: what is no bundle is refused at once
+    # headers only: what is no bundle, or not to be had without --model, is refused at once
+    network = open_bundle(bundle).manifest.model.flat.interaction.network
+    read_model_options(None, model)
+    if network is not None and network.name == USER:
+        find_adapter(network)
     done = launch(launching, arguments, capture=json_)
     _raise_failure(done, output)
     if json_:

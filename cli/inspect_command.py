@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_output, table
+from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
     from dmt_convert.architectures import FlatModelInfo
     from dmt_convert.bundle import Bundle
     from dmt_convert.serving import ExportManifest
+    from dmt_convert.spec import ModelSpec
 
 NAME = "inspect"
 _LISTED = 20
@@ -25,6 +27,7 @@ def run(
     model_config: Annotated[
         Path | None, typer.Option(help="YAML that says what the checkpoint does not.")
     ] = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -34,7 +37,7 @@ def run(
 
     Example: `dmt inspect model.pt`
     """
-    from dmt_convert.architectures import infer_model, read_model_config
+    from dmt_convert.architectures import infer_model
     from dmt_convert.bundle import is_bundle, open_bundle
     from dmt_convert.checkpoint import open_checkpoint
     from dmt_convert.serving import is_export, read_export_manifest
@@ -46,7 +49,7 @@ def run(
     if is_export(source):
         _show_export(output, source, read_export_manifest(source))
         return
-    config = None if model_config is None else read_model_config(model_config)
+    config = read_model_options(model_config, adapter)
     info = infer_model(open_checkpoint(source), config)
     output.result(_as_json(info), *_tables(info))
 
@@ -78,6 +81,20 @@ def _plain(value: object) -> object:
     return value if finite else str(value)
 
 
+def _dense_part(spec: ModelSpec) -> list[tuple[str, str]]:
+    network = spec.interaction.network
+    if network is not None:
+        return [
+            ("dense inputs", str(spec.num_dense)),
+            ("dense part", f"network {network.file or network.name}"),
+        ]
+    return [
+        ("dense_arch", " -> ".join(map(str, spec.dense_arch.widths))),
+        ("interaction", spec.interaction.kind),
+        ("over_arch", " -> ".join(map(str, spec.over_arch.widths))),
+    ]
+
+
 def _tables(info: FlatModelInfo) -> list[Any]:
     spec, checkpoint = info.spec, info.checkpoint
     rows = [
@@ -86,9 +103,7 @@ def _tables(info: FlatModelInfo) -> list[Any]:
             f"{checkpoint.source} ({checkpoint.format}, {len(checkpoint.files)} files, "
             f"{human_bytes(checkpoint.nbytes)})",
         ),
-        ("dense_arch", " -> ".join(map(str, spec.dense_arch.widths))),
-        ("interaction", spec.interaction.kind),
-        ("over_arch", " -> ".join(map(str, spec.over_arch.widths))),
+        *_dense_part(spec),
         ("tables", f"{len(spec.tables)}, {human_bytes(sum(t.nbytes for t in spec.tables))}"),
         ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
         ("accumulators", f"Adagrad's, which bundles keep, for {len(info.accumulators)} of these"),

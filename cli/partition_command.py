@@ -14,6 +14,7 @@ import typer
 
 from .console import JsonOption, QuietOption, human_bytes, make_output, number, table
 from .partition_options import (
+    AdapterOption,
     AffinityOption,
     ApartOption,
     CalibrationOption,
@@ -24,6 +25,7 @@ from .partition_options import (
     TogetherOption,
     TowersOption,
     make_partition_config,
+    read_model_options,
 )
 
 NAME = "partition"
@@ -39,6 +41,7 @@ def run(
     group: GroupOption = None,
     calibration: CalibrationOption = None,
     model_config: ModelConfigOption = None,
+    adapter: AdapterOption = None,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the towers to this JSON file.")
@@ -54,7 +57,7 @@ def run(
 
     Example: `dmt partition ckpt.pt --towers 4 --out towers.json --plot towers.png`
     """
-    from dmt_convert.architectures import infer_model, read_model_config
+    from dmt_convert.architectures import infer_model
     from dmt_convert.checkpoint import open_checkpoint
     from dmt_convert.convert import partition_sample
     from dmt_convert.partition import plot_partition
@@ -71,7 +74,7 @@ def run(
         group=group,
         seed=seed,
     )
-    config = None if model_config is None else read_model_config(model_config)
+    config = read_model_options(model_config, adapter)
     info = infer_model(open_checkpoint(source), config)
     with output.progress() as progress:
         progress("sampling", 0, 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from dmt_convert.architectures import ModelConfig
     from dmt_convert.partition import PartitionConfig
 
 TowersOption = Annotated[
@@ -54,6 +56,33 @@ ModelConfigOption = Annotated[
     Path | None,
     typer.Option("--model-config", help="YAML that says what the checkpoint does not."),
 ]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="Python file that describes a model of your own (docs/adapters.md); it is run.",
+        metavar="FILE.py",
+    ),
+]
+
+
+def read_model_options(model_config: Path | None, adapter: Path | None) -> ModelConfig | None:
+    """Read what the user says of a model.
+
+    Args:
+        model_config: Value of `--model-config`.
+        adapter: Value of `--model`.
+
+    Raises:
+        ConfigError: One of them cannot be read, or is wrong.
+    """
+    from dmt_convert.adapter import load_adapter
+    from dmt_convert.architectures import ModelConfig, read_model_config
+
+    config = None if model_config is None else read_model_config(model_config)
+    if adapter is None:
+        return config
+    return replace(config or ModelConfig(), adapter=load_adapter(adapter))
 
 
 def make_partition_config(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import JsonOption, QuietOption, grid, human_bytes, make_output, table
+from .partition_options import AdapterOption, read_model_options
 from .prediction_options import (
     DEFAULT_IDS,
     AssumeOption,
@@ -58,6 +59,7 @@ def run(
     comm_dtype: CommDtypeOption = None,
     ids_per_bag: IdsPerBagOption = None,
     assume: AssumeOption = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -87,6 +89,7 @@ def run(
             "--assume": assume,
         },
     )
+    read_model_options(None, adapter)
     opened = open_bundle(bundle)
     cluster = make_cluster(
         hosts=hosts,

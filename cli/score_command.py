@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import JsonOption, QuietOption, grid, make_output
-from .partition_options import ModelConfigOption
+from .partition_options import AdapterOption, ModelConfigOption, read_model_options
 
 NAME = "score"
 
@@ -19,6 +19,7 @@ def run(
     data: Annotated[Path, typer.Option("--data", help="Data set, or a probe npz.")],
     out: Annotated[Path, typer.Option("--out", help="npz to write, with the array `logits`.")],
     model_config: ModelConfigOption = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -26,12 +27,11 @@ def run(
 
     Example: `dmt score ckpt-dmt16 --data clicks/test.npz --out scores.npz`
     """
-    from dmt_convert.architectures import read_model_config
     from dmt_convert.evaluate import score_to_file
     from dmt_convert.scoring import open_model
 
     output = make_output(json_=json_, quiet=quiet)
-    config = None if model_config is None else read_model_config(model_config)
+    config = read_model_options(model_config, adapter)
     opened = open_model(model, config)
     with output.progress() as progress:
         report = score_to_file(

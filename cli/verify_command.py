@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, Output, QuietOption, grid, make_output, table
-from .partition_options import ModelConfigOption
+from .partition_options import AdapterOption, ModelConfigOption, read_model_options
 
 if TYPE_CHECKING:
     from dmt_convert.scoring import ScoredModel
@@ -38,6 +38,7 @@ def run(
         ),
     ] = False,
     model_config: ModelConfigOption = None,
+    adapter: AdapterOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -47,14 +48,13 @@ def run(
 
     Example: `dmt verify ckpt.pt ckpt-dmt16 --data clicks/test.npz`
     """
-    from dmt_convert.architectures import read_model_config
     from dmt_convert.bundle import check_digests
     from dmt_convert.scoring import open_model
     from dmt_convert.serving import check_export_digests, is_export
     from dmt_convert.verify import DEFAULT_ATOL, DEFAULT_RTOL, verify_models
 
     output = make_output(json_=json_, quiet=quiet)
-    config = None if model_config is None else read_model_config(model_config)
+    config = read_model_options(model_config, adapter)
     models = (open_model(a, config), open_model(b, config))
     with output.progress() as progress:
         for model in models if checksums else ():

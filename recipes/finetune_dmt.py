@@ -52,6 +52,7 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     from dmt_convert.finetune.finetuned_bundle import check_out
 
     # 1. What there is: the bundle, the rows, a place to write to
+    ui.load_model_file(options)
     bundle = open_bundle(options.bundle)
     check_out(bundle, options.out, force=options.force)
     data = open_training_data(options.data, options.valid)
@@ -96,6 +97,7 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
 
     # 1. What there is: the ranks, the bundle and its plan, the rows
     layout = read_layout(options.backend)
+    ui.load_model_file(options)
     bundle = open_bundle(options.bundle)
     plan = choose_plan(bundle, layout, None if options.plan is None else read_plan(options.plan))
     data = open_training_data(options.data, options.valid)

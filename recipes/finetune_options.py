@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from dmt_convert.adapter import load_adapter
 from dmt_convert.engine.wire import COMM_DTYPES
 from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
 from dmt_convert.finetune.finetune_config import Decay, DenseOptimizerKind, TableOptimizerKind
@@ -39,12 +40,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--log", type=Path, help="folder for metrics.jsonl and TensorBoard (ranks: CHECKPOINTS/log)"
     )
+    add("--model", type=Path, help="Python file that the bundle's own model is defined by; is run")
     add("--force", action="store_true", help="replace a bundle and checkpoints that are there")
     add("--json", action="store_true", help="print one JSON document, and nothing else")
     add("--quiet", action="store_true", help="print no progress")
     _add_settings(parser)
     _add_ranks(parser)
     return parser
+
+
+def load_model_file(options: argparse.Namespace) -> None:
+    """Run the user's file that defines the bundle's model, where one is given."""
+    if options.model is not None:
+        load_adapter(options.model)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from dmt_convert.architectures.optimizer_state import find_optimizer_state
 from dmt_convert.architectures.quantised_rows import decode_tables
 from dmt_convert.architectures.table_faults import blame_tables
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
+from dmt_convert.architectures.user_model import infer_user_model
 from dmt_convert.architectures.widths import ShapeReader
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.errors import ArchitectureError
@@ -51,6 +52,8 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
             misshapen tensor is listed.
     """
     config = config or ModelConfig()
+    if config.adapter is not None:
+        return infer_user_model(checkpoint, config.adapter, config)
     match = find_model(checkpoint, ARCHITECTURES, config)
     model = _rewrite(checkpoint, match, config)
     facts = [_family_fact(match)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
+from dmt_convert.adapter import LoadedAdapter
 from dmt_convert.checkpoint.computed_rows import Combination
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import InteractionKind, PairOrder, Pooling
@@ -68,6 +69,8 @@ class ModelConfig:
     """The features in interaction order."""
     ignore: tuple[str, ...] = ()
     """Glob patterns of tensors that do not belong to the model."""
+    adapter: LoadedAdapter | None = None
+    """A user's own description of the model (`--model`); no key of the YAML file."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -92,8 +95,12 @@ def read_model_config(path: Path) -> ModelConfig:
     return _parse(path, content)
 
 
+def _keys() -> list[str]:
+    return [field.name for field in fields(ModelConfig) if field.name != "adapter"]
+
+
 def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
-    known = {field.name for field in fields(ModelConfig)}
+    known = _keys()
     problems = [f"unknown key {_show(key)}" for key in content if key not in known]
     checks = {
         # a network is known by its family or its adapter, never by this word alone
@@ -178,7 +185,7 @@ def _is_pooling(value: object) -> bool:
 def _wrong(path: Path, problems: list[str]) -> ConfigError:
     return ConfigError(
         f"the model config {path} is wrong",
-        expected="the keys " + ", ".join(field.name for field in fields(ModelConfig)),
+        expected="the keys " + ", ".join(_keys()),
         hint=f"an example:\n{EXAMPLE}",
         details=problems,
     )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError, DmtError
@@ -139,16 +140,17 @@ def _refuse(exported: ExportedModel, batch: Batch, what: str) -> Checks:
         )
 
 
-def main(folder: str, bundle: str, data: str | None = None) -> int:
+def main(folder: str, bundle: str, data: str = "", adapter: str = "") -> int:
     """Print the checks of an export."""
     try:
+        if adapter:
+            load_adapter(Path(adapter))
         exported = ExportedModel(Path(folder))
         with torch.inference_mode():
             quantize = exported.manifest.quantize
             code = None if quantize == "none" else quantize
             model = open_bundle_model(open_bundle(Path(bundle)), code=code)
-            path = None if data is None else Path(data)
-            checks = run_checks(exported, model, path)
+            checks = run_checks(exported, model, Path(data) if data else None)
             total = 0  # known to nobody before the end: progress shows a count
             for done in itertools.count(1):
                 check = next(checks, None)

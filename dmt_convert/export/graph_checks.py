@@ -56,7 +56,11 @@ class GraphCheck:
 
 
 def check_graphs(
-    folder: Path, bundle: Path, data: Path | None, progress: Progress
+    folder: Path,
+    bundle: Path,
+    data: Path | None,
+    progress: Progress,
+    model: Path | None = None,
 ) -> tuple[GraphCheck, ...]:
     """Run all graphs of an export.
 
@@ -65,6 +69,7 @@ def check_graphs(
         bundle: The bundle that it was made of.
         data: Rows to run on, beside generated ones.
         progress: Told of checks done and in all.
+        model: The user's file that defines the bundle's model, where there is one.
 
     Raises:
         GraphsDifferError: A graph does not answer like the model.
@@ -72,8 +77,7 @@ def check_graphs(
         DataError: The data does not fit the model, or the form of the inputs.
     """
     command = [sys.executable, "-m", "dmt_convert.export.check_process", str(folder), str(bundle)]
-    if data is not None:
-        command.append(str(data))
+    command += ["" if path is None else str(path) for path in (data, model)]
     checks: list[GraphCheck] = []
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,

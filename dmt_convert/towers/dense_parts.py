@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.adapter import run_network
 from dmt_convert.spec import InteractionSpec, MlpSpec
 from dmt_convert.towers.networks import build_network
 
@@ -116,6 +117,7 @@ class Interaction(nn.Module):
             self.branch1, self.branch2 = Mlp(spec.branch1), Mlp(spec.branch2)
         elif spec.kind == "network":
             assert spec.network is not None
+            self.network_spec = spec.network
             self.network = build_network(spec.network, dims[1:], dims[0])
 
     def forward(self, dense_BN: Tensor, sparse_BM: Tensor, passed_BN: Tensor) -> Tensor:
@@ -131,9 +133,8 @@ class Interaction(nn.Module):
             What over_arch takes, shape (B, width); a network's logit, shape (B, 1).
         """
         if self.kind == "network":
-            vectors = torch.split(sparse_BM, list(self.dims[1:]), dim=1)
-            logit_B: Tensor = self.network(dense_BN, vectors)
-            return logit_B.unsqueeze(1)
+            pooled = list(torch.split(sparse_BM, list(self.dims[1:]), dim=1))
+            return run_network(self.network_spec, self.network, dense_BN, pooled).unsqueeze(1)
         x_BM = torch.cat((dense_BN, sparse_BM), dim=1)
         if self.kind == "cat":
             return x_BM

@@ -12,24 +12,25 @@ from typing import Any
 import pytest
 
 OPTIONS = {
-    "inspect": "--model-config --json --quiet",
+    "inspect": "--model-config --model --json --quiet",
     "convert": "--towers --out --partition --affinity --tower-module --c --p --dim --compression "
     "--together --apart --group --calibration --distill-steps --hosts --ranks-per-host --hbm-gib "
-    "--dtype --optimizer-state --model-config --seed --dry-run --force --json --quiet",
+    "--dtype --optimizer-state --model-config --model --seed --dry-run --force --json --quiet",
     "partition": "--towers --partition --affinity --together --apart --group --calibration "
-    "--model-config --seed --out --plot --json --quiet",
+    "--model-config --model --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
-    "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --json --quiet",
-    "score": "--data --out --model-config --json --quiet",
-    "evaluate": "--data --model-config --json --quiet",
-    "verify": "--data --atol --rtol --checksums --model-config --json --quiet",
+    "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
+    "--json --quiet",
+    "score": "--data --out --model-config --model --json --quiet",
+    "evaluate": "--data --model-config --model --json --quiet",
+    "verify": "--data --atol --rtol --checksums --model-config --model --json --quiet",
     "unshard": "--out --only --force --json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
     "--rdzv-timeout --max-restarts --config --epochs --max-steps --batch-size --eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
-    "--async-checkpoints --resume --no-prefetch --timeout --log",
+    "--async-checkpoints --resume --no-prefetch --timeout --log --model",
 }
 ARGUMENTS = {
     "inspect": ["source"],

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from dmt_convert.adapter import USER, build_user_network
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import NetworkSpec
 
@@ -41,15 +42,21 @@ def build_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.
         num_dense: Number of dense inputs D.
 
     Raises:
-        ConfigError: There is no such network.
+        ConfigError: There is no such network, or the user's file that defines it was not given.
     """
+    # models are laid out on the meta device; what a network computes when it is built would be
+    # lost there
+    with torch.device("cpu"):
+        if spec.name == USER:
+            return build_user_network(spec, dims, num_dense)
+        return _factory(spec)(spec.config, tuple(dims), num_dense)
+
+
+def _factory(spec: NetworkSpec) -> Factory:
     if spec.name not in NETWORKS:
         raise ConfigError(
             f"the model's dense part is a network {spec.name!r}",
             expected="one of " + (", ".join(sorted(NETWORKS)) or "none"),
             hint="use the version of dmt-convert that wrote the bundle, or a newer one",
         )
-    # models are laid out on the meta device; what a network computes when it is built would be
-    # lost there
-    with torch.device("cpu"):
-        return NETWORKS[spec.name](spec.config, tuple(dims), num_dense)
+    return NETWORKS[spec.name]
