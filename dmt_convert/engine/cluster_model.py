@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.engine.jagged import JaggedBatch
 from dmt_convert.engine.sharded_towers import ShardedTowers, TowersSharder
-from dmt_convert.engine.tower_head import TowerHead
+from dmt_convert.engine.tower_head import TowerHead, anchor
 from dmt_convert.engine.wire import CommDtype
 from dmt_convert.plan import TowerPlan
 from dmt_convert.plan.torchrec_plan import to_sharding_plan
@@ -54,6 +54,9 @@ class ClusterModel(nn.Module):
         self.head = model
         # the head's own order of columns is merged into that of `settle_order`
         self.register_buffer("order", model.arrange, persistent=False)
+        # a network may hold parameters that it does not use; data-parallel waits for all
+        network = spec.interaction.network is not None
+        self._anchored = tuple(model.interaction.parameters()) if network else ()
         self._merges = spec.is_passthrough
         if self._merges:
             model.arrange = torch.empty(0, dtype=torch.int64)
@@ -89,6 +92,8 @@ class ClusterModel(nn.Module):
         if self.order.numel():
             emitted_BO = emitted_BO.index_select(1, self.order)
         logits: Tensor = self.head.over_arch(self.head.interact(dense_BN, emitted_BO))
+        if self._anchored:
+            logits = anchor(logits, *self._anchored)
         return logits.squeeze(1)
 
 

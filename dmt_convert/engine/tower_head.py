@@ -88,7 +88,7 @@ class TowerHead(nn.Module):
         else:
             assert isinstance(embeddings, KeyedTensor)
             emitted = self.module(self._join(embeddings))
-        return emitted if self.anchor is None else _anchor(emitted, self.anchor)
+        return emitted if self.anchor is None else anchor(emitted, self.anchor)
 
     def _join(self, embeddings: KeyedTensor) -> Tensor:
         if embeddings.keys() == self.features:
@@ -166,17 +166,19 @@ def _scale(value: Tensor, factor: int) -> Tensor:
 
 
 class _Anchored(torch.autograd.Function):
-    """Gives a parameter that does nothing a gradient of zero."""
+    """Gives parameters that may do nothing a gradient of zero."""
 
     @staticmethod
-    def forward(_ctx: Any, emitted: Tensor, _anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, emitted: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [value.shape for value in parameters]
         return emitted.view_as(emitted)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient.new_zeros(1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(gradient.new_zeros(shape) for shape in ctx.shapes)
 
 
-def _anchor(emitted: Tensor, anchor: Tensor) -> Tensor:
-    anchored: Tensor = _Anchored.apply(emitted, anchor)  # type: ignore[no-untyped-call]
+def anchor(emitted: Tensor, *parameters: Tensor) -> Tensor:
+    """Return what is emitted; parameters get a gradient, of zeros where they have no part in it."""
+    anchored: Tensor = _Anchored.apply(emitted, *parameters)  # type: ignore[no-untyped-call]
     return anchored

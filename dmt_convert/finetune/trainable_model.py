@@ -49,7 +49,8 @@ class TrainableModel:
         return {
             name: value
             for name, value in self.module.named_parameters()
-            if not name.startswith("tables.") and ".tables." not in name
+            if not name.startswith("tables.")
+            and not (name.startswith("towers.") and ".tables." in name)
         }
 
 

@@ -118,7 +118,14 @@ class Interaction(nn.Module):
         elif spec.kind == "network":
             assert spec.network is not None
             self.network_spec = spec.network
-            self.network = build_network(spec.network, dims[1:], dims[0])
+            self.network = build_network(spec.network, dims[1:], dims[0]).eval()
+
+    def train(self, mode: bool = True) -> Interaction:
+        """Set the mode; a network stays in eval mode: its running statistics are the trainer's."""
+        super().train(mode)
+        if self.kind == "network":
+            self.network.eval()
+        return self
 
     def forward(self, dense_BN: Tensor, sparse_BM: Tensor, passed_BN: Tensor) -> Tensor:
         """Let the inputs interact.

@@ -5,13 +5,14 @@ Letters: F features, G rows of a global batch, W ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.data.row_selection import take_rows
@@ -21,12 +22,36 @@ from dmt_convert.spec import (
     InteractionSpec,
     MlpSpec,
     ModelSpec,
+    NetworkSpec,
     TableSpec,
     TowerAssignment,
+    network_model,
 )
-from dmt_convert.towers import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.towers import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, networks
 
 NUM_DENSE = 5
+
+
+class Network(nn.Module):
+    """Batch norm and dropout, which training leaves off; maybe a layer that is not used."""
+
+    def __init__(self, config: Mapping[str, bool], dims: Sequence[int], num_dense: int) -> None:
+        super().__init__()
+        width = num_dense + sum(dims)
+        self.norm = nn.BatchNorm1d(width)
+        self.norm.running_var.fill_(0.5)  # type: ignore[union-attr, operator]
+        self.hidden, self.last = nn.Linear(width, 8), nn.Linear(8, 1)
+        self.drop = nn.Dropout(0.5)
+        self.unused = nn.Linear(3, 3) if config["unused"] else None
+
+    def forward(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """Return logits, shape (B,)."""
+        x = self.norm(torch.cat((dense, *pooled), dim=1))
+        logits: Tensor = self.last(torch.tanh(self.hidden(self.drop(x))))
+        return logits.squeeze(1)
+
+
+networks.NETWORKS = {"test": Network}  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +63,7 @@ class Case:
     shared: list[int]
     """Indices of tables that two features look up."""
     interaction: str
-    """dot, cat or dcn."""
+    """dot, cat, dcn or network."""
     pooling: str
     """sum or mean."""
     ids: str
@@ -91,6 +116,21 @@ class Case:
             for i in turn
             for name in [f"f{i}"] + [f"g{i}"] * (i in self.shared)
         ]
+        tables = tuple(
+            TableSpec(name=name, rows=rows, dim=dim)
+            for name, ((rows, dim), _) in zip(names, shapes, strict=True)
+        )
+        if self.interaction == "network":
+            return network_model(
+                family="test",
+                tables=tables,
+                features=features,
+                num_dense=NUM_DENSE,
+                # plain TorchRec, which passthrough is held against, refuses unused parameters
+                network=NetworkSpec(
+                    name="test", config={"unused": self.modules[0]["kind"] != "passthrough"}
+                ),
+            )
         dims = [dim for (_, dim), _ in shapes]
         dense_dim = 8 if self.interaction == "cat" else dims[0]
         inputs = (dense_dim, *(dims[int(f.table[1:])] for f in features))
@@ -101,10 +141,7 @@ class Case:
         )
         return ModelSpec(
             family="torchrec-dlrm",
-            tables=tuple(
-                TableSpec(name=name, rows=rows, dim=dim)
-                for name, ((rows, dim), _) in zip(names, shapes, strict=True)
-            ),
+            tables=tables,
             features=tuple(features),
             dense_arch=MlpSpec(widths=(NUM_DENSE, 12, dense_dim), final_relu=True),
             interaction=interaction,

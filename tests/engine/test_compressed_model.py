@@ -21,6 +21,7 @@ def dlrm(*dims: int, c: int = 1, p: int = 0) -> list[dict[str, Any]]:
     return [{"kind": "dlrm", "c": c, "p": p, "dim": dim} for dim in dims]
 
 
+LINEAR = [{"kind": "linear", "dim": dim} for dim in (9, 4, 5)]
 DCN = [{"kind": "dcn", "dim": 6, "cross_layers": 1, "cross_rank": 4}]
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "1x1, vectors per feature": (1, 1, {"towers": TOWERS, "modules": dlrm(8)}, {}),
@@ -73,6 +74,13 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "2x2, cross networks": (2, 2, {"towers": TOWERS, "modules": DCN, "interaction": "dcn"}, {}),
+    "2x2, a network behind linear maps": (
+        2,
+        2,
+        {"towers": TOWERS, "modules": LINEAR, "interaction": "network", "shared": [1]},
+        {},
+    ),
+    "2x2, linear maps, dot": (2, 2, {"towers": TOWERS, "modules": LINEAR}, {}),
     "4x1, a tower over two hosts": (
         4,
         1,

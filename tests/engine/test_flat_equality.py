@@ -91,6 +91,12 @@ EXACT: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         {"towers": UNEVEN, "interaction": "cat", "ids": "distinct", "shared": [2], **ADAGRAD},
         {"order": [2, 0, 1, 3]},
     ),
+    "2x2, a network": (
+        2,
+        2,
+        {"towers": UNEVEN, "interaction": "network", "ids": "distinct", "shared": [2], **ADAGRAD},
+        {"order": [2, 0, 1, 3]},
+    ),
     "4x2, one tower a host": (4, 2, {"towers": plain(4, 120), "ids": "distinct", **BIG}, {}),
     "2x4, one tower a host, Adagrad": (
         2,
