@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -115,6 +115,20 @@ class GraphBuilder:
         """Return a uint8 constant that is stored in the graph."""
         return self._constant(name, np.asarray(values, dtype=np.uint8))
 
+    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
+        """Return a constant of its own type that is stored in the graph."""
+        return self._constant(f"{self._scope}{name}", values)
+
+    def merge(self, nodes: Iterable[onnx.NodeProto], names: dict[str, str]) -> None:
+        """Add the nodes of another graph.
+
+        Args:
+            nodes: They, sorted; left as they are.
+            names: What their inputs are called here; takes the names of all their outputs.
+        """
+        for node in nodes:
+            self._nodes.append(_renamed(node, names, self._scope))
+
     def weight(
         self, file: PlacedFile, name: str, *, shape: Sequence[int] | None = None, begin: int = 0
     ) -> str:
@@ -203,3 +217,32 @@ class GraphBuilder:
             unique = f"{name}_{n}"
         names.add(unique)
         return unique
+
+
+def _renamed(node: onnx.NodeProto, names: dict[str, str], scope: str) -> onnx.NodeProto:
+    """Copy a node of another graph, with the names that its tensors have here."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.name = f"{scope}{node.name}"
+    copy.doc_string = ""
+    del copy.metadata_props[:]  # where in whose files it was written
+    for i, name in enumerate(node.input):
+        copy.input[i] = names[name] if name else ""
+    for i, name in enumerate(node.output):
+        names[name] = copy.output[i] = f"{scope}{name}" if name else ""
+    for attribute in copy.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            _rename_inside(attribute.g, dict(names), scope)
+    return copy
+
+
+def _rename_inside(graph: onnx.GraphProto, names: dict[str, str], scope: str) -> None:
+    """Rename the tensors of a branch or a loop's body."""
+    for value in (*graph.input, *graph.initializer):
+        names[value.name] = value.name = f"{scope}{value.name}"
+    nodes = [_renamed(node, names, scope) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    for value in graph.output:
+        value.name = names[value.name]

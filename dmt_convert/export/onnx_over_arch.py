@@ -12,6 +12,7 @@ import numpy as np
 from dmt_convert.export.graph_writer import ExportJob
 from dmt_convert.export.onnx_dense import cross, linear, mlp
 from dmt_convert.export.onnx_graph import GraphBuilder
+from dmt_convert.export.onnx_network import emit_network
 from dmt_convert.spec import InteractionSpec
 
 LOGITS = "logits"
@@ -27,6 +28,10 @@ def emit_logits(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[s
         emitted: What every tower emits, each (B, O).
     """
     spec, file = job.spec, job.weights.over_arch
+    emitted = restore(b, job, emitted)
+    if spec.interaction.network is not None:
+        emit_network(b, job, dense, in_order(b, job, emitted), LOGITS)
+        return
     passed = mlp(b, file, "dense_arch", dense, spec.flat.dense_arch)
     part = project_dense(b, job, passed)
     kind = spec.interaction.kind
@@ -42,6 +47,14 @@ def emit_logits(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[s
     mlp(b, file, "over_arch", x, spec.over_arch, LOGITS)
 
 
+def restore(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
+    """Undo linear tower modules: what towers emit, each (B, D_t), to their embeddings, (B, M_t)."""
+    if job.spec.kind != "linear":
+        return list(emitted)
+    file = job.weights.over_arch
+    return [linear(b, file, f"restore.{t}", tensor) for t, tensor in enumerate(emitted)]
+
+
 def project_dense(b: GraphBuilder, job: ExportJob, passed: str) -> str:
     """Return the dense vector as it takes part in the interaction: (B, D)."""
     if job.spec.dense_dim == job.spec.flat.input_dims[0]:
@@ -51,7 +64,7 @@ def project_dense(b: GraphBuilder, job: ExportJob, passed: str) -> str:
 
 def in_order(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
     """Return what enters the interaction, in its order: embeddings in the flat model's order."""
-    if not job.spec.is_passthrough:
+    if not job.spec.keeps_network:
         return list(emitted)
     vectors = {}
     for t, tensor in enumerate(emitted):
@@ -97,7 +110,7 @@ def pick_cells(b: GraphBuilder, dots: str, width: int, cells: np.ndarray) -> str
 
 def widen_vectors(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> list[str]:
     """Fill the vectors of all towers up to one width: each (B, K * D)."""
-    if job.spec.is_passthrough:
+    if job.spec.keeps_network:
         return list(emitted)
     dims = [tower.module.dim for tower in job.spec.towers]
     wide = job.spec.dense_dim
@@ -123,7 +136,7 @@ def pair_positions(job: ExportJob) -> tuple[np.ndarray, np.ndarray]:
     """
     count = len(job.spec.interaction_dims)
     left, right = _triangle(count, job.spec.interaction)
-    if not job.spec.is_passthrough:
+    if not job.spec.keeps_network:
         return left, right
     emitted = [name for tower in job.spec.towers for name in tower.features]
     place = [0, *(1 + emitted.index(name) for name in job.spec.flat.feature_names)]

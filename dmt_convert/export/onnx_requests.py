@@ -19,6 +19,7 @@ from dmt_convert.errors import ExportError
 from dmt_convert.export.graph_writer import ExportJob
 from dmt_convert.export.onnx_dense import cross, mlp, mlp_tail
 from dmt_convert.export.onnx_graph import GraphBuilder
+from dmt_convert.export.onnx_network import emit_network
 from dmt_convert.export.onnx_over_arch import (
     LOGITS,
     in_order,
@@ -26,6 +27,7 @@ from dmt_convert.export.onnx_over_arch import (
     pick_cells,
     project,
     project_dense,
+    restore,
     widen_vectors,
 )
 from dmt_convert.serving import GraphInputs
@@ -85,6 +87,12 @@ def emit_request_logits(
     """
     spec, file = job.spec, job.weights.over_arch
     sides = request_sides(spec, job.inputs)
+    emitted = restore(b, job, emitted)
+    if spec.interaction.network is not None:
+        count = _candidates(b, sides, dense, emitted)
+        dense, *repeated = _repeat_once(b, sides, (dense, *emitted), count)
+        emit_network(b, job, dense, in_order(b, job, repeated), LOGITS)
+        return
     passed = mlp(b, file, "dense_arch", dense, spec.flat.dense_arch)
     part = project_dense(b, job, passed)
     if spec.interaction.kind == "dot":
@@ -94,11 +102,7 @@ def emit_request_logits(
         mlp_tail(b, file, "over_arch", x, spec.over_arch, LOGITS)
         return
     count = _candidates(b, sides, dense, emitted)
-    flags = (sides.dense_once, *sides.once)
-    tensors = [
-        _repeat(b, tensor, count) if once else tensor
-        for tensor, once in zip((part, *emitted), flags, strict=True)
-    ]
+    tensors = _repeat_once(b, sides, (part, *emitted), count)
     if sides.dense_once and spec.interaction.kind == "projection":
         passed = _repeat(b, passed, count)
     x = b.node("Concat", tensors[0], *in_order(b, job, tensors[1:]), name="side_by_side", axis=1)
@@ -115,6 +119,15 @@ def _candidates(b: GraphBuilder, sides: Sides, dense: str, emitted: Sequence[str
     flags = zip((dense, *emitted), (sides.dense_once, *sides.once), strict=True)
     tensor = next(tensor for tensor, once in flags if not once)
     return b.node("Shape", tensor, name="candidates", start=0, end=1)
+
+
+def _repeat_once(b: GraphBuilder, sides: Sides, tensors: Sequence[str], count: str) -> list[str]:
+    """Give every candidate what comes once per request: the dense inputs', then the towers'."""
+    flags = (sides.dense_once, *sides.once)
+    return [
+        _repeat(b, tensor, count) if once else tensor
+        for tensor, once in zip(tensors, flags, strict=True)
+    ]
 
 
 def _repeat(b: GraphBuilder, tensor: str, count: str) -> str:
@@ -134,7 +147,7 @@ def _split_product(
     weight = b.weight(job.weights.over_arch, "cross.0.v")
     position, columns = 0, {}
     dims = job.spec.interaction_dims
-    if job.spec.is_passthrough:
+    if job.spec.keeps_network:
         flat = job.spec.flat.feature_names
         for name, dim in zip(("", *flat), dims, strict=True):
             columns[name] = range(position, position + dim)
@@ -208,7 +221,7 @@ def _vector_flags(spec: DmtSpec, sides: Sides) -> list[bool]:
     flags = [sides.dense_once]
     for tower, once in zip(spec.towers, sides.once, strict=True):
         count = len(tower.features)
-        flags += [once] * (count if spec.is_passthrough else tower.module.num_vectors(count))
+        flags += [once] * (count if spec.keeps_network else tower.module.num_vectors(count))
     return flags
 
 

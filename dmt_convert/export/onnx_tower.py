@@ -31,6 +31,8 @@ def emit_tower(
     module = job.spec.towers[tower].module
     if module.kind == "passthrough":
         join(b, pieces, output)
+    elif module.kind == "linear":
+        linear(b, file, "tower_module", join(b, pieces), bias="", output=output)
     elif module.kind == "dcn":
         crossed = cross(b, file, "tower_module.cross", join(b, pieces), module.cross_layers)
         linear(b, file, "tower_module", crossed, output=output)

@@ -1,0 +1,79 @@
+"""A user's network in ONNX graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmt_convert.adapter import load_adapter
+from dmt_convert.architectures import ModelConfig
+from dmt_convert.bundle import open_bundle_model
+from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.errors import ConfigError, ExportError
+from dmt_convert.export import ExportConfig, export_bundle
+from dmt_convert.export.check_process import run_checks
+from dmt_convert.partition import PartitionConfig
+from dmt_convert.serving import ExportedModel
+
+pytest.importorskip("onnxscript", reason="torch writes graphs by onnxscript")
+GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
+
+
+@pytest.fixture
+def bundle(example, tmp_path, few_rows, no_report):
+    config = ConvertConfig(
+        partition=PartitionConfig(num_towers=2, groups=GROUPS, affinity="cosine"),
+        model_config=ModelConfig(adapter=load_adapter(example.model)),
+        distill_steps=0,
+    )
+    return convert_checkpoint(example.checkpoint, tmp_path / "bundle", config=config).bundle
+
+
+@pytest.fixture
+def failed_checks(bundle, tmp_path, monkeypatch):
+    """Export, run the graphs, and return what differs from the model."""
+    monkeypatch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+
+    def export(name, **options):
+        out = tmp_path / name
+        export_bundle(bundle, out, ExportConfig(format="onnx", **options))
+        with torch.inference_mode():
+            checks = list(run_checks(ExportedModel(out), open_bundle_model(bundle), None))
+        assert checks
+        return {check.part for check in checks if not check.passed}
+
+    return export
+
+
+def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
+    from dmt_convert.export import onnx_over_arch
+
+    assert failed_checks("plain") == set()
+    graph = (tmp_path / "plain/over_arch/over_arch.onnx").read_bytes()
+    assert b"over_arch.safetensors:network.query_key_value.weight" in graph
+    assert len(graph) < 16_000, "weights stay in their file"
+    assert b"xlrm.py" not in graph, "nothing of where the user's file is"
+    assert failed_checks("requests", per_request=("user", "shop")) == set()
+    plain = onnx_over_arch.in_order
+    monkeypatch.setattr(onnx_over_arch, "in_order", lambda *given: plain(*given)[::-1])
+    assert failed_checks("sabotaged") == {"joined", "whole"}
+
+
+def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path, monkeypatch):
+    from dmt_convert import adapter
+    from dmt_convert.export import onnx_network
+
+    loaded = adapter.load_adapter(example.model)
+    kind = type(loaded.adapter.network([16] * 4, 6))
+    plain = kind.forward
+    monkeypatch.setattr(
+        kind, "forward", lambda self, d, p: plain(self, d, p) if d.sum() > 0 else d[:, 0]
+    )
+    onnx_network._write_nodes.cache_clear()
+    config = ExportConfig(format="onnx")
+    with pytest.raises(ExportError, match=r"torch cannot write the network xlrm\.py as a graph"):
+        export_bundle(bundle, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(adapter, "_loaded", {})
+    with pytest.raises(ConfigError, match="defined by a file"):
+        export_bundle(bundle, tmp_path / "out", config)
