@@ -17,13 +17,17 @@ from torch import nn
 from dmt_convert.adapter import USER, build_user_network
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import NetworkSpec
+from dmt_convert.towers.networks.deep_cross import DeepCross
+from dmt_convert.towers.networks.dot_pairs import DotPairs
+
+__all__ = ["NETWORKS", "DeepCross", "DotPairs", "Factory", "build_network"]
 
 __all__ = ["NETWORKS", "Factory", "build_network", "network_size"]
 
 Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
 """Builds a network of its config, the embedding dims N_f of the features, and D."""
 
-NETWORKS: Final[Mapping[str, Factory]] = {}
+NETWORKS: Final[Mapping[str, Factory]] = {"deep-cross": DeepCross, "dot-pairs": DotPairs}
 """All built-in networks, by name."""
 
 
