@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +136,8 @@ class FlatCheckpoint:
     """Plain values stored beside the tensors (epoch, loss, ...), by dotted path."""
     unread: Mapping[str, str] = field(default_factory=dict)
     """Objects of other kinds that were left unread: what each is, by dotted path."""
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    """What the trainer's own descriptions of the model say, by file name: dicts, lists, scalars."""
 
     @property
     def nbytes(self) -> int:

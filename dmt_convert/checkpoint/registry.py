@@ -7,10 +7,12 @@ from typing import Final, Protocol
 
 from dmt_convert.checkpoint.dcp_reader import DcpPairReader, DcpReader
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.fuxictr_reader import FuxictrReader
 from dmt_convert.checkpoint.indexed_reader import IndexedReader
 from dmt_convert.checkpoint.nvidia_reader import NvidiaReader
 from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
 from dmt_convert.checkpoint.torch_reader import TorchReader
+from dmt_convert.checkpoint.torcheasyrec_reader import TorchEasyRecReader
 from dmt_convert.checkpoint.torchsnapshot_reader import TorchsnapshotReader
 from dmt_convert.errors import CheckpointError
 
@@ -32,6 +34,8 @@ class Reader(Protocol):
 
 READERS: Final[tuple[Reader, ...]] = (
     IndexedReader(),
+    FuxictrReader(),
+    TorchEasyRecReader(),
     SafetensorsReader(),
     DcpReader(),
     DcpPairReader(),
