@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dmt_convert.architectures.model_tensors import ModelTensors
 from dmt_convert.architectures.name_map import NameMap
+from dmt_convert.architectures.trainer_tensors import Described, TrainerTensors
 from dmt_convert.spec import InteractionKind, PairOrder
 
 
@@ -21,17 +22,17 @@ class Architecture:
     anchor: str
     """Regular expression of a table's name; group `prefix` is what stands before the model's
     own names, group `table` the table's name."""
-    names: NameMap
+    names: NameMap = field(default_factory=lambda: NameMap({}))
     """All names that a model of this family may have, without the prefix."""
-    interactions: tuple[InteractionKind, ...]
+    interactions: tuple[InteractionKind, ...] = ()
     """Interactions that the family knows without parameters of their own, default first."""
-    pair_order: PairOrder
+    pair_order: PairOrder = "triu"
     """Order of the pairs of a dot interaction."""
-    allows_self_pairs: bool
+    allows_self_pairs: bool = False
     """Whether a dot interaction may include self-pairs."""
-    final_sigmoid: bool
+    final_sigmoid: bool = False
     """Whether the trainer's model ends in a sigmoid."""
-    positional: bool
+    positional: bool = False
     """Whether features have numbers instead of names."""
     feature_prefix: str = ""
     """Prefix that the trainer puts before a feature's name to name its table."""
@@ -41,3 +42,6 @@ class Architecture:
     """Trainer's stem of the last over_arch layer where it stands apart, for messages."""
     rewrite: Callable[[ModelTensors], None] | None = None
     """Puts plain tensors in the place of those that the trainer stores in another form."""
+    describe: Callable[[TrainerTensors], Described] | None = None
+    """Describes a model that the fields above cannot; they may be left empty then, but for the
+    name, the trainer and the anchor."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import cast
 
 from dmt_convert.architectures.architecture import Architecture
-from dmt_convert.architectures.facebook_dlrm import FACEBOOK_DLRM
+from dmt_convert.architectures.families import ARCHITECTURES
+from dmt_convert.architectures.family_description import (
+    describe_model,
+    list_ignored,
+    state_family,
+)
 from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.findings import Fact, FlatModelInfo
+from dmt_convert.architectures.incomplete import incomplete_model
 from dmt_convert.architectures.interactions import (
     check_given_kind,
     infer_interaction,
@@ -17,11 +23,9 @@ from dmt_convert.architectures.interactions import (
 from dmt_convert.architectures.matching import Match, find_model
 from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.architectures.model_tensors import ModelTensors
-from dmt_convert.architectures.nvidia_dlrm import NVIDIA_DLRM
 from dmt_convert.architectures.optimizer_state import find_optimizer_state
 from dmt_convert.architectures.quantised_rows import decode_tables
 from dmt_convert.architectures.table_faults import blame_tables
-from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.architectures.user_model import infer_user_model
 from dmt_convert.architectures.widths import ShapeReader
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
@@ -33,11 +37,6 @@ from dmt_convert.spec import (
     ModelSpec,
     TableSpec,
 )
-
-ARCHITECTURES: Final[tuple[Architecture, ...]] = (TORCHREC_DLRM, FACEBOOK_DLRM, NVIDIA_DLRM)
-"""All families."""
-_MAX_LISTED: Final = 100
-"""Tensors of a kind that an error lists."""
 
 
 def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> FlatModelInfo:
@@ -55,8 +54,10 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
     if config.adapter is not None:
         return infer_user_model(checkpoint, config.adapter, config)
     match = find_model(checkpoint, ARCHITECTURES, config)
+    if match.family.describe is not None:
+        return describe_model(checkpoint, match, config)
     model = _rewrite(checkpoint, match, config)
-    facts = [_family_fact(match)]
+    facts = [state_family(match)]
     shapes = ShapeReader(model.tensors, match.family, match.prefix)
     shapes.missing += [shapes.source_name(name) for name in model.missing]
     shapes.wrong += model.wrong
@@ -92,7 +93,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         tensors=tensors,
         optimizer_state=state,
         facts=tuple(facts),
-        ignored=_ignored(checkpoint, match),
+        ignored=list_ignored(checkpoint, match),
     )
 
 
@@ -134,16 +135,6 @@ def _belongs(name: str, spec: ModelSpec) -> bool:
 def infer_spec(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> ModelSpec:
     """Return the spec alone; see `infer_model`."""
     return infer_model(checkpoint, config).spec
-
-
-def _family_fact(match: Match) -> Fact:
-    where = ".".join((*match.container, match.prefix.removesuffix("."))).strip(".")
-    return Fact(
-        subject="family",
-        value=match.family.name,
-        source="inferred",
-        reason="tensor names" + (f" below {where!r}" if where else ""),
-    )
 
 
 def _read_tables(model: ModelTensors, family: Architecture, shapes: ShapeReader) -> list[TableSpec]:
@@ -230,31 +221,11 @@ def _assemble(
 def _incomplete(
     checkpoint: FlatCheckpoint, match: Match, shapes: ShapeReader, extra: list[str]
 ) -> ArchitectureError:
-    details, counts = [], []
-    for items, label, prefix in (
-        (shapes.missing, "missing", "missing"),
-        (shapes.wrong, "misshapen", "wrong shape"),
-        (extra, "extra", "extra"),
-    ):
-        found = [*dict.fromkeys(items)]
-        details += [f"{prefix}: {text}" for text in found[:_MAX_LISTED]]
-        if len(found) > _MAX_LISTED:
-            details.append(f"{prefix}: ... and {len(found) - _MAX_LISTED} more")
-        counts += [f"{len(found)} {label}"] if found else []
-    return ArchitectureError(
-        f"{checkpoint.source} is not a whole {match.family.name} model: "
-        f"{', '.join(counts) or 'no'} tensors",
-        expected=f"exactly the tensors of {match.family.trainer}, with shapes that fit together",
-        hint="save the whole model again; pass over tensors that do not belong to it with "
-        "`ignore: [pattern]` in --model-config",
-        details=details,
+    return incomplete_model(
+        checkpoint.source,
+        family=match.family.name,
+        trainer=match.family.trainer,
+        missing=shapes.missing,
+        wrong=shapes.wrong,
+        extra=extra,
     )
-
-
-def _ignored(checkpoint: FlatCheckpoint, match: Match) -> tuple[str, ...]:
-    counts: dict[str, int] = {}
-    for tensor in checkpoint.tensors:
-        if tensor.container != match.container:
-            head = tensor.container[0] if tensor.container else "(top level)"
-            counts[head] = counts.get(head, 0) + 1
-    return tuple(f"{head}: {count} tensors" for head, count in counts.items())

@@ -97,7 +97,9 @@ def _match(
     for tensor in tensors:
         name = strip_wrappers(tensor.name)
         known, target = False, None
-        if name.startswith(prefix):
+        if name.startswith(prefix) and family.describe is not None:
+            known, target = True, name.removeprefix(prefix)
+        elif name.startswith(prefix):
             known, target = family.names.to_canonical(name.removeprefix(prefix))
         if target is not None and target.startswith("tables.") and family.positional:
             known = is_index(target.split(".")[1])

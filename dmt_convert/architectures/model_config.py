@@ -24,6 +24,8 @@ pair_order: triu               # triu | tril
 pooling: sum                   # or a map from feature name to sum | mean
 final_sigmoid: false
 qr_operation: mult             # of quotient-remainder tables: mult | add | concat
+activation: relu               # of hidden layers, where the checkpoint does not say
+fm: true                       # DeepCTR: false for WDL, whose tensors are DeepFM's
 features:                      # order of the features in the interaction; new names; shared tables
   - {name: user_id, table: t_user, pooling: sum}
   - last_item
@@ -65,6 +67,10 @@ class ModelConfig:
     """Whether the original model ends in a sigmoid."""
     qr_operation: Combination | None = None
     """facebook: what is made of a quotient's and a remainder's row."""
+    activation: str | None = None
+    """Activation of hidden layers."""
+    fm: bool | None = None
+    """Whether a factorisation machine pairs the features."""
     features: tuple[FeatureConfig, ...] | None = None
     """The features in interaction order."""
     ignore: tuple[str, ...] = ()
@@ -115,12 +121,12 @@ def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
     ]
     problems += [
         f"{key}: {_show(content[key])} is neither true nor false"
-        for key in ("self_pairs", "final_sigmoid")
+        for key in ("self_pairs", "final_sigmoid", "fm")
         if not isinstance(content.get(key), bool | None)
     ]
     problems += [
         f"{key}: {_show(content[key])} is not a string"
-        for key in ("family", "container", "prefix")
+        for key in ("family", "container", "prefix", "activation")
         if content.get(key) is not None and not isinstance(content[key], str)
     ]
     pooling = content.get("pooling")
