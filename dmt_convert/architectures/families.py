@@ -8,6 +8,7 @@ from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.deepctr import DEEPCTR
 from dmt_convert.architectures.facebook_dlrm import FACEBOOK_DLRM
 from dmt_convert.architectures.fuxictr import FUXICTR
+from dmt_convert.architectures.hugectr import HUGECTR
 from dmt_convert.architectures.nvidia_dlrm import NVIDIA_DLRM
 from dmt_convert.architectures.torcheasyrec import TORCHEASYREC
 from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
@@ -19,5 +20,6 @@ ARCHITECTURES: Final[tuple[Architecture, ...]] = (
     DEEPCTR,
     FUXICTR,
     TORCHEASYREC,
+    HUGECTR,
 )
 """All families."""

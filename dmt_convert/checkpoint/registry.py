@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from dmt_convert.checkpoint.dcp_reader import DcpPairReader, DcpReader
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
 from dmt_convert.checkpoint.fuxictr_reader import FuxictrReader
+from dmt_convert.checkpoint.hugectr_reader import HugectrReader
 from dmt_convert.checkpoint.indexed_reader import IndexedReader
 from dmt_convert.checkpoint.nvidia_reader import NvidiaReader
 from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
@@ -36,6 +37,7 @@ READERS: Final[tuple[Reader, ...]] = (
     IndexedReader(),
     FuxictrReader(),
     TorchEasyRecReader(),
+    HugectrReader(),
     SafetensorsReader(),
     DcpReader(),
     DcpPairReader(),

@@ -19,15 +19,20 @@ from dmt_convert.errors import ConfigError
 from dmt_convert.spec import NetworkSpec
 from dmt_convert.towers.networks.deep_cross import DeepCross
 from dmt_convert.towers.networks.dot_pairs import DotPairs
+from dmt_convert.towers.networks.layer_graph import LayerGraph
 
-__all__ = ["NETWORKS", "DeepCross", "DotPairs", "Factory", "build_network"]
+__all__ = ["NETWORKS", "DeepCross", "DotPairs", "Factory", "LayerGraph", "build_network"]
 
 __all__ = ["NETWORKS", "Factory", "build_network", "network_size"]
 
 Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
 """Builds a network of its config, the embedding dims N_f of the features, and D."""
 
-NETWORKS: Final[Mapping[str, Factory]] = {"deep-cross": DeepCross, "dot-pairs": DotPairs}
+NETWORKS: Final[Mapping[str, Factory]] = {
+    "deep-cross": DeepCross,
+    "dot-pairs": DotPairs,
+    "layer-graph": LayerGraph,
+}
 """All built-in networks, by name."""
 
 
