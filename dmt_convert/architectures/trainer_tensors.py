@@ -20,6 +20,19 @@ from dmt_convert.errors import ArchitectureError
 from dmt_convert.spec import DTYPE_BYTES, ModelSpec, TableSpec, check_dtype
 
 FLOATS: Final = ("fp32", "fp16", "bf16", "fp64")
+ACTIVATIONS: Final = (
+    "linear",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "gelu",
+    "silu",
+    "elu",
+    "leakyrelu",
+    "softplus",
+    "prelu",
+)
+"""Activations that networks know."""
 _MAX_WIDTH: Final = 1_000_000
 
 
@@ -138,7 +151,17 @@ class TrainerTensors:
 
         Returns:
             The stack's config; see `towers.networks.layers`.
+
+        Raises:
+            ArchitectureError: An activation is not known.
         """
+        unknown = sorted({name for name in activations if name not in ACTIVATIONS})
+        if unknown:
+            raise self.refuse(
+                f"the activation {unknown[0]!r}",
+                expected="one of " + ", ".join(ACTIVATIONS),
+                hint="a model with another activation cannot be converted yet",
+            )
         config = []
         for i, (names, activation) in enumerate(zip(layers, activations, strict=True)):
             weight = self.take(f"{names.linear}.weight", None, width)

@@ -31,7 +31,12 @@ def read_document(path: Path) -> Any:
     protobuf = path.suffix == ".config"
     try:
         text = path.read_text(encoding="utf-8")
-        return parse_protobuf_text(text) if protobuf else json.loads(text)
+        if protobuf:
+            return parse_protobuf_text(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        # a lone surrogate is no text that could be written to a file or a terminal
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -39,3 +44,7 @@ def read_document(path: Path) -> Any:
             expected="protobuf's text format" if protobuf else "JSON",
             hint="the file is damaged; copy it again",
         ) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
+from dmt_convert.architectures.trainer_tensors import ACTIVATIONS
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.towers.networks import layers
 
 ROWS = {"user": 11, "item": 7, "tags": 9}
 SAME = dict.fromkeys(ROWS, 4)
@@ -99,6 +101,15 @@ def test_what_does_not_fit_is_listed(save, edit, says):
     with pytest.raises(ArchitectureError) as caught:
         infer_model(open_checkpoint(path))
     assert any(says in line for line in caught.value.details)
+
+
+def test_activations_are_given_by_name(save, tools):
+    path, batch, expected = save(cross="vector")
+    with pytest.raises(AssertionError, match="Mismatch"):
+        tools.same_logits(path, batch, expected, ModelConfig(activation="tanh"))
+    with pytest.raises(ArchitectureError, match="the activation 'dice'"):
+        infer_model(open_checkpoint(path), ModelConfig(activation="dice"))
+    assert set(ACTIVATIONS) == {*layers.ACTIVATIONS, "prelu"}
 
 
 def test_other_models_of_the_trainer_are_refused(save):
