@@ -81,7 +81,7 @@ def test_shards_and_index_must_fit(state, tmp_path):
 
 
 def test_dcp_directories_side_by_side(saves, state, tmp_path):
-    out = tmp_path / "model.ckpt-3"
+    out = tmp_path / "step-3"
     for name, content in (
         ("model", state),
         ("optimizer", {"state": {"w": {"sum": state["bot_l.0.weight"]}}}),
