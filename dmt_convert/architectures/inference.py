@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -110,12 +111,15 @@ def _fitting_state(
     state: Mapping[str, TensorInfo], match: Match, model: ModelTensors
 ) -> dict[str, TensorInfo]:
     """Keep accumulators of tensors that are as they were, and of tables with the same rows."""
-    return {
-        name: info
-        for name, info in state.items()
-        if (now := model.tensors.get(name)) is match.tensors[name]
-        or (now is not None and name.startswith("tables.") and now.shape[:1] == info.shape[:1])
-    }
+    fitting = {}
+    for name, info in state.items():
+        # a mixed-dimension table has the rows of its narrow one
+        target = re.sub(r"^(tables\..+)\.embs$", r"\1.weight", name)
+        now = model.tensors.get(target)
+        same_rows = now is not None and now.shape[:1] == info.shape[:1]
+        if now is match.tensors[name] or (same_rows and target.startswith("tables.")):
+            fitting[target] = info
+    return fitting
 
 
 def _number_last(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> dict[str, TensorInfo]:
