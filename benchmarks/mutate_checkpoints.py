@@ -1,0 +1,259 @@
+"""Tiny checkpoints of every container, and ways to damage them; see fuzz_checkpoints.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pickletools
+import random
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TESTS = Path(__file__).parents[1] / "tests" / "checkpoint"
+INTERESTING = (b"\x00", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x80\x02", b".", b"PK\x03\x04")
+GLOBALS = (
+    "os system",
+    "builtins eval",
+    "builtins getattr",
+    "torch Size",
+    "pathlib Path",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch._tensor _rebuild_from_type_v2",
+    "collections OrderedDict",
+    "numpy._core.multiarray scalar",
+    "torch.nn.modules.linear Linear",
+    "torch.distributed._shard.sharded_tensor.api ShardedTensor",
+)
+VALUES = (
+    None,
+    -1,
+    0,
+    1,
+    1 << 40,
+    1 << 70,
+    1.5,
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    [],
+    {},
+    [0, 0],
+    True,
+)
+
+
+def load_module(name: str) -> ModuleType:
+    """Load one of the writers beside the tests."""
+    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Hostile:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.sentinel}",)
+
+
+def write_seeds(folder: Path) -> dict[str, Path]:
+    """Write one tiny checkpoint per kind; return what to open of each."""
+    import torch
+
+    torch.serialization.set_crc32_options(False)  # else checksums refuse nearly everything
+    try:
+        return _write_seeds(folder)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def _write_seeds(folder: Path) -> dict[str, Path]:
+    import torch
+
+    conftest, ranks, snapshots = map(load_module, ("conftest", "rank_save", "snapshot_save"))
+    state = conftest.tiny_state()
+    seeds: dict[str, Path] = {}
+
+    def place(kind: str) -> Path:
+        (folder / kind).mkdir()
+        return folder / kind
+
+    for kind, save in conftest.SAVES.items():
+        seeds[kind] = save(state, place(kind))
+    inside = torch.nn.ModuleDict({"emb_l": torch.nn.ModuleList([torch.nn.EmbeddingBag(5, 4)])})
+    content = {"state_dict": state, "x": Hostile(folder / "it_ran"), "y": torch.nn.Linear(2, 1)}
+    for kind, value in (("module", inside), ("hostile", content)):
+        for legacy in (False, True):
+            seeds[f"{kind}-legacy" if legacy else kind] = path = place(f"{kind}{legacy}") / "a.ckpt"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    blocks = [(0, 0, 5, 4, 0), (5, 0, 4, 4, 1)]
+    table = {"emb_l.2.weight": (state["emb_l.2.weight"], blocks)}
+    dense = {name: tensor for name, tensor in state.items() if name not in table}
+    seeds["ranks"] = ranks.save_ranks(place("ranks"), table, dense)[0]
+    for kind in ("snapshot", "snapshot-yaml"):
+        snapshot = snapshots.Snapshot(place(kind), batched=True)
+        snapshot.keys("model", list(state))
+        for name, tensor in dense.items():
+            snapshot.dense(f"model/{name}", tensor, saved=name.endswith("bias"))
+        snapshot.sharded("model/emb_l.2.weight", state["emb_l.2.weight"], blocks)
+        snapshot.pickled("model/x", 3)
+        seeds[kind] = snapshot.finish(as_yaml=kind.endswith("yaml"))
+    folders = load_module("test_folders")
+    for kind in ("safetensors", "bin"):
+        seeds[f"indexed-{kind}"] = folders.split(state, place(f"indexed-{kind}"), kind)
+    pair = place("pair")
+    for name in ("model", "optimizer"):
+        conftest.save_dcp(state, place(f"pair-{name}")).rename(pair / name)
+    seeds["dcp-pair"] = pair
+    return seeds
+
+
+def flip_bytes(raw: bytes, rng: random.Random) -> bytes:
+    """Change a few bytes, mostly near the beginning or the end, where headers are."""
+    data = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        size = max(1, len(data))
+        near = rng.choice((size, 64, 512, 4096))
+        at = rng.randrange(min(near, size))
+        at = size - 1 - at if rng.random() < 0.4 else at
+        kind = rng.randrange(6)
+        if kind == 0 and data:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            piece = rng.choice(INTERESTING)
+            data[at : at + len(piece)] = piece
+        elif kind == 2:
+            del data[at : at + rng.randrange(1, 9)]
+        elif kind == 3:
+            data[at:at] = data[at : at + rng.randrange(1, 9)]
+        elif kind == 4 and rng.random() < 0.2:
+            del data[at:]
+        else:
+            other = rng.randrange(size)
+            data[at : at + 8] = data[other : other + 8]
+    return bytes(data)
+
+
+def change_pickle(data: bytes, rng: random.Random) -> bytes:
+    """Exchange, repeat or drop opcodes of a pickle, or change what a global names."""
+    try:
+        starts = [position for _, _, position in pickletools.genops(data)]
+    except Exception:
+        return flip_bytes(data, rng)
+    ops = [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(ops))
+        kind = rng.randrange(5)
+        if kind == 0 and len(ops) > 1:
+            del ops[at]
+        elif kind == 1:
+            ops.insert(at, ops[rng.randrange(len(ops))])
+        elif kind == 2:
+            ops[at] = ops[rng.randrange(len(ops))]
+        elif kind == 3:
+            names = [i for i, op in enumerate(ops) if op[:1] == b"c"] or [at]
+            ops[rng.choice(names)] = b"c" + rng.choice(GLOBALS).replace(" ", "\n").encode() + b"\n"
+        else:
+            ops.insert(at, rng.choice((b"R", b"\x81", b"b", b"s", b"K\xff", b"\x8a\x01\xff", b"N")))
+    return b"".join(ops)
+
+
+def change_json(data: bytes, rng: random.Random) -> bytes:
+    """Replace a few values of a document by others of any type."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return flip_bytes(data, rng)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        node, parent, key = document, None, None
+        while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.9):
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            parent, key = node, rng.choice(keys)
+            node = node[key]
+        if parent is not None and rng.random() < 0.2:
+            del parent[key]
+        elif parent is not None:
+            parent[key] = rng.choice(VALUES)
+    return json.dumps(document).encode()
+
+
+def change_zip(raw: bytes, rng: random.Random) -> bytes:
+    """Change the pickle of an archive, and write the archive around it anew."""
+    made = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(made, "w") as new:
+            for member in old.infolist():
+                member.CRC = None  # type: ignore[assignment]  # it holds zeros; none is compared
+                data = old.read(member)
+                pickled = member.filename.endswith("data.pkl")
+                new.writestr(member.filename, change_pickle(data, rng) if pickled else data)
+    except Exception:  # it was damaged before
+        return flip_bytes(raw, rng)
+    return made.getvalue()
+
+
+def change_file(path: Path, rng: random.Random) -> None:
+    """Mutate one file the way that its content allows."""
+    raw = path.read_bytes()
+    choices: list[Callable[[bytes, random.Random], bytes]] = [flip_bytes]
+    if raw[:2] == b"PK":
+        choices += [change_zip] * 3
+    elif raw[:1] == b"\x80":
+        choices += [change_pickle] * 2
+    elif raw[:1] == b"{":
+        choices += [change_json] * 3
+    elif path.suffix == ".safetensors":
+        choices += [change_header] * 2
+    path.write_bytes(rng.choice(choices)(raw, rng))
+
+
+def change_header(raw: bytes, rng: random.Random) -> bytes:
+    """Change the JSON header of a safetensors file; its length is put right."""
+    length = int.from_bytes(raw[:8], "little")
+    text = change_json(raw[8 : 8 + length], rng)
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+
+def mutate(folder: Path, rng: random.Random) -> None:
+    """Change one or two files of a checkpoint, or remove or swap some."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if len(files) > 1 and rng.random() < 0.06:
+        a, b = rng.sample(files, 2)
+        if rng.random() < 0.5:
+            a.unlink()
+        else:
+            data = a.read_bytes()
+            a.write_bytes(b.read_bytes())
+            b.write_bytes(data)
+        return
+    headers = [path for path in files if path.name.startswith(".") or path.suffix == ".json"]
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        change_file(rng.choice(headers if headers and rng.random() < 0.7 else files), rng)
+
+
+def prepare(
+    seeds: dict[str, Path], root: Path, folder: Path, case: tuple[str, int], seed: int
+) -> Path:
+    """Write one mutated checkpoint; return what to open."""
+    kind, number = case
+    shutil.rmtree(folder, ignore_errors=True)
+    source = root / seeds[kind].relative_to(root).parts[0]
+    shutil.copytree(source, folder)
+    mutate(folder, random.Random(f"{seed} {kind} {number}"))
+    return folder / seeds[kind].relative_to(source)
