@@ -9,8 +9,27 @@ from collections.abc import Mapping
 from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.findings import Fact
 from dmt_convert.architectures.model_config import FeatureConfig, ModelConfig
+from dmt_convert.checkpoint import FlatCheckpoint
 from dmt_convert.errors import ArchitectureError, ConfigError
-from dmt_convert.spec import FeatureSpec, Pooling
+from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
+
+_MODULE = "the configs of the tables in the pickled module"
+
+
+def features_of_module(
+    checkpoint: FlatCheckpoint, tables: list[TableSpec]
+) -> tuple[FeatureConfig, ...] | None:
+    """Return what a pickled module says of its features; None where it is not of these tables."""
+    configs = checkpoint.table_configs
+    features = tuple(
+        FeatureConfig(name=name, table=config.name, pooling=config.pooling)
+        for config in configs
+        for name in config.features
+    )
+    names = [config.name for config in configs]
+    known = sorted(names) == sorted(table.name for table in tables)
+    distinct = len({feature.name for feature in features}) == len(features)
+    return features if known and distinct and all(c.features for c in configs) else None
 
 
 def infer_features(
@@ -20,6 +39,7 @@ def infer_features(
     family: Architecture,
     config: ModelConfig,
     known_order: Fact | None = None,
+    told: tuple[FeatureConfig, ...] | None = None,
 ) -> tuple[tuple[FeatureSpec, ...], list[Fact]]:
     """Name the features and put them in order.
 
@@ -29,6 +49,7 @@ def infer_features(
         family: The family.
         config: What the user says.
         known_order: Why that order is the interaction's, where the checkpoint says so.
+        told: What a pickled module says, which counts where the user says nothing.
 
     Raises:
         ArchitectureError: The order was lost and cannot be restored.
@@ -45,6 +66,14 @@ def infer_features(
         pairs = _given_features(config.features, derived, order)
         facts.append(_fact("features", f"{len(pairs)} features", "given", "--model-config"))
         own = {f.name: f.pooling for f in config.features if f.pooling is not None}
+    elif told is not None:
+        pairs = [(f.name, f.table or f.name) for f in told]
+        facts.append(_fact("features", f"{len(pairs)} features", "read", _MODULE))
+        own = {}
+        if config.pooling is None:
+            own = {f.name: f.pooling for f in told if f.pooling is not None}
+            kinds = " and ".join(sorted(set(own.values())))
+            facts[0] = _fact("pooling", kinds, "read", _MODULE)
     else:
         order, fact = tables, known_order
         if fact is None:

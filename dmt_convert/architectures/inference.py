@@ -13,7 +13,7 @@ from dmt_convert.architectures.family_description import (
     list_ignored,
     state_family,
 )
-from dmt_convert.architectures.feature_order import infer_features
+from dmt_convert.architectures.feature_order import features_of_module, infer_features
 from dmt_convert.architectures.findings import Fact, FlatModelInfo
 from dmt_convert.architectures.incomplete import incomplete_model
 from dmt_convert.architectures.interactions import (
@@ -71,6 +71,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
             family=match.family,
             config=config,
             known_order=model.order,
+            told=features_of_module(checkpoint, tables),
         )
         facts += [*feature_facts, *model.facts]
         spec = _assemble(match, model, shapes, tables, features, facts)

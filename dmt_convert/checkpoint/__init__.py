@@ -7,6 +7,7 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     Piece,
     Scalar,
     Segment,
+    TableConfig,
     TensorInfo,
 )
 from dmt_convert.checkpoint.nvidia_reader import NVIDIA_TABLE_ORDER
@@ -40,6 +41,7 @@ __all__ = [
     "SafetensorsReader",
     "Scalar",
     "Segment",
+    "TableConfig",
     "TensorInfo",
     "check_finite",
     "gather_bytes",

@@ -119,6 +119,18 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableConfig:
+    """What a pickled module says of one of its tables, which tensors do not tell."""
+
+    name: str
+    """Name of the table."""
+    features: tuple[str, ...]
+    """Features that are looked up in it, in order."""
+    pooling: Literal["sum", "mean"]
+    """How a feature's rows become one vector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlatCheckpoint:
     """An opened checkpoint: headers are read, weights are not."""
 
@@ -138,6 +150,8 @@ class FlatCheckpoint:
     """Objects of other kinds that were left unread: what each is, by dotted path."""
     documents: Mapping[str, Any] = field(default_factory=dict)
     """What the trainer's own descriptions of the model say, by file name: dicts, lists, scalars."""
+    table_configs: tuple[TableConfig, ...] = ()
+    """Tables in the model's own order, where a pickled module tells of them."""
 
     @property
     def nbytes(self) -> int:

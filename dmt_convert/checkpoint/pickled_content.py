@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.checkpoint.flat_checkpoint import Scalar
+from dmt_convert.checkpoint.flat_checkpoint import Scalar, TableConfig
 from dmt_convert.checkpoint.inert_objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
 from dmt_convert.checkpoint.sharded_tensor import ShardedRef, as_sharded
 from dmt_convert.errors import CheckpointError
@@ -33,6 +33,7 @@ class PickledContent:
     tensors: dict[Keys, TensorRef | ShardedRef] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    table_configs: list[TableConfig] = field(default_factory=list)
 
 
 def collect_content(content: object, path: Path) -> PickledContent:
@@ -49,6 +50,8 @@ def collect_content(content: object, path: Path) -> PickledContent:
     for keys, value in _walk(content, path):
         if isinstance(value, TensorRef | ShardedRef):
             found.tensors[keys] = value
+        elif isinstance(value, TableConfig):
+            found.table_configs.append(value)
         elif isinstance(value, Record | UnknownGlobal):
             if len(found.unread) < _MAX_UNREAD:
                 found.unread[".".join(keys)] = _describe(value)
@@ -57,7 +60,7 @@ def collect_content(content: object, path: Path) -> PickledContent:
     return found
 
 
-_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal
+_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal | TableConfig
 
 
 def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
@@ -80,7 +83,7 @@ def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
         items = _items(keys, value)
         if items is None:
             if not (isinstance(value, int) and abs(value) >= MAX_SIZE) and isinstance(
-                value, TensorRef | str | int | float | UnknownGlobal | None
+                value, TensorRef | TableConfig | str | int | float | UnknownGlobal | None
             ):
                 yield keys, value
             continue
@@ -162,9 +165,29 @@ def _members(module: Record) -> Iterator[tuple[str, object]]:
     for name, value in fields.items():
         if isinstance(value, str | int | float) and not str(name).startswith("_"):
             yield _key_name(name), value
+    yield from _table_configs(fields.get("_embedding_bag_configs"))
     for name, value in dict.items(fields["_modules"]):
         if value is not None:
             yield _key_name(name), value
+
+
+def _table_configs(configs: object) -> Iterator[tuple[str, TableConfig]]:
+    """Yield what TorchRec's EmbeddingBagCollection keeps of its tables."""
+    for config in configs if isinstance(configs, list) else ():
+        fields = config.fields if isinstance(config, Record) else {}
+        name, features, pooling = map(fields.get, ("name", "feature_names", "pooling"))
+        kind = pooling.args[0] if isinstance(pooling, Record) and pooling.args else None
+        if not isinstance(features, list) or not all(isinstance(text, str) for text in features):
+            continue
+        if isinstance(name, str) and kind in ("SUM", "MEAN"):
+            yield (
+                "table_configs",
+                TableConfig(
+                    name=name,
+                    features=tuple(features),
+                    pooling="sum" if kind == "SUM" else "mean",
+                ),
+            )
 
 
 def _key_name(key: object) -> str:

@@ -83,4 +83,5 @@ class TorchReader:
             files=(path,),
             scalars=content.scalars,
             unread=content.unread,
+            table_configs=tuple(content.table_configs),
         )
