@@ -51,7 +51,8 @@ def outcome(path: Path) -> str:
         checkpoint = open_checkpoint(path)
         for tensor in checkpoint.tensors:
             read_tensor(tensor)
-        infer_model(checkpoint)
+        for tensor in infer_model(checkpoint).tensors.values():  # computed ones among them
+            read_tensor(tensor)
     except DmtError as error:
         if "MemoryError" in str(error):
             return "FAILED: asks for too much memory"

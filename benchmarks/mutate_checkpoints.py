@@ -94,7 +94,10 @@ def _write_seeds(folder: Path) -> dict[str, Path]:
 
     for kind, save in conftest.SAVES.items():
         seeds[kind] = save(state, place(kind))
-    inside = torch.nn.ModuleDict({"emb_l": torch.nn.ModuleList([torch.nn.EmbeddingBag(5, 4)])})
+    nn = torch.nn
+    tables = nn.ModuleList([nn.EmbeddingBag(rows, 4) for rows in (5, 1, 9)])
+    layers = {"bot_l": nn.Sequential(nn.Linear(3, 4)), "top_l": nn.Sequential(nn.Linear(10, 1))}
+    inside = nn.ModuleDict({"emb_l": tables, **layers})
     content = {"state_dict": state, "x": Hostile(folder / "it_ran"), "y": torch.nn.Linear(2, 1)}
     for kind, value in (("module", inside), ("hostile", content)):
         for legacy in (False, True):
@@ -118,10 +121,38 @@ def _write_seeds(folder: Path) -> dict[str, Path]:
     for kind in ("safetensors", "bin"):
         seeds[f"indexed-{kind}"] = folders.split(state, place(f"indexed-{kind}"), kind)
     pair = place("pair")
-    for name in ("model", "optimizer"):
-        conftest.save_dcp(state, place(f"pair-{name}")).rename(pair / name)
+    sums = {"state": {name: {"sum": tensor} for name, tensor in state.items()}}
+    for name, value in (("model", state), ("optimizer", sums)):
+        conftest.save_dcp(value, place(f"pair-{name}")).rename(pair / name)
     seeds["dcp-pair"] = pair
+    parts = {name: tensor for name, tensor in state.items() if name != "emb_l.1.weight"}
+    parts |= {f"emb_l.1.weight_{part}": torch.ones(2, 4) for part in "qr"}
+    seeds["quotient-remainder"] = conftest.save_torch(parts, place("quotient-remainder"))
+    seeds["nvidia"] = write_nvidia(place("nvidia"), state)
     return seeds
+
+
+def write_nvidia(folder: Path, state: dict[str, Any]) -> Path:
+    """Write a directory of NVIDIA's DLRM."""
+    import torch
+
+    parts: dict[str, Any] = {
+        "metadata.pt": {"data": {"device_mapping": {"embedding": [[2, 0], [1]]}}, "config": {}},
+        "bottom_model.mlp.pt": {
+            "weights": [state["bot_l.0.weight"]],
+            "biases": [state["bot_l.0.bias"]],
+        },
+        "top_model.mlp.pt": {"weights": [torch.ones(2, 16)], "biases": [torch.ones(2)]},
+        "top_model.out.pt": {"weight": torch.ones(1, 2), "bias": torch.ones(1)},
+    }
+    for number in range(3):
+        table = state[f"emb_l.{number}.weight"]
+        raw = table.numpy().tobytes()
+        (folder / f"bottom_model.embeddings.{number}.bin").write_bytes(raw)
+        parts[f"embeddings.{number}.meta.pt"] = {"shape": table.shape}
+    for name, value in parts.items():
+        torch.save(value, folder / name)
+    return folder
 
 
 def flip_bytes(raw: bytes, rng: random.Random) -> bytes:
