@@ -171,7 +171,7 @@ def run(
 
     Example: `dmt finetune ckpt-dmt16 --data clicks --nproc 8`
     """
-    from dmt_convert.adapter import USER, find_adapter
+    from dmt_convert.adapter import user_file
     from dmt_convert.bundle import open_bundle
     from dmt_convert.finetune.launch import (
         LaunchConfig,
@@ -204,10 +204,9 @@ def run(
             print(show_command(command))
         return
     # headers only: what is no bundle, or not to be had without --model, is refused at once
-    network = open_bundle(bundle).manifest.model.flat.interaction.network
+    spec = open_bundle(bundle).manifest.model.flat
     read_model_options(None, model)
-    if network is not None and network.name == USER:
-        find_adapter(network)
+    user_file(spec)
     done = launch(launching, arguments, capture=json_)
     _raise_failure(done, output)
     if json_:

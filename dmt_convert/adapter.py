@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 from dmt_convert.errors import ConfigError, DmtError
-from dmt_convert.spec import NetworkSpec, Pooling
+from dmt_convert.spec import ModelSpec, NetworkSpec, Pooling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,7 @@ __all__ = [
     "find_adapter",
     "load_adapter",
     "run_network",
+    "user_file",
 ]
 
 USER: Final = "user"
@@ -178,6 +179,16 @@ def find_adapter(spec: NetworkSpec) -> LoadedAdapter:
     )
 
 
+def user_file(spec: ModelSpec) -> Path | None:
+    """Return the user's file that defines a model, if one does.
+
+    Raises:
+        ConfigError: It was not given, or is another one.
+    """
+    network = spec.interaction.network
+    return find_adapter(network).path if network is not None and network.name == USER else None
+
+
 def build_user_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.Module:
     """Build the network of a user's model.
 
@@ -195,7 +206,7 @@ def build_user_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -
             expected="an nn.Module with forward(dense, pooled)",
             hint=_HINT,
         )
-    return built
+    return built.float()
 
 
 def run_network(

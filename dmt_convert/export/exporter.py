@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.adapter import USER, find_adapter
+from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests, check_free, staged_folder
 from dmt_convert.export.export_config import ExportConfig, plan_inputs
 from dmt_convert.export.graph_checks import GraphCheck, check_graphs
@@ -27,7 +27,6 @@ from dmt_convert.export.quantisation_cost import (
     measure_quantisation,
 )
 from dmt_convert.serving import EXPORT_MANIFEST, ExportManifest
-from dmt_convert.spec import ModelSpec
 
 Progress = Callable[[str, int, int], None]
 _CHECKED_BYTES: Final = 4 << 30
@@ -81,7 +80,7 @@ def export_bundle(
             model.
     """
     check_free(out, "export")
-    _model_file(bundle.manifest.model.flat)
+    user_file(bundle.manifest.model.flat)
     inputs = plan_inputs(bundle.manifest.model, config)
     writer = load_writer(config)
     check_auc_limit(config.max_auc_loss, config.quantize, data)
@@ -120,21 +119,11 @@ def export_bundle(
             quality=quality,
         )
         _write_manifest(staging, manifest)
-        checks = check_graphs(staging, bundle.path, data, progress, _model_file(job.spec.flat))
+        checks = check_graphs(staging, bundle.path, data, progress, user_file(job.spec.flat))
         manifest = replace(manifest, checks=tuple(check.to_json() for check in checks))
         _write_manifest(staging, manifest)
         _settle(staging)
     return Export(path=out, manifest=manifest, checks=checks)
-
-
-def _model_file(spec: ModelSpec) -> Path | None:
-    """Return the user's file that defines a model, if one does.
-
-    Raises:
-        ConfigError: It was not given.
-    """
-    network = spec.interaction.network
-    return find_adapter(network).path if network is not None and network.name == USER else None
 
 
 def load_writer(config: ExportConfig) -> GraphWriter:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.adapter import load_adapter
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
 from dmt_convert.export.pt2_graphs import (
     Graph,
@@ -36,6 +37,7 @@ from dmt_convert.export.pt2_lookup import TowerLookup, stack_tables
 from dmt_convert.serving import OVER_ARCH, WHOLE, GraphInputs, tower_name
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.towers import DmtModel, DmtSpec
+from dmt_convert.towers.flat_model import state_name
 
 _TORCH_NAMES: Final = {
     "fp32": "float32",
@@ -43,8 +45,6 @@ _TORCH_NAMES: Final = {
     "bf16": "bfloat16",
     "uint8": "uint8",
 }
-_INTERACTION: Final = ("cross.", "branch1.", "branch2.")
-"""What a bundle calls the weights of the interaction."""
 _MARCH: Final = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 """What g++ calls the machines that torch's own kernels know: a package runs on all such, and not
 only on the very processor that compiled it (which is what `native` would give)."""
@@ -72,6 +72,8 @@ class CompileJob:
     """Whether ids outside their table take the nearest row."""
     device: str
     """cpu or cuda."""
+    model_file: str = ""
+    """The user's file that defines the model, where there is one."""
 
     def to_json(self) -> str:
         """Return one line."""
@@ -87,6 +89,8 @@ class GraphBuilder:
 
     def __init__(self, job: CompileJob) -> None:
         self.job = job
+        if job.model_file:
+            load_adapter(Path(job.model_file))
         self.spec = DmtSpec.from_json(job.model)
         self.inputs = GraphInputs.from_json(job.inputs)
         self._folder = Path(job.folder)
@@ -105,7 +109,8 @@ class GraphBuilder:
             indices = {tower_name(t): t for t in range(len(self.spec.towers))}
             graph = self._tower(indices[part], "", weights)
         for name, buffer in graph.named_buffers():
-            weights.setdefault(name, {"values": buffer.tolist()})
+            kind = str(buffer.dtype).removeprefix("torch.")
+            weights.setdefault(name, {"values": buffer.tolist(), "dtype": kind})
         return graph.to(self.job.device).eval(), weights
 
     def _tower(self, index: int, prefix: str, weights: dict[str, dict[str, Any]]) -> TowerGraph:
@@ -146,10 +151,7 @@ class GraphBuilder:
         graph = OverArchGraph(self._model, list_over_arch_inputs(self.spec, self.inputs))
         self._model.towers = nn.ModuleList()
         path = self.job.over_arch
-        names = {
-            f"model.{'interaction.' * name.startswith(_INTERACTION)}{name}": name
-            for name in self._file(path)[1]
-        }
+        names = {f"model.{state_name(name)}": name for name in self._file(path)[1]}
         self._assign(graph, names, path, prefix, weights)
         return graph
 
@@ -161,13 +163,23 @@ class GraphBuilder:
         prefix: str,
         weights: dict[str, dict[str, Any]],
     ) -> None:
-        """Give a graph its parameters: key in the graph -> name in the file."""
+        """Give a graph its weights: key in the graph -> name in the file."""
+        own = {k: v for k, v in graph.state_dict().items() if not k.startswith("lookup.")}
+        assert own.keys() == names.keys(), own.keys() ^ names.keys()
         sources = {key: self._source(path, (name,)) for key, name in names.items()}
-        state = {key: self._value(source) for key, source in sources.items()}
-        expected = {key for key, _ in graph.named_parameters() if not key.startswith("lookup.")}
-        assert expected == state.keys(), expected ^ state.keys()
+        state = {
+            key: self._value(source)
+            if own[key].is_floating_point()
+            # files hold a network's integers as fp32
+            else self._mapped(source).to(own[key].dtype)
+            for key, source in sources.items()
+        }
         graph.load_state_dict(state, strict=False, assign=True)
-        weights |= {f"{prefix}{key}": source for key, source in sources.items()}
+        weights |= {
+            f"{prefix}{key}": source
+            for key, source in sources.items()
+            if own[key].is_floating_point()
+        }
 
     @cached_property
     def _model(self) -> DmtModel:
@@ -196,6 +208,9 @@ class GraphBuilder:
         if self.job.device != "cpu":
             kind: torch.dtype = getattr(torch, source["dtype"])
             return torch.empty(source["shape"], dtype=kind, device=self.job.device)
+        return self._mapped(source)
+
+    def _mapped(self, source: Mapping[str, Any]) -> Tensor:
         file, _ = self._file(source["file"])
         return file.view(source["tensors"], source["dtype"], source["shape"])
 
@@ -210,19 +225,24 @@ def _offset(infos: Mapping[str, TensorInfo], table: str) -> int:
     return info.pieces[0].offset
 
 
-def compile_part(builder: GraphBuilder, part: str) -> None:
-    """Compile one graph to its `.pt2` file."""
-    job = builder.job
-    graph, weights = builder.build(part)
-    examples, free = traced(graph.inputs, job.device)
+def trace_graph(graph: Graph, device: str) -> torch.export.ExportedProgram:
+    """Trace a graph for any number of rows."""
+    examples, free = traced(graph.inputs, device)
     over_arch = isinstance(graph, OverArchGraph)
-    with torch.no_grad(), OneDnnLinear(job.device):
-        program = torch.export.export(
+    with torch.no_grad(), OneDnnLinear(device):
+        return torch.export.export(
             graph,
             examples,
             dynamic_shapes=(free[0], free[1:]) if over_arch else (free,),
             strict=False,
         )
+
+
+def compile_part(builder: GraphBuilder, part: str) -> None:
+    """Compile one graph to its `.pt2` file."""
+    job = builder.job
+    graph, weights = builder.build(part)
+    program = trace_graph(graph, job.device)
     path = Path(job.folder) / job.parts[part]
     torch._inductor.aoti_compile_and_package(
         program,

@@ -25,6 +25,7 @@ from typing import IO, Final
 
 import torch
 
+from dmt_convert.adapter import user_file
 from dmt_convert.errors import ExportError
 from dmt_convert.export.export_config import ExportConfig
 from dmt_convert.export.graph_writer import ExportJob, Written
@@ -73,6 +74,7 @@ class Pt2Writer:
             packed=job.config.quantize == "int4",
             clip=job.config.out_of_range == "clip",
             device="cuda" if job.config.gpu else "cpu",
+            model_file=str(user_file(job.spec.flat) or ""),
         )
         on_part(0, len(parts))
         for done, _ in enumerate(_compile(compile_job), start=1):

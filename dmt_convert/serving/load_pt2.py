@@ -79,7 +79,9 @@ class Graph:
         for name in self._loader.get_constant_fqns():
             entry = described["weights"][name]
             if "values" in entry:
-                weight = torch.tensor(entry["values"], dtype=torch.int64)
+                weight = torch.tensor(
+                    entry["values"], dtype=getattr(torch, entry.get("dtype", "int64"))
+                )
             else:
                 weight = files[entry["file"]].view(entry["tensors"], entry["dtype"], entry["shape"])
             self._weights[name] = weight.to(device)

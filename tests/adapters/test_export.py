@@ -59,6 +59,33 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     assert failed_checks("sabotaged") == {"joined", "whole"}
 
 
+def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
+    """All but the compiler: traced graphs, of another batch size, with the weights named."""
+    from dmt_convert.export import exporter, pt2_compile, pt2_writer
+
+    programs = {}
+
+    def trace(job):
+        graph, weights = pt2_compile.GraphBuilder(job).build("over_arch")
+        programs["over_arch"] = program = pt2_compile.trace_graph(graph, "cpu")
+        assert {*program.state_dict, *program.constants} <= weights.keys()
+        return job.parts
+
+    monkeypatch.setattr(pt2_writer, "_compile", trace)
+    monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
+    monkeypatch.setattr(exporter, "check_graphs", lambda *_: ())
+    export_bundle(bundle, tmp_path / "pt2", ExportConfig(format="pt2"))
+    model = open_bundle_model(bundle)
+    emitted = [torch.randn(9, width) for width in model.spec.tower_widths]
+    dense = torch.rand(9, 6)
+    with torch.no_grad():
+        expected = model.forward_emitted(dense, torch.cat(emitted, dim=1))
+        found = programs["over_arch"].module()(dense, *emitted)[:, 0]
+        swapped = programs["over_arch"].module()(dense.flip(0), *emitted)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+    assert not torch.allclose(swapped, expected, rtol=2e-5, atol=1e-6)
+
+
 def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
     from dmt_convert.export import onnx_network
