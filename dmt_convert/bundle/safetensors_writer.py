@@ -58,7 +58,7 @@ class TensorSource:
 
 def array_source(name: str, array: np.ndarray) -> TensorSource:
     """Make a source of a float32 array in memory."""
-    data = np.ascontiguousarray(array, dtype=np.float32)
+    data = np.asarray(array, dtype=np.float32, order="C")  # a scalar stays one
     return TensorSource(
         name=name,
         dtype="fp32",
