@@ -28,8 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+OF_MANY_PROCESSES = ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions")
+"""Below tests/: they start ranks or servers, or kill what they start, and take their turns."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the further cases of long tests, unless they are asked for."""
+    """Leave out the further cases of long tests, unless asked for; say which tests stay together.
+
+    A file's tests share what they build, so that one worker runs them all.
+    """
+    for item in items:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        group = "of many processes" if name.startswith(OF_MANY_PROCESSES) else name
+        item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--exhaustive"):
         return
     further = [item for item in items if item.get_closest_marker("exhaustive")]
