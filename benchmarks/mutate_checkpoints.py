@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trainer_seeds import write_trainer_seeds
+
 TESTS = Path(__file__).parents[1] / "tests" / "checkpoint"
 INTERESTING = (b"\x00", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x80\x02", b".", b"PK\x03\x04")
 GLOBALS = (
@@ -129,7 +131,7 @@ def _write_seeds(folder: Path) -> dict[str, Path]:
     parts |= {f"emb_l.1.weight_{part}": torch.ones(2, 4) for part in "qr"}
     seeds["quotient-remainder"] = conftest.save_torch(parts, place("quotient-remainder"))
     seeds["nvidia"] = write_nvidia(place("nvidia"), state)
-    return seeds
+    return seeds | write_trainer_seeds(place)
 
 
 def write_nvidia(folder: Path, state: dict[str, Any]) -> Path:
@@ -273,7 +275,9 @@ def mutate(folder: Path, rng: random.Random) -> None:
             a.write_bytes(b.read_bytes())
             b.write_bytes(data)
         return
-    headers = [path for path in files if path.name.startswith(".") or path.suffix == ".json"]
+    headers = [
+        path for path in files if path.name.startswith(".") or path.suffix in (".json", ".config")
+    ]
     for _ in range(rng.choice((1, 1, 1, 2))):
         change_file(rng.choice(headers if headers and rng.random() < 0.7 else files), rng)
 
