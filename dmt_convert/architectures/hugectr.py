@@ -52,6 +52,7 @@ class _Reading:
 
     def take(self, name: str, *shape: int) -> TensorInfo:
         """Take the next elements of the dense model file."""
+        _expect(min(shape) > 0, f"{name} of shape {list(shape)}")
         count = 1
         for size in shape:
             count *= size
@@ -132,7 +133,9 @@ def _names(value: Any) -> list[str]:
 
 def _read_data(reading: _Reading, layer: Json) -> str:
     dense = str(layer["dense"]["top"])
-    reading.shapes[dense] = (int(layer["dense"]["dense_dim"]),)
+    width = int(layer["dense"]["dense_dim"])
+    _expect(width >= 0, f"{width} dense inputs")
+    reading.shapes[dense] = (reading.source.believed_width(width),)
     for entry in layer["sparse"]:
         slots = int(entry["slot_num"])
         _expect(0 < slots <= _MAX_SLOTS, f"{slots} slots")
@@ -143,6 +146,7 @@ def _read_data(reading: _Reading, layer: Json) -> str:
 def _read_embedding(reading: _Reading, layer: Json) -> None:
     name, settings = str(_names(layer["top"])[0]), layer["sparse_embedding_hparam"]
     slots, dim = reading.sparse[_names(layer["bottom"])[0]], int(settings["embedding_vec_size"])
+    _expect(dim > 0, f"vectors of {dim}")
     sizes = [int(size) for size in settings.get("slot_size_array") or []]
     if sizes and (len(sizes) != slots or min(sizes) < 1):
         raise ValueError(f"{len(sizes)} slot sizes for {slots} slots")

@@ -137,6 +137,7 @@ def edit_graph(path: Path, change) -> None:
     [
         (lambda layers: layers[8].update(type="GRU"), "a layer of type GRU"),
         (lambda layers: layers[8]["fc_param"].update(num_output=7), "tensors"),
+        (lambda layers: layers[8]["fc_param"].update(num_output=-1), "layer 8 of the graph"),
         (lambda layers: layers.pop(), "without one logit"),
         (lambda layers: layers[5].update(bottom=["flat", "nothing"]), "layer 5 of the graph"),
         (lambda layers: layers[2]["sparse_embedding_hparam"].pop("slot_size_array"), None),
