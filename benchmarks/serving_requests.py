@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000, help="rows of every table")
     parser.add_argument("--candidates", type=int, nargs="+", default=[64, 1024])
-    parser.add_argument("--user-ids", type=int, nargs="+", default=[1, 20])
+    parser.add_argument("--user-ids", type=int, nargs="+", default=[1, 20, 100])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
