@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -222,7 +223,7 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
         if parent is not None and rng.random() < 0.2:
             del parent[key]
         elif parent is not None:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(document).encode()
 
 
