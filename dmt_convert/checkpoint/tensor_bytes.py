@@ -288,7 +288,8 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
     if not segments:
         return
     full_width = all(s.sizes[1:] == info.shape[1:] for s in segments)
-    if full_width:
+    strided_table = len(info.shape) == 2 and any(s.strides is not None for s in segments)
+    if full_width and not strided_table:
         for segment in segments:
             if segment.strides is not None:
                 yield from _strided_chunks(segment, item)
