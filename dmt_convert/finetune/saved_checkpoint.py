@@ -84,9 +84,9 @@ def read_payload(path: Path) -> FlatCheckpoint:
         CheckpointError: It is damaged, or holds more than tensors.
     """
     checkpoint = DcpReader().read(path)
-    if checkpoint.scalars:
+    if checkpoint.unread:
         raise CheckpointError(
-            f"{path} holds pickled values ({', '.join(sorted(checkpoint.scalars)[:5])})",
+            f"{path} holds pickled values ({', '.join(sorted(checkpoint.unread)[:5])})",
             expected="tensors only, as this program writes them",
             hint="it was written by another program; use a checkpoint of this training",
         )
