@@ -6,12 +6,13 @@ Letters: B samples of one rank, O elements that all towers emit per sample, T to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -20,6 +21,7 @@ from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerColle
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.engine.jagged import JaggedBatch
+from dmt_convert.engine.padding import Width, find_widths, trim_shards
 from dmt_convert.engine.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.engine.tower_head import TowerHead, anchor
 from dmt_convert.engine.wire import CommDtype
@@ -37,17 +39,27 @@ class ClusterModel(nn.Module):
     Args:
         model: The converted model. Its modules are taken over; its tables are not.
         order: Tower indices by host, as TorchRec puts their outputs side by side.
+        widths: Table -> how its rows lie in memory.
         weighted: Whether ids come with weights.
+        lr: The tables' learning rate.
     """
 
     order: Tensor
 
-    def __init__(self, model: DmtModel, order: Sequence[int], *, weighted: bool) -> None:
+    def __init__(
+        self,
+        model: DmtModel,
+        order: Sequence[int],
+        widths: Mapping[str, Width],
+        *,
+        weighted: bool,
+        lr: float,
+    ) -> None:
         super().__init__()
         spec = model.spec
         modules = [tower.tower_module for tower in model.tower_list]
         self.towers: nn.Module = EmbeddingTowerCollection(
-            [_build_tower(spec, t, modules[t], weighted=weighted) for t in order],
+            [_build_tower(spec, t, modules[t], widths, weighted=weighted, lr=lr) for t in order],
             device=torch.device("meta"),
         )
         model.towers = nn.ModuleList()
@@ -97,7 +109,15 @@ class ClusterModel(nn.Module):
         return logits.squeeze(1)
 
 
-def _build_tower(spec: DmtSpec, tower: int, module: nn.Module, *, weighted: bool) -> EmbeddingTower:
+def _build_tower(
+    spec: DmtSpec,
+    tower: int,
+    module: nn.Module,
+    widths: Mapping[str, Width],
+    *,
+    weighted: bool,
+    lr: float,
+) -> EmbeddingTower:
     features = spec.towers[tower].features
     by_table: dict[str, list[str]] = {}
     for feature in spec.flat.features:
@@ -107,7 +127,7 @@ def _build_tower(spec: DmtSpec, tower: int, module: nn.Module, *, weighted: bool
         EmbeddingBagConfig(
             name=table.name,
             num_embeddings=table.rows,
-            embedding_dim=table.dim,
+            embedding_dim=widths[table.name].padded,
             feature_names=by_table[table.name],
             pooling=PoolingType.SUM,  # means come as weights, see `jagged`
         )
@@ -115,10 +135,12 @@ def _build_tower(spec: DmtSpec, tower: int, module: nn.Module, *, weighted: bool
         if table.name in by_table
     ]
     bags = EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=torch.device("meta"))
-    start = sum(spec.tower_widths[:tower])
-    return EmbeddingTower(
-        bags, TowerHead(features, spec.tower_dims(tower), module, (start, spec.tower_widths[tower]))
-    )
+    for name, bag in bags.embedding_bags.items():
+        if widths[name].factor != 1:  # TorchRec makes a kernel for every learning rate
+            bag.weight._optimizer_kwargs = [{"lr": lr / widths[name].factor}]
+    columns = (sum(spec.tower_widths[:tower]), spec.tower_widths[tower])
+    dims = [widths[spec.flat.table_of(name).name] for name in features]
+    return EmbeddingTower(bags, TowerHead(features, dims, module, columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,6 +151,8 @@ class ShardedModel:
     """What is trained: gradients of what every rank has are averaged, tables are sharded."""
     towers: ShardedTowers
     """Its towers."""
+    widths: Mapping[str, Width]
+    """Table -> how its rows lie in memory."""
     weighted: bool
     """Whether ids come with weights."""
 
@@ -144,6 +168,19 @@ class ShardedModel:
         assert isinstance(found, ClusterModel)
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all weights, tables as they are cut, in their true widths; shares memory."""
+        return self.trim(self.parallel.state_dict())
+
+    def trim(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Cut tables, or what has their shapes, by their names to their true widths."""
+        return {
+            name: trim_shards(value, width.dim)
+            if isinstance(value, ShardedTensor) and (width := self.widths[table_of(name)]).is_padded
+            else value
+            for name, value in state.items()
+        }
+
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything but tables, by name; tower modules are those of this rank's host."""
         return {
@@ -151,6 +188,11 @@ class ShardedModel:
             for name, value in self.parallel.named_parameters()
             if ".embedding_bags." not in name and not name.endswith(".anchor")
         }
+
+
+def table_of(name: str) -> str:
+    """Return the table that a tensor's name in a state dict is of."""
+    return name.rsplit(".embedding_bags.", 1)[-1].removesuffix(".weight")
 
 
 def shard_model(
@@ -186,9 +228,12 @@ def shard_model(
         spec.assignment,
         device="cuda" if on.type == "cuda" else "cpu",
         module_path=TOWERS,
+        pad=True,
     )
+    widths = find_widths(spec.flat.tables, fused_params)
+    lr = fused_params["learning_rate"]
     parallel = DistributedModelParallel(
-        ClusterModel(model, plan.tower_order, weighted=weighted),
+        ClusterModel(model, plan.tower_order, widths, weighted=weighted, lr=lr),
         device=on,
         plan=ShardingPlan(plan=dict(sharding.plan)),
         sharders=[TowersSharder(fused_params, comm_dtype=comm_dtype, vector_dim=_vector_dim(spec))],
@@ -197,7 +242,16 @@ def shard_model(
     towers = core.towers
     assert isinstance(core, ClusterModel) and isinstance(towers, ShardedTowers)
     core.settle_order(towers.arriving_columns())
-    return ShardedModel(parallel=parallel, towers=towers, weighted=weighted)
+    _clear_padding(towers, widths)
+    return ShardedModel(parallel=parallel, towers=towers, widths=widths, weighted=weighted)
+
+
+def _clear_padding(towers: ShardedTowers, widths: Mapping[str, Width]) -> None:
+    for name, value in towers.state_dict().items():
+        if isinstance(value, ShardedTensor):
+            for shard in value.local_shards():
+                # of a table that is cut into columns there is nothing to clear
+                shard.tensor.detach()[:, widths[table_of(name)].dim :] = 0
 
 
 def _vector_dim(spec: DmtSpec) -> int:

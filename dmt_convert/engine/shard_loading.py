@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dmt_convert.checkpoint import TensorInfo, gather_rows
-from dmt_convert.engine.cluster_model import ShardedModel
+from dmt_convert.engine.cluster_model import ShardedModel, table_of
 
 _CHUNK_BYTES: Final = 8 << 20
 """Of a table, read at once."""
@@ -45,10 +45,10 @@ def load_shards(
 def table_shards(model: ShardedModel) -> list[tuple[str, int, int, torch.Tensor]]:
     """List this rank's shards: table, first row, first column, rows of it (shares memory)."""
     found = []
-    for name, value in model.towers.state_dict().items():
+    for name, value in model.trim(model.towers.state_dict()).items():
         if ".embedding_bags." not in name:
             continue
-        table = name.split(".embedding_bags.")[1].rsplit(".", 1)[0]
+        table = table_of(name)
         found += [(table, *_place(shard)) for shard in value.local_shards()]
     return found
 

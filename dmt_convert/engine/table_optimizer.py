@@ -10,9 +10,10 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import CommType  # noqa: F401  registers fbgemm's ops
 
-from dmt_convert.engine.cluster_model import ShardedModel
+from dmt_convert.engine.cluster_model import ShardedModel, table_of
 from dmt_convert.errors import ConfigError
 
 TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
@@ -60,17 +61,27 @@ class FusedTables:
 
     def __init__(self, model: ShardedModel) -> None:
         self._optimizer = model.parallel.fused_optimizer
+        self._model = model
+        # tables whose gradients are multiplied are in kernels of their own
+        factors = {
+            id(value): model.widths[table_of(name)].factor
+            for name, value in self._optimizer.params.items()
+        }
+        self._factors = [
+            factors[id(group["params"][0])] if group["params"] else 1.0
+            for group in self._optimizer.param_groups
+        ]
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate; the next backward pass moves tables by it."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = lr / factor
         self._optimizer.step()  # hands it to the kernels; nothing moves
 
     def accumulators(self) -> Iterator[tuple[str, Tensor]]:
         """Yield Adagrad's squared gradients of every shard here: table, state (R,) or (R, N)."""
-        for name, state in self._optimizer.state_dict()["state"].items():
-            table = name.split(".embedding_bags.")[-1].split(".")[0]
+        for name, state in self.state_dict().items():
+            table = table_of(name)
             for key, value in state.items():
                 if key.endswith("momentum1"):
                     for part in _local_parts(value):
@@ -78,8 +89,18 @@ class FusedTables:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state by parameter, sharded as the tables are."""
-        found: dict[str, Any] = self._optimizer.state_dict()["state"]
-        return found
+        found: dict[str, dict[str, Any]] = self._optimizer.state_dict()["state"]
+        return {
+            name: {
+                key: self._model.trim({name: value})[name] if _is_per_element(value) else value
+                for key, value in state.items()
+            }
+            for name, state in found.items()
+        }
+
+
+def _is_per_element(value: Any) -> bool:
+    return isinstance(value, ShardedTensor) and len(value.size()) == 2
 
 
 def _local_parts(value: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from dmt_convert.engine.padding import Width, make_trim
 from dmt_convert.towers.tower_module import DlrmTowerModule, Passthrough
 
 
@@ -24,7 +25,7 @@ class TowerHead(nn.Module):
 
     Args:
         features: The tower's features, in its order.
-        dims: Their embedding dims.
+        dims: Their embedding dims, and how the lookup gives them.
         module: The tower module, which takes their pooled embeddings side by side.
         columns: Columns of the tower in the joint output of all towers: the first, and how many.
     """
@@ -32,12 +33,14 @@ class TowerHead(nn.Module):
     def __init__(
         self,
         features: Sequence[str],
-        dims: Sequence[int],
+        dims: Sequence[Width],
         module: nn.Module,
         columns: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.features, self.dims, self.module = list(features), list(dims), module
+        self.features, self.dims, self.module = list(features), [w.dim for w in dims], module
+        self.looked_up = list(dims)
+        self._trim = make_trim(dims)
         # DistributedDataParallel refuses a module that has nothing to train
         has_none = not any(True for _ in module.parameters())
         self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
@@ -91,11 +94,11 @@ class TowerHead(nn.Module):
         return emitted if self.anchor is None else anchor(emitted, self.anchor)
 
     def _join(self, embeddings: KeyedTensor) -> Tensor:
-        if embeddings.keys() == self.features:
-            values: Tensor = embeddings.values()
-            return values
-        by_name = embeddings.to_dict()
-        return torch.cat([by_name[name] for name in self.features], dim=1)
+        values: Tensor = embeddings.values()
+        if embeddings.keys() != self.features:
+            by_name = embeddings.to_dict()
+            values = torch.cat([by_name[name] for name in self.features], dim=1)
+        return values if self._trim is None else self._trim(values)
 
 
 class LocalPart:
@@ -112,12 +115,15 @@ class LocalPart:
         starts = torch.tensor([0, *head.dims]).cumsum(0)
         self.features = torch.tensor(places, dtype=torch.int64)
         self.dims = [head.dims[place] for place in places]
+        self._trim = make_trim([head.looked_up[place] for place in places])
         rows = [torch.arange(int(starts[p]), int(starts[p + 1])) for p in places]
         self.rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
         self.sharers = sharers
 
     def apply(self, module: nn.Module, pooled: Tensor) -> Tensor:
-        """Map the features: (B, sum of N) to (B, features * c * D)."""
+        """Map the features as looked up, sum of N columns, to (B, features * c * D)."""
+        if self._trim is not None:
+            pooled = self._trim(pooled)
         if not isinstance(module, DlrmTowerModule):
             return pooled
         # The gradient of a weight comes from this rank alone, over the samples of all L ranks;

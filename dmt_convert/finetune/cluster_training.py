@@ -220,7 +220,7 @@ class ClusterTrainer:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds of the model and its optimizers; shares memory."""
         return {
-            "model": self.model.parallel.state_dict(),
+            "model": self.model.state_dict(),
             "dense_optimizer": self.dense.state(),
             "table_optimizer": dict(self.tables.state()),
         }

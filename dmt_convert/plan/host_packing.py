@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.plan.placement import (
+    COLS_MULTIPLE,
     OPTIMIZER_BYTES_PER_ROW,
     Shard,
     TablePlacement,
+    padded_dim,
     row_blocks,
 )
 
@@ -23,8 +25,6 @@ Loads = npt.NDArray[np.float64]
 
 MIN_SHARD_COLS: Final = 32
 """Narrower column shards waste the accelerator's memory transactions."""
-COLS_MULTIPLE: Final = 4
-"""The lookup kernels read rows in vectors of four elements."""
 
 DOMINANCE: Final = 2.0
 """A table of this many times the mean bytes per rank is cut into columns to balance memory..."""
@@ -57,9 +57,9 @@ class TableLoad:
     """Ids looked up per sample, of all those features."""
 
     def nbytes(self, column_shards: int = 1) -> int:
-        """Size with optimizer state when cut into so many column shards, in bytes."""
+        """Size in memory with optimizer state when cut into so many column shards, in bytes."""
         state = OPTIMIZER_BYTES_PER_ROW * column_shards
-        return self.rows * (self.dim * self.element_bytes + state)
+        return self.rows * (padded_dim(self.dim) * self.element_bytes + state)
 
     @property
     def loads(self) -> tuple[float, float, float]:

@@ -24,6 +24,15 @@ OPTIMIZER_BYTES_PER_ROW: Final = 4
 therefore keeps n of them per row."""
 
 
+COLS_MULTIPLE: Final = 4
+"""The lookup kernels read rows in vectors of four elements."""
+
+
+def padded_dim(dim: int) -> int:
+    """Return the columns that a rank keeps of a table of this dim: the next multiple of four."""
+    return -(-dim // COLS_MULTIPLE) * COLS_MULTIPLE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """A rectangle of a table on one rank."""
@@ -40,12 +49,12 @@ class Shard:
     """Number of columns."""
 
     def nbytes(self, element_bytes: int) -> int:
-        """Memory with the optimizer's state, in bytes.
+        """Memory with the optimizer's state, in bytes, columns padded as they are in memory.
 
         Args:
             element_bytes: Size of one element of the table, in bytes.
         """
-        return self.rows * (self.cols * element_bytes + OPTIMIZER_BYTES_PER_ROW)
+        return self.rows * (padded_dim(self.cols) * element_bytes + OPTIMIZER_BYTES_PER_ROW)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from dmt_convert.errors import PlanError
-from dmt_convert.plan.host_packing import COLS_MULTIPLE
+from dmt_convert.plan.placement import COLS_MULTIPLE, Shard, TablePlacement, padded_dim
 from dmt_convert.plan.plan_check import check_plan
 from dmt_convert.plan.tower_plan import TowerPlan, shorten
 from dmt_convert.spec import ModelSpec, TowerAssignment
@@ -37,6 +37,7 @@ def to_sharding_plan(
     *,
     device: DeviceType = "cuda",
     module_path: str = "",
+    pad: bool = False,
 ) -> ShardingPlan:
     """Build TorchRec's plan, without a process group.
 
@@ -49,6 +50,8 @@ def to_sharding_plan(
         device: Kind of device that the shards lie on.
         module_path: Path of the `EmbeddingTowerCollection` in the module that
             `DistributedModelParallel` wraps; empty where it is that module.
+        pad: Whether the collection's tables have `padded_dim` columns, so that those of any dim
+            can be placed.
 
     Raises:
         PlanError: The plan is not of this model, or a shard's width is not a multiple of four,
@@ -60,7 +63,7 @@ def to_sharding_plan(
     odd = [
         f"table {placement.table!r} has shards {placement.shards[0].cols} wide"
         for placement in plan.tables
-        if placement.shards[0].cols % COLS_MULTIPLE
+        if _columns(placement, placement.shards[0], pad=pad) % COLS_MULTIPLE
     ]
     if odd:
         raise PlanError(
@@ -71,14 +74,21 @@ def to_sharding_plan(
         )
     tables = EmbeddingModuleShardingPlan(
         {
-            placement.table: _parameter_sharding(plan, index, device)
+            placement.table: _parameter_sharding(plan, index, device, pad=pad)
             for index, placement in enumerate(plan.tables)
         }
     )
     return ShardingPlan(plan={module_path: tables})
 
 
-def _parameter_sharding(plan: TowerPlan, index: int, device: DeviceType) -> ParameterSharding:
+def _columns(placement: TablePlacement, shard: Shard, *, pad: bool) -> int:
+    """Columns of a shard in memory; what is cut into columns is not padded."""
+    return padded_dim(shard.cols) if pad and shard.cols == placement.cols else shard.cols
+
+
+def _parameter_sharding(
+    plan: TowerPlan, index: int, device: DeviceType, *, pad: bool
+) -> ParameterSharding:
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
     from torchrec.distributed.types import ParameterSharding
@@ -92,7 +102,7 @@ def _parameter_sharding(plan: TowerPlan, index: int, device: DeviceType) -> Para
             [
                 ShardMetadata(
                     shard_offsets=[shard.row_offset, shard.col_offset],
-                    shard_sizes=[shard.rows, shard.cols],
+                    shard_sizes=[shard.rows, _columns(placement, shard, pad=pad)],
                     placement=_device_of(plan, shard.rank, device),
                 )
                 for shard in placement.shards

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.engine import cluster_model, sharded_towers
+from dmt_convert.engine import FusedTables, cluster_model, sharded_towers
 from dmt_convert.engine.sharded_towers import ShardedTowers
 from dmt_convert.engine.tower_head import TowerHead
 
@@ -120,10 +120,25 @@ def _own_tower_gradients(patch: Callable[..., None]) -> None:
     )
 
 
+def _same_learning_rate(patch: Callable[..., None]) -> None:
+    """Tables with columns of zeros move by the learning rate of the others."""
+
+    def plain(_: Any) -> Callable[..., None]:
+        def set_lr(self: FusedTables, lr: float) -> None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+
+        return set_lr
+
+    patch(FusedTables, "set_lr", plain)
+
+
 _PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
     "no order of columns": _no_order,
     "swapped tables": _swapped_tables,
     "undivided gradients": _undivided_gradients,
     "wrong feature": _wrong_feature,
     "own tower gradients": _own_tower_gradients,
+    "same learning rate": _same_learning_rate,
 }

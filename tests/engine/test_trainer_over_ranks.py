@@ -84,3 +84,58 @@ def test_a_broken_engine_is_not_what_one_process_does(
 ) -> None:
     found = compare(run_ranks, clicks, 2, 2, kind, broken="undivided gradients")
     assert min(found) > 100 * TOLERANCE
+
+
+ANY_WIDTH = [[[20, 9], [30, 1], [40, 16]], [[25, 6], [22, 9]]]
+WIDTHS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "2x1, a network, row-wise Adagrad": (2, 1, {"interaction": "network"}),
+    "2x1, sums per element": (
+        2,
+        1,
+        {"interaction": "network", "more": {"table_optimizer": "adagrad"}},
+    ),
+    "2x2, rows over both ranks, vectors per tower, row-wise Adagrad": (
+        2,
+        2,
+        {
+            "interaction": "cat",
+            "modules": [{"kind": "dlrm", "c": 1, "p": 1, "dim": 6}],
+            "towers": [[[600, 9]], [[21, 1], [31, 6]]],
+            "hbm_bytes": 20_000,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.exhaustive if case.endswith("element") else ())
+        for case in WIDTHS
+    ],
+)
+def test_tables_of_any_width(run_ranks: RunRanks, clicks: Path, case: str) -> None:
+    hosts, ranks, options = WIDTHS[case]
+    assert max(compare_widths(run_ranks, clicks, hosts, ranks, **options)) < TOLERANCE
+
+
+def compare_widths(
+    run_ranks: RunRanks, clicks: Path, hosts: int, ranks: int, more: Any = None, **options: Any
+) -> list[float]:
+    """The largest difference that any rank finds; passthrough models are the flat ones."""
+    config = {"batch_size": 34, "max_steps": 10, "eval_every": 10, "dense_lr": 0.01}
+    found = run_ranks(
+        hosts,
+        ranks,
+        "trainer_against_one_process",
+        data=str(clicks),
+        config=config | (more or {}),
+        **{"towers": ANY_WIDTH, **options},
+    )
+    assert all(one["moved"] > 0.01 for one in found)
+    return [max(one["losses"], one["log_loss"], one["tables"]) for one in found]
+
+
+def test_a_mean_over_columns_of_zeros_is_noticed(run_ranks: RunRanks, clicks: Path) -> None:
+    options = {"interaction": "network", "broken": "same learning rate"}
+    assert min(compare_widths(run_ranks, clicks, 2, 1, **options)) > 100 * TOLERANCE

@@ -275,9 +275,11 @@ def make_wide(
 ) -> Callable[..., Path]:
     """A bundle of two towers, tables wide enough to be cut into columns."""
 
-    def make(*, edit: Callable[[dict[str, Any]], object] | None = None, **options: Any) -> Path:
+    def make(
+        *, edit: Callable[[dict[str, Any]], object] | None = None, dim: int = 64, **options: Any
+    ) -> Path:
         folder = tmp_path_factory.mktemp("wide")
-        source = make_flat(folder / "ckpt.pt", rows=WIDE_TABLES, dim=64, edit=edit)
+        source = make_flat(folder / "ckpt.pt", rows=WIDE_TABLES, dim=dim, edit=edit)
         config = ConvertConfig(
             partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
         )

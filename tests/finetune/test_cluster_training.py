@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dmt_convert.bundle import open_bundle
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.plan import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
 
@@ -130,6 +131,28 @@ def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> N
     last = tune("1x1", *HARD, "--resume")
     assert "from the checkpoint of step 12\n" in last.printed
     assert_alike(last, whole)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rowwise-adagrad",
+        pytest.param("adagrad", marks=pytest.mark.exhaustive),
+        pytest.param("sgd", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_tables_of_any_width_are_saved_as_they_are(tune, tune_alone, make_wide, kind) -> None:
+    """Killed on 2x1, ended on 1x2; of the columns of zeros nothing is in the checkpoints."""
+    bundle = make_wide(compression=1, dim=10)
+    options = (*HARD, "--table-optimizer", kind)
+    die = {"moment": "step", "rank": 0, "time": 8}
+    stopped = tune("2x1", *options, bundle=bundle, faults=[die], ends=False)
+    (newest,) = stopped.out.parent.glob("*/*6")
+    shapes = [i.shape for i in open_checkpoint(newest).tensors if "embedding_bags" in i.name]
+    assert {shape[1] for shape in shapes if len(shape) == 2} == {10}
+    last = tune("1x2", *options, "--resume", bundle=bundle)
+    assert "from the checkpoint of step 6\n" in last.printed
+    assert_alike(last, tune_alone(*options, bundle=bundle))
 
 
 @pytest.mark.exhaustive

@@ -83,6 +83,8 @@ def test_widths_that_the_kernel_does_not_take_are_refused(make_model: MakeModel)
     plan = plan_towers(*odd, Cluster(hosts=1, ranks_per_host=1), tower_widths=[6])
     with pytest.raises(PlanError, match="'t0' has shards 6 wide"):
         to_sharding_plan(plan, *odd)
+    shardings: Any = to_sharding_plan(plan, *odd, pad=True).plan[""]
+    assert shardings["t0"].sharding_spec.shards[0].shard_sizes == [10, 8]
 
 
 def collection_of(plan: TowerPlan, model: Model) -> Any:
