@@ -243,10 +243,9 @@ def _takes(inputs: GraphInputs) -> str:
     for feature in inputs.features:
         form = f"weighted {feature.form}" if feature.weighted else feature.form
         counts[form] = counts.get(form, 0) + 1
-    text = f"{inputs.dense} (B, {inputs.num_dense}), " + ", ".join(
-        f"{count} {form} features" for form, count in counts.items()
-    )
+    dense = [f"{inputs.dense} (B, {inputs.num_dense})"] if inputs.num_dense else []
+    text = ", ".join([*dense, *(f"{count} {form} features" for form, count in counts.items())])
     if inputs.per_request:
-        dense = " and the dense inputs" if inputs.dense_per_request else ""
-        text += f"; once per request: {', '.join(inputs.per_request)}{dense}"
+        more = " and the dense inputs" if inputs.dense_per_request else ""
+        text += f"; once per request: {', '.join(inputs.per_request)}{more}"
     return text

@@ -91,8 +91,14 @@ def plan_inputs(spec: DmtSpec, config: ExportConfig) -> GraphInputs:
     """Say what the graphs of an export take.
 
     Raises:
-        ExportError: An option names a feature that the model does not have.
+        ExportError: An option names a feature, or dense inputs, that the model does not have.
     """
+    if config.dense_per_request and not spec.flat.num_dense:
+        raise ExportError(
+            "--dense-per-request for a model without dense inputs",
+            expected="a model that has some",
+            hint="leave it out",
+        )
     names = spec.flat.feature_names
     asked = [*config.forms, *(name for name in config.weighted if name != "*"), *config.per_request]
     unknown = sorted(set(asked) - set(names))

@@ -45,7 +45,7 @@ def add_inputs(b: GraphBuilder, inputs: GraphInputs, features: Sequence[str] | N
         features: Whose; by default all, and the dense inputs before them.
     """
     if features is None:
-        b.input(inputs.dense, "fp32", [rows_of_dense(inputs), inputs.num_dense])
+        add_dense_input(b, inputs)
     for feature in inputs.features:
         if features is not None and feature.feature not in features:
             continue
@@ -61,14 +61,16 @@ def add_inputs(b: GraphBuilder, inputs: GraphInputs, features: Sequence[str] | N
             b.input(feature.weights, "fp32", shape)
 
 
+def add_dense_input(b: GraphBuilder, inputs: GraphInputs) -> None:
+    """Add the dense input, if there is one."""
+    if inputs.num_dense:
+        rows = 1 if inputs.dense_per_request else "batch"
+        b.input(inputs.dense, "fp32", [rows, inputs.num_dense])
+
+
 def rows_of(inputs: GraphInputs, feature: str) -> int | str:
     """Rows in which a feature's bags come: one where they come once per request."""
     return 1 if feature in inputs.per_request else "batch"
-
-
-def rows_of_dense(inputs: GraphInputs) -> int | str:
-    """Rows in which the dense inputs come."""
-    return 1 if inputs.dense_per_request else "batch"
 
 
 def pool_tower(b: GraphBuilder, job: ExportJob, tower: int) -> list[Piece]:

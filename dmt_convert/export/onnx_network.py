@@ -97,6 +97,17 @@ def emit_network(
         b.node("Unsqueeze", logits, b.ints("last", [1]), name="logit", output=output)
 
 
+def no_dense(b: GraphBuilder, rows: str) -> str:
+    """Return the dense inputs of a model without any, (B, 0).
+
+    Args:
+        b: The graph.
+        rows: B, as a tensor of one element.
+    """
+    shape = b.node("Concat", rows, b.ints("no_columns", [0]), name="no_dense_shape", axis=0)
+    return b.node("ConstantOfShape", shape, name="no_dense")
+
+
 def _find(
     name: str, array: npt.NDArray[Any], state: Mapping[str, npt.NDArray[Any]]
 ) -> tuple[str, bool] | None:

@@ -12,26 +12,29 @@ import numpy as np
 from dmt_convert.export.graph_writer import ExportJob
 from dmt_convert.export.onnx_dense import cross, linear, mlp
 from dmt_convert.export.onnx_graph import GraphBuilder
-from dmt_convert.export.onnx_network import emit_network
+from dmt_convert.export.onnx_network import emit_network, no_dense
 from dmt_convert.spec import InteractionSpec
 
 LOGITS = "logits"
 
 
-def emit_logits(b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[str]) -> None:
+def emit_logits(b: GraphBuilder, job: ExportJob, dense: str | None, emitted: Sequence[str]) -> None:
     """Add everything behind the towers: logits, (B, 1).
 
     Args:
         b: The graph.
         job: What is exported.
-        dense: The dense inputs, (B, number of them).
+        dense: The dense inputs, (B, number of them); None where a network takes none.
         emitted: What every tower emits, each (B, O).
     """
     spec, file = job.spec, job.weights.over_arch
     emitted = restore(b, job, emitted)
     if spec.interaction.network is not None:
+        if dense is None:
+            dense = no_dense(b, b.node("Shape", emitted[0], name="rows", start=0, end=1))
         emit_network(b, job, dense, in_order(b, job, emitted), LOGITS)
         return
+    assert dense is not None
     passed = mlp(b, file, "dense_arch", dense, spec.flat.dense_arch)
     part = project_dense(b, job, passed)
     kind = spec.interaction.kind

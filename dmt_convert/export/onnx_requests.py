@@ -11,7 +11,7 @@ candidates, M width of the concatenation, P pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dmt_convert.errors import ExportError
 from dmt_convert.export.graph_writer import ExportJob
 from dmt_convert.export.onnx_dense import cross, mlp, mlp_tail
 from dmt_convert.export.onnx_graph import GraphBuilder
-from dmt_convert.export.onnx_network import emit_network
+from dmt_convert.export.onnx_network import emit_network, no_dense
 from dmt_convert.export.onnx_over_arch import (
     LOGITS,
     in_order,
@@ -41,7 +41,7 @@ class Sides:
     once: tuple[bool, ...]
     """Per tower."""
     dense_once: bool
-    """Whether the dense inputs come once per request."""
+    """Whether nothing dense comes per candidate."""
 
 
 def request_sides(spec: DmtSpec, inputs: GraphInputs) -> Sides:
@@ -65,24 +65,25 @@ def request_sides(spec: DmtSpec, inputs: GraphInputs) -> Sides:
             details=mixed,
         )
     once = tuple(user >= set(tower.features) for tower in spec.towers)
-    if all(once) and inputs.dense_per_request:
+    dense_once = inputs.dense_per_request or not inputs.num_dense
+    if all(once) and dense_once:
         raise ExportError(
             "every input comes once per request",
             expected="some inputs per candidate",
             hint="name fewer features, or leave out --dense-per-request",
         )
-    return Sides(once=once, dense_once=inputs.dense_per_request)
+    return Sides(once=once, dense_once=dense_once)
 
 
 def emit_request_logits(
-    b: GraphBuilder, job: ExportJob, dense: str, emitted: Sequence[str]
+    b: GraphBuilder, job: ExportJob, dense: str | None, emitted: Sequence[str]
 ) -> None:
     """Add everything behind the towers: logits, (B, 1).
 
     Args:
         b: The graph.
         job: What is exported.
-        dense: The dense inputs, (B or 1, number of them).
+        dense: The dense inputs, (B or 1, number of them); None where a network takes none.
         emitted: What every tower emits, (B or 1, O).
     """
     spec, file = job.spec, job.weights.over_arch
@@ -90,9 +91,12 @@ def emit_request_logits(
     emitted = restore(b, job, emitted)
     if spec.interaction.network is not None:
         count = _candidates(b, sides, dense, emitted)
+        if dense is None:
+            dense, sides = no_dense(b, count), replace(sides, dense_once=False)
         dense, *repeated = _repeat_once(b, sides, (dense, *emitted), count)
         emit_network(b, job, dense, in_order(b, job, repeated), LOGITS)
         return
+    assert dense is not None
     passed = mlp(b, file, "dense_arch", dense, spec.flat.dense_arch)
     part = project_dense(b, job, passed)
     if spec.interaction.kind == "dot":
@@ -114,10 +118,10 @@ def emit_request_logits(
     mlp(b, file, "over_arch", x, spec.over_arch, LOGITS)
 
 
-def _candidates(b: GraphBuilder, sides: Sides, dense: str, emitted: Sequence[str]) -> str:
+def _candidates(b: GraphBuilder, sides: Sides, dense: str | None, emitted: Sequence[str]) -> str:
     """Return B, as a tensor of one element, from an input that comes per candidate."""
     flags = zip((dense, *emitted), (sides.dense_once, *sides.once), strict=True)
-    tensor = next(tensor for tensor, once in flags if not once)
+    tensor = next(tensor for tensor, once in flags if tensor is not None and not once)
     return b.node("Shape", tensor, name="candidates", start=0, end=1)
 
 

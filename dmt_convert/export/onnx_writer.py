@@ -11,7 +11,7 @@ from dmt_convert.errors import ExportError
 from dmt_convert.export.export_config import ExportConfig
 from dmt_convert.export.graph_writer import ExportJob, Written
 from dmt_convert.export.onnx_graph import IR_VERSION, OPSET, GraphBuilder
-from dmt_convert.export.onnx_lookup import add_inputs, pool_tower, rows_of, rows_of_dense
+from dmt_convert.export.onnx_lookup import add_dense_input, add_inputs, pool_tower, rows_of
 from dmt_convert.export.onnx_over_arch import LOGITS, emit_logits
 from dmt_convert.export.onnx_requests import emit_request_logits
 from dmt_convert.export.onnx_tower import emit_tower
@@ -76,7 +76,7 @@ def write_over_arch_graph(job: ExportJob, path: Path) -> None:
         path: The `.onnx` file; the weights outside towers must lie in its folder, or below.
     """
     b = _builder(job, OVER_ARCH, path, outputs=[LOGITS])
-    b.input(job.inputs.dense, "fp32", [rows_of_dense(job.inputs), job.inputs.num_dense])
+    add_dense_input(b, job.inputs)
     emitted = []
     for t, width in enumerate(job.spec.tower_widths):
         rows = rows_of(job.inputs, job.spec.towers[t].features[0])
@@ -108,11 +108,11 @@ def write_whole_graph(job: ExportJob, path: Path) -> None:
 
 def _emit_logits(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> None:
     emit = emit_request_logits if job.inputs.per_request else emit_logits
-    emit(b, job, job.inputs.dense, emitted)
+    emit(b, job, job.inputs.dense if job.inputs.num_dense else None, emitted)
 
 
 def _builder(job: ExportJob, name: str, path: Path, outputs: Sequence[str]) -> GraphBuilder:
-    taken = sorted(set(outputs) & {job.inputs.dense, *job.inputs.names})
+    taken = sorted(set(outputs) & {*job.inputs.names})
     if taken:
         raise ExportError(
             f"a feature's input is called {taken[0]!r}, as the output of the {name} graph is",
@@ -149,7 +149,12 @@ def _metadata(job: ExportJob, part: str, features: Sequence[str]) -> dict[str, s
         "dmt.tower_module": job.spec.kind,
         "dmt.towers": json.dumps([list(tower.features) for tower in job.spec.towers]),
         "dmt.features": json.dumps(described),
-        "dmt.dense": json.dumps({"name": job.inputs.dense, "columns": job.inputs.num_dense}),
+        "dmt.dense": json.dumps(
+            {
+                "name": job.inputs.dense if job.inputs.num_dense else None,
+                "columns": job.inputs.num_dense,
+            }
+        ),
         "dmt.out_of_range": job.config.out_of_range,
         "dmt.quantize": job.config.quantize,
         "dmt.opset": str(OPSET),

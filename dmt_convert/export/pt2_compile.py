@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 from dmt_convert.adapter import load_adapter
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
@@ -109,8 +110,7 @@ class GraphBuilder:
             indices = {tower_name(t): t for t in range(len(self.spec.towers))}
             graph = self._tower(indices[part], "", weights)
         for name, buffer in graph.named_buffers():
-            kind = str(buffer.dtype).removeprefix("torch.")
-            weights.setdefault(name, {"values": buffer.tolist(), "dtype": kind})
+            weights.setdefault(name, _values(buffer))
         return graph.to(self.job.device).eval(), weights
 
     def _tower(self, index: int, prefix: str, weights: dict[str, dict[str, Any]]) -> TowerGraph:
@@ -228,14 +228,34 @@ def _offset(infos: Mapping[str, TensorInfo], table: str) -> int:
 def trace_graph(graph: Graph, device: str) -> torch.export.ExportedProgram:
     """Trace a graph for any number of rows."""
     examples, free = traced(graph.inputs, device)
-    over_arch = isinstance(graph, OverArchGraph)
     with torch.no_grad(), OneDnnLinear(device):
         return torch.export.export(
             graph,
             examples,
-            dynamic_shapes=(free[0], free[1:]) if over_arch else (free,),
+            dynamic_shapes=(free,),
             strict=False,
         )
+
+
+def name_constants(program: torch.export.ExportedProgram) -> dict[str, dict[str, Any]]:
+    """Let tensors that a network's code holds keep their names; inductor would call them otherwise.
+
+    Args:
+        program: A traced graph; literals and plain attributes of its modules become buffers.
+
+    Returns:
+        Where the values of all its constants come from, as `GraphBuilder.build` says it.
+    """
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
+    return {
+        name: _values(value) for name, value in program.constants.items() if torch.is_tensor(value)
+    }
+
+
+def _values(tensor: Tensor) -> dict[str, Any]:
+    return {"values": tensor.tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def compile_part(builder: GraphBuilder, part: str) -> None:
@@ -243,6 +263,7 @@ def compile_part(builder: GraphBuilder, part: str) -> None:
     job = builder.job
     graph, weights = builder.build(part)
     program = trace_graph(graph, job.device)
+    weights = name_constants(program) | weights
     path = Path(job.folder) / job.parts[part]
     torch._inductor.aoti_compile_and_package(
         program,

@@ -62,7 +62,7 @@ def traced(
 
 def list_inputs(inputs: GraphInputs, features: Sequence[str] | None) -> tuple[TensorInput, ...]:
     """List the tensors of some features; of all, and the dense inputs, for None."""
-    found = [dense_input(inputs)] if features is None else []
+    found = list(dense_input(inputs)) if features is None else []
     for form in inputs.features:
         if features is not None and form.feature not in features:
             continue
@@ -76,9 +76,11 @@ def list_inputs(inputs: GraphInputs, features: Sequence[str] | None) -> tuple[Te
     return tuple(found)
 
 
-def dense_input(inputs: GraphInputs) -> TensorInput:
-    """Return the dense input, shape (B, D)."""
-    return TensorInput(name=inputs.dense, dtype="float32", shape=("B", inputs.num_dense))
+def dense_input(inputs: GraphInputs) -> tuple[TensorInput, ...]:
+    """Return the dense input, shape (B, D), if there is one."""
+    if not inputs.num_dense:
+        return ()
+    return (TensorInput(name=inputs.dense, dtype="float32", shape=("B", inputs.num_dense)),)
 
 
 def list_over_arch_inputs(spec: DmtSpec, inputs: GraphInputs) -> tuple[TensorInput, ...]:
@@ -87,7 +89,7 @@ def list_over_arch_inputs(spec: DmtSpec, inputs: GraphInputs) -> tuple[TensorInp
         TensorInput(name=tower_name(t), dtype="float32", shape=("B", width))
         for t, width in enumerate(spec.tower_widths)
     ]
-    return (dense_input(inputs), *towers)
+    return (*dense_input(inputs), *towers)
 
 
 class TowerGraph(nn.Module):
@@ -132,9 +134,14 @@ class OverArchGraph(nn.Module):
         super().__init__()
         self.model = model
         self.inputs = tuple(inputs)
+        self.num_dense = model.spec.flat.num_dense
 
-    def forward(self, dense_BD: Tensor, *emitted: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         """Return logits."""
+        if self.num_dense:
+            dense_BD, *emitted = tensors
+        else:
+            dense_BD, emitted = tensors[0][:, :0], list(tensors)
         logits_B: Tensor = self.model.forward_emitted(dense_BD, torch.cat(emitted, dim=1))
         return logits_B.unsqueeze(1)
 
@@ -145,7 +152,7 @@ class WholeGraph(nn.Module):
     Args:
         towers: The tower graphs.
         over_arch: The over_arch graph.
-        inputs: What it takes, in order, the dense inputs first.
+        inputs: What it takes, in order, the dense inputs first where there are any.
     """
 
     def __init__(
@@ -170,7 +177,8 @@ class WholeGraph(nn.Module):
             emitted.append(output)
             wrong += found
         refuse_wrong(wrong)
-        logits: Tensor = self.over_arch(tensors[0], *emitted)
+        dense = tensors[:1] if self.over_arch.num_dense else ()
+        logits: Tensor = self.over_arch(*dense, *emitted)
         return logits
 
 

@@ -42,14 +42,8 @@ def check_inputs(job: ExportJob) -> None:
     """Refuse inputs that Triton cannot have.
 
     Raises:
-        ExportError: An input cannot be called as it is, or the model has no dense inputs.
+        ExportError: An input cannot be called as it is.
     """
-    if job.inputs.num_dense == 0:
-        raise ExportError(
-            "the model has no dense inputs: Triton has no tensors of no columns",
-            expected="a model with dense inputs",
-            hint="export with --format onnx and serve the graphs by ONNX Runtime",
-        )
     taken = {LOGITS, *(tower_name(t) for t in range(len(job.spec.towers)))}
     wrong = [
         f"{tensor!r}: {why}" for tensor in job.inputs.names for why in _objections(tensor, taken)

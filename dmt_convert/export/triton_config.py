@@ -107,7 +107,7 @@ def _tower(job: ExportJob, tower: int) -> Any:
 def _over_arch(job: ExportJob) -> Any:
     batched = is_batched(job, OVER_ARCH)
     config = _model(job, OVER_ARCH, batched, count=1, parameters={})
-    _add(config.input, job.inputs.dense, "TYPE_FP32", [job.inputs.num_dense], batched)
+    _add_dense(config, job, batched)
     for t, width in enumerate(job.spec.tower_widths):
         _add(config.input, tower_name(t), "TYPE_FP32", [width], batched)
     _add(config.output, LOGITS, "TYPE_FP32", [1], batched)
@@ -121,14 +121,15 @@ def _ensemble(job: ExportJob, towers: Sequence[str]) -> Any:
     config = triton_messages().ModelConfig(
         name=name, platform="ensemble", max_batch_size=MAX_BATCH if batched else 0
     )
-    _add(config.input, job.inputs.dense, "TYPE_FP32", [job.inputs.num_dense], batched)
+    _add_dense(config, job, batched)
     for feature in job.inputs.features:
         _add_feature(config, feature, batched)
     _add(config.output, LOGITS, "TYPE_FP32", [1], batched)
     for t, part in enumerate(towers):
         taken = [tensor for feature in features_of(job, t) for tensor in feature.names]
         _add_step(config, model_of(name, part), taken, part)
-    _add_step(config, model_of(name, OVER_ARCH), [job.inputs.dense, *towers], LOGITS)
+    dense = [job.inputs.dense] if job.inputs.num_dense else []
+    _add_step(config, model_of(name, OVER_ARCH), [*dense, *towers], LOGITS)
     return config
 
 
@@ -154,6 +155,12 @@ def _model(
     for key, value in {**_PARAMETERS, **(_GPU_PARAMETERS if gpu else parameters)}.items():
         config.parameters[key].string_value = value
     return config
+
+
+def _add_dense(config: Any, job: ExportJob, batched: bool) -> None:
+    """Add the dense input, if there is one: Triton has no tensors of no columns."""
+    if job.inputs.num_dense:
+        _add(config.input, job.inputs.dense, "TYPE_FP32", [job.inputs.num_dense], batched)
 
 
 def _add_feature(config: Any, feature: FeatureInput, batched: bool) -> None:

@@ -97,8 +97,8 @@ def _models(job: ExportJob, configs: Sequence[Any]) -> list[str]:
         "| input | type | shape | |",
         "|---|---|---|---|",
     ]
-    (dense, *_) = configs[-1].input
-    lines.append(f"| `{dense.name}` | FP32 | (B, {job.inputs.num_dense}) | dense inputs |")
+    if count := job.inputs.num_dense:
+        lines.append(f"| `{job.inputs.dense}` | FP32 | (B, {count}) | dense inputs |")
     for feature in job.inputs.features:
         lines += _input_rows(job, feature)
     lines += ["", f"`{LOGITS}` are the model's logits: a sigmoid makes probabilities of them."]
@@ -172,8 +172,9 @@ def _ask(job: ExportJob, ensemble: Any) -> list[str]:
         "import tritonclient.http as triton",
         "",
         "inputs = {",
-        f"    {ensemble.input[0].name!r}: np.zeros((2, {job.inputs.num_dense}), dtype=np.float32),",
     ]
+    if count := job.inputs.num_dense:
+        lines.append(f"    {job.inputs.dense!r}: np.zeros((2, {count}), dtype=np.float32),")
     for feature in job.inputs.features:
         last = min(1, job.spec.flat.table_of(feature.feature).rows - 1)
         lines += [f"    {name!r}: {value}," for name, value in _example(feature, last)]

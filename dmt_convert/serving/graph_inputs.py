@@ -122,7 +122,7 @@ class GraphInputs:
     """Everything that a whole-model graph takes."""
 
     num_dense: int
-    """D: columns of the dense input."""
+    """D: columns of the dense input; without any there is no such input."""
     features: tuple[FeatureInput, ...]
     """One per feature, in the flat model's order."""
     per_request: tuple[str, ...] = ()
@@ -152,7 +152,8 @@ class GraphInputs:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all inputs, in the graph's order."""
-        return (self.dense, *(name for f in self.features for name in f.names))
+        names = tuple(name for feature in self.features for name in feature.names)
+        return (self.dense, *names) if self.num_dense else names
 
     def feature(self, name: str) -> FeatureInput:
         """Return the input of a feature."""
@@ -180,7 +181,9 @@ class GraphInputs:
         return feeds
 
     def dense_feed(self, batch: Batch) -> dict[str, Array]:
-        """Fill the dense input from a batch."""
+        """Fill the dense input from a batch, if there is one."""
+        if not self.num_dense:
+            return {}
         dense = batch.dense[:1] if self.dense_per_request else batch.dense
         return {self.dense: np.ascontiguousarray(dense, dtype=np.float32)}
 

@@ -1,12 +1,14 @@
 """Tiny bundles and their exports, made once."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dmt_convert.adapter import load_adapter
 from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
 from dmt_convert.convert import ConvertConfig, convert_checkpoint
@@ -56,6 +58,59 @@ def make_bundle(
                 done = convert_checkpoint(source, folder / "bundle", config=config)
             made[key] = open_bundle(done.bundle.path)
         return made[key]
+
+    return make
+
+
+NETWORK = """
+import torch
+from torch import nn
+from dmt_convert.adapter import Adapter
+
+class Net(nn.Module):
+    def __init__(self, dims, num_dense):
+        super().__init__()
+        width = num_dense + sum(dims)
+        self.norm = nn.BatchNorm1d(width)
+        self.register_buffer("order", torch.arange(width).flip(0), persistent=False)
+        self.factors = torch.linspace(1, 2, width)  # no buffer: a constant of the code
+        self.top = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, dense, pooled):
+        x = self.norm(torch.cat([dense, *pooled], dim=1))[:, self.order] * self.factors
+        first = torch.tensor([float(i) for i in range(12)])
+        return self.top(x).squeeze(1) + (x[:, :12] * first).sum(1)
+
+ADAPTER = Adapter(network=Net, num_dense=NUM_DENSE, prefix="net.")
+"""
+
+
+@pytest.fixture(scope="session")
+def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """A user's network over four tables, in linear towers: `make_network_bundle(num_dense=0)`."""
+
+    @cache
+    def make(num_dense: int) -> Bundle:
+        folder = tmp_path_factory.mktemp("network")
+        model = folder / "net.py"
+        model.write_text(NETWORK.replace("NUM_DENSE", str(num_dense)))
+        loaded = load_adapter(model)
+        torch.manual_seed(0)
+        network = loaded.adapter.network([8] * 4, num_dense)
+        state = {f"net.{name}": value for name, value in network.state_dict().items()}
+        for i, rows in enumerate((20, 50, 7, 9)):
+            state[f"ebc.embedding_bags.t{i}.weight"] = torch.randn(rows, 8)
+        torch.save(state, folder / "ckpt.pt")
+        groups = (("user", ("t0", "t1")), ("item", ("t2", "t3")))
+        config = ConvertConfig(
+            partition=PartitionConfig(num_towers=2, groups=groups, affinity="cosine"),
+            model_config=ModelConfig(adapter=loaded),
+            distill_steps=0,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 512)
+            patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
+            return convert_checkpoint(folder / "ckpt.pt", folder / "bundle", config=config).bundle
 
     return make
 

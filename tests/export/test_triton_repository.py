@@ -148,7 +148,6 @@ def _job(bundle: Bundle, exported: ExportedModel, **changes: Any) -> ExportJob:
     if "feature" in changes:
         first = replace(inputs.features[0], feature=changes["feature"])
         inputs = replace(inputs, features=(first, *inputs.features[1:]))
-    inputs = replace(inputs, num_dense=changes.get("num_dense", inputs.num_dense))
     return ExportJob(
         folder=exported.path,
         spec=bundle.manifest.model,
@@ -166,7 +165,6 @@ def _job(bundle: Bundle, exported: ExportedModel, **changes: Any) -> ExportJob:
         ({"feature": "nul\0"}, "cannot be called"),
         ({"feature": "tower_001"}, "cannot be called"),
         ({"feature": "logits"}, "cannot be called"),
-        ({"num_dense": 0}, "no dense inputs"),
     ],
 )
 def test_what_triton_cannot_have_is_refused(

@@ -55,6 +55,15 @@ def test_dense_input_gives_way_to_a_feature_of_its_name() -> None:
     assert GraphInputs.from_json(inputs.to_json()) == inputs
 
 
+def test_without_columns_there_is_no_dense_input() -> None:
+    inputs = GraphInputs(num_dense=0, features=(FeatureInput(feature="f", form="single"),))
+    batch = Batch(
+        dense=np.zeros((3, 0), dtype=np.float32), feature_names=("f",), bags=(ONES,), labels=None
+    )
+    assert inputs.names == ("f",) and list(inputs.feeds(batch)) == ["f"]
+    assert inputs.dense_feed(batch) == {}
+
+
 def test_two_tensors_of_one_name_are_refused() -> None:
     with pytest.raises(ExportError, match=r"'f\.values'"):
         GraphInputs(

@@ -49,6 +49,18 @@ def test_every_form_is_answered_like_the_model(serve_export: Callable[..., Any],
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_networks_are_answered_like_the_model(
+    serve_export: Callable[..., Any], make_network_bundle: Callable[..., Bundle], num_dense: int
+) -> None:
+    with serve_export(bundle=make_network_bundle(num_dense=num_dense)) as served:
+        for rows in (1, 2, 130):
+            batch = served.batch(rows)
+            for protocol in PROTOCOLS:
+                served.check(batch, served.server.ask(protocol, served.feeds(batch)))
+
+
+@pytest.mark.exhaustive
 def test_without_a_largest_batch_no_rows_have_no_logits(serve_export: Callable[..., Any]) -> None:
     with serve_export(form="jagged") as served:
         feeds = {name: value[:0] for name, value in served.feeds(served.batch(3)).items()}
