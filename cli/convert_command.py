@@ -253,6 +253,8 @@ def _partition_text(partition: Mapping[str, Any]) -> str:
 
 
 def _show_conversion(output: Output, source: Path, conversion: Conversion) -> None:
+    from dmt_convert.adapter import model_option
+
     bundle, quality = conversion.bundle, conversion.quality
     manifest = bundle.manifest
     model = manifest.model
@@ -297,5 +299,5 @@ def _show_conversion(output: Output, source: Path, conversion: Conversion) -> No
     if not model.is_passthrough:
         output.remark(
             f"exact model: dmt convert {source} --towers {len(model.towers)} "
-            "--tower-module passthrough"
+            f"--tower-module passthrough{model_option(model.flat)}"
         )

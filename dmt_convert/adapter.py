@@ -10,6 +10,7 @@ import hashlib
 import importlib.abc
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,6 +188,16 @@ def user_file(spec: ModelSpec) -> Path | None:
     """
     network = spec.interaction.network
     return find_adapter(network).path if network is not None and network.name == USER else None
+
+
+def model_option(spec: ModelSpec) -> str:
+    """Return what commands that compute with a model have to be told of the user's file.
+
+    Returns:
+        ` --model xlrm.py`, to be put behind the command; empty for other models.
+    """
+    network = spec.interaction.network
+    return f" --model {shlex.quote(network.file)}" if network is not None and network.file else ""
 
 
 def build_user_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmt_convert.adapter import model_option
 from dmt_convert.architectures import Fact, FlatModelInfo
 from dmt_convert.bundle import Manifest
 from dmt_convert.partition import Partition, figure_svg, measure_loads
@@ -83,7 +84,7 @@ def describe_bundle(
     if figure is None:
         figure = figure_svg(flat, partition)
     quality, initialisation = manifest.quality, manifest.initialisation
-    bundle = shlex.quote(out.name)
+    bundle, option = shlex.quote(out.name), model_option(flat)
     data = ReportData(
         title=str(manifest.source.get("name", out.name)),
         tool_version=manifest.tool_version,
@@ -100,8 +101,8 @@ def describe_bundle(
         labelled_data=quality.get("data") if quality.get("labelled") else None,
         weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
         commands=(
-            f"dmt evaluate {bundle} --data DATA",
-            f"dmt score {bundle} --data DATA --out scores.npz",
+            f"dmt evaluate {bundle} --data DATA{option}",
+            f"dmt score {bundle} --data DATA --out scores.npz{option}",
             f"dmt plan {bundle} --hosts {len(manifest.model.towers)} --ranks-per-host 8",
         ),
         finetune=initialisation.get("finetune"),
@@ -133,15 +134,16 @@ def _read_partition(manifest: Manifest) -> Partition:
 
 def _commands(info: FlatModelInfo, manifest: Manifest, out: Path) -> tuple[str, ...]:
     source, bundle = shlex.quote(info.checkpoint.source.name), shlex.quote(out.name)
+    option = model_option(info.spec)
     commands = [
-        f"dmt verify {source} {bundle}",
-        f"dmt evaluate {bundle} --data DATA",
+        f"dmt verify {source} {bundle}{option}",
+        f"dmt evaluate {bundle} --data DATA{option}",
         f"dmt plan {bundle} --hosts {len(manifest.model.towers)} --ranks-per-host 8",
     ]
     if not manifest.model.is_passthrough:
         commands.append(
             f"dmt convert {source} --towers {len(manifest.model.towers)} "
-            f"--tower-module passthrough --out {bundle}-exact"
+            f"--tower-module passthrough --out {bundle}-exact{option}"
         )
     return tuple(commands)
 

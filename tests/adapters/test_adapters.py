@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from dmt_convert.bundle import open_bundle
+from dmt_convert.report import documents
+
 
 def _json(run):
     return json.loads(run.stdout)
@@ -59,6 +62,15 @@ def test_linear_towers_by_default(example, call_dmt, tmp_path, few_rows, no_repo
     quality = {row["name"]: row["r2"] for row in value["quality"]["rows"]}
     assert quality["closed form"] > quality["random initialisation"] + 0.2
     assert value["partition"]["affinity"] == "cosine"
+
+
+def test_the_report_names_the_file_in_its_commands(bundle, monkeypatch):
+    opened = open_bundle(bundle)
+    found = []
+    monkeypatch.setattr(documents, "render_report", found.append)
+    documents.describe_bundle(opened.manifest, opened.plan, bundle, figure="<svg/>")
+    assert f"dmt evaluate {bundle.name} --data DATA --model xlrm.py" in found[0].commands
+    assert f"dmt plan {bundle.name} --hosts 2 --ranks-per-host 8" in found[0].commands
 
 
 def test_a_bundle_wants_its_file(example, call_dmt, bundle, tmp_path, monkeypatch):
