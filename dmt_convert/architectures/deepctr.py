@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dmt_convert.architectures.architecture import Architecture
+from dmt_convert.architectures.deepctr_columns import READ, ModuleColumns, read_module
+from dmt_convert.architectures.facts import Fact
 from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.trainer_tensors import Described, LayerNames, TrainerTensors
 from dmt_convert.checkpoint import TensorInfo, derived
@@ -31,13 +33,14 @@ def describe_deepctr(source: TrainerTensors) -> Described:
         ArchitectureError: Tensors are missing, misshapen or unknown, or the widths fit no model.
     """
     tables = _tables(source)
-    features = _features(source, list(tables))
+    said = read_module(source, source.keys_of(_DEEP), source.keys_of(_WIDE))
+    features = _features(source, list(tables), said)
     deep = [i for i, f in enumerate(features) if _DEEP.format(f.table) in source]
     wide = [i for i, f in enumerate(features) if _WIDE.format(f.table) in source]
     vectors = {i: tables[features[i].table].dim - (i in wide) for i in deep}
     width = _input_width(source)
     num_wide = source.tensors["linear_model.weight"].shape[0] if _has_wide(source) else 0
-    num_dense = _num_dense(source, sum(vectors.values()), width, num_wide)
+    num_dense = _num_dense(source, sum(vectors.values()), width, num_wide, said)
     config: dict[str, Any] = {
         "inputs": [["feature", i] for i in deep]
         + [["dense", d] for d in range(max(0, width - sum(vectors.values())))],
@@ -48,8 +51,8 @@ def describe_deepctr(source: TrainerTensors) -> Described:
         "final": None,
         "cross": _cross(source, width),
     }
-    config["parallel"] = _dnn(source, width) or None
-    config["fm"] = _paired(source, config, vectors)
+    config["parallel"] = _dnn(source, width, said) or None
+    config["fm"] = _paired(source, config, vectors, said)
     joined = (width if config["cross"] else 0) + (
         config["parallel"][-1]["out"] if config["parallel"] else 0
     )
@@ -58,18 +61,9 @@ def describe_deepctr(source: TrainerTensors) -> Described:
         source.put("head.weight", source.take("dnn_linear.weight", 1, joined))
     source.put("bias", source.take("out.bias", 1))
     if num_wide:
-        weight = source.take("linear_model.weight", num_wide, 1)
-        source.put("wide_dense", derived.reshape(weight, (num_wide,)))
+        source.put("wide_dense", _wide_dense(source, num_wide, num_dense, said))
     source.check()
-    sigmoid = source.config.final_sigmoid
-    source.fact(
-        "final sigmoid",
-        str(sigmoid is not False).lower(),
-        "assumed" if sigmoid is None else "given",
-        "task binary, the default; logits are given before it"
-        if sigmoid is None
-        else "--model-config",
-    )
+    sigmoid = _final_sigmoid(source, said)
     return source.describe(
         network_model(
             family=DEEPCTR.name,
@@ -77,7 +71,7 @@ def describe_deepctr(source: TrainerTensors) -> Described:
             features=features,
             num_dense=num_dense,
             network=NetworkSpec(name="deep-cross", config=config),
-            final_sigmoid=sigmoid is not False,
+            final_sigmoid=sigmoid,
         )
     )
 
@@ -105,18 +99,34 @@ def _tables(source: TrainerTensors) -> dict[str, TableSpec]:
     return tables
 
 
-def _features(source: TrainerTensors, tables: list[str]) -> tuple[FeatureSpec, ...]:
+def _features(
+    source: TrainerTensors, tables: list[str], said: ModuleColumns | None
+) -> tuple[FeatureSpec, ...]:
     config = source.config
+    # the trainer knows no DMP, which would sort names: an order that the file keeps is the model's
+    shown = tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else "")
+    order = Fact(subject="feature order", value=shown, source="read", reason="order of the file")
     features, facts = infer_features(
-        tables, ordered=source.checkpoint.ordered, family=DEEPCTR, config=config
+        tables,
+        ordered=source.checkpoint.ordered,
+        family=DEEPCTR,
+        config=config,
+        known_order=order if source.checkpoint.ordered else None,
+        told=said.features if said is not None else None,
     )
-    source.facts += [fact for fact in facts if fact.subject != "pooling" or config.pooling]
-    if config.pooling is None:
-        said = {f.name for f in config.features or () if f.pooling is not None}
-        features = tuple(f if f.name in said else replace(f, pooling="mean") for f in features)
+    read = said is not None and config.features is None
+    source.facts += [
+        fact
+        for fact in facts
+        if fact.subject != "pooling" or read or isinstance(config.pooling, str)
+    ]
+    if not read and not isinstance(config.pooling, str):
+        given = set(config.pooling or ())
+        given |= {f.name for f in config.features or () if f.pooling is not None}
+        features = tuple(f if f.name in given else replace(f, pooling="mean") for f in features)
         source.fact(
             "pooling",
-            "mean",
+            "mean, but for those given" if given else "mean",
             "assumed",
             "VarLenSparseFeat's default; bags of one id are the same under sum",
         )
@@ -127,6 +137,37 @@ def _features(source: TrainerTensors, tables: list[str]) -> tuple[FeatureSpec, .
         "the trainer masks it out; leave it out of bags",
     )
     return features
+
+
+def _wide_dense(
+    source: TrainerTensors, num_wide: int, num_dense: int, said: ModuleColumns | None
+) -> TensorInfo:
+    """Take the linear part's weights of the dense inputs, in the order of the deep part's."""
+    weight = derived.reshape(source.take("linear_model.weight", num_wide, 1), (num_wide,))
+    if said is None or not said.deep_dense or len(said.wide_dense) != num_wide:
+        return weight
+    places = {column: i for i, column in enumerate(said.wide_dense)}
+    order = [places.get(column, -1) for column in said.deep_dense]
+    row = derived.select_columns(derived.reshape(weight, (1, num_wide)), order)
+    return derived.reshape(row, (num_dense,))
+
+
+def _final_sigmoid(source: TrainerTensors, said: ModuleColumns | None) -> bool:
+    given = source.config.final_sigmoid
+    read = said.final_sigmoid if said is not None else None
+    value = read if given is None else given
+    if given is not None:
+        source.fact("final sigmoid", str(value).lower(), "given", "--model-config")
+    elif read is not None:
+        source.fact("final sigmoid", str(value).lower(), "read", READ)
+    else:
+        source.fact(
+            "final sigmoid",
+            "true",
+            "assumed",
+            "task binary, the default; logits are given before it",
+        )
+    return value is not False
 
 
 def _has_wide(source: TrainerTensors) -> bool:
@@ -150,14 +191,20 @@ def _input_width(source: TrainerTensors) -> int:
     return source.believed_width(width)
 
 
-def _num_dense(source: TrainerTensors, vectors: int, width: int, num_wide: int) -> int:
+def _num_dense(
+    source: TrainerTensors, vectors: int, width: int, num_wide: int, said: ModuleColumns | None
+) -> int:
     """Count the dense inputs: what the DNN takes beside the embeddings."""
     if not width:
         return num_wide
     dense = width - vectors
     if source.missing or source.wrong:
         return max(dense, 0)
-    if dense < 0 or (num_wide and dense and dense != num_wide):
+    same = dense == num_wide or not dense or not num_wide
+    if said is not None:
+        same = dense == len(said.deep_dense) and num_wide == len(said.wide_dense)
+        same = same and (not dense or set(said.wide_dense) <= set(said.deep_dense))
+    if dense < 0 or not same:
         raise source.refuse(
             f"the network takes {width} inputs, the embeddings have {vectors} columns"
             + (f", the linear model takes {num_wide} dense inputs" if num_wide else ""),
@@ -175,7 +222,7 @@ def _num_dense(source: TrainerTensors, vectors: int, width: int, num_wide: int) 
     return dense or num_wide
 
 
-def _dnn(source: TrainerTensors, width: int) -> list[dict[str, Any]]:
+def _dnn(source: TrainerTensors, width: int, said: ModuleColumns | None) -> list[dict[str, Any]]:
     count = len(source.indices_of("dnn.linears.{}.weight"))
     if not count:
         return []
@@ -189,11 +236,21 @@ def _dnn(source: TrainerTensors, width: int) -> list[dict[str, Any]]:
         )
         for i in range(count)
     ]
-    activation = "prelu" if slope else source.activation()
+    activation = "prelu"
+    if not slope:
+        read = said.activation if said is not None else None
+        activation = source.activation() if read is None else read
+        if read is not None:
+            source.fact("activation", read, "read", READ)
     return source.stack("parallel", layers, [activation] * count, width)
 
 
-def _paired(source: TrainerTensors, config: dict[str, Any], vectors: dict[int, int]) -> list[int]:
+def _paired(
+    source: TrainerTensors,
+    config: dict[str, Any],
+    vectors: dict[int, int],
+    said: ModuleColumns | None,
+) -> list[int]:
     """Tell which features a factorisation machine pairs: DeepFM and WDL have the same tensors."""
     if config["cross"] is not None or "crossnet.bias" in source:
         return []
@@ -207,6 +264,9 @@ def _paired(source: TrainerTensors, config: dict[str, Any], vectors: dict[int, i
     if source.config.fm is not None:
         source.fact("FM term", str(source.config.fm).lower(), "given", "--model-config")
         return list(vectors) if source.config.fm else []
+    if said is not None and said.fm is not None:
+        source.fact("FM term", str(said.fm).lower(), "read", READ)
+        return list(vectors) if said.fm else []
     if not same:
         source.fact("FM term", "false", "inferred", "the embeddings have different dims: WDL")
         return []

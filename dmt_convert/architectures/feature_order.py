@@ -74,6 +74,8 @@ def infer_features(
             own = {f.name: f.pooling for f in told if f.pooling is not None}
             kinds = " and ".join(sorted(set(own.values())))
             facts[0] = _fact("pooling", kinds, "read", _MODULE)
+        elif isinstance(pooling, Mapping):
+            own = {f.name: f.pooling for f in told if f.pooling and f.name not in pooling}
     else:
         order, fact = tables, known_order
         if fact is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dmt_convert.architectures.architecture import Architecture
+from dmt_convert.architectures.facts import Fact
 from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.trainer_tensors import TrainerTensors
 from dmt_convert.checkpoint import derived
@@ -61,13 +62,11 @@ def read_fields(source: TrainerTensors, family: Architecture) -> Fields:
     stem = next(s for s in _STEMS if source.keys_of(f"{s}.{{}}.weight"))
     stored = source.keys_of(f"{stem}.{{}}.weight")
     described = _described(source)
+    if described is not None:
+        _check_order(source, stored, described)
     numeric = _numeric(source, stem, stored, described)
     scaled = [name for name in numeric if name in stored]
-    shared = {
-        name: str(spec["share_embedding"])
-        for name, spec in (described or {}).items()
-        if spec.get("share_embedding") in stored and spec["share_embedding"] != name
-    }
+    shared = _shared(described or {}, stored)
     # a shared table is saved once more under every feature's name
     source.skip(*(f"{stem}.{name}.weight" for name in shared))
     names = [name for name in stored if name not in scaled and name not in shared]
@@ -75,9 +74,7 @@ def read_fields(source: TrainerTensors, family: Architecture) -> Fields:
         name: source.table(name, source.take(f"{stem}.{name}.weight", None, None)) for name in names
     }
     features = _features(source, family, names, described, shared)
-    order = [*(f.name for f in features), *scaled]
-    if described is not None and source.config.features is None:
-        order = [name for name in described if name in order]
+    order = _input_order(source, stored, described, features, scaled)
     return Fields(
         tables=tuple(tables.values()),
         features=features,
@@ -86,6 +83,37 @@ def read_fields(source: TrainerTensors, family: Architecture) -> Fields:
         inputs=_inputs(source, stem, order, [f.name for f in features], numeric),
         params=_document(source, "params.json"),
     )
+
+
+def _shared(described: Mapping[str, Mapping[str, Any]], stored: list[str]) -> dict[str, str]:
+    """Map features to the tables of others: of those before them, as the trainer builds them."""
+    shared: dict[str, str] = {}
+    seen: set[str] = set()
+    for name, spec in described.items():
+        owner = spec.get("share_embedding")
+        if isinstance(owner, str) and owner in seen:
+            shared[name] = shared.get(owner, owner)
+        if name in stored:
+            seen.add(name)
+    return shared
+
+
+def _input_order(
+    source: TrainerTensors,
+    stored: list[str],
+    described: Mapping[str, Mapping[str, Any]] | None,
+    features: tuple[FeatureSpec, ...],
+    scaled: list[str],
+) -> list[str]:
+    """Put features and embedded numeric features in the order in which the network takes them."""
+    names = [feature.name for feature in features]
+    if source.config.features is not None:
+        # the user lists features alone: numeric ones keep their places among them
+        rest = iter(names)
+        slots = [n if n in scaled else next(rest, "") for n in described or stored]
+        return [*(name for name in slots if name), *rest]
+    places = [n for n in described or stored if n in names or n in scaled]
+    return [*places, *(name for name in names if name not in places)]
 
 
 def _document(source: TrainerTensors, name: str) -> Mapping[str, Any] | None:
@@ -109,16 +137,53 @@ def _described(source: TrainerTensors) -> dict[str, Mapping[str, Any]] | None:
                 hint="the file is damaged, or of a version that is not known yet",
             )
         found.update(entry)
+    found = _as_the_model_has_them(source, found)
     known = ("numeric", "categorical", "sequence", "meta")
     odd = [name for name, spec in found.items() if spec.get("type") not in known]
     odd += [name for name, spec in found.items() if "pretrained_emb" in spec]
+    odd += [
+        name
+        for name, spec in found.items()
+        if spec.get("type") in known[:2] and spec.get("feature_encoder")
+    ]
     if odd:
         raise source.refuse(
             f"features {', '.join(odd[:5])} of a kind that cannot be converted",
-            expected=f"types {', '.join(known)}, no pretrained embeddings",
+            expected=f"types {', '.join(known)}, no pretrained embeddings, encoders of sequences "
+            "alone",
             hint="such features have parts beside a table",
         )
     return {name: spec for name, spec in found.items() if spec["type"] != "meta"}
+
+
+def _as_the_model_has_them(
+    source: TrainerTensors, found: dict[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Choose and change features as `use_features` and `feature_specs` of params.json say."""
+    params = _document(source, "params.json") or {}
+    used, changes = params.get("use_features"), params.get("feature_specs")
+    if isinstance(used, list) and used:
+        found = {name: found[name] for name in used if isinstance(name, str) and name in found}
+    for change in changes if isinstance(changes, list) else ():
+        names = change.get("name") if isinstance(change, dict) else None
+        for name in names if isinstance(names, list) else [names]:
+            if isinstance(name, str) and name in found:
+                own = {key: value for key, value in change.items() if key != "name"}
+                found[name] = {**found[name], **own}
+    return found
+
+
+def _check_order(
+    source: TrainerTensors, stored: list[str], described: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse features that the file has in another order than the description."""
+    listed = [name for name in described if name in stored]
+    if source.checkpoint.ordered and listed != [name for name in stored if name in described]:
+        raise source.refuse(
+            "its tables stand in another order than feature_map.json lists them",
+            expected="the feature_map.json of this model",
+            hint="a model that was given `use_features` says so in params.json beside it",
+        )
 
 
 def _numeric(
@@ -148,15 +213,28 @@ def _features(
     """Put the categorical features in order, with their tables and pooling."""
     config = source.config
     if described is None or config.features is not None:
+        # the trainer sorts no names: an order that the file keeps is the model's
+        order = Fact(
+            subject="feature order",
+            value=", ".join(names[:3]),
+            source="read",
+            reason="order of the file",
+        )
         features, facts = infer_features(
-            names, ordered=source.checkpoint.ordered, family=family, config=config
+            names,
+            ordered=source.checkpoint.ordered,
+            family=family,
+            config=config,
+            known_order=order if source.checkpoint.ordered else None,
         )
         source.facts += facts
     else:
         known = [name for name, spec in described.items() if spec["type"] != "numeric"]
         source.missing += [f"table of {n}" for n in known if shared.get(n, n) not in names]
         listed = tuple(
-            FeatureSpec(name=name, table=shared.get(name, name), pooling=_pooling(source, spec))
+            FeatureSpec(
+                name=name, table=shared.get(name, name), pooling=_pooling(source, name, spec)
+            )
             for name, spec in described.items()
             if name in known and shared.get(name, name) in names
         )
@@ -172,13 +250,15 @@ def _features(
     return features
 
 
-def _pooling(source: TrainerTensors, spec: Mapping[str, Any]) -> Pooling:
+def _pooling(source: TrainerTensors, name: str, spec: Mapping[str, Any]) -> Pooling:
     """Pooling of a feature: one id under both for a categorical one, by its encoder for others."""
     given = source.config.pooling
     encoder = spec.get("feature_encoder")
     if spec["type"] != "sequence":
         return "sum"
-    if isinstance(given, str):
+    if isinstance(given, Mapping):
+        given = given.get(name)
+    if given is not None:
         return given
     if not isinstance(encoder, str) or encoder not in _POOLINGS:
         raise source.refuse(

@@ -67,7 +67,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
     if tables:
         features, feature_facts = infer_features(
             [table.name for table in tables],
-            ordered=checkpoint.ordered,
+            ordered=checkpoint.ordered and not _is_regrouped(match, config),
             family=match.family,
             config=config,
             known_order=model.order,
@@ -106,6 +106,17 @@ def _rewrite(checkpoint: FlatCheckpoint, match: Match, config: ModelConfig) -> M
         match.family.rewrite(model)
     decode_tables(model)
     return model
+
+
+def _is_regrouped(match: Match, config: ModelConfig) -> bool:
+    """Tell whether tables may stand in another order than features enter the model.
+
+    quantize_embeddings puts tables of one pooling behind one another.
+    """
+    quantised = any(
+        name.startswith("tables.") and info.dtype == "uint8" for name, info in match.tensors.items()
+    )
+    return quantised and isinstance(config.pooling, Mapping)
 
 
 def _fitting_state(

@@ -171,10 +171,16 @@ class TrainerTensors:
             if has_bias:
                 bias = self.take(f"{names.linear}.bias", fan_out)
                 self.put(f"{stem}.{i}.linear.bias", bias)
+            slopes = {}
             if names.slope:
-                self.put(f"{stem}.{i}.slope", self.take(names.slope, 1))
+                # one for all outputs, or one for each
+                own = names.slope in self and self.tensors[names.slope].shape != (1,)
+                slopes = {"slopes": fan_out} if own else {}
+                slope = self.take(names.slope, fan_out if own else 1)
+                self.put(f"{stem}.{i}.slope", slope)
                 activation = "prelu"
             layer = {"in": fan_in, "out": fan_out, "bias": has_bias, "activation": activation}
+            layer |= slopes
             config.append({**layer, "norm": self._norm(f"{stem}.{i}.norm", names.norm, fan_out)})
             width = fan_out
         return config

@@ -58,5 +58,8 @@ class FuxictrReader:
             source=path,
             format=self.format,
             files=(*checkpoint.files, *described),
-            documents={file.name: read_document(file) for file in described},
+            documents={
+                **checkpoint.documents,
+                **{file.name: read_document(file) for file in described},
+            },
         )

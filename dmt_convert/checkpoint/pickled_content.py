@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from dmt_convert.checkpoint.deepctr_module import DEEPCTR_MODULE, describe_deepctr_module
 from dmt_convert.checkpoint.flat_checkpoint import Scalar, TableConfig
 from dmt_convert.checkpoint.inert_objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
 from dmt_convert.checkpoint.sharded_tensor import ShardedRef, as_sharded
@@ -34,6 +35,16 @@ class PickledContent:
     scalars: dict[str, Scalar] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     table_configs: list[TableConfig] = field(default_factory=list)
+    documents: dict[str, Any] = field(default_factory=dict)
+    """What modules tell of their own construction, as dicts, lists and scalars."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What a module tells of its own construction."""
+
+    name: str
+    content: dict[str, Any]
 
 
 def collect_content(content: object, path: Path) -> PickledContent:
@@ -52,6 +63,10 @@ def collect_content(content: object, path: Path) -> PickledContent:
             found.tensors[keys] = value
         elif isinstance(value, TableConfig):
             found.table_configs.append(value)
+        elif isinstance(value, _Description):
+            # two modules that differ: nothing tells which one is meant
+            same = found.documents.get(value.name, value.content) == value.content
+            found.documents[value.name] = value.content if same else None
         elif isinstance(value, Record | UnknownGlobal):
             if len(found.unread) < _MAX_UNREAD:
                 found.unread[".".join(keys)] = _describe(value)
@@ -60,7 +75,7 @@ def collect_content(content: object, path: Path) -> PickledContent:
     return found
 
 
-_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal | TableConfig
+_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal | TableConfig | _Description
 
 
 def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
@@ -83,7 +98,8 @@ def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
         items = _items(keys, value)
         if items is None:
             if not (isinstance(value, int) and abs(value) >= MAX_SIZE) and isinstance(
-                value, TensorRef | TableConfig | str | int | float | UnknownGlobal | None
+                value,
+                TensorRef | TableConfig | _Description | str | int | float | UnknownGlobal | None,
             ):
                 yield keys, value
             continue
@@ -166,6 +182,9 @@ def _members(module: Record) -> Iterator[tuple[str, object]]:
         if isinstance(value, str | int | float) and not str(name).startswith("_"):
             yield _key_name(name), value
     yield from _table_configs(fields.get("_embedding_bag_configs"))
+    description = describe_deepctr_module(module)
+    if description is not None:
+        yield "description", _Description(DEEPCTR_MODULE, description)
     for name, value in dict.items(fields["_modules"]):
         if value is not None:
             yield _key_name(name), value

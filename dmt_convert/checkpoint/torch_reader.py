@@ -84,4 +84,5 @@ class TorchReader:
             scalars=content.scalars,
             unread=content.unread,
             table_configs=tuple(content.table_configs),
+            documents=content.documents,
         )

@@ -6,6 +6,9 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from dmt_convert.data import Bag
 
 
 class Tables(nn.Module):
@@ -16,7 +19,11 @@ class Tables(nn.Module):
         for name in rows:
             self.add_module(name, nn.Embedding(rows[name], dims[name]))
 
-    def forward(self, name: str, ids: Tensor) -> Tensor:
+    def forward(self, name: str, ids: Tensor | Bag) -> Tensor:
+        if isinstance(ids, Bag):  # its combiner is `sum`
+            values, offsets = torch.from_numpy(ids.values), torch.from_numpy(ids.offsets)
+            weight = self.get_submodule(name).weight
+            return embedding_bag(values, weight, offsets[:-1], mode="sum")
         vectors = self.get_submodule(name)(ids)
         mask = (ids != 0).float().unsqueeze(2) if ids.shape[1] > 1 else torch.ones(len(ids), 1, 1)
         return (vectors * mask).sum(1) / (mask.sum(1) + 1e-8)

@@ -15,7 +15,7 @@ class Block(nn.Module):
         for units in hidden:
             layers.append(nn.Linear(width, units))
             layers += [nn.BatchNorm1d(units)] if bn else []
-            layers.append(act())
+            layers.append(act() if isinstance(act, type) else act(units))
             layers += [nn.Dropout(0.1)] if dropout else []
             width = units
         self.mlp = nn.Sequential(*layers, *([nn.Linear(width, 1)] if output else []))
@@ -35,7 +35,7 @@ class Embeddings(nn.Module):
             if spec["type"] == "numeric":
                 if numeric:
                     layers[name] = nn.Linear(1, dim, bias=False)
-            elif "share_embedding" in spec:
+            elif spec.get("share_embedding") in layers:
                 layers[name] = layers[spec["share_embedding"]]
             else:
                 layers[name] = nn.Embedding(spec["vocab_size"], dim, padding_idx=0)

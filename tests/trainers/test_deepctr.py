@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch import nn
 
 from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.architectures.trainer_tensors import ACTIVATIONS
@@ -115,4 +119,105 @@ def test_activations_are_given_by_name(save, tools):
 def test_other_models_of_the_trainer_are_refused(save):
     path, *_ = save(wide=False)  # a PNN has no linear model, and products without parameters
     with pytest.raises(ArchitectureError, match="neither a cross network nor a linear model"):
+        infer_model(open_checkpoint(path))
+
+
+def test_order_of_the_file_counts_though_names_are_numbered(deepctr, tools, tmp_path):
+    rows = {"C1": 7, "C10": 8, "C2": 9}  # `sorted(columns)`, with which the model was built
+    rows |= {f"C{i}": 5 for i in range(3, 10)}
+    model = tools.stir(deepctr.DeepCtr(rows, dict.fromkeys(rows, 4), 2, cross="vector"))
+    batch = tools.make_batch(rows, 2)
+    padded = {n: tools.pad(b, 1) for n, b in zip(batch.feature_names, batch.bags, strict=True)}
+    torch.save(model.state_dict(), tmp_path / "model.h5")
+    info = tools.same_logits(
+        tmp_path / "model.h5", batch, model(padded, torch.from_numpy(batch.dense))
+    )
+    assert info.spec.feature_names[:3] == ("C1", "C10", "C2")
+
+
+def test_features_without_a_given_pooling_keep_the_trainers(save):
+    path, *_ = save(cross="vector")
+    info = infer_model(open_checkpoint(path), ModelConfig(pooling={"item": "sum"}))
+    assert [f.pooling for f in info.spec.features] == ["mean", "sum", "mean"]
+
+
+class SparseFeat(tuple):
+    """A named tuple of the trainer, as far as a pickle shows it."""
+
+    def __reduce__(self):
+        return SparseFeat, tuple(self)
+
+    def __new__(cls, *args):
+        return super().__new__(cls, args)
+
+
+class VarLenSparseFeat(SparseFeat):
+    def __reduce__(self):
+        return VarLenSparseFeat, tuple(self)
+
+
+class DenseFeat(SparseFeat):
+    def __reduce__(self):
+        return DenseFeat, tuple(self)
+
+
+def columns(combiner, dense, names=ROWS):
+    sparse = [SparseFeat(name, ROWS[name], 4, False, "int32", name, "g") for name in names]
+    sparse[-1] = VarLenSparseFeat(sparse[-1], 3, combiner, None)
+    return [*sparse, *(DenseFeat(name, 1, "float32") for name in dense)]
+
+
+@pytest.fixture
+def pickled(deepctr, tools, tmp_path, monkeypatch):
+    """Save a model as `torch.save(model, 'model.h5')`, with the columns it was built of."""
+
+    def save(combiner, linear=("a", "b", "c"), act=nn.ReLU, name="DeepFM", **options):
+        model = tools.stir(deepctr.DeepCtr(ROWS, SAME, 3, **options))
+        model.dnn_feature_columns = columns(combiner, "abc")
+        listed = columns(combiner, linear)
+        model.linear_model.sparse_feature_columns = listed[:2]
+        model.linear_model.varlen_sparse_feature_columns = listed[2:3]
+        model.linear_model.dense_feature_columns = listed[3:]
+        layers = model.dnn.activation_layers
+        model.dnn.activation_layers = nn.ModuleList(act() for _ in layers)
+        batch = tools.make_batch(ROWS, 3, multi=("tags",))
+        ids = dict(zip(batch.feature_names, batch.bags, strict=True))
+        padded = {n: tools.pad(bag, 3 if n == "tags" else 1) for n, bag in ids.items()}
+        dense = torch.from_numpy(batch.dense)
+        weight = model.linear_model.weight
+        if combiner == "sum":
+            padded["tags"] = ids["tags"]
+        expected = model(padded, dense)
+        order = ["abc".index(name) for name in linear]
+        expected = expected + dense[:, order] @ weight[: len(order)] - dense @ weight
+        model.linear_model.weight = nn.Parameter(weight[: len(order)].clone())
+        cls = type(name, (type(model),), {"__module__": "deepctr_torch.models.any"})
+        model.__class__ = cls
+        monkeypatch.setitem(sys.modules, deepctr.__name__, deepctr)
+        for package in ("deepctr_torch", "deepctr_torch.models", cls.__module__):
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
+        setattr(sys.modules[cls.__module__], name, cls)
+        torch.save(model, tmp_path / "model.h5")
+        return tmp_path / "model.h5", batch, expected
+
+    return save
+
+
+def test_a_pickled_model_says_what_tensors_do_not(pickled, tools):
+    path, batch, expected = pickled("sum", ("c", "a"), nn.Sigmoid, "WDL")
+    info = tools.same_logits(path, batch, expected)
+    facts = {fact.subject: (fact.value, fact.source) for fact in info.facts}
+    assert facts["FM term"] == ("false", "read") and facts["activation"] == ("sigmoid", "read")
+    assert [f.pooling for f in info.spec.features] == ["mean", "mean", "sum"]
+
+
+def test_a_pickled_model_that_cannot_be_converted_is_refused(pickled):
+    path, *_ = pickled("max", fm=True)
+    with pytest.raises(ArchitectureError, match="the feature tags is pooled by 'max'"):
+        infer_model(open_checkpoint(path))
+    path, *_ = pickled("mean", name="xDeepFM")
+    with pytest.raises(ArchitectureError, match="a pickled xDeepFM"):
+        infer_model(open_checkpoint(path))
+    path, *_ = pickled("mean", act=nn.Hardtanh)
+    with pytest.raises(ArchitectureError, match="the activation Hardtanh"):
         infer_model(open_checkpoint(path))

@@ -80,6 +80,7 @@ def test_a_dlrm_with_dense_inputs_is_the_plain_one(fuxictr, save, tools, pairs):
         (DENSELESS, {"pairs": False, "bn": True}, None),
         (PLAIN, {"bn": True, "dropout": True}, None),
         (PLAIN, {"act": nn.PReLU}, None),
+        (PLAIN, {"act": lambda units: nn.PReLU(units)}, None),
         (
             PLAIN,
             {"act": nn.Tanh},
@@ -115,26 +116,58 @@ def test_a_dcn_scores_as_its_trainer_does(fuxictr, deepctr, save, tools, structu
     assert info.spec.table_of("seen").name == "item"
 
 
-def test_without_a_feature_map_the_order_of_the_file_counts(fuxictr, save, tools):
-    model = fuxictr.DcnV2(DENSELESS, DIM, "parallel")
-    path, batch, expected = save(model, DENSELESS, described=False)
+@pytest.mark.parametrize("specs", [DENSELESS, PLAIN])
+def test_without_a_feature_map_the_order_of_the_file_counts(fuxictr, save, tools, specs):
+    model = fuxictr.DcnV2(specs, DIM, "parallel")
+    path, batch, expected = save(model, specs, described=False)
     info = tools.same_logits(path, batch, expected)
     assert info.checkpoint.format == "torch"
-    assert info.spec.interaction.network.config["inputs"] == [["feature", i] for i in range(3)]
+    kinds = [kind for kind, *_ in info.spec.interaction.network.config["inputs"]]
+    assert kinds == [
+        "scaled" if spec["type"] == "numeric" else "feature" for spec in specs.values()
+    ]
 
 
-def test_the_order_of_the_feature_map_counts(fuxictr, save, tools):
-    path, batch, expected = save(fuxictr.DcnV2(PLAIN, DIM, "parallel"), PLAIN)
+def test_a_feature_map_in_another_order_is_refused(fuxictr, save):
+    path, *_ = save(fuxictr.DcnV2(PLAIN, DIM, "parallel"), PLAIN)
     turned = {"features": [{name: PLAIN[name]} for name in reversed(PLAIN)]}
     (path / "feature_map.json").write_text(json.dumps(turned))
-    with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected)
+    with pytest.raises(ArchitectureError, match="stand in another order"):
+        infer_model(open_checkpoint(path))
+
+
+def test_params_choose_and_change_features(fuxictr, save, tools):
+    """`use_features` and `feature_specs` count above the feature map, which is the data set's."""
+    used = ["tags", "day", "age", "user"]
+    model = fuxictr.DcnV2({name: RICH[name] for name in used}, DIM, "parallel")
+    path, batch, expected = save(model, {name: RICH[name] for name in used})
+    document = {"features": [{name: spec} for name, spec in RICH.items()]}
+    document["features"][-1]["tags"] = {**RICH["tags"], "feature_encoder": None}
+    (path / "feature_map.json").write_text(json.dumps(document))
+    with pytest.raises(ArchitectureError):
+        infer_model(open_checkpoint(path))
+    encoder = {"name": ["tags"], "feature_encoder": "layers.MaskedSumPooling()"}
+    params = {"use_features": used, "feature_specs": [encoder]}
+    (path / "params.json").write_text(json.dumps(params))
+    assert tools.same_logits(path, batch, expected).spec.feature_names == ("tags", "day", "user")
+
+
+def test_a_table_is_shared_with_features_behind_it(fuxictr, save, tools):
+    specs = DENSELESS | {"user": {**PLAIN["user"], "share_embedding": "later"}}
+    specs |= {"later": PLAIN["item"], "last": {**PLAIN["item"], "share_embedding": "later"}}
+    model = fuxictr.DcnV2(specs, DIM, "parallel")
+    info = tools.same_logits(*save(model, specs))
+    assert [f.table for f in info.spec.features] == ["user", "item", "day", "later", "later"]
 
 
 def test_features_that_cannot_be_converted_are_named(fuxictr, save):
     path, *_ = save(fuxictr.Dlrm(DENSELESS, DIM), DENSELESS)
     document = json.loads((path / "feature_map.json").read_text())
     document["features"][1]["item"]["pretrained_emb"] = "item.npz"
+    (path / "feature_map.json").write_text(json.dumps(document))
+    with pytest.raises(ArchitectureError, match="features item of a kind"):
+        infer_model(open_checkpoint(path))
+    document["features"][1]["item"] = {**DENSELESS["item"], "feature_encoder": "nn.Tanh()"}
     (path / "feature_map.json").write_text(json.dumps(document))
     with pytest.raises(ArchitectureError, match="features item of a kind"):
         infer_model(open_checkpoint(path))

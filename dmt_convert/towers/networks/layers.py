@@ -1,7 +1,8 @@
 """Parts of which networks are made. Letters: B batch, M width, E experts, R rank.
 
 A stack is described by a list of layers, each `{"in": 8, "out": 4, "bias": true, "norm": "batch",
-"activation": "relu"}`; norm is `batch`, `layer` or null.
+"activation": "relu"}`; norm is `batch`, `layer` or null. A `prelu` has one slope, or one for each
+output: `slopes`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Layer(nn.Module):
         self.linear = nn.Linear(fan_in, fan_out, bias=config["bias"])
         norms = {"batch": BatchNorm, "layer": nn.LayerNorm}
         self.norm = norms[config["norm"]](fan_out) if config["norm"] else None
-        self.slope = nn.Parameter(torch.full((1,), 0.25)) if kind == "prelu" else None
+        slopes = torch.full((config.get("slopes", 1),), 0.25)
+        self.slope = nn.Parameter(slopes) if kind == "prelu" else None
         if kind != "prelu" and kind not in ACTIVATIONS:
             raise ArchitectureError(
                 f"the activation {kind!r}",
