@@ -129,6 +129,8 @@ def _dot_or_cat(
         facts.append(
             Fact(subject="interaction", value=label, source="read", reason="the model's settings")
         )
+    elif label != "dot" and config.self_pairs is None and _saved_by_one_of_several(match):
+        raise _one_ranks_share(match, shapes, width, label)
     elif len(fitting) > 1:
         others = " and ".join(_label(option) for option in fitting[1:])
         if label != "dot":
@@ -162,6 +164,32 @@ def _dot_or_cat(
             )
         )
     return chosen
+
+
+def _saved_by_one_of_several(match: Match) -> bool:
+    """Tell a file of dlrm_s_pytorch.py run on several ranks: DDP is around its MLPs alone.
+
+    Each rank has but a share of the tables, numbered from 0, and saves no others.
+    """
+    return match.family.allows_self_pairs and any(
+        ".bot_l.module." in f".{name}" or ".top_l.module." in f".{name}"
+        for name in match.parameter_names
+    )
+
+
+def _one_ranks_share(
+    match: Match, shapes: ShapeReader, width: int, label: str
+) -> ArchitectureError:
+    count = sum(name.startswith("tables.") for name in match.tensors)
+    key = "interaction: cat" if label == "cat" else "self_pairs: true"
+    return ArchitectureError(
+        f"{shapes.source_name('over_arch.0.weight')} takes {width} inputs, which for the {count} "
+        f"tables that are there only a {label} gives; DistributedDataParallel around bot_l and "
+        "top_l shows a run on several ranks, which saves one rank's tables alone",
+        expected="all tables of the model",
+        hint=f"save it from a run on one rank; if the tables are all there, say `{key}` in "
+        "--model-config",
+    )
 
 
 def _shape_fact(subject: str, value: str, reason: str = "tensor names and shapes") -> Fact:

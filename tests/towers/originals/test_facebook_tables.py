@@ -202,6 +202,22 @@ def test_shared_tables_and_mean_pooling(store, assert_agrees):
     assert_agrees(path, original, given)
 
 
+def test_a_file_of_one_rank_that_lacks_a_single_table_is_refused(store):
+    """It looks like a model with self-pairs; DDP around the MLPs says that it is not."""
+    path, original = store([None, None, None], lengths=1)
+    last = max(n for n in original.state if n.startswith("emb_l."))
+    state = {n: t for n, t in original.state.items() if n != last}
+    torch.save(state, path)
+    assert infer_model(open_checkpoint(path)).spec.interaction.self_pairs
+    state = {re.sub("^(bot_l|top_l)", r"\1.module", n): t for n, t in state.items()}
+    torch.save(state, path)
+    with pytest.raises(ArchitectureError, match="tables that are there only a dot") as caught:
+        infer_model(open_checkpoint(path))
+    assert "`self_pairs: true`" in caught.value.hint
+    given = infer_model(open_checkpoint(path), ModelConfig(self_pairs=True))
+    assert given.spec.interaction.self_pairs
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_saved_from_a_gpu(zipped, store, assert_agrees, monkeypatch):
     path, original = store(qr("mult"), lengths=1)
