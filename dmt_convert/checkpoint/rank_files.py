@@ -17,7 +17,7 @@ from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, Tensor
 from dmt_convert.checkpoint.inert_objects import TensorRef
 from dmt_convert.checkpoint.pickled_content import Keys
 from dmt_convert.checkpoint.sharded_tensor import ShardedRef, ShardPlace
-from dmt_convert.checkpoint.shards import check_tiling, count_elements, describe_block
+from dmt_convert.checkpoint.shards import check_tiling, count_elements, describe_block, stand_sorted
 from dmt_convert.checkpoint.tensor_bytes import stream_tensor
 from dmt_convert.checkpoint.torch_file import TorchFile, is_torch_file, open_torch_file
 from dmt_convert.errors import CheckpointError
@@ -64,7 +64,8 @@ def join_rank_files(file: TorchFile, *, format_name: str) -> FlatCheckpoint:
         source=file.path,
         format=format_name,
         tensors=tensors,
-        ordered=not any(keys[:-1] in in_first for keys in late),
+        ordered=not any(keys[:-1] in in_first for keys in late)
+        and not stand_sorted(_sharded(first)),
         files=tuple(f.path for f in files),
         scalars=first.content.scalars,
         unread=first.content.unread,

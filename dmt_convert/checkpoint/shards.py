@@ -26,6 +26,21 @@ class Block(Protocol):
         ...
 
 
+def stand_sorted(names: Iterable[tuple[str, ...]]) -> bool:
+    """Tell whether sharded tensors stand in alphabetical order, module by module.
+
+    DistributedModelParallel leaves them so, whatever the order of the tables in the model was.
+
+    Args:
+        names: Keys of the sharded tensors, the last one `(module.)table.parameter`.
+    """
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for keys in names:
+        *module, table, _ = ("", "", *keys[-1].rsplit(".", 2))[-3:]
+        modules.setdefault((*keys[:-1], *module), []).append(table)
+    return all(tables == sorted(tables) for tables in modules.values())
+
+
 def check_tiling(source: Path, name: str, shape: tuple[int, ...], blocks: Sequence[Block]) -> None:
     """Refuse shards that leave a hole or overlap.
 

@@ -21,7 +21,7 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     TensorInfo,
 )
 from dmt_convert.checkpoint.inert_objects import is_size
-from dmt_convert.checkpoint.shards import check_files, check_tiling, count_elements
+from dmt_convert.checkpoint.shards import check_files, check_tiling, count_elements, stand_sorted
 from dmt_convert.errors import CheckpointError
 
 _METADATA: Final = ".snapshot_metadata"
@@ -89,13 +89,14 @@ class TorchsnapshotReader:
             tensors = tuple(_join(folder, found, keys) for keys in _in_order(found))
         except _DAMAGED as error:
             raise _damaged(folder / _METADATA, f"{type(error).__name__}: {error}") from None
+        sharded = [keys for keys in _in_order(found) if found.shapes[keys] is None]
         check_files(folder, tensors, expected="every file that .snapshot_metadata names, whole")
         files = sorted({piece.path for tensor in tensors for piece in tensor.pieces})
         return FlatCheckpoint(
             source=folder,
             format=self.format,
             tensors=tensors,
-            ordered=True,
+            ordered=not sharded or not stand_sorted(sharded),
             files=(*files, folder / _METADATA),
             scalars=found.scalars,
             unread=found.unread,

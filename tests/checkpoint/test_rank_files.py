@@ -119,3 +119,15 @@ def test_a_dtensor_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/data.pkl", data)
     refuse(tmp_path / "a.pt", "one rank's shards of a sharded model: w is a DTensor")
+
+
+@pytest.mark.parametrize(("names", "ordered"), [("acb", True), ("abc", False)])
+def test_sorted_tables_tell_no_order(ranks, names, ordered, tmp_path):
+    """DMP sorts them, so that alphabetical order is no sign of the model's."""
+    whole_table = whole(4, 2)
+    tables = {
+        f"ebc.embedding_bags.{name}.weight": (whole_table, [(0, 0, 4, 2, i % 2)])
+        for i, name in enumerate(names)
+    }
+    ranks.save_ranks(tmp_path, tables, {})
+    assert open_checkpoint(next(tmp_path.iterdir())).ordered is ordered

@@ -156,3 +156,14 @@ def test_other_serializers_are_left_unread(load_module, tmp_path):
 def test_damaged_metadata(text, tmp_path):
     (tmp_path / ".snapshot_metadata").write_text(text)
     refuse(tmp_path, "does not describe a snapshot|holds no tensor")
+
+
+@pytest.mark.parametrize(("names", "ordered"), [("ba", True), ("ab", False)])
+def test_sorted_tables_tell_no_order(names, ordered, load_module, tmp_path):
+    """DMP sorts them, so that alphabetical order is no sign of the model's."""
+    snapshot = load_module("snapshot_save").Snapshot(tmp_path / "s")
+    keys = [f"ebc.embedding_bags.{name}.weight" for name in names]
+    snapshot.keys("model", keys)
+    for key in keys:
+        snapshot.sharded(f"model/{key}", torch.ones(2, 2), [(0, 0, 1, 2, 0), (1, 0, 1, 2, 1)])
+    assert open_checkpoint(snapshot.finish()).ordered is ordered
