@@ -56,6 +56,11 @@ def test_the_user_knows_better(flat):
     assert {f.pooling for f in info.spec.features} == {"sum"}
 
 
+def test_what_the_user_leaves_out_is_as_the_module_says(flat):
+    info = infer_model(told(flat, *CONFIGS), ModelConfig(pooling={"z": "mean", "x": "sum"}))
+    assert [f.pooling for f in info.spec.features] == ["sum", "mean", "mean", "sum"]
+
+
 def test_configs_of_other_tables_count_for_nothing(flat):
     with pytest.raises(Exception, match="not a whole torchrec-dlrm"):
         infer_model(told(flat, *CONFIGS[:2]))

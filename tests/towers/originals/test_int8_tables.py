@@ -108,3 +108,14 @@ def test_rows_that_do_not_fit(edit, says, torchrec_original, tmp_path):
     with pytest.raises(ArchitectureError) as caught:
         infer_model(open_checkpoint(tmp_path / "model.pt"))
     assert any(re.search(says, line) for line in caught.value.details), caught.value.details
+
+
+def test_tables_of_one_pooling_stand_together(torchrec_original, tmp_path):
+    """Quantising regroups them: with pooling given feature by feature, the file tells no order."""
+    state = quantise(torchrec_original("dot", lengths=1, dim=6)).state
+    renamed = {re.sub(r"t_cat_(\d+)", lambda m: "t_" + "xb"[int(m[1]) % 2] * (int(m[1]) + 1), n): t
+               for n, t in state.items()}  # fmt: skip
+    torch.save(renamed, tmp_path / "model.pt")
+    names = infer_model(open_checkpoint(tmp_path / "model.pt")).spec.feature_names
+    with pytest.raises(ArchitectureError, match="the order in which the features"):
+        infer_model(open_checkpoint(tmp_path / "model.pt"), ModelConfig(pooling={names[0]: "mean"}))
