@@ -18,7 +18,7 @@ from dmt_convert.architectures.facts import Fact
 from dmt_convert.architectures.feature_order import infer_features
 from dmt_convert.architectures.trainer_tensors import Described, LayerNames, TrainerTensors
 from dmt_convert.checkpoint import TensorInfo, derived
-from dmt_convert.spec import FeatureSpec, NetworkSpec, TableSpec, network_model
+from dmt_convert.spec import FeatureSpec, TableSpec
 
 _DEEP: Final = "embedding_dict.{}.weight"
 _WIDE: Final = "linear_model.embedding_dict.{}.weight"
@@ -64,15 +64,13 @@ def describe_deepctr(source: TrainerTensors) -> Described:
         source.put("wide_dense", _wide_dense(source, num_wide, num_dense, said))
     source.check()
     sigmoid = _final_sigmoid(source, said)
-    return source.describe(
-        network_model(
-            family=DEEPCTR.name,
-            tables=tuple(tables.values()),
-            features=features,
-            num_dense=num_dense,
-            network=NetworkSpec(name="deep-cross", config=config),
-            final_sigmoid=sigmoid,
-        )
+    return source.describe_network(
+        tables=tuple(tables.values()),
+        features=features,
+        num_dense=num_dense,
+        name="deep-cross",
+        config=config,
+        final_sigmoid=sigmoid,
     )
 
 

@@ -17,7 +17,6 @@ from dmt_convert.architectures.deepctr import describe_cross_mix
 from dmt_convert.architectures.fuxictr_features import Fields, read_fields
 from dmt_convert.architectures.plain_dlrm import describe_plain_dlrm
 from dmt_convert.architectures.trainer_tensors import Described, LayerNames, TrainerTensors
-from dmt_convert.spec import NetworkSpec, network_model
 
 
 def describe_fuxictr(source: TrainerTensors) -> Described:
@@ -111,15 +110,13 @@ def _describe_dcn(source: TrainerTensors, fields: Fields) -> Described:
 def _network(
     source: TrainerTensors, fields: Fields, num_dense: int, name: str, config: Mapping[str, Any]
 ) -> Described:
-    return source.describe(
-        network_model(
-            family=FUXICTR.name,
-            tables=fields.tables,
-            features=fields.features,
-            num_dense=num_dense,
-            network=NetworkSpec(name=name, config=config),
-            final_sigmoid=_sigmoid(source),
-        )
+    return source.describe_network(
+        tables=fields.tables,
+        features=fields.features,
+        num_dense=num_dense,
+        name=name,
+        config=config,
+        final_sigmoid=_sigmoid(source),
     )
 
 

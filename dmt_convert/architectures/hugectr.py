@@ -17,7 +17,7 @@ from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.hugectr_tables import read_tables
 from dmt_convert.architectures.trainer_tensors import Described, TrainerTensors
 from dmt_convert.checkpoint import TensorInfo, derived
-from dmt_convert.spec import FeatureSpec, NetworkSpec, TableSpec, network_model
+from dmt_convert.spec import FeatureSpec, TableSpec
 
 _EMBEDDINGS: Final = (
     "DistributedSlotSparseEmbeddingHash",
@@ -107,23 +107,18 @@ def describe_hugectr(source: TrainerTensors) -> Described:
         source.wrong.append(f"the dense model file holds {left} elements more than the graph has")
     source.check()
     source.fact("format", "HugeCTR's documented one", "assumed", "not tried on files of its own")
-    return source.describe(
-        network_model(
-            family=HUGECTR.name,
-            tables=reading.tables,
-            features=reading.features,
-            num_dense=reading.shapes[dense][0],
-            network=NetworkSpec(
-                name="layer-graph",
-                config={
-                    "dense": dense,
-                    "output": output,
-                    "embeddings": reading.embeddings,
-                    "layers": reading.layers,
-                },
-            ),
-            final_sigmoid=True,
-        )
+    return source.describe_network(
+        tables=reading.tables,
+        features=reading.features,
+        num_dense=reading.shapes[dense][0],
+        name="layer-graph",
+        config={
+            "dense": dense,
+            "output": output,
+            "embeddings": reading.embeddings,
+            "layers": reading.layers,
+        },
+        final_sigmoid=True,
     )
 
 

@@ -16,7 +16,6 @@ from dmt_convert.architectures.architecture import Architecture
 from dmt_convert.architectures.plain_dlrm import describe_plain_dlrm
 from dmt_convert.architectures.torcheasyrec_features import Groups, read_groups
 from dmt_convert.architectures.trainer_tensors import Described, LayerNames, TrainerTensors
-from dmt_convert.spec import NetworkSpec, network_model
 
 
 def describe_torcheasyrec(source: TrainerTensors) -> Described:
@@ -151,15 +150,13 @@ def _describe_dcn(source: TrainerTensors, groups: Groups) -> Described:
 def _network(
     source: TrainerTensors, groups: Groups, num_dense: int, name: str, config: Mapping[str, Any]
 ) -> Described:
-    return source.describe(
-        network_model(
-            family=TORCHEASYREC.name,
-            tables=groups.tables,
-            features=groups.features,
-            num_dense=num_dense,
-            network=NetworkSpec(name=name, config=config),
-            final_sigmoid=_sigmoid(source),
-        )
+    return source.describe_network(
+        tables=groups.tables,
+        features=groups.features,
+        num_dense=num_dense,
+        name=name,
+        config=config,
+        final_sigmoid=_sigmoid(source),
     )
 
 

@@ -17,7 +17,15 @@ from dmt_convert.architectures.incomplete import incomplete_model
 from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived
 from dmt_convert.errors import ArchitectureError
-from dmt_convert.spec import DTYPE_BYTES, ModelSpec, TableSpec, check_dtype
+from dmt_convert.spec import (
+    DTYPE_BYTES,
+    FeatureSpec,
+    ModelSpec,
+    NetworkSpec,
+    TableSpec,
+    check_dtype,
+    network_model,
+)
 
 FLOATS: Final = ("fp32", "fp16", "bf16", "fp64")
 ACTIVATIONS: Final = (
@@ -250,8 +258,34 @@ class TrainerTensors:
             f"{self.checkpoint.source} ({self.family}): {found}", expected=expected, hint=hint
         )
 
-    def describe(self, spec: ModelSpec) -> Described:
-        """Return the description of a model whose tensors have all been taken."""
+    def describe_network(
+        self,
+        *,
+        tables: Sequence[TableSpec],
+        features: Sequence[FeatureSpec],
+        num_dense: int,
+        name: str,
+        config: Mapping[str, Any],
+        final_sigmoid: bool,
+    ) -> Described:
+        """Describe a model whose dense part is a network, all of whose tensors have been taken.
+
+        Args:
+            tables: All tables.
+            features: All features.
+            num_dense: Number of dense inputs.
+            name: Name of the network's factory.
+            config: What the factory is told.
+            final_sigmoid: Whether the original model ends in a sigmoid.
+        """
+        spec = network_model(
+            family=self.family,
+            tables=tables,
+            features=features,
+            num_dense=num_dense,
+            network=NetworkSpec(name=name, config=config),
+            final_sigmoid=final_sigmoid,
+        )
         return Described(spec=spec, tensors=self.canonical, facts=self.facts)
 
 
