@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import (
     ITEM_BYTES,
@@ -23,6 +23,7 @@ from dmt_convert.checkpoint.shards import check_files, check_tiling
 from dmt_convert.errors import CheckpointError
 
 _Location = tuple[str, int, int]
+_DAMAGED: Final = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 class DcpReader:
@@ -56,7 +57,7 @@ class DcpReader:
             metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
         try:
             tensors, unread = _read_entries(folder, metadata)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
             raise CheckpointError(
                 f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
                 expected="the metadata of torch.distributed.checkpoint",
@@ -125,13 +126,13 @@ def _is_saved(folder: Path) -> bool:
 def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
     if not isinstance(metadata, Record):
         raise TypeError("no Metadata record")
-    entries = dict(metadata.get("state_dict_metadata"))
+    entries = _mapping(metadata.get("state_dict_metadata"))
     locations = _read_locations(metadata.get("storage_data"))
     paths: Mapping[str, Any] = metadata.fields.get("planner_data") or {}
     tensors: list[TensorInfo] = []
     unread: dict[str, str] = {}
-    for fqn, entry in entries.items():
-        keys = _keys(fqn, paths)
+    for fqn, entry in dict.items(entries):
+        keys = _keys(_text(fqn), paths)
         if "chunks" not in entry.fields:
             unread[fqn] = "a pickled object"
             continue
@@ -153,13 +154,26 @@ def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...
     return tuple(tensors), unread
 
 
-def _read_locations(storage: Mapping[Any, Record]) -> dict[tuple[str, tuple[int, ...]], _Location]:
+def _mapping(value: object) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"a {type(value).__name__} for a dict")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} for a name")
+    return value
+
+
+def _read_locations(storage: object) -> dict[tuple[str, tuple[int, ...]], _Location]:
     locations: dict[tuple[str, tuple[int, ...]], _Location] = {}
-    for index, info in dict.items(dict(storage)):
+    for index, info in dict.items(_mapping(storage)):
         offset = index.fields.get("offset")
         if info.fields.get("transform_descriptors"):
             raise ValueError("its payload is compressed or encrypted, which is not supported yet")
-        key = (index.get("fqn"), () if offset is None else tuple(offset))
+        # flat by these checks: to hash tuples nested deeply overflows the stack
+        key = (_text(index.get("fqn")), () if offset is None else _sizes(offset))
         locations[key] = (info.get("relative_path"), info.get("offset"), info.get("length"))
     return locations
 
@@ -167,7 +181,7 @@ def _read_locations(storage: Mapping[Any, Record]) -> dict[tuple[str, tuple[int,
 def _keys(fqn: str, paths: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the nested keys that DCP flattened into one name."""
     path = paths.get(fqn)
-    if isinstance(path, tuple) and path:
+    if isinstance(path, tuple) and path and all(isinstance(key, str | int) for key in path):
         return tuple(str(key) for key in path)
     return (fqn,)
 

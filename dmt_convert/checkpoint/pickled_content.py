@@ -130,9 +130,11 @@ def _items(keys: Keys, value: object) -> list[tuple[Keys, object]] | None:
 
 def is_module(value: Record) -> bool:
     """Tell a pickled `torch.nn.Module`, or a scripted one, by what it keeps."""
-    return value.origin.startswith(_SCRIPTED) or all(
-        isinstance(value.fields.get(part), dict) for part in _MODULE_PARTS
-    )
+    return value.origin.startswith(_SCRIPTED) or _has_parts(value)
+
+
+def _has_parts(value: Record) -> bool:
+    return all(isinstance(value.fields.get(part), dict) for part in _MODULE_PARTS)
 
 
 def _module_items(keys: Keys, module: Record) -> Iterator[tuple[Keys, object]]:
@@ -167,7 +169,7 @@ def _too_deep() -> CheckpointError:
 def _members(module: Record) -> Iterator[tuple[str, object]]:
     """Yield parameters, buffers, plain attributes and modules of one module."""
     fields = module.fields
-    if module.origin.startswith(_SCRIPTED) and "_modules" not in fields:
+    if not _has_parts(module):  # scripted: its attributes are its parts
         for name, value in fields.items():
             if isinstance(value, TensorRef | Record):
                 yield _key_name(name), value
@@ -179,7 +181,7 @@ def _members(module: Record) -> Iterator[tuple[str, object]]:
             if value is not None and not (part == "_buffers" and name in skipped):
                 yield _key_name(name), value
     for name, value in fields.items():
-        if isinstance(value, str | int | float) and not str(name).startswith("_"):
+        if isinstance(value, str | int | float) and not _key_name(name).startswith("_"):
             yield _key_name(name), value
     yield from _table_configs(fields.get("_embedding_bag_configs"))
     description = describe_deepctr_module(module)

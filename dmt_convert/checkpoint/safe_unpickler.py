@@ -49,17 +49,21 @@ _CORRUPT: Final = (
 """What the unpickler raises on damaged input."""
 
 
+_MAX_PICKLE_BYTES: Final = 1 << 30
+"""Longest pickle that is read; tensors' bytes lie outside it."""
+
+
 class _BoundedFile:
-    """Reads no more than the file holds: a pickle may claim any length."""
+    """Reads no more than the file holds and a pickle takes: it may claim any length."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         position = file.tell()
-        self._end = file.seek(0, 2)
+        self._end = min(file.seek(0, 2), position + _MAX_PICKLE_BYTES)
         file.seek(position)
 
     def read(self, count: int) -> bytes:
-        return self._file.read(min(count, max(0, self._end - self._file.tell())))
+        return self._file.read(min(count, self._left()))
 
     def readinto(self, buffer: bytearray) -> int:
         data = self.read(len(buffer))
@@ -67,7 +71,10 @@ class _BoundedFile:
         return len(data)
 
     def readline(self) -> bytes:
-        return self._file.readline()
+        return self._file.readline(self._left())
+
+    def _left(self) -> int:
+        return max(0, self._end - self._file.tell())
 
 
 class _Unpickler(pickle._Unpickler):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES
 from dmt_convert.checkpoint.inert_objects import Record, TensorRef, is_size
 from dmt_convert.errors import CheckpointError
 
@@ -89,8 +90,8 @@ def _read(record: Record) -> ShardedRef:
     local = tuple((_place(shard.get("metadata")), _tensor(shard)) for shard in _list(shards))
     properties = metadata.get("tensor_properties")
     dtype = properties.args[-1][0]
-    if not isinstance(dtype, str):
-        raise TypeError("no dtype")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise TypeError("no dtype that is known")
     places = tuple(_place(entry) for entry in _list(metadata.get("shards_metadata")))
     for place, tensor in local:
         if place.sizes != tensor.shape or tensor.dtype != dtype or place not in places:

@@ -10,6 +10,8 @@ from dmt_convert.checkpoint.flat_checkpoint import TensorInfo
 from dmt_convert.errors import CheckpointError
 
 _MAX_LISTED = 20
+_MAX_COMPARED = 5_000_000
+"""Pairs of shards with rows in common that are compared; real tables have thousands."""
 
 
 class Block(Protocol):
@@ -46,7 +48,8 @@ def check_tiling(source: Path, name: str, shape: tuple[int, ...], blocks: Sequen
 
     Raises:
         CheckpointError: They do.
-        ValueError: One reaches outside the tensor, or has another number of dims.
+        ValueError: One reaches outside the tensor, or has another number of dims; or far too many
+            have rows in common.
     """
     covered = 0
     for block in blocks:
@@ -70,11 +73,15 @@ def check_tiling(source: Path, name: str, shape: tuple[int, ...], blocks: Sequen
 
 def _any_overlap(blocks: Iterable[Block]) -> bool:
     """Tell whether two shards share an element; shards far apart in dim 0 are not compared."""
+    compared = 0
     solid = sorted((b for b in blocks if count_elements(b.sizes)), key=lambda block: block.starts)
     for i, block in enumerate(solid):
         for later in solid[i + 1 :]:
             if block.starts and later.starts[0] >= block.starts[0] + block.sizes[0]:
                 break
+            compared += 1
+            if compared > _MAX_COMPARED:
+                raise ValueError(f"a tensor in {len(solid)} shards of the same rows")
             if _overlaps(block, later):
                 return True
     return False

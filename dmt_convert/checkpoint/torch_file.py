@@ -127,7 +127,7 @@ def _legacy_records(
     records: dict[str, ZipRecord] = {}
     for key in order if isinstance(order, list) else []:
         head = file.read(8)
-        storage = storages.get(str(key))
+        storage = storages.get(key) if isinstance(key, str) else None
         kinds = [name for name in unknown if name.endswith("Storage")]
         if storage is None and kinds:  # its length is not known, nor where the next one begins
             raise refuse_global(path, kinds[0])
@@ -136,7 +136,7 @@ def _legacy_records(
         offset, length = file.tell(), storage.numel * ITEM_BYTES[storage.dtype]
         if struct.unpack("<q", head)[0] != storage.numel or offset + length > size:
             break
-        records[str(key)] = ZipRecord(offset=offset, length=length, crc32=None)
+        records[key] = ZipRecord(offset=offset, length=length, crc32=None)
         file.seek(offset + length)
     missing = [key for key in storages if key not in records]
     if missing:

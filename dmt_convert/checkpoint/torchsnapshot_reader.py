@@ -87,7 +87,7 @@ class TorchsnapshotReader:
             for key, entry in manifest.items():
                 _take(folder, found, key, entry)
             tensors = tuple(_join(folder, found, keys) for keys in _in_order(found))
-        except _DAMAGED as error:
+        except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
             raise _damaged(folder / _METADATA, f"{type(error).__name__}: {error}") from None
         sharded = [keys for keys in _in_order(found) if found.shapes[keys] is None]
         check_files(folder, tensors, expected="every file that .snapshot_metadata names, whole")

@@ -19,6 +19,8 @@ from dmt_convert.errors import CheckpointError
 
 _LOCAL_HEADER_BYTES = 30
 _MAX_RECORD_BYTES = 1 << 30
+_MAX_REPEATED_BYTES = 1 << 26
+"""How much larger than its storage a tensor may be that repeats elements (`Tensor.expand`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,8 @@ class ZipArchive:
         """Return where a tensor begins in the file, in bytes, and its checksum if it has one.
 
         Raises:
-            CheckpointError: The storage is missing or too short for the tensor.
+            CheckpointError: The storage is missing or too short for the tensor, or the tensor
+                repeats it many times over.
         """
         record = self.storages.get(tensor.storage.key)
         item = ITEM_BYTES[tensor.dtype]
@@ -59,6 +62,13 @@ class ZipArchive:
                 f"{self.path}: tensor {name!r} of shape {list(tensor.shape)} has {have}",
                 expected=f"a storage of at least {begin + need} bytes",
                 hint="the file is damaged or was not written whole; copy it again",
+            )
+        if tensor.numel * item > record.length + _MAX_REPEATED_BYTES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} of shape {list(tensor.shape)} repeats a storage of "
+                f"{record.length} bytes",
+                expected="tensors whose elements the file holds",
+                hint="save it with .clone(); if it was not expanded, the file is damaged",
             )
         whole = begin == 0 and need == record.length
         return record.offset + begin, record.crc32 if whole else None

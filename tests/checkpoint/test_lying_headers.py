@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.checkpoint import open_checkpoint, shards
+from dmt_convert.checkpoint.sharded_tensor import ShardPlace
 from dmt_convert.errors import CheckpointError
 
 
@@ -117,6 +118,49 @@ def test_dcp_metadata_that_lies_in_one_field(change, match, saves, state, tmp_pa
         assert len(open_checkpoint(folder).tensors) == len(state)
     else:
         refuse(folder, match)
+
+
+NESTED = b")" + b"\x85" * 200_000
+"""A tuple 200,000 deep: to hash or print it overflows the stack."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: _set(next(iter(m.storage_data)), fqn="NESTED"),
+        lambda m: _set(next(iter(m.storage_data)), offset=("NESTED",)),
+        lambda m: _set(m, state_dict_metadata=[("NESTED", 1)]),
+        lambda m: _set(m, storage_data=[("NESTED", 1)]),
+        lambda m: _set(m, state_dict_metadata={5: m.state_dict_metadata["emb_l.0.weight"]}),
+        lambda m: _set(_first_storage(m), relative_path="NESTED"),
+        lambda m: _set(_first_storage(m), relative_path="loop"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_dcp_metadata_of_other_types(change, saves, state, tmp_path):
+    folder = saves["dcp"](state, tmp_path)
+    (folder / "loop").symlink_to("loop")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    data = pickle.dumps(metadata, protocol=2)
+    (folder / ".metadata").write_bytes(data.replace(b"X\x06\x00\x00\x00NESTED", NESTED))
+    refuse(folder, "does not describe")
+
+
+def test_dcp_keys_that_are_no_text_count_for_nothing(saves, state, tmp_path):
+    folder = saves["dcp"](state, tmp_path)
+    _mutate_metadata(folder, lambda m: _set(m, planner_data={"emb_l.0.weight": ("a", "NESTED")}))
+    data = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
+    (folder / ".metadata").write_bytes(data.replace(b"X\x06\x00\x00\x00NESTED", NESTED))
+    assert "emb_l.0.weight" in [tensor.path for tensor in open_checkpoint(folder).tensors]
+
+
+def test_shards_of_the_same_rows_are_not_compared_for_hours(monkeypatch, tmp_path):
+    monkeypatch.setattr(shards, "_MAX_COMPARED", 2)
+    sharded = [ShardPlace(starts=(0, i), sizes=(2, 1), rank=None) for i in range(3)]
+    with pytest.raises(ValueError, match="3 shards of the same rows"):
+        shards.check_tiling(tmp_path, "t", (2, 3), sharded)
+    shards.check_tiling(tmp_path, "t", (2, 2), sharded[:2])
 
 
 def test_shards_that_overlap(saves, state, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import types
 import zipfile
@@ -95,6 +96,26 @@ def test_a_scripted_module(tmp_path):
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     torch.jit.save(torch.jit.trace(model, torch.ones(1, 2)), tmp_path / "model.pt")
     assert_state(open_checkpoint(tmp_path / "model.pt"), model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"X\x08\x00\x00\x00_modulesK\x01s",
+        b"".join(
+            b"X" + bytes([len(part), 0, 0, 0]) + part + b"}s"
+            for part in (b"_parameters", b"_buffers", b"_modules")
+        )
+        + pickle.dumps(10**5000, protocol=2)[2:-1]
+        + b"K\x01s",
+    ],
+    ids=["scripted, without its parts", "a number for a name"],
+)
+def test_damaged_modules(fields, tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02c__torch__\nM\n)\x81}" + fields + b"b.")
+    with pytest.raises(CheckpointError, match=r"it names __torch__\.M"):
+        open_checkpoint(tmp_path / "model.pt")
 
 
 class Callback:

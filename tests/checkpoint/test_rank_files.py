@@ -110,6 +110,13 @@ def test_shards_that_overlap_are_refused(ranks, tmp_path):
     refuse(paths[0], "shards of t hold 10 elements")
 
 
+def test_a_table_of_an_unknown_dtype_and_no_shards(ranks, tmp_path):
+    pickled = ranks._Pickled(torch.ones(0, 4), [], 0, 1)
+    pickled.state[1].tensor_properties.dtype = "fp99"
+    torch.save({"t": pickled, **DENSE}, tmp_path / "a.pt")
+    refuse(tmp_path / "a.pt", "t is a ShardedTensor that cannot be read")
+
+
 def test_a_dtensor_is_named(tmp_path):
     data = b"\x80\x02}X\x01\x00\x00\x00wctorch._tensor\n_rebuild_from_type_v2\n(" + (
         b"ctorch._utils\n_rebuild_wrapper_subclass\nctorch.distributed.tensor\nDTensor\n)}tRs."

@@ -36,12 +36,12 @@ def write_zip(path: Path, data: bytes, storages: dict[str, bytes] | None = None)
     return path
 
 
-def write_legacy(path: Path, data: bytes) -> Path:
+def write_legacy(path: Path, data: bytes, order: object = ()) -> Path:
     head = b"".join(
         pickle.dumps(part, protocol=2)
         for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
     )
-    path.write_bytes(head + data + pickle.dumps([], protocol=2))
+    path.write_bytes(head + data + pickle.dumps([*order], protocol=2))
     return path
 
 
@@ -217,6 +217,19 @@ def test_a_storage_that_is_not_there(tmp_path):
     data = pickled_tensor(b"K\x03\x85", b"K\x01\x85")
     refuse(write_zip(tmp_path / "a.pt", data), "has no storage")
     refuse(write_zip(tmp_path / "b.pt", data, {"0": bytes(8)}), "a storage of 8 bytes")
+
+
+def test_storages_without_names(tmp_path):
+    data = pickled_tensor(b"K\x0c\x85", b"K\x01\x85")
+    refuse(write_legacy(tmp_path / "a.pth", data, [10**5000]), "ends before 1 of its 1 storages")
+
+
+def test_tensors_that_repeat_a_storage(tmp_path):
+    torch.save({"w": torch.ones(1).expand(1 << 40)}, tmp_path / "a.pt")
+    refuse(tmp_path / "a.pt", "repeats a storage of 4 bytes")
+    torch.save({"w": torch.ones(1).expand(5)}, tmp_path / "a.pt")
+    (info,) = open_checkpoint(tmp_path / "a.pt").tensors
+    assert read_tensor(info).tolist() == [1.0] * 5
 
 
 def test_an_unknown_dtype(tmp_path):

@@ -102,6 +102,7 @@ def change(folder: Path, key: str, **values: Any) -> None:
         ("0/model/w", {"location": "../w"}, "outside the directory"),
         ("0/model/w", {"location": "/etc/passwd"}, "outside the directory"),
         ("0/model/w", {"location": "replicated/no"}, "lacks 1 of its"),
+        ("0/model/w", {"location": "loop"}, "does not describe a snapshot"),
         ("0/model/w", {"byte_range": [4, 8]}, "4 bytes for model.w"),
         ("0/model/w", {"byte_range": [100, 112]}, "lacks 1 of its"),
         ("0/model/w", {"byte_range": [8, 4]}, "bytes for model.w"),
@@ -114,6 +115,7 @@ def change(folder: Path, key: str, **values: Any) -> None:
 )
 def test_metadata_that_lies(key, values, match, load_module, tmp_path):
     folder = write(load_module, tmp_path / "s")
+    (folder / "loop").symlink_to("loop")
     change(folder, key, **values)
     refuse(folder, match)
 
