@@ -13,9 +13,9 @@ from typing import Any, Final
 Message = dict[str, list[Any]]
 
 _TOKEN: Final = re.compile(
-    r"""(?P<space>(?:\s|\#[^\n]*)+)
-    |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
-    |(?P<number>[-+]?(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)[fF]?(?![\w.]))
+    r"""(?P<space>(?:\s+|\#[^\n]*)+)
+    |(?P<string>"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\\\n]*(?:\\.[^'\\\n]*)*')
+    |(?P<number>[-+]?(?:0[xX][0-9a-fA-F]+|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)[fF]?(?![\w.]))
     |(?P<name>-?[A-Za-z_][\w.]*|\[[\w./-]+\](?=\s*[:{<]))
     |(?P<mark>[{}<>:\[\],;])""",
     re.VERBOSE,

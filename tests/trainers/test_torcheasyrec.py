@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import pytest
@@ -158,3 +159,13 @@ def test_messages_are_parsed():
         "e": [1, 31],
         "[x.y/z]": ["inf"],
     }
+
+
+def test_protobuf_text_takes_no_longer_than_it_is_long():
+    from dmt_convert.checkpoint.protobuf_text import parse_protobuf_text
+
+    begin = time.process_time()
+    for text in ("a: " + "1" * 50_000 + "x", 'a: "' + "b" * 50_000, "a" + " " * 50_000 + "'"):
+        with pytest.raises(ValueError, match=r"line 1|where a value"):
+            parse_protobuf_text(text)
+    assert time.process_time() - begin < 1
