@@ -37,13 +37,7 @@ class HugectrReader:
         Raises:
             CheckpointError: A file is missing or has a size that does not fit.
         """
-        steps = {
-            int(match["step"]): (match["prefix"], file)
-            for file in sorted(path.iterdir())
-            if (match := _DENSE.fullmatch(file.name))
-        }
-        step = max(steps)
-        prefix, dense = steps[step]
+        step, prefix, dense = _newest(path)
         graph_path, graph = _find_graph(path)
         tensors = [_raw(dense, "dense", "fp32", 4)]
         sparse = 0
@@ -64,6 +58,25 @@ class HugectrReader:
             files=(graph_path, *(piece.path for info in tensors for piece in info.pieces)),
             documents={GRAPH: graph},
         )
+
+
+def _newest(path: Path) -> tuple[int, str, Path]:
+    """Return the last step, its prefix, and its dense model file."""
+    found = [
+        (int(match["step"]), match["prefix"], file)
+        for file in sorted(path.iterdir())
+        if (match := _DENSE.fullmatch(file.name))
+    ]
+    step = max(number for number, _, _ in found)
+    newest = [entry for entry in found if entry[0] == step]
+    if len(newest) != 1:
+        raise CheckpointError(
+            f"{path} holds {len(newest)} dense models of step {step}: "
+            + ", ".join(file.name for _, _, file in newest[:5]),
+            expected="the files of one model",
+            hint="put each model into a folder of its own",
+        )
+    return newest[0]
 
 
 def _find_graph(path: Path) -> tuple[Path, Any]:

@@ -12,7 +12,8 @@ import torch
 
 from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import gather_rows, open_checkpoint
-from dmt_convert.errors import ArchitectureError, CheckpointError
+from dmt_convert.errors import ArchitectureError, CheckpointError, ConfigError
+from dmt_convert.towers.networks import LayerGraph
 
 _spec = importlib.util.spec_from_file_location(
     "hugectr_files", Path(__file__).with_name("hugectr_files.py")
@@ -151,6 +152,22 @@ def test_graphs_that_do_not_fit(wide_and_deep, change, says):
         return
     with pytest.raises(ArchitectureError, match=says):
         infer_model(open_checkpoint(path))
+
+
+def test_two_models_in_one_folder_are_refused(wide_and_deep):
+    path, *_ = wide_and_deep
+    (path / "other_dense_20.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds 2 dense models of step 20"):
+        open_checkpoint(path)
+    (path / "other_dense_20.model").rename(path / "other_dense_10.model")
+    infer_model(open_checkpoint(path))
+
+
+def test_a_network_with_unknown_layers_is_not_built():
+    layers = [{"type": "GRU", "bottom": ["dense"], "top": ["out"]}]
+    config = {"dense": "dense", "output": "out", "embeddings": [], "layers": layers}
+    with pytest.raises(ConfigError, match="a layer of type 'GRU'"):
+        LayerGraph(config, [], 1)
 
 
 def test_hashed_keys_are_refused(wide_and_deep):

@@ -21,8 +21,6 @@ from dmt_convert.towers.networks.deep_cross import DeepCross
 from dmt_convert.towers.networks.dot_pairs import DotPairs
 from dmt_convert.towers.networks.layer_graph import LayerGraph
 
-__all__ = ["NETWORKS", "DeepCross", "DotPairs", "Factory", "LayerGraph", "build_network"]
-
 __all__ = ["NETWORKS", "Factory", "build_network", "network_size"]
 
 Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]

@@ -5,14 +5,40 @@ Letters: B batch, D dense inputs, S slots, N embedding dim, M width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dmt_convert.errors import ConfigError
 from dmt_convert.towers.networks.layers import VectorCross
+
+_ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "ReLU": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "Dropout": lambda x: x,
+}
+"""Layers without settings; dropout is a matter of training."""
+_TYPES: Final = (
+    "Add",
+    "Concat",
+    "ELU",
+    "ElementwiseMultiply",
+    "FmOrder2",
+    "FusedInnerProduct",
+    "InnerProduct",
+    "Interaction",
+    "MultiCross",
+    "ReduceSum",
+    "Reshape",
+    "Slice",
+    "Sub",
+    "WeightMultiply",
+    *_ACTIVATIONS,
+)
 
 
 class _Scale(nn.Module):
@@ -36,6 +62,9 @@ class LayerGraph(nn.Module):
             type's own keys; `output`, the name of the logit.
         dims: Embedding dims N_f of the features.
         num_dense: D.
+
+    Raises:
+        ConfigError: A layer is of a type that is not known.
     """
 
     def __init__(self, config: Mapping[str, Any], dims: Sequence[int], num_dense: int) -> None:
@@ -67,8 +96,18 @@ class LayerGraph(nn.Module):
 
 
 def _make(layer: Mapping[str, Any]) -> nn.Module | None:
-    """Build what a layer has of weights."""
+    """Build what a layer has of weights.
+
+    Raises:
+        ConfigError: There is no such layer.
+    """
     kind = layer["type"]
+    if kind not in _TYPES:
+        raise ConfigError(
+            f"the model's dense part has a layer of type {kind!r}",
+            expected="one of " + ", ".join(_TYPES),
+            hint="use the version of dmt-convert that wrote the bundle, or a newer one",
+        )
     if kind in ("InnerProduct", "FusedInnerProduct"):
         return nn.Linear(layer["in"], layer["out"])
     if kind == "MultiCross":
@@ -104,10 +143,9 @@ def _run(layer: Mapping[str, Any], module: nn.Module | None, inputs: Sequence[Te
         return x.sum(dim=1, keepdim=True)
     if kind in ("Add", "Sub", "ElementwiseMultiply"):
         return _combine(kind, inputs)
-    activations = {"ReLU": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh}
     if kind == "ELU":
         return functional.elu(x, alpha=layer["alpha"])
-    return activations[kind](x) if kind in activations else x
+    return _ACTIVATIONS[kind](x)
 
 
 def _combine(kind: str, inputs: Sequence[Tensor]) -> Tensor:
