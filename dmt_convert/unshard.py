@@ -79,7 +79,8 @@ def unshard_checkpoint(
         progress: Called with a step, bytes done and bytes in all.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or changed on disk.
+        CheckpointError: The checkpoint cannot be read, or changed on disk, or two of the tensors
+            have one name.
         ConfigError: No tensor fits the patterns.
         ExportError: The target is taken, or the disk is full.
     """
@@ -87,6 +88,7 @@ def unshard_checkpoint(
     _check_out(out, checkpoint, force=force)
     named = [*zip(_names(checkpoint.tensors), checkpoint.tensors, strict=True)]
     chosen = [(n, t) for n, t in named if not only or _fits(n, t, only)]
+    _check_unique([name for name, _ in chosen])
     passed_over = tuple(t.path for n, t in named if only and not _fits(n, t, only))
     if not chosen:
         raise ConfigError(
@@ -114,13 +116,16 @@ def _fits(name: str, tensor: TensorInfo, only: Sequence[str]) -> bool:
 
 
 def _names(tensors: Sequence[TensorInfo]) -> list[str]:
-    """Name tensors as their trainer did, uniquely."""
+    """Name tensors as their trainer did, uniquely where paths are."""
     counts = Counter(tensor.container for tensor in tensors)
     model = max(counts, key=lambda keys: (not _is_state(keys), counts[keys]))
     names = [t.name if t.container == model else t.path for t in tensors]
     if len(set(names)) < len(names):
         names = [tensor.path for tensor in tensors]
-    names = [name or "tensor" for name in names]
+    return [name or "tensor" for name in names]
+
+
+def _check_unique(names: Sequence[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1 or name == _RESERVED]
     if twice:
         raise CheckpointError(
@@ -129,7 +134,6 @@ def _names(tensors: Sequence[TensorInfo]) -> list[str]:
             hint="write some of them with --only",
             details=twice[:20],
         )
-    return names
 
 
 def _is_state(keys: tuple[str, ...]) -> bool:

@@ -96,6 +96,17 @@ def test_only_what_is_asked_for(nested: dict[str, Any], tmp_path: Path) -> None:
         unshard_checkpoint(tmp_path / "ckpt.pt", tmp_path / "b.safetensors", only=["x"])
 
 
+def test_names_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    content = {"a": {"b.c": one}, "a.b": {"c": one}, "model": {"x": one, "y": one}}
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="1 names of tensors are not unique") as caught:
+        unshard_checkpoint(tmp_path / "ckpt.pt", tmp_path / "a.safetensors")
+    assert "--only" in caught.value.hint  # which helps:
+    done = unshard_checkpoint(tmp_path / "ckpt.pt", tmp_path / "a.safetensors", only=["model.*"])
+    assert len(done.tensors) == 2
+
+
 def test_targets_that_are_taken(state: State, tmp_path: Path) -> None:
     source = tmp_path / "ckpt.pt"
     torch.save(state, source)
