@@ -20,6 +20,8 @@ from dmt_convert.towers.table_lookup import MappedTables, TrainableTables, to_te
 Stages = Iterator[tuple[str, Tensor]]
 _INNER: Final = ("cross.", "branch1.", "branch2.", "network.")
 """Canonical names that belong to the interaction."""
+_MAX_WHOLE: Final = 1 << 24
+"""Up to here float32 holds every whole number."""
 
 
 class FlatModel(nn.Module):
@@ -104,7 +106,7 @@ def load_dense(
     arrays: Mapping[str, np.ndarray],
     origins: Mapping[str, str] | None = None,
 ) -> None:
-    """Give a model's dense parts their weights, as float32 (integer buffers as they are).
+    """Give a model's dense parts their weights, as float32 (integer buffers keep their type).
 
     Args:
         model: The model, dense parts on the meta device or in memory.
@@ -113,11 +115,13 @@ def load_dense(
 
     Raises:
         CheckpointError: An array holds NaN or Inf.
-        ArchitectureError: They are not the tensors of the model's network.
+        ArchitectureError: They are not the tensors of the model's network, or hold whole numbers
+            that float32 does not.
     """
     own, state = model.state_dict(), {}
     for name, array in arrays.items():
         check_finite(array, (origins or {}).get(name, name))
+        _check_whole_numbers(array, (origins or {}).get(name, name))
         state[state_name(name)] = as_state(array, own.get(state_name(name)))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
@@ -126,6 +130,19 @@ def load_dense(
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tables = [name for name in missing if not name.startswith(("tables.", "towers."))]
     assert not tables and not unexpected, (tables, unexpected)
+
+
+def _check_whole_numbers(array: np.ndarray, origin: str) -> None:
+    """Refuse whole numbers that would be changed: bundles keep all dense tensors in float32."""
+    if array.dtype.kind not in "iu" or not array.size or origin.endswith(".num_batches_tracked"):
+        return
+    largest = max(abs(int(array.min())), abs(int(array.max())))
+    if largest > _MAX_WHOLE:
+        raise ArchitectureError(
+            f"{origin} holds whole numbers up to {largest}",
+            expected=f"numbers up to {_MAX_WHOLE}, which float32 holds exactly",
+            hint="make it a constant of the network's code, or a buffer with persistent=False",
+        )
 
 
 def state_name(canonical: str) -> str:

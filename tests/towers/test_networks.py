@@ -65,6 +65,21 @@ def test_a_spec_with_a_network_survives_json():
     assert spec.num_dense == 4 and spec.input_dims == (4, *DIMS)
 
 
+def test_whole_numbers_that_bundles_would_round_are_refused(make):
+    flat = make.flat(_spec())
+    arrays = {
+        name.removeprefix("interaction."): value.numpy().copy()
+        for name, value in flat.state_dict().items()
+        if not name.startswith("tables.")
+    }
+    arrays["network.norm.num_batches_tracked"] += 1 << 40
+    arrays["network.shift"][-1] = 1 << 24
+    load_dense(flat, arrays)
+    arrays["network.shift"][-1] += 1
+    with pytest.raises(ArchitectureError, match=r"network\.shift holds whole numbers"):
+        load_dense(flat, arrays)
+
+
 @pytest.mark.parametrize("num_dense", [4, 0])
 def test_passthrough_towers_of_a_network_are_bit_equal(make, num_dense):
     spec = _spec(num_dense)
