@@ -275,7 +275,13 @@ def _run_file(path: Path, source: str) -> ModuleType:
 def _check(path: Path, adapter: Adapter) -> None:
     problems = []
     network: object = adapter.network
-    features: Sequence[object] = adapter.features or ()
+    prefix: object = adapter.prefix
+    features: object = () if adapter.features is None else adapter.features
+    if isinstance(features, str) or not isinstance(features, Sequence):
+        problems.append(f"features is a {type(features).__name__}, not a list")
+        features = ()
+    if not isinstance(prefix, str):
+        problems.append(f"prefix is a {type(prefix).__name__}, not a string")
     if type(adapter.num_dense) is not int or adapter.num_dense < 0:
         problems.append(f"num_dense is {adapter.num_dense!r}, not a number of dense inputs")
     if not callable(network):

@@ -118,6 +118,13 @@ SPOILED = {
     "table": ('table="t_shop"', 'table="t_shops"', "uses table 't_shops', which does not exist"),
     "pooling": ('pooling="mean"', 'pooling="max"', "has pooling 'max'"),
     "module": ("DensePart(list(dims), num_dense)", "3", "returned a int"),
+    "prefix": ('prefix="dense_part."', "prefix=3", "prefix is a int, not a string"),
+    "features": (
+        'name="xlrm",\n)',
+        'name="xlrm",\n)\nfrom dataclasses import replace\n'
+        'ADAPTER = replace(ADAPTER, features="t_user")',
+        "features is a str, not a list",
+    ),
     "rename": ('name="xlrm"', "rename=lambda n: n[99]", ": rename("),
 }
 
