@@ -59,7 +59,7 @@ class Output:
 
     def _print(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
         if self.json:
-            print(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+            print(json_text(finite(value), allow_nan=False))
             return
         from rich.console import Console
 
@@ -74,7 +74,7 @@ class Output:
     def remark(self, text: str) -> None:
         """Say something beside the result, on stderr."""
         if not self.quiet and not self.json:
-            print(text, file=sys.stderr)
+            print(visible(text), file=sys.stderr)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -107,6 +107,23 @@ class Output:
 def drop_stdout() -> None:
     """Let what is still buffered for stdout go nowhere, where it cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def visible(text: str) -> str:
+    """Spell out what a terminal would obey or cannot show: names come from files of others.
+
+    Control characters but line ends, and lone surrogates, become their escapes in Python.
+    """
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def json_text(value: object, *, allow_nan: bool = True) -> str:
+    """Write JSON; lone surrogates, which file names may hold, are escaped."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def finite(value: Any) -> Any:
@@ -142,7 +159,7 @@ def grid(rows: list[tuple[str, str]]) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(name), escape(visible(value)))
     return table
 
 
@@ -162,7 +179,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> RenderableTy
             no_wrap=right,
         )
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(visible(cell)) for cell in row))
     return made
 
 

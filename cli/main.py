@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from . import (
     unshard_command,
     verify_command,
 )
-from .console import drop_stdout
+from .console import drop_stdout, json_text, visible
 
 _INTERRUPT_CODE: Final = 130
 _INTERRUPTED: Final = "interrupted; nothing half-written was left in place"
@@ -144,10 +143,10 @@ def _parts(error: str, found: str, expected: str, hint: str) -> dict[str, object
 def _fail(value: Mapping[str, object], text: str, *, code: int, as_json: bool) -> NoReturn:
     if as_json:
         try:
-            print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
+            print(json_text(value), flush=True)
         except OSError:  # closed, or on a full disk: stderr still says it
             drop_stdout()
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {visible(text)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,6 +1,7 @@
 """What every command prints, and where: results on stdout, all else on stderr."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ def arguments(
         "verify": [flat, exact, "--data", click_data, "--checksums"],
         "finetune (dry run)": [compressed, "--data", click_data, "--nproc", 4, "--dry-run"],
     }
+
+
+def test_names_that_a_terminal_would_obey(flat: Path, tmp_path: Path, call_dmt: Call) -> None:
+    odd = tmp_path / os.fsdecode(b"m\x1b[31m\xff.pt")  # a file name need be no text
+    odd.write_bytes(flat.read_bytes())
+    run = call_dmt("inspect", odd)
+    assert run.code == 0 and "m\\x1b[31m\\udcff.pt" in run.stdout.replace("\n", "")
+    run = call_dmt("inspect", odd, "--json")
+    assert run.code == 0 and json.loads(run.stdout)["files"][0]["path"] == str(odd)
+    odd.write_bytes(b"")
+    run = call_dmt("inspect", odd)
+    assert run.code == 3 and "\x1b" not in run.stderr and "m\\x1b[31m" in run.stderr
+    run = call_dmt("inspect", odd, "--json")
+    assert run.code == 3 and json.loads(run.stdout)["error"] == "CheckpointError"
 
 
 COMMANDS = [
