@@ -92,6 +92,10 @@ def test_the_examples_read_a_checkpoint(saved: Path) -> None:
 @pytest.mark.usefixtures("documented")
 def test_the_example_container_refuses_damaged_files(saved: Path) -> None:
     file = saved / "top.0.weight.npy"
+    whole = np.load(file)
     file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is no array that can be read"):
+        open_checkpoint(saved)
+    np.save(file, whole.astype(">f4"))
     with pytest.raises(CheckpointError, match="is no array that can be read"):
         open_checkpoint(saved)
