@@ -15,7 +15,7 @@ from dmt_convert.spec import InteractionKind, PairOrder, Pooling
 
 EXAMPLE: Final = """\
 # every key is optional
-family: torchrec-dlrm          # or facebook-dlrm, nvidia-dlrm
+family: torchrec-dlrm          # as `dmt inspect` calls it
 container: model               # key of the dict that holds the weights, nested by dots
 prefix: model.                 # what stands before sparse_arch. or emb_l.
 interaction: dot               # dot | cat | dcn | projection
