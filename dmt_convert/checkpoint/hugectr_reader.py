@@ -8,6 +8,7 @@ Written after HugeCTR's documentation and its ONNX converter; not tried on files
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ class HugectrReader:
         """Tell by the names."""
         if not path.is_dir():
             return False
-        return any(_DENSE.fullmatch(f.name) for f in path.iterdir()) and any(path.glob("*.json"))
+        return bool(_dense_models(path)) and any(_documents(path))
 
     def read(self, path: Path) -> FlatCheckpoint:
         """Read the graph; weights stay on disk.
@@ -60,13 +61,25 @@ class HugectrReader:
         )
 
 
-def _newest(path: Path) -> tuple[int, str, Path]:
-    """Return the last step, its prefix, and its dense model file."""
-    found = [
+def _dense_models(path: Path) -> list[tuple[int, str, Path]]:
+    """Return step, prefix and file of all dense models."""
+    return [
         (int(match["step"]), match["prefix"], file)
         for file in sorted(path.iterdir())
-        if (match := _DENSE.fullmatch(file.name))
+        if (match := _DENSE.fullmatch(file.name)) and file.is_file()
     ]
+
+
+def _documents(path: Path) -> Iterator[Path]:
+    """Yield what may be the graph, in the order of the names."""
+    for file in sorted(path.glob("*.json")):
+        if file.is_file() and not file.name.endswith(".ntp.json"):
+            yield file
+
+
+def _newest(path: Path) -> tuple[int, str, Path]:
+    """Return the last step, its prefix, and its dense model file."""
+    found = _dense_models(path)
     step = max(number for number, _, _ in found)
     newest = [entry for entry in found if entry[0] == step]
     if len(newest) != 1:
@@ -82,9 +95,7 @@ def _newest(path: Path) -> tuple[int, str, Path]:
 def _find_graph(path: Path) -> tuple[Path, Any]:
     """Return the one JSON file that holds layers."""
     found = []
-    for file in sorted(path.glob("*.json")):
-        if file.name.endswith(".ntp.json"):
-            continue
+    for file in _documents(path):
         document = read_document(file)
         if isinstance(document, dict) and isinstance(document.get("layers"), list):
             found.append((file, document))

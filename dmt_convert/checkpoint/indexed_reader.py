@@ -56,10 +56,10 @@ class IndexedReader:
 def _indices(path: Path) -> list[Path]:
     """Return the indices that a path means."""
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.name.endswith(_INDEX))
+        found = sorted(p for p in path.iterdir() if p.name.endswith(_INDEX) and p.is_file())
         plain = [p for p in found if p.name == f"model.safetensors{_INDEX}"]
         return plain or found
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(_INDEX) and path.is_file():
         return [path]
     match = _SHARD.search(path.name)
     if match is None:

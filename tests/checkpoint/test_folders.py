@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,14 @@ def refuse(path: Path, match: str) -> CheckpointError:
         open_checkpoint(path)
     assert caught.value.expected and caught.value.hint
     return caught.value
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    """A pipe that nobody writes to would be waited for."""
+    for name in ("model.safetensors.index.json", "graph.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "a_dense_1.model").write_bytes(b"")
+    refuse(tmp_path, "not a checkpoint of a known kind")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
