@@ -13,7 +13,13 @@ from dmt_convert.spec import ModelSpec
 
 
 def generate_batch(
-    spec: ModelSpec, inputs: GraphInputs, rows: int, *, seed: int, longest: int = 0
+    spec: ModelSpec,
+    inputs: GraphInputs,
+    rows: int,
+    *,
+    seed: int,
+    longest: int = 0,
+    first_rows: int | None = None,
 ) -> Batch:
     """Make rows that fit the forms of the inputs.
 
@@ -26,13 +32,15 @@ def generate_batch(
         rows: How many rows.
         seed: What to draw with.
         longest: Ids in the last bag of every jagged feature; 0 for as many as in others.
+        first_rows: How many rows of a table are looked up, beside its last one; by default all.
+            Every page that a lookup maps counts as resident.
     """
     rng = np.random.default_rng((seed, rows))
     bags = []
     for feature in inputs.features:
         once = feature.feature in inputs.per_request
         table_rows = spec.table_of(feature.feature).rows
-        bag = _bag(rng, feature, 1 if once else rows, table_rows, longest)
+        bag = _bag(rng, feature, 1 if once else rows, table_rows, longest, first_rows)
         bags.append(_repeat(bag, rows) if once else bag)
     dense = rng.standard_normal((1 if inputs.dense_per_request else rows, spec.num_dense))
     return Batch(
@@ -43,7 +51,12 @@ def generate_batch(
 
 
 def _bag(
-    rng: np.random.Generator, feature: FeatureInput, rows: int, table_rows: int, longest: int
+    rng: np.random.Generator,
+    feature: FeatureInput,
+    rows: int,
+    table_rows: int,
+    longest: int,
+    first_rows: int | None,
 ) -> Bag:
     if feature.form == "single":
         lengths = np.ones(rows, dtype=np.int64)
@@ -55,7 +68,8 @@ def _bag(
         if longest and feature.form == "jagged":
             lengths[-1] = longest
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    values = rng.integers(0, table_rows, size=int(offsets[-1]), dtype=np.int64)
+    drawn = min(table_rows, first_rows or table_rows)
+    values = rng.integers(0, drawn, size=int(offsets[-1]), dtype=np.int64)
     if len(values):
         values[0], values[-1] = 0, table_rows - 1
     weights = rng.standard_normal(len(values)).astype(np.float32) if feature.weighted else None

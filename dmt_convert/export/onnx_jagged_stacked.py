@@ -26,14 +26,15 @@ def can_stack(lookups: Sequence[Lookup]) -> bool:
 
 
 def is_small(b: GraphBuilder, lookups: Sequence[Lookup], lengths_FB: str, longest_F: str) -> str:
-    """Return whether one rectangle stays in cache, bool, shape ()."""
-    dim = lookups[0].stack.dim
+    """Return whether one rectangle has cells and they stay in cache, bool, shape ()."""
+    limit = _CACHED_BYTES // (4 * lookups[0].stack.dim)
     most = b.node("ReduceMax", longest_F, name="longest_of_all", keepdims=0)
+    width = b.node("Max", most, b.ints("one_", 1), name="width_of_all")
     bags = b.node("Size", lengths_FB, name="num_bags_of_all")
-    cells = b.node("Mul", most, bags, name="cells_of_all")
-    return b.node(
-        "LessOrEqual", cells, b.ints("cached_rows", _CACHED_BYTES // (4 * dim)), name="is_small"
-    )
+    cells = b.node("Mul", width, bags, name="cells_of_all")
+    # an empty batch has none, and no shape that could be told from it
+    within = b.node("Clip", cells, b.ints("one_", 1), b.ints("cached_rows", limit), name="within")
+    return b.node("Equal", cells, within, name="is_small")
 
 
 def pool_stacked(

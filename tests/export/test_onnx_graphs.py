@@ -16,6 +16,7 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError
 from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
+from dmt_convert.export.check_batches import generate_batch
 from dmt_convert.serving import ExportedModel
 
 Exporter = Callable[..., ExportedModel]
@@ -245,6 +246,26 @@ def test_jagged_bags_of_any_length(
     limit = 2e-5 * np.abs(expected).max()
     np.testing.assert_allclose(exported.whole(batch), expected, rtol=0, atol=limit)
     np.testing.assert_allclose(exported.joined(batch), expected, rtol=0, atol=limit)
+
+
+def test_no_rows_have_no_logits(
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter
+) -> None:
+    exported = export_unchecked(make_bundle("passthrough"), form="jagged")
+    feeds = exported.manifest.inputs.feeds(jagged(exported, LONG[:, :0]))
+    assert exported._runner("whole").run(feeds).shape == (0, 1)
+
+
+def test_large_batches_of_the_checks_touch_few_rows(
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter
+) -> None:
+    """Each page that a lookup maps is resident: 2,048 rows of a large bundle would take GBs."""
+    exported = export_unchecked(make_bundle("passthrough"), form="jagged")
+    spec = exported.spec.flat
+    batch = generate_batch(spec, exported.manifest.inputs, 300, seed=0, longest=50, first_rows=3)
+    for name, bag in zip(batch.feature_names, batch.bags, strict=True):
+        assert {*bag.values.tolist()} <= {0, 1, 2, spec.table_of(name).rows - 1}
+        assert np.diff(bag.offsets).max() == 50
 
 
 @pytest.mark.parametrize("way", ["stacked", "rectangle", "chunks"])
