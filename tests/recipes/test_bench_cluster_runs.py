@@ -108,7 +108,7 @@ def running(folder: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (left := processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == {}
