@@ -15,7 +15,6 @@ from dmt_convert.export.check_process import run_checks
 from dmt_convert.partition import PartitionConfig
 from dmt_convert.serving import ExportedModel
 
-pytest.importorskip("onnxscript", reason="torch writes graphs by onnxscript")
 GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
 

@@ -13,7 +13,6 @@ from dmt_convert.errors import ExportError
 from dmt_convert.export import ExportConfig, export_bundle, exporter, pt2_compile, pt2_writer
 from dmt_convert.serving import ExportedModel
 
-pytest.importorskip("onnxscript", reason="torch writes graphs by onnxscript")
 FEATURES = ("t0", "t1", "t2", "t3")
 
 
