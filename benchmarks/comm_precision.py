@@ -87,8 +87,8 @@ def train(
 
 def be_rank(report: Path, arguments: Sequence[str]) -> None:
     """Run the recipe as one rank, and count what it sends to other hosts while it trains."""
-    from dmt_convert.engine import exchange, packed_ids
-    from dmt_convert.finetune.cluster_training import ClusterTrainer
+    from dmt_convert.cluster import exchange, packed_ids
+    from dmt_convert.cluster.cluster_training import ClusterTrainer
     from dmt_convert.recipes import finetune_dmt
 
     counts = {"steps": 0, "tower outputs": 0, "ids": 0, "dense gradients": 0}

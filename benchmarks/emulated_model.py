@@ -1,6 +1,6 @@
 """The cost model on an emulated cluster: all ranks share a few cores, links are slow.
 
-Counts of bytes and messages are those of `dmt_convert.plan`. A step is the sum of
+Counts of bytes and messages are those of `dmt_convert.placement`. A step is the sum of
 
     A * ranks / cores                what a rank computes (A: CPU seconds per rank)
     alpha * messages / cores         CPU seconds per message, of all ranks
@@ -24,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 from emulated_runs import Run
 
-from dmt_convert.plan import Cluster
-from dmt_convert.plan.collectives import Peers
-from dmt_convert.plan.step_load import StepLoad, as_flat, even_load
-from dmt_convert.plan.suggestion import deal_tables
-from dmt_convert.plan.traffic import ELEMENT_BYTES
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.placement import Cluster
+from dmt_convert.placement.predict.collectives import Peers
+from dmt_convert.placement.predict.step_load import StepLoad, as_flat, even_load
+from dmt_convert.placement.predict.suggestion import deal_tables
+from dmt_convert.placement.traffic import ELEMENT_BYTES
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec
 
 Floats = npt.NDArray[np.float64]
 TERMS = ("A", "alpha", "beta", "1 / efficiency", "P / efficiency")

@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from dmt_convert.architectures import FlatModelInfo, infer_model
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.conversion import Sample, draw_sample, pool_batch
 from dmt_convert.data import adapt_batches, join_batches, open_data
+from dmt_convert.families import FlatModelInfo, infer_model
+from dmt_convert.metrics import measure_accuracy, measure_agreement
+from dmt_convert.model import FlatModel, open_flat_model
 from dmt_convert.recipes.train_flat import TrainConfig, save_flat, train_flat
-from dmt_convert.sampling import Sample, draw_sample, pool_batch
-from dmt_convert.scoring import measure_accuracy, measure_agreement
-from dmt_convert.towers import FlatModel, open_flat_model
 
 FloatArray = npt.NDArray[np.float32]
 

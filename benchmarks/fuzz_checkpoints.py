@@ -43,9 +43,9 @@ FORBIDDEN = (
 
 def outcome(path: Path) -> str:
     """Open, understand and read all of a checkpoint."""
-    from dmt_convert.architectures import infer_model
     from dmt_convert.checkpoint import open_checkpoint, read_tensor
     from dmt_convert.errors import DmtError
+    from dmt_convert.families import infer_model
 
     try:
         checkpoint = open_checkpoint(path)

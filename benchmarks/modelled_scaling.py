@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from dmt_convert.plan import GPUS, Assumptions, Cluster, Machine, Network, predict_scaling
+from dmt_convert.placement import Cluster
+from dmt_convert.placement.predict import GPUS, Assumptions, Machine, Network, predict_scaling
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from dmt_convert.partition import PartitionConfig, cosine_affinity, partition_features
+from dmt_convert.conversion.partition import PartitionConfig, cosine_affinity, partition_features
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 

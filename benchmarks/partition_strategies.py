@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.partition import (
+from dmt_convert.conversion import Sample
+from dmt_convert.conversion.partition import (
     PartitionConfig,
     measure_affinity,
     needs_affinity,
     partition_features,
 )
-from dmt_convert.partition.config import STRATEGIES
-from dmt_convert.sampling import Sample
+from dmt_convert.conversion.partition.config import STRATEGIES
+from dmt_convert.families import FlatModelInfo
 
 Towers = tuple[tuple[str, ...], ...]
 Affinities = dict[str, npt.NDArray[np.float32]]

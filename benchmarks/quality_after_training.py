@@ -12,9 +12,9 @@ from quality_at_start import START_NAMES, Fitting, module_name, prepare_fittings
 from quality_tables import Record
 
 from dmt_convert.data import open_data
-from dmt_convert.finetune import FinetuneConfig, TrainResult, load_tables, measure_rows, train
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel
 from dmt_convert.recipes.train_flat import epoch_batches, make_optimizer, train_step, validate
-from dmt_convert.towers import DmtModel, DmtSpec, FlatModel
+from dmt_convert.training import FinetuneConfig, TrainResult, load_tables, measure_rows, train
 
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "defaults": {},

@@ -12,13 +12,13 @@ from flat_models import Flat, FlatJob, open_flat, split_rows
 from quality_tables import Record
 from shared_projection import convert_shared
 
+from dmt_convert.conversion import Sample
+from dmt_convert.conversion.initialisation import initialise
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.conversion.partition.config import Strategy
+from dmt_convert.conversion.started_model import Starter
 from dmt_convert.convert import partition_sample
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.partition.config import Strategy
-from dmt_convert.sampling import Sample
-from dmt_convert.scoring.started_model import Starter
-from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import (
+from dmt_convert.model import (
     DmtModel,
     DmtSpec,
     TowerModuleSpec,
@@ -26,7 +26,7 @@ from dmt_convert.towers import (
     alternative_modules,
     module_spec,
 )
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.spec import ModelSpec
 
 Towers = tuple[tuple[str, ...], ...]
 

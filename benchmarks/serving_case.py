@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
 from dmt_convert.serving import FeatureInput, GraphInputs
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
 
 FEATURES: Final = 26
 DIM: Final = 128

@@ -14,11 +14,10 @@ from serving_case import TOWERS, Case, Inputs, graph_inputs, tower_spec
 from serving_weights import WEIGHTS
 
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
-from dmt_convert.export import ExportConfig
-from dmt_convert.export.graph_writer import ExportJob
-from dmt_convert.export.placed_weights import PlacedFile, PlacedWeights
-from dmt_convert.serving import OVER_ARCH, WHOLE, ExportFormat, tower_name
-from dmt_convert.towers import DmtSpec
+from dmt_convert.model import DmtSpec
+from dmt_convert.serving import OVER_ARCH, WHOLE, ExportConfig, ExportFormat, tower_name
+from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 
 
 def build_job(
@@ -71,7 +70,7 @@ def _place(weights: Path, spec: DmtSpec, prefix: str) -> PlacedWeights:
 
 def write_onnx(job: ExportJob, part: str) -> Path:
     """Write the whole graph, or the one tower's, whose output are the pooled embeddings."""
-    from dmt_convert.export.onnx_writer import write_tower_graph, write_whole_graph
+    from dmt_convert.serving.onnx_writer import write_tower_graph, write_whole_graph
 
     path = job.folder / f"{part}.onnx"
     if part == "lookup":
@@ -85,7 +84,7 @@ def write_pt2(job: ExportJob, part: str) -> Path:
     """Compile the whole graph, or the one tower's, for this processor."""
     from serving_pt2 import SharedBuilder
 
-    from dmt_convert.export.pt2_compile import CompileJob, compile_part
+    from dmt_convert.serving.pt2_compile import CompileJob, compile_part
 
     name = tower_name(0) if part == "lookup" else WHOLE
     compile_job = CompileJob(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dmt_convert.checkpoint import TensorInfo
-from dmt_convert.export.placed_weights import PlacedFile, PlacedWeights
-from dmt_convert.export.pt2_compile import CompileJob, GraphBuilder
 from dmt_convert.serving.load_pt2 import MappedFile
+from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
+from dmt_convert.serving.pt2_compile import CompileJob, GraphBuilder
 
 
 class SharedBuilder(GraphBuilder):

@@ -15,7 +15,7 @@ from serving_case import FEATURES, TOWERS, Case, Inputs, tower_spec
 from serving_weights import INT8_WEIGHTS, SharedWeights, table_name
 from torch import Tensor, nn
 
-from dmt_convert.towers import DmtModel, FlatModel
+from dmt_convert.model import DmtModel, FlatModel
 
 Prepare = Callable[[Inputs], Any]
 """From a batch to what the runtime takes; not timed."""

@@ -18,7 +18,7 @@ from serving_case import DIM, FEATURES, FUNCTIONS, MODELS, TOWERS, tower_spec
 from torch import Tensor, nn
 
 from dmt_convert.bundle.bundle_model import split_state
-from dmt_convert.towers import DmtModel, DmtSpec
+from dmt_convert.model import DmtModel, DmtSpec
 
 WEIGHTS: Final = "weights.safetensors"
 INT8_WEIGHTS: Final = "weights.int8"

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dmt_convert.sampling import Sample
-from dmt_convert.towers import DmtModel, DmtSpec, FlatModel
-from dmt_convert.towers.dense_parts import pair_indices
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.conversion import Sample
+from dmt_convert.conversion.initialisation import initialise
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel
+from dmt_convert.model.dense_parts import pair_indices
 
 
 def convert_shared(flat: FlatModel, spec: DmtSpec, sample: Sample) -> DmtModel:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmt_convert.plan import Cluster
+    from dmt_convert.placement import Cluster
 
 
 def make_cluster(
@@ -24,7 +24,8 @@ def make_cluster(
         ConfigError: No cluster has these numbers.
     """
     from dmt_convert.errors import ConfigError
-    from dmt_convert.plan import GIB, Cluster, find_gpu
+    from dmt_convert.placement import GIB, Cluster
+    from dmt_convert.placement.predict import find_gpu
 
     if hbm_gib is not None and not (math.isfinite(hbm_gib) and hbm_gib > 0):
         raise ConfigError(

@@ -35,8 +35,8 @@ from .partition_options import (
 
 if TYPE_CHECKING:
     from dmt_convert.convert import Conversion, Preview
-    from dmt_convert.plan import Cluster
-    from dmt_convert.towers import TowerModuleSpec
+    from dmt_convert.model import TowerModuleSpec
+    from dmt_convert.placement import Cluster
 
 NAME = "convert"
 
@@ -133,12 +133,8 @@ def run(
 
     `dmt convert ckpt.pt --towers 4 --compression 4 --calibration clicks/valid.npz`
     """
-    from dmt_convert.convert import (
-        ConvertConfig,
-        convert_checkpoint,
-        default_out,
-        preview_conversion,
-    )
+    from dmt_convert.convert import convert_checkpoint, default_out, preview_conversion
+    from dmt_convert.convert_config import ConvertConfig
 
     output = make_output(json_=json_, quiet=quiet)
     config = ConvertConfig(

@@ -26,8 +26,7 @@ def run(
 
     Example: `dmt evaluate ckpt.pt --data clicks/test.npz`
     """
-    from dmt_convert.evaluate import evaluate_model
-    from dmt_convert.scoring import open_model
+    from dmt_convert.scoring import evaluate_model, open_model
 
     output = make_output(json_=json_, quiet=quiet)
     config = read_model_options(model_config, adapter)

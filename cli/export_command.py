@@ -13,8 +13,7 @@ from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
-    from dmt_convert.export import Export, ExportConfig
-    from dmt_convert.serving import GraphInputs
+    from dmt_convert.serving import Export, ExportConfig, GraphInputs
 
 NAME = "export"
 _INPUTS = "What graphs take"
@@ -120,7 +119,7 @@ def run(
     Example: `dmt export ckpt-dmt16 --format onnx --out served`
     """
     from dmt_convert.bundle import open_bundle
-    from dmt_convert.export import ExportConfig, export_bundle
+    from dmt_convert.serving import ExportConfig, export_bundle
 
     output = make_output(json_=json_, quiet=quiet)
     read_model_options(None, adapter)

@@ -16,7 +16,7 @@ from .console import JsonOption, Output, QuietOption, make_output
 from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
-    from dmt_convert.finetune.launch import Launched
+    from dmt_convert.cluster import Launched
 
 NAME = "finetune"
 CONTEXT = {"allow_extra_args": True}
@@ -173,7 +173,7 @@ def run(
     """
     from dmt_convert.adapter import user_file
     from dmt_convert.bundle import open_bundle
-    from dmt_convert.finetune.launch import (
+    from dmt_convert.cluster import (
         LaunchConfig,
         default_out,
         launch,

@@ -12,8 +12,8 @@ from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_ou
 from .partition_options import AdapterOption, read_model_options
 
 if TYPE_CHECKING:
-    from dmt_convert.architectures import FlatModelInfo
     from dmt_convert.bundle import Bundle
+    from dmt_convert.families import FlatModelInfo
     from dmt_convert.serving import ExportManifest
     from dmt_convert.spec import ModelSpec
 
@@ -37,9 +37,9 @@ def run(
 
     Example: `dmt inspect model.pt`
     """
-    from dmt_convert.architectures import infer_model
     from dmt_convert.bundle import is_bundle, open_bundle
     from dmt_convert.checkpoint import open_checkpoint
+    from dmt_convert.families import infer_model
     from dmt_convert.serving import is_export, read_export_manifest
 
     output = make_output(json_=json_, quiet=quiet)

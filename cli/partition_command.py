@@ -57,12 +57,12 @@ def run(
 
     Example: `dmt partition ckpt.pt --towers 4 --out towers.json --plot towers.png`
     """
-    from dmt_convert.architectures import infer_model
     from dmt_convert.checkpoint import open_checkpoint
+    from dmt_convert.conversion import draw_sample
+    from dmt_convert.conversion.partition import plot_partition
     from dmt_convert.convert import partition_sample
-    from dmt_convert.partition import plot_partition
-    from dmt_convert.report.documents import describe_partition
-    from dmt_convert.sampling import draw_sample
+    from dmt_convert.families import infer_model
+    from dmt_convert.report import describe_partition
 
     output = make_output(json_=json_, quiet=quiet)
     request = make_partition_config(

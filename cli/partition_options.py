@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dmt_convert.architectures import ModelConfig
-    from dmt_convert.partition import PartitionConfig
+    from dmt_convert.conversion.partition import PartitionConfig
+    from dmt_convert.families import ModelConfig
 
 TowersOption = Annotated[
     int | None, typer.Option("--towers", help="Number of towers T.", show_default=False)
@@ -77,7 +77,7 @@ def read_model_options(model_config: Path | None, adapter: Path | None) -> Model
         ConfigError: One of them cannot be read, or is wrong.
     """
     from dmt_convert.adapter import load_adapter
-    from dmt_convert.architectures import ModelConfig, read_model_config
+    from dmt_convert.families import ModelConfig, read_model_config
 
     config = None if model_config is None else read_model_config(model_config)
     if adapter is None:
@@ -100,8 +100,8 @@ def make_partition_config(
     Raises:
         ConfigError: An option cannot be understood.
     """
+    from dmt_convert.conversion.partition import PartitionConfig
     from dmt_convert.errors import ConfigError
-    from dmt_convert.partition import PartitionConfig
 
     named = partition in ("coherent", "diverse", "round-robin")
     if not named and not Path(partition).is_file():

@@ -27,7 +27,7 @@ from .prediction_options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from dmt_convert.plan import TowerPlan
+    from dmt_convert.placement import TowerPlan
 
 NAME = "plan"
 _BATCH = 1024
@@ -70,7 +70,7 @@ def run(
     Example: `dmt plan ckpt-dmt16 --hosts 16 --ranks-per-host 8 --predict --gpu h100`
     """
     from dmt_convert.bundle import open_bundle
-    from dmt_convert.plan import plan_towers
+    from dmt_convert.placement import plan_towers
 
     from .cluster_options import make_cluster
     from .partition_command import write_text

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dmt_convert.plan import Cluster, Machine
+    from dmt_convert.placement import Cluster
+    from dmt_convert.placement.predict import Machine
 
 DEFAULT_GPU = "h100"
 DEFAULT_BATCH = 1024
@@ -136,7 +137,8 @@ def make_machine(
     """
     from typing import cast
 
-    from dmt_convert.plan import Assumptions, CommDtype, Machine, Network, find_gpu
+    from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
+    from dmt_convert.spec import CommDtype
 
     return Machine(
         gpu=find_gpu(gpu or DEFAULT_GPU),

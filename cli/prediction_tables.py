@@ -11,8 +11,15 @@ from .console import grid, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from dmt_convert.plan import Machine, PlacedStep, Prediction, ScalePoint, Suggestion, TowerPlan
-    from dmt_convert.towers import DmtSpec
+    from dmt_convert.model import DmtSpec
+    from dmt_convert.placement import TowerPlan
+    from dmt_convert.placement.predict import (
+        Machine,
+        PlacedStep,
+        Prediction,
+        ScalePoint,
+        Suggestion,
+    )
 
 _NAMES = {"flat": "flat", "sptt": "SPTT", "dmt": "DMT (this bundle)"}
 
@@ -38,7 +45,7 @@ def show_prediction(
     plot: Path | None,
 ) -> Shown:
     """Predict what was asked for, draw it where that was asked for, and say it."""
-    from dmt_convert.plan import (
+    from dmt_convert.placement.predict import (
         describe_machine,
         predict_placement,
         predict_plan,
@@ -169,7 +176,7 @@ def _scaling(points: tuple[ScalePoint, ...]) -> RenderableType:
 
 
 def _plot(points: tuple[ScalePoint, ...], machine: Machine, plot: Path) -> None:
-    from dmt_convert.plan import plot_scaling
+    from dmt_convert.placement.predict import plot_scaling
 
     from .partition_command import staged_file
 

@@ -27,8 +27,7 @@ def run(
 
     Example: `dmt score ckpt-dmt16 --data clicks/test.npz --out scores.npz`
     """
-    from dmt_convert.evaluate import score_to_file
-    from dmt_convert.scoring import open_model
+    from dmt_convert.scoring import open_model, score_to_file
 
     output = make_output(json_=json_, quiet=quiet)
     config = read_model_options(model_config, adapter)

@@ -10,7 +10,7 @@ import typer
 from .console import JsonOption, QuietOption, grid, human_bytes, make_output
 
 if TYPE_CHECKING:
-    from dmt_convert.unshard import Unsharded
+    from dmt_convert.files import Unsharded
 
 NAME = "unshard"
 _LISTED = 20
@@ -42,7 +42,7 @@ def run(
 
     `dmt unshard ckpt.pt --out tables.safetensors --only '*embedding_bags*'`
     """
-    from dmt_convert.unshard import unshard_checkpoint
+    from dmt_convert.files import unshard_checkpoint
 
     output = make_output(json_=json_, quiet=quiet)
     with output.progress() as progress:

@@ -12,8 +12,7 @@ from .console import JsonOption, Output, QuietOption, grid, make_output, table
 from .partition_options import AdapterOption, ModelConfigOption, read_model_options
 
 if TYPE_CHECKING:
-    from dmt_convert.scoring import ScoredModel
-    from dmt_convert.verify import VerifyReport
+    from dmt_convert.scoring import ScoredModel, VerifyReport
 
 NAME = "verify"
 
@@ -49,9 +48,8 @@ def run(
     Example: `dmt verify ckpt.pt ckpt-dmt16 --data clicks/test.npz`
     """
     from dmt_convert.bundle import check_digests
-    from dmt_convert.scoring import open_model
+    from dmt_convert.scoring import DEFAULT_ATOL, DEFAULT_RTOL, open_model, verify_models
     from dmt_convert.serving import check_export_digests, is_export
-    from dmt_convert.verify import DEFAULT_ATOL, DEFAULT_RTOL, verify_models
 
     output = make_output(json_=json_, quiet=quiet)
     config = read_model_options(model_config, adapter)

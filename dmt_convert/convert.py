@@ -11,15 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dmt_convert.architectures import FlatModelInfo, infer_model
 from dmt_convert.bundle import (
     Bundle,
     Documents,
     Manifest,
     accumulator_bytes,
-    check_checksums,
-    check_space,
-    check_target,
     describe_accumulators,
     plan_accumulator_files,
     plan_table_files,
@@ -27,28 +23,29 @@ from dmt_convert.bundle import (
     write_bundle,
 )
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.convert_config import ConvertConfig
-from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
-from dmt_convert.partition import (
+from dmt_convert.conversion import Sample, draw_sample
+from dmt_convert.conversion.partition import (
     Partition,
     PartitionConfig,
     figure_svg,
     measure_affinity,
     partition_features,
 )
-from dmt_convert.plan import Cluster, TowerPlan, default_cluster, plan_towers
-from dmt_convert.sampling import Sample, draw_sample
-from dmt_convert.towers import (
+from dmt_convert.convert_config import ConvertConfig
+from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
+from dmt_convert.families import FlatModelInfo, infer_model
+from dmt_convert.files import check_checksums, check_space, check_target
+from dmt_convert.model import (
     DmtSpec,
     TowerModuleSpec,
     alternative_modules,
     converted_spec,
     module_spec,
 )
+from dmt_convert.placement import Cluster, TowerPlan, default_cluster, plan_towers
 
 if TYPE_CHECKING:
-    from dmt_convert.scoring import Quality
-    from dmt_convert.scoring.started_model import StartedModel
+    from dmt_convert.conversion import Quality, StartedModel
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +305,7 @@ def _start(
     stopped: threading.Event,
 ) -> StartedModel:
     # imports torch, which takes seconds: here, tables are being copied meanwhile
-    from dmt_convert.scoring.started_model import start_model
+    from dmt_convert.conversion import start_model
 
     def on_step(done: int, total: int) -> None:
         if stopped.is_set():
@@ -340,7 +337,7 @@ def _write(
     config: ConvertConfig,
     progress: Progress,
 ) -> Bundle:
-    from dmt_convert.report.documents import describe_conversion, describe_manifest
+    from dmt_convert.report import describe_conversion, describe_manifest
 
     towers, keep = partition.assignment.towers, config.optimizer_state == "keep"
     tables = plan_table_files(info, towers, dtype=config.dtype)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dmt_convert.architectures import ModelConfig
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.plan import Cluster
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.families import ModelConfig
+from dmt_convert.placement import Cluster
 from dmt_convert.spec import Dtype
 
 

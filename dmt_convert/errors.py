@@ -9,24 +9,25 @@ DmtError                  exit code 3, unless it says otherwise
 ├── BundleError           a bundle cannot be read or written
 ├── ExportError           an export cannot be made or read
 │   └── GraphsDifferError exit code 4: a graph does not answer like the model it came from
-└── ConfigError           an option, or a model config file, is wrong
+└── ConfigError           a setting, or a file of settings, is wrong
+    └── UsageError        exit code 2: an option of the command line is wrong
 
 Everything else that escapes is a bug (exit code 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 
 class DmtError(Exception):
     """An error with three parts: what was found, what was expected, what to try.
 
     Args:
-        found: What was found, one line.
-        expected: What would have been right.
-        hint: What the user can try.
+        found: What was found, in one line.
+        expected: What would have been right; empty if `found` already says it.
+        hint: What the user can try; empty if it would only repeat `expected`.
         details: Further findings, one line each, when there are several.
     """
 
@@ -37,8 +38,8 @@ class DmtError(Exception):
         self,
         found: str,
         *,
-        expected: str,
-        hint: str,
+        expected: str = "",
+        hint: str = "",
         details: Sequence[str] = (),
     ) -> None:
         super().__init__(found)
@@ -49,8 +50,8 @@ class DmtError(Exception):
 
     def __str__(self) -> str:
         lines = [self.found, *(f"  - {detail}" for detail in self.details)]
-        lines.append(f"expected: {self.expected}")
-        lines.append(f"try: {self.hint}")
+        lines += [f"expected: {self.expected}"] if self.expected else []
+        lines += [f"try: {self.hint}"] if self.hint else []
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
@@ -62,6 +63,26 @@ class DmtError(Exception):
             "hint": self.hint,
             "details": list(self.details),
         }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> DmtError:
+        """Rebuild an error from what `to_json` returned, as the class that it names.
+
+        A class that this version does not know becomes a plain `DmtError`.
+        """
+        kinds = {kind.__name__: kind for kind in _subclasses(DmtError)}
+        return kinds.get(str(value["error"]), DmtError)(
+            str(value["found"]),
+            expected=str(value.get("expected", "")),
+            hint=str(value.get("hint", "")),
+            details=[str(detail) for detail in value.get("details", ())],
+        )
+
+
+def _subclasses(kind: type[DmtError]) -> Iterator[type[DmtError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _subclasses(child)
 
 
 class CheckpointError(DmtError):
@@ -99,4 +120,10 @@ class GraphsDifferError(ExportError):
 
 
 class ConfigError(DmtError):
-    """An option, or a model config file, is wrong."""
+    """A setting, or a file of settings, is wrong."""
+
+
+class UsageError(ConfigError):
+    """An option of the command line is wrong."""
+
+    exit_code = 2

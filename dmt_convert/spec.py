@@ -12,6 +12,9 @@ from typing import Any, Final, Literal, cast, get_args
 from dmt_convert.errors import ArchitectureError, PartitionError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
+CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+COMM_DTYPES: Final[tuple[str, ...]] = get_args(CommDtype)
+"""Precisions in which embeddings and tower outputs may cross hosts."""
 Pooling = Literal["sum", "mean"]
 InteractionKind = Literal["dot", "cat", "dcn", "projection", "network"]
 PairOrder = Literal["tril", "triu"]
@@ -86,7 +89,7 @@ class MlpSpec:
 class NetworkSpec:
     """Any torch module over the dense inputs and the pooled embeddings, as data.
 
-    It is built by a factory of `dmt_convert.towers.networks`, or by a user's adapter file.
+    It is built by a factory of `dmt_convert.model.networks`, or by a user's adapter file.
     """
 
     name: str

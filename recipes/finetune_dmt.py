@@ -42,14 +42,14 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune in this process; returns what `--json` prints."""
     # imports torch, which takes seconds: options are checked before
     config = ui.read_config(options)
-    from dmt_convert.finetune import (
+    from dmt_convert.training import (
         check_memory,
+        check_out,
         load_bundle,
         open_training_data,
         train,
         write_finetuned,
     )
-    from dmt_convert.finetune.finetuned_bundle import check_out
 
     # 1. What there is: the bundle, the rows, a place to write to
     ui.load_model_file(options)
@@ -64,7 +64,7 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     say = ui.make_printer(silent=silent)
     ui.say_rows(say, data, config)
 
-    # 3. The loop (dmt_convert/finetune/loop.py): the best state stays
+    # 3. The loop (dmt_convert/training/loop.py): the best state stays
     total = config.total_steps(data.train.num_rows)
     metrics = MetricsLog(options.log, config, total)
     metrics.start()
@@ -89,11 +89,17 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
 def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
     """Fine-tune as one rank of several; rank 0 returns what `--json` prints."""
     config = ui.read_config(options)
-    from dmt_convert.engine import start_ranks, stop_ranks
-    from dmt_convert.engine.ranks import read_layout
-    from dmt_convert.finetune import open_training_data
-    from dmt_convert.finetune.cluster_job import ClusterJob, Listeners, choose_plan, read_plan
-    from dmt_convert.finetune.cluster_run import finetune_on_cluster
+    from dmt_convert.cluster import (
+        ClusterJob,
+        Listeners,
+        choose_plan,
+        finetune_on_cluster,
+        read_layout,
+        read_plan,
+        start_ranks,
+        stop_ranks,
+    )
+    from dmt_convert.training import open_training_data
 
     # 1. What there is: the ranks, the bundle and its plan, the rows
     layout = read_layout(options.backend)

@@ -11,9 +11,8 @@ import sys
 import traceback
 from typing import Any, Final, NoReturn
 
+from dmt_convert.cluster import await_end, die_with_parent, end_when_told, take_floor, write_outcome
 from dmt_convert.errors import DmtError
-from dmt_convert.finetune.cluster_voice import await_end, end_when_told, take_floor
-from dmt_convert.finetune.outcome import die_with_parent, write_outcome
 
 _REFUSAL_CODE: Final = 3
 _INTERRUPT_CODE: Final = 130

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dmt_convert.finetune import FinetuneConfig
+from dmt_convert.training import FinetuneConfig
 
 if TYPE_CHECKING:
-    from dmt_convert.finetune import Evaluation
-    from dmt_convert.finetune.training_log import TrainingLog
+    from dmt_convert.training import Evaluation, TrainingLog
 
 _EVERY: Final = 10
 """Steps between lines about steps."""
@@ -36,7 +35,7 @@ class MetricsLog:
         Args:
             step: Where training starts; above 0 where it goes on from a checkpoint.
         """
-        from dmt_convert.finetune.training_log import TrainingLog
+        from dmt_convert.training import TrainingLog
 
         self._log = TrainingLog(self._folder, resumed_step=step or None)
         self._last = (time.perf_counter(), step)

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.engine.wire import COMM_DTYPES
-from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
-from dmt_convert.finetune.finetune_config import Decay, DenseOptimizerKind, TableOptimizerKind
+from dmt_convert.spec import COMM_DTYPES
+from dmt_convert.training import (
+    Decay,
+    DenseOptimizerKind,
+    FinetuneConfig,
+    TableOptimizerKind,
+    merge_settings,
+    read_settings,
+)
 
 if TYPE_CHECKING:
-    from dmt_convert.engine import RankLayout
-    from dmt_convert.finetune import Evaluation, TrainingData, TrainResult
-    from dmt_convert.finetune.finetuned_bundle import Finetuned
-    from dmt_convert.plan import TowerPlan
+    from dmt_convert.cluster import RankLayout
+    from dmt_convert.placement import TowerPlan
+    from dmt_convert.training import Evaluation, Finetuned, TrainingData, TrainResult
 
 Say = Callable[[str], None]
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dmt_convert.architectures.torchrec_dlrm import TORCHREC_DLRM
 from dmt_convert.data import Batch, Dataset, adapt_batches, open_data
-from dmt_convert.scoring import measure_accuracy
+from dmt_convert.families import TORCHREC_DLRM
+from dmt_convert.metrics import measure_accuracy
+from dmt_convert.model import DmtModel, FlatModel
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtModel, FlatModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -324,7 +324,7 @@ def click_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample fewer inputs when converting, to be quick."""
-    monkeypatch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+    monkeypatch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
 
 
 @pytest.fixture

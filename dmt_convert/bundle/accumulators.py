@@ -17,11 +17,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.bundle.checksums import stream_checked
-from dmt_convert.bundle.safetensors_writer import StreamedFile, TensorSource
 from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows, TensorInfo, to_fp32
 from dmt_convert.errors import CheckpointError
+from dmt_convert.families import FlatModelInfo
+from dmt_convert.files import StreamedFile, TensorSource, stream_checked
 
 FloatRows = npt.NDArray[np.float32]
 _ITEM: Final = 4

@@ -16,14 +16,20 @@ from dmt_convert.bundle.accumulators import (
     accumulator_name,
     write_accumulators,
 )
-from dmt_convert.bundle.digest import digest_names, digest_of
-from dmt_convert.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest
-from dmt_convert.bundle.safetensors_writer import StreamedFile, TensorSource
-from dmt_convert.bundle.staging import make_folder, staged_folder
+from dmt_convert.bundle.manifest import SCHEMA_VERSION, Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, SmallWeights, tower_file
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
 from dmt_convert.errors import BundleError, CheckpointError
-from dmt_convert.plan import TowerPlan
+from dmt_convert.files import (
+    MANIFEST_NAME,
+    StreamedFile,
+    TensorSource,
+    digest_names,
+    digest_of,
+    make_folder,
+    staged_folder,
+)
+from dmt_convert.placement import TowerPlan
 
 PLAN_NAME: Final = "plan.json"
 _DOCUMENT_BYTES: Final = 8 << 20

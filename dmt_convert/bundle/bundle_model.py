@@ -9,10 +9,7 @@ from dmt_convert.bundle.bundle import Bundle
 from dmt_convert.bundle.weights import SmallWeights
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import BundleError
-from dmt_convert.towers.dmt_model import DmtModel
-from dmt_convert.towers.flat_model import as_state, state_name
-from dmt_convert.towers.table_codes import RowCode
-from dmt_convert.towers.table_lookup import MappedTables
+from dmt_convert.model import DmtModel, MappedTables, RowCode, as_state, state_name
 
 
 def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtModel:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert import __version__
-from dmt_convert.bundle.versioned_document import read_versioned
 from dmt_convert.errors import BundleError
-from dmt_convert.towers import DmtSpec
+from dmt_convert.files import MANIFEST_NAME, read_versioned
+from dmt_convert.model import DmtSpec
 
 SCHEMA_VERSION: Final = 1
 """Raised when a bundle can no longer be read as before; a part that may be passed over does not."""
-MANIFEST_NAME: Final = "dmt.json"
 _KINDS: Final[Mapping[str, type]] = {
     "tool": dict,
     "source": dict,

@@ -9,15 +9,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.architectures import FlatModelInfo
-from dmt_convert.bundle.checksums import stream_checked
-from dmt_convert.bundle.safetensors_writer import TensorSource, array_source
-from dmt_convert.checkpoint import (
-    ZEROS,
-    ByteRows,
-    TensorInfo,
-    to_fp32,
-)
+from dmt_convert.checkpoint import ZEROS, ByteRows, TensorInfo, to_fp32
+from dmt_convert.families import FlatModelInfo
+from dmt_convert.files import TensorSource, array_source, stream_checked
 from dmt_convert.spec import Dtype
 
 DENSE_FILE: Final = "weights/dense.safetensors"

@@ -11,12 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint.flat_checkpoint import (
-    ITEM_BYTES,
-    FlatCheckpoint,
-    Piece,
-    TensorInfo,
-)
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, FlatCheckpoint, Piece, TensorInfo
 from dmt_convert.checkpoint.inert_objects import DCP_GLOBALS, Record, is_size
 from dmt_convert.checkpoint.safe_unpickler import read_pickle
 from dmt_convert.checkpoint.shards import check_files, check_tiling

@@ -16,12 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.checkpoint.flat_checkpoint import (
-    FlatCheckpoint,
-    Piece,
-    Scalar,
-    TensorInfo,
-)
+from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, Scalar, TensorInfo
 from dmt_convert.checkpoint.torch_reader import TorchReader
 from dmt_convert.errors import CheckpointError
 

@@ -1,13 +1,5 @@
 """The page that a person decides by. Importing this imports neither torch nor matplotlib."""
 
-from dmt_convert.report.partition_figure import write_partition_svg
-from dmt_convert.report.report_data import ReportData
-from dmt_convert.report.report_page import render_report
-from dmt_convert.scoring import QualityRow
+import lazy_loader
 
-__all__ = [
-    "QualityRow",
-    "ReportData",
-    "render_report",
-    "write_partition_svg",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmt_convert.adapter import model_option
-from dmt_convert.architectures import Fact, FlatModelInfo
 from dmt_convert.bundle import Manifest
-from dmt_convert.partition import Partition, figure_svg, measure_loads
-from dmt_convert.plan import TowerPlan
+from dmt_convert.conversion import Quality, QualityRow, Sample
+from dmt_convert.conversion.partition import Partition, figure_svg, measure_loads
+from dmt_convert.families import Fact, FlatModelInfo
+from dmt_convert.placement import TowerPlan
 from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
-from dmt_convert.sampling import Sample
-from dmt_convert.scoring import Quality, QualityRow
 
 if TYPE_CHECKING:
-    from dmt_convert.scoring.started_model import StartedModel
+    from dmt_convert.conversion import StartedModel
 
 REPORT_NAME = "report.html"
 FIGURE_NAME = "partition.svg"

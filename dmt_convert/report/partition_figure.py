@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.partition import Partition, figure_svg, plot_partition
+from dmt_convert.conversion.partition import Partition, figure_svg, plot_partition
 from dmt_convert.report.markup import Html, escape, tag
 from dmt_convert.spec import ModelSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from dmt_convert.plan import TowerPlan
+from dmt_convert.placement import TowerPlan
 from dmt_convert.report.markup import (
     EMPTY,
     Html,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from dmt_convert.architectures import Fact
+from dmt_convert.families import Fact
 from dmt_convert.report.markup import (
     EMPTY,
     Html,

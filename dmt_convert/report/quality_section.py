@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from dmt_convert.conversion import QualityRow
 from dmt_convert.report.finetune_section import FINETUNED_ROW, show_gain, show_rows
 from dmt_convert.report.markup import (
     EMPTY,
@@ -29,7 +30,6 @@ from dmt_convert.report.quantities import (
     show_small,
 )
 from dmt_convert.report.report_data import FLAT_ROW, YARDSTICK_ROWS, ReportData
-from dmt_convert.scoring import QualityRow
 
 _COLUMNS: Final = ("Model", "R²", "Rank correlation", "Largest difference")
 _LABELLED: Final = ("AUC", "Log loss", "NE")

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dmt_convert.architectures import Fact
-from dmt_convert.partition import Partition
-from dmt_convert.plan import TowerPlan
-from dmt_convert.scoring import QualityRow
-from dmt_convert.towers import DmtSpec
+from dmt_convert.conversion import QualityRow
+from dmt_convert.conversion.partition import Partition
+from dmt_convert.families import Fact
+from dmt_convert.model import DmtSpec
+from dmt_convert.placement import TowerPlan
 
 FLAT_ROW: Final = "flat"
 """Name of the quality row of the flat model."""

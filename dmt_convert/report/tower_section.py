@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from dmt_convert.partition import TowerLoad
+from dmt_convert.conversion.partition import TowerLoad
+from dmt_convert.model import TowerModuleSpec
 from dmt_convert.report.markup import (
     Html,
     bar,
@@ -19,15 +20,8 @@ from dmt_convert.report.markup import (
     tag,
 )
 from dmt_convert.report.partition_figure import tower_colours
-from dmt_convert.report.quantities import (
-    plural,
-    show_bytes,
-    show_factor,
-    show_number,
-    show_share,
-)
+from dmt_convert.report.quantities import plural, show_bytes, show_factor, show_number, show_share
 from dmt_convert.report.report_data import ReportData
-from dmt_convert.towers import TowerModuleSpec
 
 _MAX_SHOWN: Final = 40
 """A tower of more features shows the first, and the rest on demand."""

@@ -13,20 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
-from dmt_convert.bundle import (
-    Bundle,
-    check_checksums,
-    is_bundle,
-    open_bundle,
-    open_bundle_model,
-)
+from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError
+from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.files import check_checksums
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel, open_flat_model
 from dmt_convert.serving import ExportedModel, is_export
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel, DmtSpec, FlatModel, open_flat_model
 
 FloatArray = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from dmt_convert import __version__
-from dmt_convert.bundle.digest import digest_of
-from dmt_convert.bundle.versioned_document import read_versioned
 from dmt_convert.checkpoint import SafetensorsReader
 from dmt_convert.errors import ExportError
+from dmt_convert.files import digest_of, read_versioned
+from dmt_convert.model import DmtSpec
 from dmt_convert.serving.graph_inputs import GraphInputs
-from dmt_convert.towers import DmtSpec
 
 ExportFormat = Literal["onnx", "pt2", "triton"]
 EXPORT_FORMATS: Final[tuple[str, ...]] = get_args(ExportFormat)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmt_convert.data import Batch
 from dmt_convert.errors import ExportError
+from dmt_convert.model import DmtSpec
 from dmt_convert.serving.export_manifest import (
     OVER_ARCH,
     WHOLE,
@@ -22,7 +23,6 @@ from dmt_convert.serving.export_manifest import (
 )
 from dmt_convert.serving.graph_runner import GraphRunner, OnnxRunner
 from dmt_convert.serving.pt2_runner import Pt2Runner
-from dmt_convert.towers import DmtSpec
 
 _SUFFIXES: Final = (".onnx", ".pt2")
 

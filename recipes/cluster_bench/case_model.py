@@ -16,7 +16,8 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.model import DmtSpec, Interaction, Mlp, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import (
     FeatureSpec,
     InteractionSpec,
@@ -25,8 +26,6 @@ from dmt_convert.spec import (
     TableSpec,
     TowerAssignment,
 )
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
-from dmt_convert.towers.dense_parts import Interaction, Mlp
 
 from .settings import Settings, VariantName
 

@@ -30,11 +30,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.engine import JaggedBatch, fused_parameters, shard_model
-from dmt_convert.plan.torchrec_plan import build_tower_collection, to_sharding_plan
+from dmt_convert.cluster import JaggedBatch, fused_parameters, shard_model
+from dmt_convert.model import DmtModel, build_tower_module
+from dmt_convert.placement import build_tower_collection, to_sharding_plan
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel
-from dmt_convert.towers.tower_module import build_tower_module
 
 from .case_model import Batch, DensePart, dmt_spec, fill_tables, flat_spec, place_towers
 from .settings import Settings, VariantName, parse_variant

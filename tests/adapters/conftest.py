@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dmt_convert import adapter
-from dmt_convert.towers.networks import network_size
+from dmt_convert.model.networks import network_size
 
 ROWS = {"t_user": 60, "t_item": 40, "t_shop": 9}
 FEATURES = {

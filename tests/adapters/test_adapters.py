@@ -75,7 +75,7 @@ def test_the_report_names_the_file_in_its_commands(bundle, monkeypatch):
 
 def test_a_bundle_wants_its_file(example, call_dmt, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
-    from dmt_convert.towers import networks
+    from dmt_convert.model import networks
 
     def score(*more):
         monkeypatch.setattr(adapter, "_loaded", {})

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.architectures import ModelConfig
 from dmt_convert.bundle import open_bundle_model
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError, ExportError
-from dmt_convert.export import ExportConfig, export_bundle
-from dmt_convert.export.check_process import run_checks
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.serving import ExportedModel
+from dmt_convert.families import ModelConfig
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from dmt_convert.serving.check_process import run_checks
 
 GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
@@ -31,7 +31,7 @@ def bundle(example, tmp_path, few_rows, no_report):
 @pytest.fixture
 def failed_checks(bundle, tmp_path, monkeypatch):
     """Export, run the graphs, and return what differs from the model."""
-    monkeypatch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+    monkeypatch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
 
     def export(name, **options):
         out = tmp_path / name
@@ -45,7 +45,7 @@ def failed_checks(bundle, tmp_path, monkeypatch):
 
 
 def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
-    from dmt_convert.export import onnx_over_arch
+    from dmt_convert.serving import onnx_over_arch
 
     assert failed_checks("plain") == set()
     graph = (tmp_path / "plain/over_arch/over_arch.onnx").read_bytes()
@@ -60,7 +60,7 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
 
 def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     """All but the compiler: traced graphs, of another batch size, with the weights named."""
-    from dmt_convert.export import exporter, pt2_compile, pt2_writer
+    from dmt_convert.serving import exporter, pt2_compile, pt2_writer
 
     programs = {}
 
@@ -87,7 +87,7 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
 
 def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
-    from dmt_convert.export import onnx_network
+    from dmt_convert.serving import onnx_network
 
     loaded = adapter.load_adapter(example.model)
     kind = type(loaded.adapter.network([16] * 4, 6))

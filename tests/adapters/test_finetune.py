@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.architectures import ModelConfig
 from dmt_convert.bundle import open_bundle, open_bundle_model
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
+from dmt_convert.families import ModelConfig
 from dmt_convert.recipes.finetune_dmt import main
 
 CHANGED = "self.norm = nn.LayerNorm(width)"
@@ -45,7 +46,7 @@ def test_a_network_is_tuned_but_for_its_statistics(
     )
     before = convert_checkpoint(checkpoint, tmp_path / "bundle", config=config).bundle
     monkeypatch.setattr(
-        "dmt_convert.finetune.finetuned_bundle.describe_bundle", lambda *_, **__: {}
+        "dmt_convert.training.finetuned_bundle.describe_bundle", lambda *_, **__: {}
     )
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",

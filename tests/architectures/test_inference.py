@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.architectures import ARCHITECTURES, ModelConfig, infer_model, infer_spec
-from dmt_convert.architectures.name_map import WRAPPERS, strip_wrappers
 from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.families import ARCHITECTURES, ModelConfig, infer_model, infer_spec
+from dmt_convert.families.name_map import WRAPPERS, strip_wrappers
 from dmt_convert.spec import ModelSpec
 
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
@@ -116,7 +116,7 @@ def test_a_lost_order_is_asked_for(tables, ordered, torchrec, checkpoint):
 
 
 def _features(*names, **tables):
-    from dmt_convert.architectures import FeatureConfig
+    from dmt_convert.families import FeatureConfig
 
     return tuple(FeatureConfig(name=n) for n in names) + tuple(
         FeatureConfig(name=name, table=table) for name, table in tables.items()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.architectures import read_model_config
-from dmt_convert.architectures.model_config import EXAMPLE
 from dmt_convert.errors import ConfigError
+from dmt_convert.families import read_model_config
+from dmt_convert.families.model_config import EXAMPLE
 
 
 def write(tmp_path, text):

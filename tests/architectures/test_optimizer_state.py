@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dmt_convert.architectures import infer_model, read_initial_value
+from dmt_convert.families import infer_model, read_initial_value
 
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import FlatCheckpoint, TableConfig, open_checkpoint
+from dmt_convert.families import ModelConfig, infer_model
 
 
 def told(flat: FlatCheckpoint, *configs: tuple[str, tuple[str, ...], str]) -> FlatCheckpoint:

@@ -6,18 +6,12 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.architectures import FlatModelInfo, infer_model
 from dmt_convert.bundle import Bundle, Manifest, plan_table_files, split_state, write_bundle
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.plan import Cluster, plan_towers
-from dmt_convert.towers import (
-    DmtSpec,
-    MappedTables,
-    TowerModuleSpec,
-    TowerSpec,
-    open_flat_model,
-)
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.conversion.initialisation import initialise
+from dmt_convert.families import FlatModelInfo, infer_model
+from dmt_convert.model import DmtSpec, MappedTables, TowerModuleSpec, TowerSpec, open_flat_model
+from dmt_convert.placement import Cluster, plan_towers
 
 TOWERS = (("cat_0", "cat_2"), ("cat_1", "cat_3"))
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.bundle import aligned_writer
-from dmt_convert.bundle.aligned_writer import ALIGNMENT, AlignedWriter
+from dmt_convert.files import aligned_writer
+from dmt_convert.files.aligned_writer import ALIGNMENT, AlignedWriter
 
 BLOCK = 2 * ALIGNMENT
 

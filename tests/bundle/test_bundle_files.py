@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmt_convert.bundle import Bundle, Manifest, check_digests, open_bundle, open_bundle_model
-from dmt_convert.bundle.digest import PREFIX
 from dmt_convert.bundle.manifest import read_manifest
+from dmt_convert.files.digest import PREFIX
 
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{}.weight"
 

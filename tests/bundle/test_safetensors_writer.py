@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dmt_convert.bundle.digest import TreeDigest
-from dmt_convert.bundle.safetensors_writer import (
+from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
+from dmt_convert.errors import CheckpointError
+from dmt_convert.files.digest import TreeDigest
+from dmt_convert.files.safetensors_writer import (
     StreamedFile,
     TensorSource,
     array_source,
     first_non_finite,
     write_safetensors,
 )
-from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
-from dmt_convert.errors import CheckpointError
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

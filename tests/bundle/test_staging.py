@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.bundle import Bundle, check_digests, check_target, open_bundle
-from dmt_convert.bundle.staging import staged_folder
+from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.errors import BundleError
+from dmt_convert.files import check_target
+from dmt_convert.files.staging import staged_folder
 
 Writer = Callable[..., Bundle]
 
@@ -316,7 +317,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr("dmt_convert.bundle.staging.make_folder", refuse)
+    monkeypatch.setattr("dmt_convert.files.staging.make_folder", refuse)
     target = staged_folder(tmp_path / "out", force=False, needed_bytes=1)
     with pytest.raises(BundleError, match="nothing can be written to") as caught, target:
         pass

@@ -220,7 +220,7 @@ def test_no_torch_is_imported(saves, state, tmp_path):
     paths = [str(save(state, tmp_path)) for save in saves.values()]
     code = (
         "import sys; from pathlib import Path\n"
-        "from dmt_convert.architectures import infer_model\n"
+        "from dmt_convert.families import infer_model\n"
         "from dmt_convert.checkpoint import open_checkpoint\n"
         "for path in sys.argv[1:]: assert len(infer_model(open_checkpoint(Path(path)))"
         ".spec.tables) == 3\n"

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmt_convert.bundle.checksums import check_checksums, stream_checked
-from dmt_convert.bundle.digest import digest_of
 from dmt_convert.checkpoint import (
     Piece,
     TensorInfo,
@@ -22,6 +20,8 @@ from dmt_convert.checkpoint import (
 from dmt_convert.checkpoint import derived as d
 from dmt_convert.checkpoint.computed_rows import RowCodes
 from dmt_convert.errors import CheckpointError
+from dmt_convert.files.checksums import check_checksums, stream_checked
+from dmt_convert.files.digest import digest_of
 
 RNG = np.random.default_rng(0)
 T = RNG.standard_normal((12, 6)).astype(np.float32)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import CheckpointError
+from dmt_convert.families import infer_model
 
 
 def split(state: dict[str, torch.Tensor], folder: Path, kind: str = "safetensors") -> Path:

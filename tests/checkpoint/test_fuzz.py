@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import DmtError
+from dmt_convert.families import infer_model
 
 MUTATIONS = 150
 MAX_SECONDS = 2.0

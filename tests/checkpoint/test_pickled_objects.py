@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import FlatCheckpoint, open_checkpoint, read_tensor
 from dmt_convert.errors import CheckpointError
+from dmt_convert.families import infer_model
 
 
 def values(checkpoint: FlatCheckpoint) -> dict[str, np.ndarray]:

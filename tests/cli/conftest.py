@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmt_convert.bundle.digest import TreeDigest
+from dmt_convert.files.digest import TreeDigest
 
 Call = Callable[..., Any]
 

@@ -68,11 +68,11 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmt_convert.export import onnx_over_arch
+    from dmt_convert.serving import onnx_over_arch
 
     right = onnx_over_arch.pair_positions
     monkeypatch.setattr(
-        "dmt_convert.export.onnx_over_arch.pair_positions",
+        "dmt_convert.serving.onnx_over_arch.pair_positions",
         lambda job: tuple(side[::-1] for side in right(job)),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch  # noqa: F401  imported once, for all children
 
+import dmt_convert.conversion.sample
+import dmt_convert.conversion.started_model
 import dmt_convert.report.documents
-import dmt_convert.sampling.sample
-import dmt_convert.scoring.started_model
-from dmt_convert.bundle import check_digests, open_bundle, staging
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.bundle import check_digests, open_bundle
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.files import staging
 
 
 def die() -> None:
@@ -101,7 +103,7 @@ def describe(out: Path) -> str:
 
 def main() -> None:
     source, folder, replaced = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "replaced"
-    dmt_convert.sampling.sample.sample_size = lambda spec: 1024
+    dmt_convert.conversion.sample.sample_size = lambda spec: 1024
     dmt_convert.report.documents.describe_conversion = lambda *_: {}
     out = folder / "out"
     begin = time.perf_counter()

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmt_convert.convert import Conversion, ConvertConfig, convert_checkpoint, default_out
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.conversion.quality_table import Quality, QualityRow
+from dmt_convert.convert import Conversion, convert_checkpoint, default_out
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError
-from dmt_convert.partition import PartitionConfig
 from dmt_convert.scoring import open_model
-from dmt_convert.scoring.quality import Quality, QualityRow
-from dmt_convert.verify import verify_models
+from dmt_convert.scoring.verify import verify_models
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 

@@ -14,9 +14,10 @@ import torch
 
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.checkpoint import gather_rows
-from dmt_convert.convert import ConvertConfig, convert_checkpoint, preview_conversion
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint, preview_conversion
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import CheckpointError
-from dmt_convert.partition import PartitionConfig
 
 ROWS, DIM = (7, 50, 11, 6), 8
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.data.row_selection import take_rows
-from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.model import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, networks
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import (
     FeatureSpec,
     InteractionSpec,
@@ -27,7 +28,6 @@ from dmt_convert.spec import (
     TowerAssignment,
     network_model,
 )
-from dmt_convert.towers import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, networks
 
 NUM_DENSE = 5
 

@@ -18,9 +18,9 @@ from trainer_scenarios import (
     trainer_against_one_process,
 )
 
-from dmt_convert.engine import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
-from dmt_convert.engine.jagged import carries_weights
-from dmt_convert.plan import TowerPlan
+from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
+from dmt_convert.cluster.jagged import carries_weights
+from dmt_convert.placement import TowerPlan
 
 CPU = torch.device("cpu")
 _loss = nn.functional.binary_cross_entropy_with_logits

@@ -22,8 +22,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dmt_convert.model import DmtModel, FlatModel
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel, FlatModel
 
 
 class FlatTorchRec(nn.Module):

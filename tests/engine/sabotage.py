@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.engine import FusedTables, cluster_model, sharded_towers
-from dmt_convert.engine.sharded_towers import ShardedTowers
-from dmt_convert.engine.tower_head import TowerHead
+from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
+from dmt_convert.cluster.sharded_towers import ShardedTowers
+from dmt_convert.cluster.tower_head import TowerHead
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmt_convert.engine.ranks import read_layout
+from dmt_convert.cluster.ranks import read_layout
 from dmt_convert.errors import ConfigError
 
 from .conftest import RunRanks

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmt_convert.engine.wire import COMM_DTYPES, Wire
+from dmt_convert.cluster.wire import Wire
+from dmt_convert.spec import COMM_DTYPES
 
 from .conftest import RunRanks
 

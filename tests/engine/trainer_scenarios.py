@@ -15,7 +15,7 @@ from cluster_cases import Case, join_shards, largest_difference, whole_tables
 from sabotage import sabotage
 from torchrec.distributed.comm import intra_and_cross_node_pg
 
-from dmt_convert.engine import (
+from dmt_convert.cluster import (
     ShardedModel,
     fused_parameters,
     shard_model,
@@ -23,13 +23,13 @@ from dmt_convert.engine import (
     stop_ranks,
     table_shards,
 )
-from dmt_convert.engine.ranks import read_layout
+from dmt_convert.cluster.cluster_training import ClusterTrainer
+from dmt_convert.cluster.ranks import read_layout
 from dmt_convert.errors import ConfigError
-from dmt_convert.finetune import train
-from dmt_convert.finetune.cluster_training import ClusterTrainer
-from dmt_convert.finetune.finetune_config import FinetuneConfig
-from dmt_convert.finetune.training import BestInMemory
-from dmt_convert.finetune.training_data import open_training_data
+from dmt_convert.training import train
+from dmt_convert.training.finetune_config import FinetuneConfig
+from dmt_convert.training.training import BestInMemory
+from dmt_convert.training.training_data import open_training_data
 
 
 def meet(

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.architectures.model_config import ModelConfig
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
-from dmt_convert.export.check_process import run_checks
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.serving import ExportedModel
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
+from dmt_convert.families.model_config import ModelConfig
+from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving.check_process import run_checks
 
 BundleMaker = Callable[..., Bundle]
 Exporter = Callable[..., ExportedModel]
@@ -46,7 +46,7 @@ def make_bundle(
             prefix = "cat_" if options.get("names", "torchrec") == "torchrec" else ""
             pooling: dict[str, Any] = {f"{prefix}{i}": "mean" for i in (1, 3)} if mean else {}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 512)
+                patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 512)
                 patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
                 asked: dict[str, Any] = {
                     "partition": PartitionConfig(num_towers=2),
@@ -108,7 +108,7 @@ def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker
             distill_steps=0,
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 512)
+            patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 512)
             patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
             return convert_checkpoint(folder / "ckpt.pt", folder / "bundle", config=config).bundle
 
@@ -118,7 +118,7 @@ def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker
 @pytest.fixture
 def export_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
     """Export a bundle without the process that checks it, which takes longest."""
-    monkeypatch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+    monkeypatch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
     count = 0
 
     def export(bundle: Bundle, **options: Any) -> ExportedModel:

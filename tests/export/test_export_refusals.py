@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError, DmtError
-from dmt_convert.export import ExportConfig, GraphCheck, export_bundle, exporter
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.serving import ExportConfig, GraphCheck, export_bundle, exporter
 
 Maker = Callable[..., Path]
 ROWS = (20_000, 50, 11, 6)
@@ -28,7 +29,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Path
     folder = tmp_path_factory.mktemp("original")
     config = ConvertConfig(partition=PartitionConfig(num_towers=2), tower_module="dlrm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
         patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
         flat = make_flat(folder / "ckpt.pt", rows=ROWS)
         return convert_checkpoint(flat, folder / "bundle", config=config).bundle.path

@@ -10,8 +10,14 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dmt_convert.errors import ExportError
-from dmt_convert.export import ExportConfig, export_bundle, exporter, pt2_compile, pt2_writer
-from dmt_convert.serving import ExportedModel
+from dmt_convert.serving import (
+    ExportConfig,
+    ExportedModel,
+    export_bundle,
+    exporter,
+    pt2_compile,
+    pt2_writer,
+)
 
 FEATURES = ("t0", "t1", "t2", "t3")
 

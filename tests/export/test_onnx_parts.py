@@ -15,15 +15,14 @@ from dmt_convert.bundle import Bundle
 from dmt_convert.bundle.bundle_model import split_state
 from dmt_convert.checkpoint import SafetensorsReader
 from dmt_convert.errors import DataError, ExportError
-from dmt_convert.export import ExportConfig, plan_inputs
-from dmt_convert.export.check_batches import generate_batch
-from dmt_convert.export.graph_writer import ExportJob
-from dmt_convert.export.onnx_writer import write_over_arch_graph, write_tower_graph
-from dmt_convert.export.placed_weights import PlacedFile, PlacedWeights
-from dmt_convert.serving import open_graph
+from dmt_convert.model import DmtModel, DmtSpec
+from dmt_convert.model.table_lookup import pool_bag
+from dmt_convert.serving import ExportConfig, open_graph, plan_inputs
+from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.onnx_writer import write_over_arch_graph, write_tower_graph
+from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtModel, DmtSpec
-from dmt_convert.towers.table_lookup import pool_bag
 
 
 def place(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> PlacedFile:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.bundle.digest import TreeDigest
-from dmt_convert.bundle.safetensors_writer import safetensors_header
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError
-from dmt_convert.export.placed_weights import PlacedFile, PlacedWeights, place_weights
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.files.digest import TreeDigest
+from dmt_convert.files.safetensors_writer import safetensors_header
+from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights, place_weights
 
 Maker = Callable[..., Path]
 
@@ -28,7 +29,7 @@ def convert(flat: Path, out: Path, **options: Any) -> Bundle:
         partition=PartitionConfig(num_towers=2), tower_module="passthrough", **options
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
         patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
         return convert_checkpoint(flat, out, config=config).bundle
 

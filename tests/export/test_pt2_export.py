@@ -15,9 +15,8 @@ import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.errors import ExportError
-from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
-from dmt_convert.export.check_batches import generate_batch
-from dmt_convert.serving import ExportedModel
+from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving.check_batches import generate_batch
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_runner import Pt2Runner
 
@@ -47,7 +46,7 @@ def exported(
 ) -> Path:
     out = tmp_path_factory.mktemp("pt2") / "served"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+        patch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
         export_bundle(bundle, out, ExportConfig(format="pt2", **FORMS))
     return out
 

@@ -13,19 +13,19 @@ import torch
 from safetensors.numpy import load_file
 
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
-from dmt_convert.bundle.digest import TreeDigest
-from dmt_convert.bundle.safetensors_writer import safetensors_header
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Bag
 from dmt_convert.errors import BundleError, ExportError, GraphsDifferError
-from dmt_convert.export import ExportConfig, export_bundle, exporter, plan_inputs
-from dmt_convert.export.placed_weights import PlacedWeights, place_weights
-from dmt_convert.export.quantisation_cost import measure_quantisation
-from dmt_convert.export.quantised_tables import coded_bytes, write_coded
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.serving import ExportedModel
-from dmt_convert.towers.table_codes import CodedRows, RowCode, decode_rows
+from dmt_convert.files.digest import TreeDigest
+from dmt_convert.files.safetensors_writer import safetensors_header
+from dmt_convert.model.table_codes import CodedRows, RowCode, decode_rows
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, exporter, plan_inputs
+from dmt_convert.serving.placed_weights import PlacedWeights, place_weights
+from dmt_convert.serving.quantisation_cost import measure_quantisation
+from dmt_convert.serving.quantised_tables import coded_bytes, write_coded
 
 Maker = Callable[..., Path]
 Quality = Mapping[str, Any]
@@ -54,7 +54,7 @@ def convert(flat: Path, out: Path, **options: Any) -> Bundle:
         partition=PartitionConfig(num_towers=2), tower_module="passthrough", **options
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
         patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
         return convert_checkpoint(flat, out, config=config).bundle
 
@@ -166,7 +166,7 @@ def test_tables_that_fp16_cannot_hold(
     flat = make_flat(tmp_path / "ckpt.safetensors", rows=ROWS, dim=DIM, edit=edit)
     bundle = convert(flat, tmp_path / "bundle")
     for looked_at in (1 << 20, 0):  # and where the row is met only when it is to be written
-        monkeypatch.setattr("dmt_convert.export.quantisation_cost._SAMPLED_ROWS", looked_at)
+        monkeypatch.setattr("dmt_convert.serving.quantisation_cost._SAMPLED_ROWS", looked_at)
         with pytest.raises(ExportError, match="too large for fp16") as raised:
             export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx", quantize="fp16"))
         assert raised.value.found.startswith("row 199990 of table 't_cat_1'")

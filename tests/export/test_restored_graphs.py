@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.export import onnx_over_arch
+from dmt_convert.serving import onnx_over_arch
 
 GROUPS = (("user", ("cat_0", "cat_1")), ("item", ("cat_2", "cat_3")))
 
 
 @pytest.fixture
 def linear_bundle(make_bundle):
-    from dmt_convert.partition import PartitionConfig
+    from dmt_convert.conversion.partition import PartitionConfig
 
     def make(interaction):
         partition = PartitionConfig(num_towers=2, groups=GROUPS)

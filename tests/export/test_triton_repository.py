@@ -12,10 +12,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from dmt_convert.bundle import Bundle
 from dmt_convert.errors import ExportError
-from dmt_convert.export import ExportConfig, GraphCheck, export_bundle
-from dmt_convert.export.graph_writer import ExportJob
-from dmt_convert.export.triton_checks import check_inputs, check_repository
-from dmt_convert.serving import ExportedModel
+from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.triton_checks import check_inputs, check_repository
 
 Exporter = Callable[..., ExportedModel]
 

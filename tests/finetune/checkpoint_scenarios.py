@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Placed
 
+from dmt_convert.cluster import checkpoint_folder, checkpoint_tensors
+from dmt_convert.cluster.training_checkpoints import CheckpointStore
 from dmt_convert.errors import DmtError
-from dmt_convert.finetune import checkpoint_folder, checkpoint_tensors
-from dmt_convert.finetune.training_checkpoints import CheckpointStore
 
 ROW_WISE = "towers.towers.0.embedding.embedding_bags.t_0.weight"
 COLUMN_WISE = "towers.towers.1.embedding.embedding_bags.t_7.weight"

@@ -28,13 +28,9 @@ import torch
 import torchrec  # noqa: F401
 from torch.distributed import TCPStore
 
-from dmt_convert.finetune import (
-    cluster_run,
-    cluster_training,
-    cluster_voice,
-    finetuned_bundle,
-)
+from dmt_convert.cluster import cluster_run, cluster_training, cluster_voice
 from dmt_convert.recipes import finetune_dmt, finetune_endings
+from dmt_convert.training import finetuned_bundle
 
 SECONDS = 60.0
 """After which what still runs is killed."""

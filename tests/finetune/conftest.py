@@ -19,11 +19,12 @@ import torch
 
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.checkpoint import read_tensor
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Bag, Batch
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.model import DmtModel, DmtSpec, TowerSpec, module_spec
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtModel, DmtSpec, TowerSpec, module_spec
 
 ROWS = (7, 50, 11, 6)
 NUM_DENSE = 5
@@ -91,7 +92,7 @@ def make_bundle(
             partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+            patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
             return convert_checkpoint(source, folder / "ckpt-dmt2", config=config).bundle.path
 
     return make
@@ -284,7 +285,7 @@ def make_wide(
             partition=PartitionConfig(num_towers=2, strategy="round-robin"), **options
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+            patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
             return convert_checkpoint(source, folder / "wide", config=config).bundle.path
 
     return make

@@ -18,13 +18,16 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.checkpoint import gather_rows, open_checkpoint, read_tensor
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Batch
 from dmt_convert.errors import BundleError
-from dmt_convert.finetune import (
+from dmt_convert.families import infer_model
+from dmt_convert.model import FlatModel
+from dmt_convert.training import (
     FinetuneConfig,
     TrainableModel,
     load_bundle,
@@ -32,11 +35,9 @@ from dmt_convert.finetune import (
     train,
     write_finetuned,
 )
-from dmt_convert.finetune.finetuned_bundle import Finetuned
-from dmt_convert.finetune.optimizers import TableOptimizer
-from dmt_convert.finetune.training_data import training_batches
-from dmt_convert.partition import PartitionConfig
-from dmt_convert.towers import FlatModel
+from dmt_convert.training.finetuned_bundle import Finetuned
+from dmt_convert.training.optimizers import TableOptimizer
+from dmt_convert.training.training_data import training_batches
 
 LR, STEPS = 0.1, 12
 CONFIG = FinetuneConfig(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.engine.ranks import RankLayout
+from dmt_convert.cluster.cluster_job import choose_plan
+from dmt_convert.cluster.ranks import RankLayout
 from dmt_convert.errors import PlanError
-from dmt_convert.finetune.cluster_job import choose_plan
-from dmt_convert.plan import plan_towers
-from dmt_convert.plan.cluster import Cluster
+from dmt_convert.placement import plan_towers
+from dmt_convert.placement.cluster import Cluster
 
 
 def layout(hosts: int, ranks_per_host: int) -> RankLayout:

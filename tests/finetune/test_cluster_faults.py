@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.plan import Cluster, plan_towers
+from dmt_convert.placement import Cluster, plan_towers
 
 Tune = Callable[..., Any]
 KILLED = -9

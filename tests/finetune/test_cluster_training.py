@@ -17,7 +17,7 @@ import torch
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
 
 HARD = ("--warmup-steps", 3, "--lr-decay", "cosine", "--clip-norm", 0.3, "--table-lr", 0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.finetune import FinetuneConfig, merge_settings, read_settings
+from dmt_convert.training import FinetuneConfig, merge_settings, read_settings
 
 WRONG = [
     ("epochs", 0),

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.errors import BundleError, ConfigError, DmtError
-from dmt_convert.finetune.launch import (
+from dmt_convert.cluster.launcher import (
     LaunchConfig,
     Launched,
     default_out,
@@ -25,7 +24,8 @@ from dmt_convert.finetune.launch import (
     recipe_path,
     torchrun_command,
 )
-from dmt_convert.finetune.outcome import FOLDER_VARIABLE, read_outcomes, write_outcome
+from dmt_convert.cluster.outcome import FOLDER_VARIABLE, read_outcomes, write_outcome
+from dmt_convert.errors import BundleError, ConfigError, DmtError
 
 pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
 
@@ -34,7 +34,7 @@ RECIPE = """
     import os, signal, sys, time
     from pathlib import Path
     from dmt_convert.errors import BundleError
-    from dmt_convert.finetune.outcome import die_with_parent, write_outcome
+    from dmt_convert.cluster.outcome import die_with_parent, write_outcome
 
     die_with_parent()
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -192,7 +192,7 @@ def launcher(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that launches two ranks which wait until they are told to end."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from dmt_convert.finetune.launch import LaunchConfig, launch\n"
+        "from dmt_convert.cluster.launcher import LaunchConfig, launch\n"
         "config = LaunchConfig(nproc=2, shutdown_timeout=2)\n"
         "done = launch(config, sys.argv[2:], recipe=Path(sys.argv[1]))\n"
         "sys.exit(done.code)"
@@ -272,7 +272,7 @@ def start_two_hosts(
     settings = {"nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", **config}
     code = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from dmt_convert.finetune.launch import LaunchConfig, launch\n"
+        "from dmt_convert.cluster.launcher import LaunchConfig, launch\n"
         f"config = LaunchConfig(node_rank=int(sys.argv[2]), local_addr='127.0.0.1', **{settings})\n"
         "done = launch(config, sys.argv[3:], recipe=Path(sys.argv[1]))\n"
         "print(json.dumps([done.code, done.result, done.error and done.error.found]))"

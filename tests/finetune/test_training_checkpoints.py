@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.cluster.checkpoint_folder import CheckpointFolder
 from dmt_convert.errors import CheckpointError
-from dmt_convert.finetune.checkpoint_folder import CheckpointFolder
 
 ROW_WISE = "model.towers.towers.0.embedding.embedding_bags.t_0.weight"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dmt_convert.conversion.partition import affinity as affinity_module
+from dmt_convert.conversion.partition.affinity import cosine_affinity, weights_affinity
 from dmt_convert.errors import ArchitectureError, PartitionError
-from dmt_convert.partition import affinity as affinity_module
-from dmt_convert.partition.affinity import cosine_affinity, weights_affinity
 
 
 def _samples(dims, rows=12, seed=0):

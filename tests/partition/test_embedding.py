@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmt_convert.partition import embedding
-from dmt_convert.partition.embedding import embed_features, measure_stress, stress_gradient
+from dmt_convert.conversion.partition import embedding
+from dmt_convert.conversion.partition.embedding import (
+    embed_features,
+    measure_stress,
+    stress_gradient,
+)
 
 
 def _distances(points):

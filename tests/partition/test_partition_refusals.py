@@ -12,12 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dmt_convert.conversion.partition import PartitionConfig, needs_affinity, partition_features
 from dmt_convert.errors import ConfigError, PartitionError
-from dmt_convert.partition import (
-    PartitionConfig,
-    needs_affinity,
-    partition_features,
-)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +163,7 @@ def test_a_malformed_file_is_refused(make_spec, tmp_path, content):
 
 def test_importing_the_partitioner_is_cheap():
     code = (
-        "import sys, dmt_convert.partition; "
+        "import sys, dmt_convert.conversion.partition; "
         "print({'torch', 'scipy', 'matplotlib'} & set(sys.modules))"
     )
     root = Path(__file__).parents[2]

@@ -11,12 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmt_convert.conversion.partition import PartitionConfig, cosine_affinity, partition_features
 from dmt_convert.errors import PartitionError
-from dmt_convert.partition import (
-    PartitionConfig,
-    cosine_affinity,
-    partition_features,
-)
 
 BRIEF = settings(max_examples=40, deadline=None, derandomize=True)
 STRATEGIES = ["coherent", "diverse", "round-robin"]

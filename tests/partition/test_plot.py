@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from dmt_convert.errors import PartitionError
-from dmt_convert.partition import (
+from dmt_convert.conversion.partition import (
     PartitionConfig,
     figure_svg,
     partition_features,
     plot_partition,
 )
+from dmt_convert.errors import PartitionError
 
 
 def test_svg_is_deterministic_and_names_the_features(make_spec, make_affinity, tmp_path):

@@ -17,8 +17,8 @@ from torchrec.distributed import embedding_tower_sharding
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.plan import TowerPlan
-from dmt_convert.plan.torchrec_plan import (
+from dmt_convert.placement import TowerPlan
+from dmt_convert.placement.torchrec_plan import (
     build_tower_collection,
     check_sharding_plan,
     to_sharding_plan,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmt_convert.plan import Assumptions, Cluster, Machine, Network, find_gpu
+from dmt_convert.placement import Cluster
+from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.plan import Assumptions, Cluster, Machine, StepTime, find_gpu
-from dmt_convert.plan.collectives import Network, Peers
-from dmt_convert.plan.cost_model import step_time
-from dmt_convert.plan.presets import GPUS, Gpu
-from dmt_convert.plan.step_load import StepLoad, as_flat, as_passthrough, even_load
-from dmt_convert.plan.suggestion import dealt_model
-from dmt_convert.plan.traffic import Exchange
+from dmt_convert.placement import Cluster
+from dmt_convert.placement.predict import Assumptions, Machine, StepTime, find_gpu
+from dmt_convert.placement.predict.collectives import Network, Peers
+from dmt_convert.placement.predict.cost_model import step_time
+from dmt_convert.placement.predict.presets import GPUS, Gpu
+from dmt_convert.placement.predict.step_load import StepLoad, as_flat, as_passthrough, even_load
+from dmt_convert.placement.predict.suggestion import dealt_model
+from dmt_convert.placement.traffic import Exchange
 
 from .predicted_models import make_flat, make_machine
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.plan.model_work import count_work
-from dmt_convert.plan.step_load import as_flat, as_passthrough
-from dmt_convert.plan.suggestion import dealt_model
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.placement.predict.model_work import count_work
+from dmt_convert.placement.predict.step_load import as_flat, as_passthrough
+from dmt_convert.placement.predict.suggestion import dealt_model
 from dmt_convert.spec import ModelSpec
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec
 
 from .predicted_models import make_flat
 
@@ -18,7 +18,7 @@ KINDS = ["dot", "cat", "dcn", "projection"]
 
 
 def build(model: DmtSpec) -> torch.nn.Module:
-    from dmt_convert.towers import DmtModel, MappedTables
+    from dmt_convert.model import DmtModel, MappedTables
 
     with torch.device("meta"):
         return DmtModel(model, [MappedTables(model.flat, {}) for _ in model.towers])

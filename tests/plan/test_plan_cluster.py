@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dmt_convert.errors import ConfigError, PlanError
-from dmt_convert.plan import GIB, HBM_RESERVE, Cluster, default_cluster, plan_towers
+from dmt_convert.placement import GIB, HBM_RESERVE, Cluster, default_cluster, plan_towers
 
 from .conftest import MakeModel
 

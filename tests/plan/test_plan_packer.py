@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt_convert.errors import PartitionError, PlanError
-from dmt_convert.plan import GIB, Cluster, TowerPlan, check_plan, default_cluster, plan_towers
-from dmt_convert.plan.host_packing import column_cuts, spread_towers
-from dmt_convert.plan.placement import row_blocks
+from dmt_convert.placement import GIB, Cluster, TowerPlan, check_plan, default_cluster, plan_towers
+from dmt_convert.placement.host_packing import column_cuts, spread_towers
+from dmt_convert.placement.placement import row_blocks
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
 from .conftest import MakeModel, _make_model
@@ -280,7 +280,7 @@ def test_thousands_of_tables_take_under_five_seconds(
 
 
 def test_planning_does_not_import_torch() -> None:
-    code = "import sys, dmt_convert.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, dmt_convert.placement; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from dmt_convert.plan import Cluster, Exchange, plan_towers
-from dmt_convert.plan.traffic import measure_traffic
+from dmt_convert.placement import Cluster, Exchange, plan_towers
+from dmt_convert.placement.traffic import measure_traffic
 
 from .conftest import MakeModel
 

@@ -10,19 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import ConfigError, PlanError
-from dmt_convert.plan import (
+from dmt_convert.model import DmtSpec
+from dmt_convert.placement import TowerPlan, plan_towers
+from dmt_convert.placement.predict import (
     Machine,
-    TowerPlan,
-    plan_towers,
     predict_placement,
     predict_plan,
     predict_scaling,
     suggest,
 )
-from dmt_convert.plan.cost_model import step_time
-from dmt_convert.plan.step_load import as_flat, as_passthrough, even_load, planned_load
-from dmt_convert.plan.suggestion import TOLERANCE, deal_tables, dealt_model, tower_counts
-from dmt_convert.towers import DmtSpec
+from dmt_convert.placement.predict.cost_model import step_time
+from dmt_convert.placement.predict.step_load import as_flat, as_passthrough, even_load, planned_load
+from dmt_convert.placement.predict.suggestion import (
+    TOLERANCE,
+    deal_tables,
+    dealt_model,
+    tower_counts,
+)
 
 from .predicted_models import make_flat, make_machine
 

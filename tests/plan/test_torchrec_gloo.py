@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
 from .conftest import MakeModel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dmt_convert.errors import PlanError
-from dmt_convert.plan import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import FeatureSpec, ModelSpec, TowerAssignment
 
 from .conftest import MakeModel
@@ -16,7 +16,7 @@ from .conftest import MakeModel
 torch = pytest.importorskip("torch", reason="turns plans into TorchRec's, which needs torch")
 pytest.importorskip("torchrec", reason="turns plans into TorchRec's, which needs torchrec")
 
-from dmt_convert.plan.torchrec_plan import (  # noqa: E402
+from dmt_convert.placement.torchrec_plan import (  # noqa: E402
     build_tower_collection,
     check_sharding_plan,
     to_sharding_plan,

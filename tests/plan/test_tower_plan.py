@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dmt_convert.errors import PlanError
-from dmt_convert.plan import Cluster, Shard, TowerPlan, check_plan, plan_towers
+from dmt_convert.placement import Cluster, Shard, TowerPlan, check_plan, plan_towers
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
 from .conftest import MakeModel

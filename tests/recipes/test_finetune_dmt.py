@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.recipes.finetune_dmt import main
 
 
@@ -33,7 +34,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Pat
     folder = tmp_path_factory.mktemp("scene")
     config = ConvertConfig(partition=PartitionConfig(num_towers=2, strategy="round-robin"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.sampling.sample.sample_size", lambda spec: 1024)
+        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
         convert_checkpoint(make_flat(folder / "ckpt.pt"), folder / "b", config=config)
     write(folder / "rows")
     return folder
@@ -166,7 +167,7 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr("dmt_convert.finetune.training.train", None)
+    monkeypatch.setattr("dmt_convert.training.training.train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
@@ -177,7 +178,7 @@ def test_an_interrupt_leaves_nothing(tune, tmp_path, capsys, monkeypatch, where)
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"dmt_convert.finetune.{where}", interrupt)
+    monkeypatch.setattr(f"dmt_convert.training.{where}", interrupt)
     assert tune("--max-steps", 2, "--json") == 130
     printed = capsys.readouterr()
     assert "nothing half-written" in printed.err
@@ -189,7 +190,7 @@ def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 
-    monkeypatch.setattr("dmt_convert.finetune.finetuned_bundle.describe_bundle", fail)
+    monkeypatch.setattr("dmt_convert.training.finetuned_bundle.describe_bundle", fail)
     assert tune("--max-steps", 2, "--quiet") == 3
     printed = capsys.readouterr()
     assert printed.err.startswith("error: weights: Permission denied\nexpected: ")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import ARCHITECTURES, FeatureConfig, ModelConfig, inference
 from dmt_convert.checkpoint import open_checkpoint, registry
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
-from dmt_convert.towers import open_flat_model
+from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
+from dmt_convert.model import open_flat_model
 
 ROWS = {"user": 7, "item": 5}
 

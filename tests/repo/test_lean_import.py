@@ -20,9 +20,9 @@ def imported_by(module: str) -> set[str]:
     [
         "dmt_convert",
         "dmt_convert.spec",
-        "dmt_convert.finetune",
-        "dmt_convert.plan",
-        "dmt_convert.finetune.launch",
+        "dmt_convert.training",
+        "dmt_convert.placement",
+        "dmt_convert.cluster.launcher",
         "dmt_convert.cli.main",
         "dmt_convert.recipes",
         "dmt_convert.recipes.finetune_dmt",

@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmt_convert.architectures import Fact
-from dmt_convert.partition import Partition, PartitionConfig, partition_features
-from dmt_convert.plan import Cluster, plan_towers
-from dmt_convert.report import QualityRow, ReportData
-from dmt_convert.spec import (
-    FeatureSpec,
-    InteractionSpec,
-    MlpSpec,
-    ModelSpec,
-    TableSpec,
-)
-from dmt_convert.towers import DmtSpec, TowerSpec, module_spec
+from dmt_convert.conversion import QualityRow
+from dmt_convert.conversion.partition import Partition, PartitionConfig, partition_features
+from dmt_convert.families import Fact
+from dmt_convert.model import DmtSpec, TowerSpec, module_spec
+from dmt_convert.placement import Cluster, plan_towers
+from dmt_convert.report import ReportData
+from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 DataMaker = Callable[..., ReportData]
 

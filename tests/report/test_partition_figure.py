@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dmt_convert.conversion.partition import figure_svg
 from dmt_convert.errors import PartitionError
-from dmt_convert.partition import figure_svg
 from dmt_convert.report import write_partition_svg
 from dmt_convert.report.partition_figure import embed_figure, tower_colours
 

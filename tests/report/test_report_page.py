@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dmt_convert.architectures import Fact
-from dmt_convert.report import QualityRow, partition_section, render_report
+from dmt_convert.conversion import QualityRow
+from dmt_convert.families import Fact
+from dmt_convert.report import partition_section, render_report
 from dmt_convert.report.markup import EMPTY
 
 VOID = {"meta", "br", "img", "link", "input"}

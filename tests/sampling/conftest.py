@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.families import ModelConfig, infer_model
 
 NAME = "sparse_arch.embedding_bag_collection.embedding_bags.{}.weight"
 ROWS = (20, 30, 7)

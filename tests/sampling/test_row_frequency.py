@@ -9,14 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dmt_convert.checkpoint import (
-    CHUNK_BYTES,
-    Piece,
-    TensorInfo,
-    gather_rows,
-    open_checkpoint,
-)
-from dmt_convert.sampling import draw_rows, row_frequency
+from dmt_convert.checkpoint import CHUNK_BYTES, Piece, TensorInfo, gather_rows, open_checkpoint
+from dmt_convert.conversion import draw_rows, row_frequency
 
 MATRIX = ["vector", "column", "matrix"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.conversion import draw_sample, pool_batch, sample_size
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError, DataError
-from dmt_convert.sampling import draw_sample, pool_batch, sample_size
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 

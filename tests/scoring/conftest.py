@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.convert import ConvertConfig, convert_checkpoint
-from dmt_convert.partition import PartitionConfig
+from dmt_convert.conversion.partition import PartitionConfig
+from dmt_convert.convert import convert_checkpoint
+from dmt_convert.convert_config import ConvertConfig
 
 ROWS = (20, 30, 7, 11)
 

@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.scoring.metrics import (
-    area_under_curve,
-    measure_accuracy,
-    measure_agreement,
-    rank,
-)
+from dmt_convert.metrics import area_under_curve, measure_accuracy, measure_agreement, rank
 
 ROWS = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=30)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.conversion import Sample
+from dmt_convert.conversion.quality import compare_models, logits_of
 from dmt_convert.data import open_data
 from dmt_convert.errors import CheckpointError, DataError
-from dmt_convert.sampling import Sample
 from dmt_convert.scoring import open_model, score_data, scored_model
-from dmt_convert.scoring.quality import compare_models, logits_of
 
 
 def _by_hand(checkpoint, data):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.sampling import draw_sample
-from dmt_convert.scoring import started_model
-from dmt_convert.scoring.started_model import start_model
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.conversion import draw_sample, started_model
+from dmt_convert.conversion.started_model import start_model
+from dmt_convert.families import infer_model
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
 
 from .conftest import write_checkpoint
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.conversion import Sample
 from dmt_convert.data import Bag, Batch
-from dmt_convert.sampling import Sample
+from dmt_convert.model import DmtSpec, FlatModel, TowerModuleSpec, TowerSpec
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtSpec, FlatModel, TowerModuleSpec, TowerSpec
 
 
 def build_spec(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.towers import DmtModel, TowerModuleSpec, alternative_modules, module_spec
-from dmt_convert.towers.initialisation import allot_dims, initialise, trace_flat
-from dmt_convert.towers.initialisation import allotment as allotment_module
+from dmt_convert.conversion.initialisation import allot_dims, initialise, trace_flat
+from dmt_convert.conversion.initialisation import allotment as allotment_module
+from dmt_convert.model import DmtModel, TowerModuleSpec, alternative_modules, module_spec
 
 
 def _with_dims(spec, dims):

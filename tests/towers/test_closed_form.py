@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.towers import TowerModuleSpec, module_spec
-from dmt_convert.towers.initialisation import initialise, ridge
-from dmt_convert.towers.initialisation.dot_start import second_moments
+from dmt_convert.conversion.initialisation import initialise, ridge
+from dmt_convert.conversion.initialisation.dot_start import second_moments
+from dmt_convert.model import TowerModuleSpec, module_spec
 
 KINDS = ["dot", "cat", "projection", "dcn"]
 

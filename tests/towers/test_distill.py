@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmt_convert.towers import TowerModuleSpec, module_spec
-from dmt_convert.towers.initialisation import distill, initialise
+from dmt_convert.conversion.initialisation import distill, initialise
+from dmt_convert.model import TowerModuleSpec, module_spec
 
 
 def _start(make, kind="dot", method="closed-form"):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.data import Batch
-from dmt_convert.towers import DmtModel, TowerModuleSpec
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.model import DmtModel, TowerModuleSpec
 
 KINDS = ["dot", "cat", "dcn", "projection"]
 PASS = TowerModuleSpec(kind="passthrough")

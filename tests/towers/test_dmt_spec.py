@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import BundleError, ConfigError, PartitionError
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
 
 DLRM = TowerModuleSpec(kind="dlrm", c=1, p=0, dim=4)
 DCN = TowerModuleSpec(kind="dcn", dim=4, cross_layers=1, cross_rank=2)

@@ -16,10 +16,10 @@ SCRIPT = """
 import resource
 import numpy as np, torch
 from dmt_convert.data import Bag, Batch, uniform_offsets
-from dmt_convert.sampling import Sample
+from dmt_convert.conversion import Sample
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-from dmt_convert.towers import DmtSpec, FlatModel, TowerSpec, module_spec
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.model import DmtSpec, FlatModel, TowerSpec, module_spec
+from dmt_convert.model.initialisation import initialise
 
 torch.set_num_threads(2)
 F, N, n = 26, 128, 4915

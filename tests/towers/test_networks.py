@@ -7,22 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmt_convert.errors import ArchitectureError, ConfigError
-from dmt_convert.spec import (
-    FeatureSpec,
-    ModelSpec,
-    NetworkSpec,
-    TableSpec,
-    network_model,
-)
-from dmt_convert.towers import FlatModel, TowerModuleSpec, load_dense, networks
-from dmt_convert.towers.initialisation import (
+from dmt_convert.conversion.initialisation import (
     allot_dims,
     distill,
     initialise,
     restored_start,
     trace_flat,
 )
+from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.model import FlatModel, TowerModuleSpec, load_dense, networks
+from dmt_convert.spec import FeatureSpec, ModelSpec, NetworkSpec, TableSpec, network_model
 
 DIMS = (3, 8, 1, 5)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.towers.initialisation import refit_linear, ridge
+from dmt_convert.conversion.initialisation import refit_linear, ridge
 
 
 def _held_r2(inputs, targets, weight):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import ExportError
-from dmt_convert.towers.table_codes import (
+from dmt_convert.model.table_codes import (
     LEVELS,
     IntCode,
     coded_width,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.towers import TowerModuleSpec
-from dmt_convert.towers.tower_module import build_tower_module
+from dmt_convert.model import TowerModuleSpec
+from dmt_convert.model.tower_module import build_tower_module
 
 # float32 sums of a dozen products against float64
 TOLERANCE = 2e-6

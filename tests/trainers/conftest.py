@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.conversion.initialisation import initialise
+from dmt_convert.conversion.quality import logits_of
 from dmt_convert.data import Bag, Batch
-from dmt_convert.scoring.quality import logits_of
-from dmt_convert.towers import DmtSpec, TowerModuleSpec, TowerSpec, open_flat_model
-from dmt_convert.towers.initialisation import initialise
+from dmt_convert.families import ModelConfig, infer_model
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, open_flat_model
 
 
 def _load(name: str) -> ModuleType:

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import DmtError
-from dmt_convert.towers import open_flat_model
+from dmt_convert.families import infer_model
+from dmt_convert.model import open_flat_model
 
 MUTATIONS = 30
 WORDS = (

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
-from dmt_convert.architectures.trainer_tensors import ACTIVATIONS
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
-from dmt_convert.towers.networks import layers
+from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
+from dmt_convert.families.trainer_tensors import ACTIVATIONS
+from dmt_convert.model.networks import layers
 
 ROWS = {"user": 11, "item": 7, "tags": 9}
 SAME = dict.fromkeys(ROWS, 4)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, CheckpointError
+from dmt_convert.families import ModelConfig, infer_model
 
 DIM = 4
 PLAIN = {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import gather_rows, open_checkpoint
 from dmt_convert.errors import ArchitectureError, CheckpointError, ConfigError
-from dmt_convert.towers.networks import LayerGraph
+from dmt_convert.families import infer_model
+from dmt_convert.model.networks import LayerGraph
 
 _spec = importlib.util.spec_from_file_location(
     "hugectr_files", Path(__file__).with_name("hugectr_files.py")

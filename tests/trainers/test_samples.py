@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Bag, Batch
+from dmt_convert.families import infer_model
 
 
 def read_probe(path):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, CheckpointError
+from dmt_convert.families import infer_model
 
 TABLES = {"user_emb": 11, "shared": 7, "day_emb": 5}
 FEATURES = {

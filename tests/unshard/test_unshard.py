@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dmt_convert.checkpoint import gather_rows, open_checkpoint
 from dmt_convert.errors import CheckpointError, ConfigError, ExportError
-from dmt_convert.unshard import unshard_checkpoint
+from dmt_convert.files.unshard import unshard_checkpoint
 
 State = dict[str, torch.Tensor]
 
@@ -166,7 +166,7 @@ def test_nothing_half_written_stays(kind: str, make_sparse_flat: Any, tmp_path: 
         file.write(b"\x01" * (16 << 20))
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from dmt_convert.unshard import unshard_checkpoint\n"
+        "from dmt_convert.files.unshard import unshard_checkpoint\n"
         "def stop(step, done, total):\n"
         "    if done > total // 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "unshard_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=stop)\n"
@@ -197,7 +197,7 @@ def test_memory_stays_small(make_sparse_flat: Any, tmp_path: Path) -> None:
     source = make_sparse_flat(tmp_path / "big.safetensors", rows=[4_000_000, 4_000_000])
     code = (
         "import sys; from pathlib import Path\n"
-        "from dmt_convert.unshard import unshard_checkpoint\n"
+        "from dmt_convert.files.unshard import unshard_checkpoint\n"
         "done = unshard_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert done.nbytes > 2 * 10**9\n"
         "status = Path('/proc/self/status').read_text().splitlines()\n"

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert import verify
 from dmt_convert.data import Bag
 from dmt_convert.errors import ConfigError
-from dmt_convert.scoring import open_model, score_data
-from dmt_convert.verify import verify_models
+from dmt_convert.scoring import open_model, score_data, verify
+from dmt_convert.scoring.verify import verify_models
 
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_f{}.weight"
 DENSE = "dense_arch.model._mlp.0._linear"

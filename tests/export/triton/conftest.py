@@ -23,11 +23,10 @@ import tritonclient.http
 
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Batch
-from dmt_convert.export import ExportConfig, export_bundle
-from dmt_convert.export.check_batches import generate_batch
-from dmt_convert.export.check_process import ATOL, RTOL
-from dmt_convert.serving import ExportedModel
-from dmt_convert.towers import DmtModel
+from dmt_convert.model import DmtModel
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.check_process import ATOL, RTOL
 
 Feeds = dict[str, npt.NDArray[Any]]
 PROTOCOLS = ("http", "grpc")
@@ -204,7 +203,7 @@ def serve_export(
         bundle = bundle or make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
         folder = tmp_path_factory.mktemp("triton")
         with pytest.MonkeyPatch.context() as patch:  # the server itself is the check
-            patch.setattr("dmt_convert.export.exporter.check_graphs", lambda *_: ())
+            patch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
             export_bundle(bundle, folder / "models", ExportConfig(format="triton", **options))
         exported = ExportedModel(folder / "models")
         with triton_server(exported.path, folder / "log", *server_options) as server:

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from dmt_convert.architectures.model_config import FeatureConfig, ModelConfig
 from dmt_convert.bundle import Bundle
-from dmt_convert.export import ExportConfig
-from dmt_convert.serving import open_graph
+from dmt_convert.families.model_config import FeatureConfig, ModelConfig
+from dmt_convert.serving import ExportConfig, open_graph
 
 PROTOCOLS = ("http", "grpc")
 FORMS: dict[str, dict[str, Any]] = {

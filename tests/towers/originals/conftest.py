@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import FlatModelInfo, ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Bag, Batch
+from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.model import DmtModel, FlatModel, open_flat_model
+from dmt_convert.model.dmt_spec import DmtSpec, TowerModuleSpec, TowerSpec
 from dmt_convert.spec import TowerAssignment
-from dmt_convert.towers import DmtModel, FlatModel, open_flat_model
-from dmt_convert.towers.dmt_spec import DmtSpec, TowerModuleSpec, TowerSpec
 
 Logits = npt.NDArray[np.float32]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.families import ModelConfig, infer_model
 
 ROWS = (1, 7, 30, 11, 2, 16, 9, 40, 5, 12, 21)
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
 
 ROWS = (3, 30, 11, 40)
 DIM = 6

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.families import ModelConfig, infer_model
 
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dmt_convert.architectures import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import ArchitectureError, CheckpointError
+from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
 
 ROWS = (1, 7, 30, 11, 2)
 NUMBERS = (3, 0, 4, 1, 2)

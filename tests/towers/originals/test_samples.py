@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.architectures import infer_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import adapt_batches, open_data
 from dmt_convert.errors import DmtError
+from dmt_convert.families import infer_model
 
 SAMPLES = {
     "fb-dlrm-cat": "model.pt",

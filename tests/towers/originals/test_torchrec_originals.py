@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.architectures import ModelConfig, infer_model
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.families import ModelConfig, infer_model
 
 RTOL = 1e-6
 

@@ -1,0 +1,23 @@
+# What other folders use.
+from .accumulators import AccumulatorSource as AccumulatorSource
+from .accumulators import FloatRows as FloatRows
+from .accumulators import accumulator_bytes as accumulator_bytes
+from .accumulators import accumulator_file as accumulator_file
+from .accumulators import describe_accumulators as describe_accumulators
+from .accumulators import find_damage as find_damage
+from .accumulators import plan_accumulator_files as plan_accumulator_files
+from .accumulators import read_rows as read_rows
+from .bundle import Bundle as Bundle
+from .bundle import Documents as Documents
+from .bundle import check_digests as check_digests
+from .bundle import is_bundle as is_bundle
+from .bundle import open_bundle as open_bundle
+from .bundle import write_bundle as write_bundle
+from .bundle_model import open_bundle_model as open_bundle_model
+from .bundle_model import split_state as split_state
+from .manifest import Manifest as Manifest
+from .weights import DENSE_FILE as DENSE_FILE
+from .weights import SmallWeights as SmallWeights
+from .weights import plan_table_files as plan_table_files
+from .weights import table_bytes as table_bytes
+from .weights import tower_file as tower_file

@@ -1,0 +1,226 @@
+"""TorchRec's sharded towers, mended.
+
+What `ShardedEmbeddingTowerCollection` of torchrec 1.8.0 lacks, and gets here:
+- it runs on CPUs (DistributedDataParallel is given no device ids there);
+- ids reach their rank in one exchange, which can be started a step ahead;
+- tower outputs cross hosts full duplex, in a precision of their own;
+- all towers of a host look up at once, and where their modules allow it, compress before they
+  exchange (`tower_run`);
+- weights can be loaded with `load_state_dict`;
+- the plan that it is given stays as it is.
+
+Letters: P groups of hosts, L ranks per group, B samples of one rank, O elements emitted.
+
+Source: torchrec/distributed/embedding_tower_sharding.py of torchrec 1.8.0.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed import embedding_tower_sharding as stock
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_tower import EmbeddingTowerCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dmt_convert.cluster.exchange import PeerExchange
+from dmt_convert.cluster.index_route import IndexRoute, describe_lookups
+from dmt_convert.cluster.tower_run import make_tower_run
+from dmt_convert.spec import CommDtype
+
+
+class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc]
+    """Towers over the ranks of a cluster.
+
+    Args:
+        module: The towers, in the order of their hosts.
+        parameter_sharding: Table -> its shards.
+        sharder: The sharder that makes it.
+        env: All ranks.
+        device: Where this rank's shards lie.
+        comm_dtype: Precision of tower outputs between hosts.
+        vector_dim: Elements that share a scale there.
+    """
+
+    def __init__(
+        self,
+        module: EmbeddingTowerCollection,
+        parameter_sharding: Mapping[str, ParameterSharding],
+        sharder: TowersSharder,
+        env: ShardingEnv,
+        *,
+        device: torch.device | None,
+        comm_dtype: CommDtype,
+        vector_dim: int,
+    ) -> None:
+        with _data_parallel_on(device):
+            super().__init__(
+                module,
+                copy.deepcopy(dict(parameter_sharding)),
+                sharder._tower_sharder,
+                env,
+                sharder.fused_params,
+                device,
+            )
+        assert self.embeddings, "every group of hosts has a tower"
+        embeddings = list(self.embeddings.values())
+        lookups = [describe_lookups([embedding]) for embedding in embeddings]
+        joined = [lookup for found in lookups for lookup in found]
+        self._route = IndexRoute(joined, self._cross_pg, dist.get_rank(self._intra_pg))
+        heads = [wrapped.module for wrapped in self.interactions.values()]
+        self._towers = make_tower_run(
+            embeddings, list(self.interactions.values()), heads, lookups, self._intra_pg
+        )
+        self._columns: list[list[int]] = [[] for _ in range(dist.get_world_size(self._cross_pg))]
+        dist.all_gather_object(self._columns, self._towers.columns, group=self._cross_pg)
+        self._exchange = PeerExchange(
+            self._cross_pg, list(map(len, self._columns)), comm_dtype, vector_dim
+        )
+        self._ahead: deque[tuple[KeyedJaggedTensor, Any, Any]] = deque()
+
+    def arriving_columns(self) -> list[int]:
+        """Columns of the towers' joint output, in the order in which they arrive."""
+        return [column for columns in self._columns for column in columns]
+
+    def start_input(self, features: KeyedJaggedTensor) -> None:
+        """Start the exchange of a later batch's ids; `forward` takes it up when it comes."""
+        context = self.create_context()
+        self._ahead.append((features, context, self.input_dist(context, features)))
+
+    def advance_input(self) -> None:
+        """Let ids follow where their number has arrived: the second part of `start_input`."""
+        self._ahead = deque(
+            (features, context, started.wait() if _announces(started) else started)
+            for features, context, started in self._ahead
+        )
+
+    def forget_input(self) -> None:
+        """Wait for what was started and is not wanted any more."""
+        self.advance_input()
+        while self._ahead:
+            self._ahead.popleft()[2].wait()
+
+    def forward(self, features: KeyedJaggedTensor) -> LazyAwaitable[Tensor]:
+        """Look up, compress, exchange.
+
+        Args:
+            features: Ids of this rank's B samples.
+
+        Returns:
+            An awaitable of all towers' outputs, shape (B, sum of O).
+        """
+        if self._ahead and self._ahead[0][0] is features:
+            _, context, started = self._ahead.popleft()
+        else:
+            context = self.create_context()
+            started = self.input_dist(context, features)
+        if _announces(started):
+            started = started.wait()
+        return self.compute_and_output_dist(context, started.wait())
+
+    def input_dist(
+        self, ctx: Any, kjt_features: KeyedJaggedTensor, wkjt_features: None = None
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Start the exchange of ids."""
+        assert wkjt_features is None, "weights are in the features, or nowhere"
+        with torch.no_grad():
+            return KJTListSplitsAwaitable(self._route.start(kjt_features), ctx)
+
+    def compute(self, ctx: Any, dist_input: KJTList) -> Tensor:
+        """Look up and run the tower modules: shape (P * B, own O)."""
+        return self._towers(self._route.split(list(dist_input)))
+
+    def output_dist(self, ctx: Any, output: Tensor) -> LazyAwaitable[Tensor]:
+        """Start the exchange of tower outputs."""
+        return self._exchange(output)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy weights in, by the names of `state_dict`; shards have to be cut alike."""
+        own = self.state_dict()
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in own]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"missing: {missing}; unexpected: {unexpected}")
+        with torch.no_grad():
+            for name in own.keys() & state_dict.keys():
+                for mine, given in _pairs(own[name], state_dict[name]):
+                    mine.copy_(given)
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+class TowersSharder(stock.EmbeddingTowerCollectionSharder):  # type: ignore[misc]
+    """Makes `ShardedTowers` of an `EmbeddingTowerCollection`.
+
+    Args:
+        fused_params: The tables' optimizer, as TorchRec's sharders take it.
+        comm_dtype: Precision of tower outputs between hosts.
+        vector_dim: Elements that share a scale there.
+    """
+
+    def __init__(
+        self, fused_params: dict[str, Any], *, comm_dtype: CommDtype = "fp32", vector_dim: int = 4
+    ) -> None:
+        super().__init__(fused_params=fused_params)
+        self._comm_dtype: CommDtype = comm_dtype
+        self._vector_dim = vector_dim
+
+    def shard(
+        self,
+        module: EmbeddingTowerCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedTowers:
+        """Shard the towers; all ranks at once."""
+        return ShardedTowers(
+            module,
+            params,
+            self,
+            env,
+            device=device,
+            comm_dtype=self._comm_dtype,
+            vector_dim=self._vector_dim,
+        )
+
+
+@contextmanager
+def _data_parallel_on(device: torch.device | None) -> Iterator[None]:
+    """Let TorchRec's towers be data-parallel on a CPU, where there are no device ids."""
+    if device is None or device.type != "cpu":
+        yield
+        return
+
+    def without_ids(**options: Any) -> DistributedDataParallel:
+        return DistributedDataParallel(**{**options, "device_ids": None})
+
+    kept = stock.DistributedDataParallel
+    stock.DistributedDataParallel = without_ids
+    try:
+        yield
+    finally:
+        stock.DistributedDataParallel = kept
+
+
+def _announces(started: Any) -> bool:
+    return isinstance(started, KJTListSplitsAwaitable)
+
+
+def _pairs(mine: Any, given: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if hasattr(mine, "local_shards"):
+        for a, b in zip(mine.local_shards(), given.local_shards(), strict=True):
+            yield a.tensor, b.tensor
+    else:
+        yield mine, given

@@ -1,0 +1,172 @@
+"""Distillation: after the closed form, teach the converted model the flat one's logits.
+
+Tables stay frozen, so pooled embeddings are computed once and training needs no lookups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.conversion import Sample
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel, to_tensor
+from dmt_convert.model.networks import network_size
+from dmt_convert.spec import MlpSpec
+
+_BATCH: Final = 512
+_LEARNING_RATE: Final = 2e-3
+_VALIDATION: Final = 0.2
+_CHECK_EVERY: Final = 50
+_PATIENCE: Final = 20
+_DEFAULT_STEPS: Final = 500
+_FEWEST_STEPS: Final = 100
+_BUDGET: Final = 4e11
+"""Floating-point operations that distillation may cost unasked: some seconds on two cores."""
+
+_SMALL: Final = 1 << 20
+"""Weights that a row meets below which one thread is as fast as two."""
+
+
+def default_steps(spec: DmtSpec) -> int:
+    """Steps to take where the user does not say: 500, fewer for a large model, or none.
+
+    By the model's size alone, so that the same conversion gives the same weights anywhere.
+    """
+    # 2 operations an element, forward and twice back
+    steps = int(_BUDGET / (6 * _BATCH * _elements(spec)))
+    return 0 if steps < _FEWEST_STEPS else min(_DEFAULT_STEPS, steps)
+
+
+def _elements(spec: DmtSpec) -> int:
+    """Weights that a row meets."""
+    flat, dims = spec.flat, spec.interaction_dims
+    elements = _mlp_size(flat.dense_arch) + _mlp_size(spec.over_arch)
+    for t, width in enumerate(spec.tower_widths):
+        elements += width * sum(spec.tower_dims(t))
+    interaction = spec.interaction
+    if interaction.kind == "dot":
+        elements += len(dims) * sum(dims)
+    if interaction.network is not None:
+        elements += network_size(interaction.network, flat.feature_dims, flat.num_dense)
+    elements += 2 * interaction.cross_layers * interaction.cross_rank * sum(dims)
+    for branch in (interaction.branch1, interaction.branch2):
+        elements += 0 if branch is None else _mlp_size(branch)
+    return elements
+
+
+def _mlp_size(spec: MlpSpec) -> int:
+    return sum(a * b for a, b in itertools.pairwise(spec.widths))
+
+
+def distill(
+    flat: FlatModel,
+    model: DmtModel,
+    sample: Sample,
+    *,
+    steps: int,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[DmtModel, str]:
+    """Train tower modules and what changed behind them against the flat model's logits.
+
+    The mean squared error of logits on a fifth of the rows, never trained on, decides: the best
+    state is kept, training stops once it has not improved for 1,000 steps, and where nothing
+    beats the closed form there, the closed form is returned.
+
+    Args:
+        flat: The teacher.
+        model: Where to start; not changed.
+        sample: Rows with their pooled embeddings.
+        steps: Steps of Adam, 512 rows each.
+        seed: Seed of the order of rows.
+        on_step: Told of steps done and in all.
+
+    Returns:
+        The best model found, and one line on what came of it.
+    """
+    dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
+    with torch.no_grad():
+        target = flat.forward_pooled(dense, pooled)
+    cut = max(1, int(len(dense) * (1 - _VALIDATION)))
+    held = (dense[cut:], pooled[cut:], target[cut:])
+    student, trained = _trainable_copy(model)
+    optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    )
+    start = best = _error(student, *held)
+    best_state, best_step = None, 0
+    generator = torch.Generator().manual_seed(seed)
+    with _few_threads(model.spec):
+        for step in range(1, steps + 1):
+            rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
+            with torch.enable_grad():
+                logits = student.forward_pooled(dense[rows], pooled[rows])
+                loss = (logits - target[rows]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if step % _CHECK_EVERY == 0 or step == steps:
+                on_step(step, steps)
+                error = _error(student, *held)
+                if error < best:
+                    best, best_step = error, step
+                    best_state = {name: value.detach().clone() for name, value in trained.items()}
+                elif step - best_step >= _PATIENCE * _CHECK_EVERY:
+                    break
+    if best_state is None:
+        return model, f"distillation ({steps} steps) did not beat the closed form, which stays"
+    student.load_state_dict(best_state, strict=False)
+    for value in trained.values():
+        value.requires_grad_(False)
+    note = f"distilled, best after {best_step} steps: logit MSE {start:.3g} -> {best:.3g}"
+    return student.eval(), note
+
+
+@contextmanager
+def _few_threads(spec: DmtSpec) -> Iterator[None]:
+    """Train a small model on one thread: several would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    if _elements(spec) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]:
+    """Copy the weights but not the table lookups, which stay shared.
+
+    Tables and dense_arch are the flat model's and stay so: they lose nothing by the conversion.
+    So does a network that linear tower modules restore its inputs for.
+
+    Returns:
+        The copy, and what of it is to be trained, by name.
+    """
+    lookups = [tower.tables for tower in model.tower_list]
+    student = DmtModel(model.spec, lookups)
+    student.load_state_dict(model.state_dict())
+    student.eval()  # a network may hold dropout or batch norm: the teacher is in eval mode too
+    kept: tuple[str, ...] = ("dense_arch.",)
+    if model.spec.keeps_network:
+        kept = (*kept, "interaction.", "over_arch.")
+    trained = {}
+    for name, value in student.named_parameters(remove_duplicate=False):
+        if ".tables." not in name:
+            value.requires_grad_(not name.startswith(kept))
+            if value.requires_grad:
+                trained[name] = value
+    return student, trained
+
+
+def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:
+    with torch.no_grad():
+        return float((model.forward_pooled(dense, pooled) - target).square().mean())

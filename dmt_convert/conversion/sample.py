@@ -1,0 +1,185 @@
+"""Inputs on which a model is looked at: calibration rows, or rows drawn from its tables.
+
+Letters: n sampled rows, D dense inputs, F features, M widths' sum of all pooled embeddings.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dmt_convert.checkpoint import gather_rows
+from dmt_convert.conversion.dense_inputs import draw_dense, estimate_scale
+from dmt_convert.conversion.row_frequency import draw_rows
+from dmt_convert.data import (
+    Bag,
+    Batch,
+    adapt_batches,
+    join_batches,
+    open_data,
+    take_rows,
+    uniform_offsets,
+)
+from dmt_convert.errors import CheckpointError, DataError
+from dmt_convert.families import FlatModelInfo, read_initial_value
+from dmt_convert.spec import FeatureSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+_POOLED_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """n rows of input with the embeddings that the flat model pools for them."""
+
+    batch: Batch
+    """The rows, bags in the model's feature order."""
+    pooled: FloatArray
+    """Pooled embeddings side by side in feature order, shape (n, M), float32."""
+    source: Literal["calibration", "tables"]
+    """Where the rows come from."""
+    description: str
+    """How they were drawn, one line."""
+
+    def split(self, fraction: float) -> tuple[Sample, Sample]:
+        """Split off the last `fraction` of the rows, as held-out rows."""
+        cut = max(1, int(self.batch.num_rows * (1 - fraction)))
+        return self._rows(0, cut), self._rows(cut, self.batch.num_rows)
+
+    def per_feature(self, spec: ModelSpec) -> list[FloatArray]:
+        """Pooled embeddings of every feature, each (n, N_f)."""
+        cuts = np.cumsum(spec.feature_dims)[:-1]
+        return list(np.split(self.pooled, cuts, axis=1))
+
+    def _rows(self, begin: int, end: int) -> Sample:
+        return Sample(
+            batch=take_rows(self.batch, slice(begin, end)),
+            pooled=self.pooled[begin:end],
+            source=self.source,
+            description=self.description,
+        )
+
+
+def sample_size(spec: ModelSpec) -> int:
+    """Choose n so that the pooled embeddings take at most 64 MiB (1,024 to 16,384 rows)."""
+    width = sum(spec.feature_dims)
+    return int(np.clip(_POOLED_BYTES // (4 * width), 1024, 16_384))
+
+
+def draw_sample(
+    info: FlatModelInfo, *, calibration: Path | None = None, rows: int | None = None, seed: int = 0
+) -> Sample:
+    """Draw input rows and pool the model's embeddings for them.
+
+    With calibration data the rows are a random choice of its rows. Without, every feature draws
+    one id on its own: rows by how often they were trained, and dense inputs as large as training
+    saw them, where the checkpoint holds optimizer state that tells; else rows uniformly, and
+    dense inputs in the form in which click models are commonly fed.
+
+    Args:
+        info: The flat model.
+        calibration: Data set to draw from.
+        rows: n; by default as many as `sample_size` says.
+        seed: Seed of the draw.
+
+    Raises:
+        DataError: The calibration data does not fit the model.
+        CheckpointError: A row that was drawn holds NaN or Inf.
+    """
+    count = sample_size(info.spec) if rows is None else rows
+    if calibration is not None:
+        batch = _calibration_rows(info.spec, calibration, count, seed)
+        description = f"{batch.num_rows} random rows of {calibration.name}"
+        pooled = pool_batch(info, batch)
+        return Sample(batch=batch, pooled=pooled, source="calibration", description=description)
+    batch = _drawn_rows(info, count, seed)
+    by = "by how often they were trained" if info.row_state else "uniformly"
+    sized = "assumed" if estimate_scale(info) is None else "scaled as in training"
+    return Sample(
+        batch=batch,
+        pooled=pool_batch(info, batch),
+        source="tables",
+        description=f"{count} sampled inputs, table rows drawn {by}, dense inputs {sized}",
+    )
+
+
+def _calibration_rows(spec: ModelSpec, path: Path, count: int, seed: int) -> Batch:
+    dataset = open_data(path)
+    batches = dataset.batches(min(count, 4096), shuffle_seed=seed, max_rows=count)
+    found = list(adapt_batches(dataset, spec, batches))
+    if not found:
+        raise DataError(
+            f"{path} holds no rows",
+            expected="a few thousand rows for calibration",
+            hint="name a data set with rows, or leave --calibration out",
+        )
+    return join_batches(found)
+
+
+def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
+    spec = info.spec
+    offsets = uniform_offsets(count, 1)
+    bags = []
+    for i, feature in enumerate(spec.features):
+        rng = np.random.default_rng((seed, i))
+        state = info.row_state.get(feature.table)
+        initial = 0.0 if state is None else read_initial_value(info.checkpoint, state)
+        rows = spec.table(feature.table).rows
+        ids = draw_rows(rows, state, count, rng, initial=initial)
+        bags.append(Bag(values=ids, offsets=offsets))
+    rng = np.random.default_rng((seed, len(spec.features)))
+    return Batch(
+        dense=draw_dense(info, count, rng),
+        feature_names=spec.feature_names,
+        bags=tuple(bags),
+    )
+
+
+def pool_batch(info: FlatModelInfo, batch: Batch) -> FloatArray:
+    """Pool the embeddings of all features from disk.
+
+    Returns:
+        Pooled embeddings side by side, shape (B, M), float32.
+
+    Raises:
+        CheckpointError: A row that is touched holds NaN or Inf.
+    """
+    spec = info.spec
+    out = np.zeros((batch.num_rows, sum(spec.feature_dims)), dtype=np.float32)
+    column = 0
+    for feature, dim, bag in zip(spec.features, spec.feature_dims, batch.bags, strict=True):
+        table = info.table_info(feature.table)
+        ids, inverse = np.unique(bag.values, return_inverse=True)
+        rows = gather_rows(table, ids)
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            raise CheckpointError(
+                f"table {feature.table!r} holds NaN or Inf in row {ids[np.argmin(finite)]}",
+                expected="finite weights",
+                hint="the training diverged or the file is damaged; use another checkpoint",
+            )
+        _pool(rows, inverse, bag, feature, out[:, column : column + dim])
+        column += dim
+    return out
+
+
+def _pool(
+    rows: FloatArray, inverse: npt.NDArray[np.intp], bag: Bag, feature: FeatureSpec, out: FloatArray
+) -> None:
+    lengths = np.diff(bag.offsets)
+    filled = np.flatnonzero(lengths)
+    for begin in range(0, len(filled), 1024):
+        part = filled[begin : begin + 1024]
+        first, last = int(bag.offsets[part[0]]), int(bag.offsets[part[-1] + 1])
+        vectors = rows[inverse[first:last]]
+        if bag.weights is not None:
+            vectors = vectors * bag.weights[first:last, None]
+        sums = np.add.reduceat(vectors, bag.offsets[part] - first, axis=0)
+        out[part] = sums / lengths[part, None] if feature.pooling == "mean" else sums

@@ -1,0 +1,214 @@
+"""The converted model as it starts, and what that start is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from dmt_convert.bundle import SmallWeights, split_state
+from dmt_convert.conversion.initialisation import (
+    allot_dims,
+    default_steps,
+    distill,
+    initialise,
+    trace_flat,
+)
+from dmt_convert.conversion.quality import compare_models
+from dmt_convert.conversion.quality_table import Quality
+from dmt_convert.conversion.sample import Sample
+from dmt_convert.families import FlatModelInfo
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model, to_tensor
+from dmt_convert.spec import Dtype
+
+_HELD_OUT: Final = 0.25
+_BATCH: Final = 256
+_AS_GOOD: Final = 5e-4
+"""1 - R^2 of a closed form that distillation is not needed after, unless it is asked for."""
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedModel:
+    """A converted model before any fine-tuning."""
+
+    spec: DmtSpec
+    """What it is: the spec that was asked for, or a better one that emits no more."""
+    weights: SmallWeights
+    """All its weights beside tables."""
+    method: str
+    """How they were found."""
+    notes: tuple[str, ...]
+    """What was fitted, one line each."""
+    quality: Quality
+    """How well it agrees with the flat model, beside its yardsticks."""
+
+
+def start_model(
+    info: FlatModelInfo,
+    spec: DmtSpec,
+    sample: Sample,
+    *,
+    alternatives: Sequence[DmtSpec] = (),
+    allot: bool = False,
+    distill_steps: int | None = None,
+    stored_as: Dtype | None = None,
+    seed: int = 0,
+    on_step: OnStep = lambda done, total: None,
+) -> StartedModel:
+    """Initialise a converted model, and measure it on rows that no fit has seen.
+
+    Args:
+        info: The flat checkpoint.
+        spec: The converted model.
+        sample: Rows; the last quarter is held out.
+        alternatives: Further specs; the one whose closed form is best on held-out rows is taken.
+        allot: Whether towers may have output dims of their own.
+        distill_steps: Steps of distillation after the closed form; None: as many as cost little,
+            where the closed form leaves something to gain.
+        stored_as: Type in which the tables will be stored.
+        seed: Seed of everything random.
+        on_step: Told of distillation steps done and in all.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf.
+    """
+    flat = open_flat_model(info)
+    fit, held = sample.split(_HELD_OUT)
+    infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
+    tables = MappedTables(info.spec, infos, stored_as=stored_as)
+    if spec.is_passthrough:
+        model, notes = initialise(flat, spec, None, method="exact", tables=tables)
+        method, candidates = "exact", {"passthrough": model}
+    else:
+        starter = Starter(flat, fit, held, tables)
+        model, notes = starter.solve([spec, *alternatives], allot=allot)
+        method, candidates = "closed form", {"closed form": model}
+        better, note = starter.distill(model, distill_steps, seed, on_step)
+        notes = (*notes, note)
+        if better is not None:
+            model, method = better, "closed form, then distilled"
+            candidates["distilled"] = better
+        candidates["random initialisation"], _ = initialise(
+            flat, model.spec, None, method="random", tables=tables, seed=seed
+        )
+    return StartedModel(
+        spec=model.spec,
+        weights=split_state(model),
+        method=method,
+        notes=notes,
+        quality=compare_models(flat, candidates, held),
+    )
+
+
+class Starter:
+    """The ways to a start, judged by the flat model's logits on rows that no fit has seen.
+
+    Args:
+        flat: The flat model.
+        fit: Rows to fit on.
+        held: Rows to judge by.
+        tables: Lookups of the converted models; by default the flat model's.
+    """
+
+    def __init__(
+        self, flat: FlatModel, fit: Sample, held: Sample, tables: MappedTables | None = None
+    ) -> None:
+        self._flat, self._fit, self._held, self._tables = flat, fit, held, tables
+        self._target = _logits(flat, held)
+        with torch.no_grad():
+            self._trace = trace_flat(flat, fit)
+
+    def solve(
+        self, specs: Sequence[DmtSpec], *, allot: bool = False
+    ) -> tuple[DmtModel, tuple[str, ...]]:
+        """Solve the closed form of every spec, and keep the best.
+
+        Args:
+            specs: Models to try; the first one is taken where no other is better.
+            allot: Try each with output dims per tower as well.
+
+        Returns:
+            The model, and one line per thing that was tried or fitted.
+        """
+        allotted = [allot_dims(self._trace, spec) for spec in specs] if allot else []
+        tried = dict.fromkeys([*specs, *allotted])
+        found = []
+        for spec in tried:
+            model, notes = initialise(
+                self._flat,
+                spec,
+                self._fit,
+                method="closed-form",
+                tables=self._tables,
+                trace=self._trace,
+            )
+            found.append((self._lost(model), model, notes))
+        _, model, notes = min(found, key=lambda entry: entry[0])
+        if len(found) > 1:
+            said = [f"{_say(m.spec)}: R^2 {1 - loss:.6f}" for loss, m, _ in found]
+            notes = ("tower modules tried, the best one taken: " + "; ".join(said), *notes)
+        return model, notes
+
+    def distill(
+        self,
+        model: DmtModel,
+        steps: int | None,
+        seed: int = 0,
+        on_step: OnStep = lambda done, total: None,
+    ) -> tuple[DmtModel | None, str]:
+        """Distil a closed form.
+
+        Args:
+            model: The closed form.
+            steps: Steps to take; None: as many as cost little, where there is much to gain.
+            seed: Seed of the order of rows.
+            on_step: Told of steps done and in all.
+
+        Returns:
+            The distilled model, or None where it is not needed or no better on the rows to judge
+            by; and one line on what came of it.
+        """
+        before = self._lost(model)
+        if steps is None:
+            if before <= _AS_GOOD:
+                return None, f"not distilled: the closed form has R^2 {1 - before:.6f} already"
+            steps = default_steps(model.spec)
+            if not steps:
+                return None, "not distilled: the model is large; ask for it with --distill-steps"
+        if steps == 0:
+            return None, "not distilled: not asked for"
+        better, note = distill(
+            self._flat, model, self._fit, steps=steps, seed=seed, on_step=on_step
+        )
+        after = self._lost(better)
+        if better is model or not after < before:
+            return None, f"distillation ({steps} steps) did not beat the closed form, which stays"
+        return better, note
+
+    def _lost(self, model: DmtModel) -> float:
+        """1 - R^2 of the logits on held-out rows."""
+        spread = float((self._target - self._target.mean()).square().sum())
+        error = float((_logits(model, self._held) - self._target).square().sum())
+        return error / spread if spread > 0 else error
+
+
+def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
+    dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
+    with torch.inference_mode():
+        parts = [
+            model.forward_pooled(dense[a : a + _BATCH], pooled[a : a + _BATCH])
+            for a in range(0, len(dense), _BATCH)
+        ]
+    return torch.cat(parts).double()
+
+
+def _say(spec: DmtSpec) -> str:
+    module = spec.towers[0].module
+    dims = [tower.module.dim for tower in spec.towers]
+    shown = str(dims[0]) if len(set(dims)) == 1 else "/".join(str(dim) for dim in dims)
+    counts = f"c={module.c} p={module.p} " if module.kind == "dlrm" else ""
+    return f"{module.kind} {counts}D={shown}"

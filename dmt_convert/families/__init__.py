@@ -1,0 +1,5 @@
+"""Families of flat models: how tensor names and shapes become a `ModelSpec`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

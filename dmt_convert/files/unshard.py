@@ -1,0 +1,253 @@
+"""Write the tensors of any checkpoint as one plain `.safetensors` file, streamed."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from dmt_convert.checkpoint import (
+    DICTS_KEY,
+    ITEM_BYTES,
+    FlatCheckpoint,
+    TensorInfo,
+    open_checkpoint,
+)
+from dmt_convert.errors import CheckpointError, ConfigError, ExportError
+from dmt_convert.files.aligned_writer import AlignedWriter
+from dmt_convert.files.checksums import stream_checked
+from dmt_convert.files.safetensors_writer import safetensors_header
+from dmt_convert.files.staging import glob_escape, sync_folder
+
+Progress = Callable[[str, int, int], None]
+
+_FORMAT: Final = {"format": "pt"}
+"""What libraries that load such files look for: it tells the framework."""
+_MARK: Final = ".dmt-tmp-"
+_COUNTER: Final = itertools.count()
+_STATE_KEYS: Final = ("opt", "ema")
+"""Beginnings of keys of dicts that hold no model: optimizers, averages of weights."""
+_RESERVED: Final = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsharded:
+    """What was written."""
+
+    path: Path
+    """The file."""
+    format: str
+    """Container that was read."""
+    tensors: tuple[TensorInfo, ...]
+    """The tensors, as they are called in the file."""
+    passed_over: tuple[str, ...]
+    """Tensors that no pattern asked for, by their path in the checkpoint."""
+    scalars: int
+    """How many plain values the checkpoint holds beside them; they were left out."""
+    unread: Mapping[str, str]
+    """Objects of other kinds, which were left out: what each is, by dotted path."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def unshard_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress = lambda step, done, total: None,
+) -> Unsharded:
+    """Write every tensor of a checkpoint to one file, under its trainer's name.
+
+    A tensor is called by its key in its state dict. Where a checkpoint holds several dicts, the
+    keys of those that are not the model's come before, joined by dots. Memory stays small
+    whatever the checkpoint's size.
+
+    Args:
+        source: Any checkpoint that can be read.
+        out: The file to write.
+        only: Patterns (`*` and `?` as in a shell) of names or of whole paths; all where empty.
+        force: Whether a file that is there may be replaced.
+        progress: Called with a step, bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or changed on disk, or two of the tensors
+            have one name.
+        ConfigError: No tensor fits the patterns.
+        ExportError: The target is taken, or the disk is full.
+    """
+    checkpoint = open_checkpoint(source)
+    _check_out(out, checkpoint, force=force)
+    named = [*zip(_names(checkpoint.tensors), checkpoint.tensors, strict=True)]
+    chosen = [(n, t) for n, t in named if not only or _fits(n, t, only)]
+    _check_unique([name for name, _ in chosen])
+    passed_over = tuple(t.path for n, t in named if only and not _fits(n, t, only))
+    if not chosen:
+        raise ConfigError(
+            f"no tensor of {source} is called like {', '.join(only)}",
+            expected="a pattern that fits one of its names",
+            hint=f"for example --only '{named[0][0]}'; `dmt inspect` lists them",
+        )
+    # wide elements first: then every tensor is aligned to its elements
+    chosen.sort(key=lambda pair: -ITEM_BYTES[pair[1].dtype])
+    total = sum(tensor.nbytes for _, tensor in chosen)
+    with _staged_file(out, force=force, needed_bytes=total) as staging:
+        _write(staging, chosen, total, progress)
+    return Unsharded(
+        path=out,
+        format=checkpoint.format,
+        tensors=tuple(replace(tensor, name=name, container=()) for name, tensor in chosen),
+        passed_over=passed_over,
+        scalars=len(checkpoint.scalars),
+        unread=checkpoint.unread,
+    )
+
+
+def _fits(name: str, tensor: TensorInfo, only: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) or fnmatchcase(tensor.path, p) for p in only)
+
+
+def _names(tensors: Sequence[TensorInfo]) -> list[str]:
+    """Name tensors as their trainer did, uniquely where paths are."""
+    counts = Counter(tensor.container for tensor in tensors)
+    model = max(counts, key=lambda keys: (not _is_state(keys), counts[keys]))
+    names = [t.name if t.container == model else t.path for t in tensors]
+    if len(set(names)) < len(names):
+        names = [tensor.path for tensor in tensors]
+    return [name or "tensor" for name in names]
+
+
+def _check_unique(names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1 or name == _RESERVED]
+    if twice:
+        raise CheckpointError(
+            f"{len(twice)} names of tensors are not unique, or reserved",
+            expected="tensors that can be told apart by name in one file",
+            hint="write some of them with --only",
+            details=twice[:20],
+        )
+
+
+def _is_state(keys: tuple[str, ...]) -> bool:
+    return any(key.lower().startswith(_STATE_KEYS) for key in keys)
+
+
+def _write(
+    path: Path,
+    tensors: Sequence[tuple[str, TensorInfo]],
+    total: int,
+    progress: Progress,
+) -> None:
+    """Stream tensors to a new file, one chunk in memory."""
+    renamed = [replace(tensor, name=name, container=()) for name, tensor in tensors]
+    dicts = {tensor.container: None for name, tensor in tensors if name != tensor.name}
+    header = safetensors_header(renamed, {**_FORMAT, DICTS_KEY: json.dumps([*dicts])})
+    done = 0
+    with AlignedWriter(path, len(header)) as writer:
+        for _, tensor in tensors:
+            for chunk in stream_checked(tensor, tensor.path):
+                writer.write(chunk)
+                done += chunk.nbytes
+                progress("unsharding", done, total)
+    with path.open("r+b", buffering=0) as file:
+        view = memoryview(header)
+        while len(view):
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _check_out(out: Path, checkpoint: FlatCheckpoint | None, *, force: bool) -> None:
+    """Refuse a target that must not be replaced."""
+    if not out.parent.is_dir() or out.name in ("", ".."):
+        raise ExportError(
+            f"the folder {out.parent} does not exist",
+            expected="the name of a file to write, in a folder that exists",
+            hint=f"mkdir -p {out.parent}",
+        )
+    if not os.path.lexists(out):
+        return
+    if out.is_dir() or out.is_symlink():
+        raise ExportError(
+            f"{out} is a {'symbolic link' if out.is_symlink() else 'folder'}",
+            expected="the name of a file to write",
+            hint="name the file, as in --out model.safetensors",
+        )
+    if checkpoint and any(out.samefile(file) for file in checkpoint.files):
+        raise ExportError(
+            f"{out} is a file of the checkpoint itself",
+            expected="another file to write",
+            hint="choose another --out; the checkpoint is never changed",
+        )
+    if not force:
+        raise ExportError(
+            f"{out} exists",
+            expected="a path where nothing is",
+            hint="choose another --out, or replace the file with --force",
+        )
+
+
+@contextmanager
+def _staged_file(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+    """Give the name of a file to write; on success it becomes `out`, on failure it goes away."""
+    _remove_stale(out)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
+            expected=f"{needed_bytes / 2**30:.2f} GiB for the tensors",
+            hint="free space, choose another --out, or write some of the tensors with --only",
+        )
+    staging = out.parent / f".{out.name}{_MARK}{os.getpid()}-{next(_COUNTER)}"
+    try:
+        yield staging
+        if force:
+            staging.replace(out)
+        else:
+            _rename_new(staging, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(
+                f"the disk of {out.parent} is full ({os.strerror(error.errno)})",
+                expected=f"{needed_bytes} bytes for the tensors",
+                hint="free space, or choose another --out; nothing was changed",
+            ) from None
+        raise
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _rename_new(staging: Path, out: Path) -> None:
+    """Rename where nothing is, in one step where the file system can."""
+    try:
+        os.link(staging, out)
+    except FileExistsError:
+        _check_out(out, None, force=False)
+    except OSError:  # no hard links here
+        _check_out(out, None, force=False)
+        staging.rename(out)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed runs with the same target left behind."""
+    for stale in out.parent.glob(f".{glob_escape(out.name)}{_MARK}*"):
+        owner = stale.name.rpartition(_MARK)[2].partition("-")[0]
+        if stale.is_file() and not stale.is_symlink() and not _is_running(owner):
+            stale.unlink(missing_ok=True)
+
+
+def _is_running(process: str) -> bool:
+    return not process.isdecimal() or Path("/proc", process).exists()

@@ -1,0 +1,27 @@
+# What other folders use.
+from .dense_parts import Interaction as Interaction
+from .dense_parts import Mlp as Mlp
+from .dense_parts import pair_indices as pair_indices
+from .dmt_model import DmtModel as DmtModel
+from .dmt_spec import DmtSpec as DmtSpec
+from .dmt_spec import TowerModuleSpec as TowerModuleSpec
+from .dmt_spec import TowerSpec as TowerSpec
+from .flat_model import FlatModel as FlatModel
+from .flat_model import as_state as as_state
+from .flat_model import load_dense as load_dense
+from .flat_model import open_flat_model as open_flat_model
+from .flat_model import state_name as state_name
+from .module_choice import alternative_modules as alternative_modules
+from .module_choice import converted_spec as converted_spec
+from .module_choice import module_spec as module_spec
+from .table_codes import RowCode as RowCode
+from .table_codes import coded_width as coded_width
+from .table_codes import encode_rows as encode_rows
+from .table_codes import recode_rows as recode_rows
+from .table_codes import to_half as to_half
+from .table_lookup import MappedTables as MappedTables
+from .table_lookup import TrainableTables as TrainableTables
+from .table_lookup import to_tensor as to_tensor
+from .tower_module import DlrmTowerModule as DlrmTowerModule
+from .tower_module import Passthrough as Passthrough
+from .tower_module import build_tower_module as build_tower_module

@@ -1,0 +1,20 @@
+# What other folders use.
+from .cluster import GIB as GIB
+from .cluster import HBM_RESERVE as HBM_RESERVE
+from .cluster import Cluster as Cluster
+from .cluster import default_cluster as default_cluster
+from .host_packing import TableLoad as TableLoad
+from .packer import measure_ranks as measure_ranks
+from .packer import plan_towers as plan_towers
+from .packer import tower_loads as tower_loads
+from .placement import Shard as Shard
+from .placement import padded_dim as padded_dim
+from .plan_check import check_plan as check_plan
+from .torchrec_plan import build_tower_collection as build_tower_collection
+from .torchrec_plan import to_sharding_plan as to_sharding_plan
+from .tower_plan import TowerPlan as TowerPlan
+from .traffic import ELEMENT_BYTES as ELEMENT_BYTES
+from .traffic import ID_BYTES as ID_BYTES
+from .traffic import Exchange as Exchange
+from .traffic import Traffic as Traffic
+from .traffic import measure_traffic as measure_traffic

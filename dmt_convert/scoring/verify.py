@@ -1,0 +1,232 @@
+"""Do two models give the same logits, and if not, where do they part?
+
+Both models run on the same batches; every intermediate result that both have, in the same
+meaning, is compared in the order in which it comes to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from dmt_convert.data import Bag, Batch, adapt_batches, open_data
+from dmt_convert.errors import ConfigError
+from dmt_convert.scoring.scored_model import ScoredModel
+from dmt_convert.spec import ModelSpec
+
+DEFAULT_RTOL: Final = 1e-5
+"""Of the largest value of a stage: fp32 sums in another order differ by a few 1e-7 of it, and
+the factor leaves room for long sums; a wrong table or a swapped column differs by about 1."""
+DEFAULT_ATOL: Final = 1e-6
+"""Absolute slack, for stages that are zero throughout."""
+GENERATED_ROWS: Final = 4096
+"""Rows of the batch that is generated where no data is given."""
+_BATCH_ROWS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One stage, compared over all rows."""
+
+    stage: str
+    """Name of the stage."""
+    max_abs_diff: float
+    """Largest absolute difference; NaN where one of the two is not finite."""
+    scale: float
+    """Largest absolute value of the first model."""
+    rows: int
+    """Rows compared."""
+    equal: bool
+    """Within tolerance."""
+    identical: bool
+    """To the bit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What `dmt verify` reports."""
+
+    checks: tuple[Check, ...]
+    """All stages that both models have."""
+    skipped: tuple[str, ...]
+    """Stages that only one has, or that mean something else in the other."""
+    data: str
+    """What the models ran on."""
+    atol: float
+    """Absolute tolerance."""
+    rtol: float
+    """Tolerance relative to a stage's largest value."""
+
+    @property
+    def same(self) -> bool:
+        """Whether every stage is within tolerance."""
+        return all(check.equal for check in self.checks)
+
+    @property
+    def first_difference(self) -> Check | None:
+        """The first stage out of tolerance."""
+        return next((check for check in self.checks if not check.equal), None)
+
+
+class _Running:
+    """Differences of one stage, over batches."""
+
+    def __init__(self) -> None:
+        self.diff = self.scale = 0.0
+        self.rows = 0
+        self.identical = True
+
+    def update(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        x, y = a.numpy(), b.numpy()
+        self.identical &= bool(np.array_equal(x, y))
+        with np.errstate(invalid="ignore"):
+            # np.maximum keeps NaN; max() of Python would not
+            self.diff = float(np.maximum(self.diff, np.abs(x - y).max(initial=0.0)))
+            self.scale = float(np.maximum(self.scale, np.abs(x).max(initial=0.0)))
+        self.rows += len(x)
+
+
+def verify_models(
+    a: ScoredModel,
+    b: ScoredModel,
+    *,
+    data: Path | None = None,
+    atol: float = DEFAULT_ATOL,
+    rtol: float = DEFAULT_RTOL,
+    max_rows: int | None = None,
+    seed: int = 0,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Run both models on the same rows and compare stage by stage.
+
+    Args:
+        a: The reference.
+        b: The other model.
+        data: Rows to run on; without, rows are generated: ids over every table's whole range
+            (first and last row included), bags of 0 to 3 ids, normal dense inputs.
+        atol: Absolute tolerance.
+        rtol: Tolerance relative to the stage's largest absolute value in `a`.
+        max_rows: Use only so many rows of the data.
+        seed: Seed of generated rows.
+        on_rows: Told of rows done and rows in all, for progress.
+
+    Raises:
+        ConfigError: The models do not take the same inputs.
+        DataError: The data does not fit the models.
+    """
+    _check_comparable(a, b)
+    running: dict[str, _Running] = {}
+    skipped: dict[str, None] = {}
+    batches, total, label = _batches(a.spec, data, max_rows, seed)
+    done = 0
+    for batch in batches:
+        _compare(a, b, batch, running, skipped)
+        done += batch.num_rows
+        on_rows(done, total)
+    checks = tuple(
+        Check(
+            stage=stage,
+            max_abs_diff=run.diff,
+            scale=run.scale,
+            rows=run.rows,
+            # an infinite difference from an infinite value is none that a tolerance covers
+            equal=bool(np.isfinite(run.diff)) and run.diff <= atol + rtol * run.scale,
+            identical=run.identical,
+        )
+        for stage, run in running.items()
+    )
+    return VerifyReport(checks=checks, skipped=tuple(skipped), data=label, atol=atol, rtol=rtol)
+
+
+def _check_comparable(a: ScoredModel, b: ScoredModel) -> None:
+    problems = []
+    if a.spec.num_dense != b.spec.num_dense:
+        problems.append(f"dense inputs: {a.spec.num_dense} and {b.spec.num_dense}")
+    if a.spec.feature_names != b.spec.feature_names:
+        only_a = [n for n in a.spec.feature_names if n not in b.spec.feature_names]
+        only_b = [n for n in b.spec.feature_names if n not in a.spec.feature_names]
+        problems.append(
+            f"features: only in A {only_a[:5]}, only in B {only_b[:5]}"
+            if only_a or only_b
+            else "the same features in another order"
+        )
+    else:
+        for name in a.spec.feature_names:
+            rows = (a.spec.table_of(name).rows, b.spec.table_of(name).rows)
+            if rows[0] != rows[1]:
+                problems.append(f"rows of the table of {name}: {rows[0]} and {rows[1]}")
+    if problems:
+        raise ConfigError(
+            f"{a.path} and {b.path} do not take the same inputs",
+            expected="two models of the same features",
+            hint="compare a checkpoint with the bundle that was made of it",
+            details=problems,
+        )
+
+
+def _batches(
+    spec: ModelSpec, data: Path | None, max_rows: int | None, seed: int
+) -> tuple[Iterator[Batch], int, str]:
+    if data is None:
+        rows = GENERATED_ROWS if max_rows is None else max_rows
+        return _generated(spec, rows, seed), rows, f"{rows} generated rows"
+    dataset = open_data(data)
+    total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
+    batches = dataset.batches(_BATCH_ROWS, max_rows=max_rows)
+    return adapt_batches(dataset, spec, batches), total, f"{total} rows of {data}"
+
+
+def _generated(spec: ModelSpec, rows: int, seed: int) -> Iterator[Batch]:
+    for begin in range(0, rows, _BATCH_ROWS):
+        count = min(_BATCH_ROWS, rows - begin)
+        rng = np.random.default_rng((seed, begin))
+        bags = []
+        for feature in spec.features:
+            lengths = rng.integers(0, 4, size=count)
+            lengths[0], lengths[-1] = max(1, lengths[0]), max(1, lengths[-1])
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            last = spec.table_of(feature.name).rows - 1
+            values = rng.integers(0, last + 1, size=int(offsets[-1]), dtype=np.int64)
+            values[0], values[-1] = 0, last
+            bags.append(Bag(values=values, offsets=offsets))
+        yield Batch(
+            dense=rng.standard_normal((count, spec.num_dense)).astype(np.float32),
+            feature_names=spec.feature_names,
+            bags=tuple(bags),
+        )
+
+
+def _compare(
+    a: ScoredModel,
+    b: ScoredModel,
+    batch: Batch,
+    running: dict[str, _Running],
+    skipped: dict[str, None],
+) -> None:
+    ours = dict(a.stages(batch))
+    theirs = dict(b.stages(batch))
+    changed = _changed_meaning(a) | _changed_meaning(b)
+    order = [*ours, *(stage for stage in theirs if stage not in ours)]
+    # the logit comes last, whichever model has more stages
+    for stage in sorted(order, key=lambda name: name == "logit"):
+        x, y = ours.get(stage), theirs.get(stage)
+        if x is None or y is None or stage in changed or x.shape != y.shape:
+            skipped[stage] = None
+        else:
+            running.setdefault(stage, _Running()).update(x, y)
+    if batch.logits is not None:
+        truth = torch.from_numpy(np.array(batch.logits))
+        name = "logit of the original model (from the data), against A"
+        running.setdefault(name, _Running()).update(truth, ours["logit"])
+
+
+def _changed_meaning(model: ScoredModel) -> set[str]:
+    """Stages of a compressed model that hold other things than the flat model's."""
+    if model.towers is None or model.towers.is_passthrough:
+        return set()
+    return {"interaction"}

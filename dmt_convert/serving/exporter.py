@@ -1,0 +1,179 @@
+"""The flow of an export: check, place the weights, write the graphs, run them, put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from dmt_convert.adapter import user_file
+from dmt_convert.bundle import Bundle, check_digests
+from dmt_convert.files import check_free, staged_folder
+from dmt_convert.serving.export_config import ExportConfig, plan_inputs
+from dmt_convert.serving.export_manifest import EXPORT_MANIFEST, ExportManifest
+from dmt_convert.serving.graph_checks import GraphCheck, check_graphs
+from dmt_convert.serving.graph_writer import ExportJob, GraphWriter
+from dmt_convert.serving.placed_weights import (
+    PlacedFile,
+    PlacedWeights,
+    place_weights,
+    placed_bytes,
+)
+from dmt_convert.serving.quantisation_cost import (
+    check_auc_limit,
+    check_auc_lost,
+    measure_quantisation,
+)
+
+Progress = Callable[[str, int, int], None]
+_CHECKED_BYTES: Final = 4 << 30
+"""Weights of so many bytes are compared with their digests unasked; more would take long."""
+_GRAPH_BYTES: Final = 64 << 20
+"""Room for graphs, documents and weights outside tables."""
+_WRITERS: Final = {
+    "onnx": "dmt_convert.serving.onnx_writer:OnnxWriter",
+    "pt2": "dmt_convert.serving.pt2_writer:Pt2Writer",
+    "triton": "dmt_convert.serving.triton_writer:TritonWriter",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What an export came to."""
+
+    path: Path
+    """Its folder."""
+    manifest: ExportManifest
+    """Its `export.json`."""
+    checks: tuple[GraphCheck, ...]
+    """What was run before it was put in place."""
+
+
+def export_bundle(
+    bundle: Bundle,
+    out: Path,
+    config: ExportConfig,
+    *,
+    data: Path | None = None,
+    all_digests: bool | None = None,
+    on_quality: Callable[[Mapping[str, Any]], None] = lambda quality: None,
+    progress: Progress = lambda *_: None,
+) -> Export:
+    """Export a bundle; nothing is left in place unless every graph answers like the model.
+
+    Args:
+        bundle: The bundle.
+        out: The export's folder; must not exist.
+        config: What is asked for.
+        data: Rows to run the graphs on, beside generated ones.
+        all_digests: Compare all tables with their digests; by default where they are few enough.
+        on_quality: Told what quantisation costs, before anything is written.
+        progress: Told of step, done and total.
+
+    Raises:
+        BundleError: The bundle is damaged, or the target cannot be written.
+        DataError: The data does not fit the model or the form of the inputs.
+        ExportError: The format cannot do what is asked for, or a graph does not answer like the
+            model.
+    """
+    check_free(out, "export")
+    user_file(bundle.manifest.model.flat)
+    inputs = plan_inputs(bundle.manifest.model, config)
+    writer = load_writer(config)
+    check_auc_limit(config.max_auc_loss, config.quantize, data)
+    _check_weights(bundle, all_digests, progress)
+    quality = measure_quantisation(bundle, inputs, config.quantize, data, progress)
+    if quality:
+        on_quality(quality)
+        check_auc_lost(quality, config.max_auc_loss)
+    needed = placed_bytes(bundle, out.parent, config.quantize) + _GRAPH_BYTES
+    with staged_folder(out, force=False, needed_bytes=needed, what="export") as staging:
+        weights = place_weights(
+            bundle, staging, writer.folder_of, quantize=config.quantize, progress=progress
+        )
+        job = ExportJob(
+            folder=staging,
+            spec=bundle.manifest.model,
+            inputs=inputs,
+            weights=weights,
+            config=config,
+        )
+        written = writer.write(job, lambda done, total: progress("exporting", done, total))
+        manifest = ExportManifest(
+            format=config.format,
+            model=job.spec,
+            inputs=inputs,
+            parts=written.parts,
+            weights=_describe_weights(weights),
+            bundle={
+                "name": bundle.path.absolute().name,
+                "tool_version": bundle.manifest.tool_version,
+                "source_digest": bundle.manifest.source.get("digest"),
+            },
+            quantize=config.quantize,
+            out_of_range=config.out_of_range,
+            details=written.details,
+            quality=quality,
+        )
+        _write_manifest(staging, manifest)
+        checks = check_graphs(staging, bundle.path, data, progress, user_file(job.spec.flat))
+        manifest = replace(manifest, checks=tuple(check.to_json() for check in checks))
+        _write_manifest(staging, manifest)
+        _settle(staging)
+    return Export(path=out, manifest=manifest, checks=checks)
+
+
+def load_writer(config: ExportConfig) -> GraphWriter:
+    """Make the writer of a format; each needs packages of its own."""
+    module, _, attribute = _WRITERS[config.format].partition(":")
+    writer: GraphWriter = getattr(import_module(module), attribute)(config)
+    return writer
+
+
+def _check_weights(bundle: Bundle, all_digests: bool | None, progress: Progress) -> None:
+    """Compare weights with their digests: those beside tables always."""
+    size = sum(table.nbytes for table in bundle.manifest.model.flat.tables)
+    everything = size <= _CHECKED_BYTES if all_digests is None else all_digests
+    done = 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        progress("checking", done, size if everything else 0)
+
+    def wanted(tensor: str) -> bool:
+        """Exports hold no accumulators; tables are many bytes."""
+        return not tensor.endswith(".accumulator") and (
+            everything or not tensor.startswith("tables.")
+        )
+
+    check_digests(bundle, count, wanted=wanted)
+
+
+def _describe_weights(weights: PlacedWeights) -> dict[str, dict[str, Any]]:
+    files: tuple[PlacedFile, ...] = (*weights.towers, weights.over_arch)
+    return {file.path: {"bytes": file.bytes, "digests": dict(file.digests)} for file in files}
+
+
+def _write_manifest(folder: Path, manifest: ExportManifest) -> None:
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
+    (folder / EXPORT_MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _settle(folder: Path) -> None:
+    """Bring every file to the disk, readable by a server's user."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+            continue
+        if path.stat().st_nlink == 1:  # shared weights are on the disk already
+            path.chmod(0o644)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,298 @@
+"""The loop: batches through a model, one optimizer per part, measured now and then.
+
+Nothing here knows how many processes there are or where tables live: the model, the optimizers,
+the batches, the measurement and the best state come from whoever holds them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.data import Batch
+from dmt_convert.errors import ConfigError
+from dmt_convert.metrics import Accuracy
+from dmt_convert.training.finetune_config import FinetuneConfig
+from dmt_convert.training.optimizers import PartOptimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How good the model was on the validation rows after a step."""
+
+    step: int
+    """Steps taken; 0 is the start."""
+    auc: float | None
+    """Area under the ROC curve; None where only one class occurs."""
+    ne: float | None
+    """Normalised entropy; None where only one class occurs."""
+    log_loss: float
+    """Mean negative log likelihood, in nats."""
+    train_loss: float | None
+    """Mean loss of the steps since the evaluation before, in nats; None at the start."""
+
+    @property
+    def score(self) -> float:
+        """What decides, lower is better: NE, or the log loss where there is none."""
+        return self.log_loss if self.ne is None else self.ne
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What came of training; the model is in its best state."""
+
+    history: tuple[Evaluation, ...]
+    """All evaluations; the first is of the start."""
+    best: Evaluation
+    """The one whose state the model has; the start's, where nothing beat it."""
+    steps: int
+    """Steps taken."""
+    seconds: float
+    """Time spent on training steps, data included, evaluations not."""
+
+    @property
+    def start(self) -> Evaluation:
+        """The evaluation before the first step."""
+        return self.history[0]
+
+    @property
+    def ms_per_step(self) -> float:
+        """Milliseconds per step."""
+        return 1e3 * self.seconds / max(1, self.steps)
+
+    @property
+    def best_step(self) -> int:
+        """Steps after which the model was best."""
+        return self.best.step
+
+    @property
+    def improved(self) -> bool:
+        """Whether anything beat the start."""
+        return self.best.step > 0
+
+
+class BestState(Protocol):
+    """Holds on to the best state of a model while it is trained on."""
+
+    def keep(self) -> None:
+        """Take the present state for the best."""
+
+    def restore(self) -> None:
+        """Bring the best state back."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far training is: all that the loop remembers from step to step."""
+
+    step: int = 0
+    """Steps taken."""
+    seconds: float = 0.0
+    """Time spent on them."""
+    losses: list[float] = field(default_factory=list)
+    """This process's losses since the evaluation before, in nats."""
+    history: list[Evaluation] = field(default_factory=list)
+    """All evaluations so far."""
+    best_index: int = 0
+    """Which of them is the best."""
+
+    @property
+    def best(self) -> Evaluation:
+        """The best evaluation so far."""
+        return self.history[self.best_index]
+
+    def note(self, evaluation: Evaluation) -> bool:
+        """Take an evaluation; returns whether it is the best so far."""
+        self.history.append(evaluation)
+        is_best = len(self.history) == 1 or evaluation.score < self.best.score
+        if is_best:
+            self.best_index = len(self.history) - 1
+        return is_best
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether patience, in evaluations without improvement, is at an end."""
+        return patience is not None and len(self.history) - 1 - self.best_index >= patience
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """Read what `to_json` wrote."""
+        history = [Evaluation(**evaluation) for evaluation in value["history"]]
+        return cls(**{**value, "history": history, "losses": list(value["losses"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When to measure, when to save, and when to end."""
+
+    total_steps: int
+    """Steps to take at most."""
+    eval_every: int
+    """Steps between evaluations; the last step is always followed by one."""
+    save_every: int | None = None
+    """Steps between checkpoints, beside those of the best states; None for only those."""
+    eval_at: frozenset[int] = frozenset()
+    """Further steps that are followed by an evaluation."""
+    stop_at: Callable[[Evaluation], bool] = lambda evaluation: False
+    """Ends training when an evaluation is good enough."""
+
+    def measures(self, step: int) -> bool:
+        """Whether a step, from 1, is followed by an evaluation."""
+        return step % self.eval_every == 0 or step in self.eval_at or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a step, from 1, is followed by a checkpoint, whatever it is worth."""
+        return step == self.total_steps or (
+            self.save_every is not None and step % self.save_every == 0
+        )
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingParts:
+    """What the loop works with; another engine brings its own."""
+
+    step: Callable[[float], float]
+    """Takes a step on the next batch, given what learning rates are multiplied by; returns this
+    process's loss before it."""
+    measure: Callable[[], Accuracy]
+    """Measures the model on the validation rows."""
+    best_state: BestState
+    """Holds on to the best state."""
+    mean_loss: Callable[[Sequence[float]], float] = _mean
+    """Mean of losses, over all processes."""
+    save: Callable[[Progress], None] | None = None
+    """Writes a checkpoint; None where there are none."""
+
+
+def run_loop(
+    parts: TrainingParts,
+    config: FinetuneConfig,
+    schedule: Schedule,
+    *,
+    progress: Progress | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> TrainResult:
+    """Train until the last step, or until evaluations no longer get better.
+
+    The start is a candidate: afterwards the model is never worse on the validation rows than it
+    was before.
+
+    Args:
+        parts: Step, measurement, best state, checkpoints.
+        config: Learning rates over time, patience.
+        schedule: When to measure, when to save, when to end.
+        progress: Where to go on, from a checkpoint; None for the start.
+        on_step: Told of every step, from 1, and its loss.
+        on_evaluation: Told of every evaluation.
+
+    Raises:
+        ConfigError: The loss is no longer finite.
+        DataError: A row is not what the format promises.
+    """
+    now = Progress() if progress is None else progress
+    if not now.history:
+        _evaluate(parts, now, on_evaluation)
+    total = schedule.total_steps
+    begin = time.perf_counter()
+    while (
+        now.step < total
+        and not now.is_over(config.patience)
+        and not schedule.stop_at(now.history[-1])
+    ):
+        now.step += 1
+        loss = parts.step(config.lr_factor(now.step, total))
+        if not math.isfinite(loss):
+            raise _diverged("loss", loss, now.step)
+        now.losses.append(loss)
+        on_step(now.step, loss)
+        measures, saves = schedule.measures(now.step), schedule.saves(now.step)
+        if measures or saves:
+            now.seconds += time.perf_counter() - begin
+            improved = measures and _evaluate(parts, now, on_evaluation)
+            if parts.save is not None and (improved or saves):
+                parts.save(now)
+            begin = time.perf_counter()
+    parts.best_state.restore()
+    return TrainResult(
+        history=tuple(now.history), best=now.best, steps=now.step, seconds=now.seconds
+    )
+
+
+def _evaluate(
+    parts: TrainingParts, now: Progress, on_evaluation: Callable[[Evaluation], None]
+) -> bool:
+    """Measure, and keep the state where it is the best so far; returns whether it is."""
+    accuracy = parts.measure()
+    if not math.isfinite(accuracy.log_loss):
+        raise _diverged("validation loss", accuracy.log_loss, now.step)
+    evaluation = Evaluation(
+        step=now.step,
+        auc=accuracy.auc,
+        ne=accuracy.ne,
+        log_loss=accuracy.log_loss,
+        train_loss=parts.mean_loss(now.losses) if now.losses else None,
+    )
+    now.losses.clear()
+    is_best = now.note(evaluation)
+    if is_best:
+        parts.best_state.keep()
+    on_evaluation(evaluation)
+    return is_best
+
+
+def take_step(
+    model: Callable[[Batch], Tensor],
+    optimizers: Sequence[PartOptimizer],
+    batch: Batch,
+    lr_factor: float = 1.0,
+) -> float:
+    """Take one step on one batch.
+
+    Args:
+        model: Gives logits, shape (B,).
+        optimizers: One per part of the model.
+        batch: Labelled rows.
+        lr_factor: What learning rates are multiplied by.
+
+    Returns:
+        Mean binary cross entropy before the step, in nats. Where it is not finite, no weight
+        was changed.
+    """
+    assert batch.labels is not None
+    labels = torch.from_numpy(np.require(batch.labels, requirements=["C", "W"]))
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss = nn.functional.binary_cross_entropy_with_logits(model(batch), labels)
+    value = float(loss.detach())
+    if math.isfinite(value):
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step(lr_factor)
+    return value
+
+
+def _diverged(what: str, value: float, step: int) -> ConfigError:
+    return ConfigError(
+        f"training diverged: the {what} is {value} at step {step}",
+        expected="a finite loss; nothing was written",
+        hint="lower --dense-lr and --table-lr, add --warmup-steps 100 or --clip-norm 1",
+    )
