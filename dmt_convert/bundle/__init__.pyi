@@ -8,11 +8,9 @@ from .accumulators import find_damage as find_damage
 from .accumulators import plan_accumulator_files as plan_accumulator_files
 from .accumulators import read_rows as read_rows
 from .bundle import Bundle as Bundle
-from .bundle import Documents as Documents
 from .bundle import check_digests as check_digests
 from .bundle import is_bundle as is_bundle
 from .bundle import open_bundle as open_bundle
-from .bundle import write_bundle as write_bundle
 from .bundle_model import open_bundle_model as open_bundle_model
 from .bundle_model import split_state as split_state
 from .manifest import Manifest as Manifest
@@ -21,3 +19,7 @@ from .weights import SmallWeights as SmallWeights
 from .weights import plan_table_files as plan_table_files
 from .weights import table_bytes as table_bytes
 from .weights import tower_file as tower_file
+from .writer import BundleWriter as BundleWriter
+from .writer import Documents as Documents
+from .writer import StreamedWeights as StreamedWeights
+from .writer import write_bundle as write_bundle

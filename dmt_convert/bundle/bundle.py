@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dmt_convert.bundle.accumulators import (
-    AccumulatorSource,
     accumulated_table,
     accumulator_file,
     accumulator_name,
-    write_accumulators,
 )
-from dmt_convert.bundle.manifest import SCHEMA_VERSION, Manifest, read_manifest
-from dmt_convert.bundle.weights import DENSE_FILE, SmallWeights, tower_file
+from dmt_convert.bundle.manifest import Manifest, read_manifest
+from dmt_convert.bundle.weights import DENSE_FILE, tower_file
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.files import (
     MANIFEST_NAME,
-    StreamedFile,
-    TensorSource,
-    digest_names,
     digest_of,
-    make_folder,
-    staged_folder,
 )
 from dmt_convert.placement import TowerPlan
 
 PLAN_NAME: Final = "plan.json"
-_DOCUMENT_BYTES: Final = 8 << 20
-
-Weights = Mapping[str, Mapping[str, Any]]
-"""Weights file -> its bytes and the digests of its tensors."""
-Documents = Callable[[Manifest], Mapping[str, str]]
-"""Given the final manifest, further files of a bundle by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,100 +73,6 @@ class Bundle:
 def is_bundle(path: Path) -> bool:
     """Tell whether a path is a bundle's folder."""
     return (path / MANIFEST_NAME).is_file()
-
-
-def write_bundle(
-    out: Path,
-    tables: Mapping[str, list[TensorSource]],
-    *,
-    small: Callable[[], SmallWeights],
-    describe: Callable[[], tuple[Manifest, TowerPlan, Documents]],
-    accumulators: Mapping[str, Sequence[AccumulatorSource]] | None = None,
-    force: bool = False,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> Bundle:
-    """Stream the weights beside the target, add the documents, put the bundle in place.
-
-    Args:
-        out: The bundle's folder.
-        tables: Weights file -> its tables, which are streamed first.
-        small: Gives all other weights, once the tables are written.
-        describe: Gives the manifest (weights and digests are filled in, that of the source where
-            it has none), the plan, and what makes further documents. Asked once all is written.
-        accumulators: Weights file -> accumulators of its tables; one that is damaged is left out,
-            and says so.
-        force: Replace a bundle that is there.
-        on_bytes: Told of every written piece, for progress.
-
-    Raises:
-        BundleError: The target is taken, or the disk is full.
-        CheckpointError: A table holds NaN or Inf, or its bytes are not what they were.
-    """
-    accumulators = accumulators or {}
-    needed = sum(source.nbytes for sources in tables.values() for source in sources)
-    needed += sum(source.nbytes for sources in accumulators.values() for source in sources)
-    with staged_folder(out, force=force, needed_bytes=needed + _DOCUMENT_BYTES) as staging:
-        make_folder(staging / "weights")
-        weights = _write_weights(staging, tables, accumulators, small, on_bytes)
-        manifest, plan, documents = describe()
-        # a bundle made of another one keeps the digest of the flat model
-        digest = manifest.source.get("digest") or _source_digest(tables, weights)
-        manifest = replace(manifest, weights=weights, source={**manifest.source, "digest": digest})
-        _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
-        for name, text in documents(manifest).items():
-            _write_text(staging / name, text)
-        _write_text(staging / MANIFEST_NAME, _dump(manifest.to_json()))
-    return open_bundle(out)
-
-
-def _write_weights(
-    staging: Path,
-    tables: Mapping[str, list[TensorSource]],
-    accumulators: Mapping[str, Sequence[AccumulatorSource]],
-    small: Callable[[], SmallWeights],
-    on_bytes: Callable[[int], None],
-) -> Weights:
-    metadata = {"format": "pt", "dmt_schema": str(SCHEMA_VERSION)}
-    files = {
-        name: StreamedFile(staging / name, sources, metadata=metadata)
-        for name, sources in tables.items()
-    }
-    for file in files.values():
-        file.write_large(on_bytes)
-    summed = {
-        name: write_accumulators(staging / name, sources, metadata=metadata, on_bytes=on_bytes)
-        for name, sources in accumulators.items()
-    }
-    late = small().sources()
-    digests = {name: file.finish(late[name]) for name, file in files.items()}
-    digests |= {name: found for name, found in summed.items() if found}
-    return {
-        name: {"bytes": (staging / name).stat().st_size, "digests": found}
-        for name, found in digests.items()
-    }
-
-
-def _source_digest(tables: Mapping[str, list[TensorSource]], weights: Weights) -> str:
-    """Digest of the flat model's tables as they were read (recoded tables: as written)."""
-    entries = []
-    for name, sources in tables.items():
-        digests = weights[name]["digests"]
-        entries += [
-            (source.name, source.dtype, source.shape, digests[source.name]) for source in sources
-        ]
-    return digest_names(entries)
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fchmod(file.fileno(), 0o644)
-        os.fsync(file.fileno())
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -17,6 +17,7 @@ from dmt_convert.bundle import (
     Bundle,
     Documents,
     Manifest,
+    StreamedWeights,
     open_bundle_model,
     split_state,
     tower_file,
@@ -204,10 +205,9 @@ def write_trained(
 
     bundle = write_bundle(
         out,
-        table_sources(parent, trained.table),
-        small=lambda: split_state(trained.module),
+        StreamedWeights(tables=table_sources(parent, trained.table), accumulators=accumulators),
+        small=split_state(trained.module),
         describe=describe,
-        accumulators=accumulators,
         force=force,
     )
     return Finetuned(bundle=bundle, before=result.start, after=after, notes=notes)

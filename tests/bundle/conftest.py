@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.bundle import Bundle, Manifest, plan_table_files, split_state, write_bundle
+from dmt_convert.bundle import (
+    Bundle,
+    Manifest,
+    StreamedWeights,
+    plan_table_files,
+    split_state,
+    write_bundle,
+)
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.families import FlatModelInfo, infer_model
@@ -49,8 +56,11 @@ def write(source: Path) -> BundleWriter:
         )
         return write_bundle(
             out,
-            plan_table_files(info, TOWERS),
-            small=lambda: split_state(model),
+            StreamedWeights(
+                tables=plan_table_files(info, TOWERS),
+                accumulators=options.pop("accumulators", {}),
+            ),
+            small=split_state(model),
             describe=lambda: (
                 manifest,
                 plan,
