@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, Output, QuietOption, grid, human_bytes, make_output, table
-from .partition_options import AdapterOption, read_model_options
+import dmt_convert as dmt
+from dmt_convert.config import InspectConfig
+
+from .console import Output, grid, human_bytes, table
+from .options import command
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
@@ -22,14 +25,12 @@ _LISTED = 20
 """Objects that were not read, as far as a table lists them."""
 
 
+@command(InspectConfig)
 def run(
-    source: Annotated[Path, typer.Argument(help="Checkpoint file or directory, or a bundle.")],
-    model_config: Annotated[
-        Path | None, typer.Option(help="YAML that says what the checkpoint does not.")
-    ] = None,
-    adapter: AdapterOption = None,
-    json_: JsonOption = False,
-    quiet: QuietOption = False,
+    source: Annotated[Path, typer.Argument(help="Checkpoint file or directory, bundle or export.")],
+    *,
+    config: InspectConfig,
+    output: Output,
 ) -> None:
     """Say what a checkpoint holds: what was read, inferred, assumed.
 
@@ -37,21 +38,15 @@ def run(
 
     Example: `dmt inspect model.pt`
     """
-    from dmt_convert.bundle import is_bundle, open_bundle
-    from dmt_convert.checkpoint import open_checkpoint
-    from dmt_convert.families import infer_model
-    from dmt_convert.serving import is_export, read_export_manifest
+    from dmt_convert.families import FlatModelInfo
 
-    output = make_output(json_=json_, quiet=quiet)
-    if is_bundle(source):
-        _show_bundle(output, open_bundle(source))
-        return
-    if is_export(source):
-        _show_export(output, source, read_export_manifest(source))
-        return
-    config = read_model_options(model_config, adapter)
-    info = infer_model(open_checkpoint(source), config)
-    output.result(_as_json(info), *_tables(info))
+    found = dmt.inspect(source, config=config)
+    if isinstance(found, dmt.Bundle):
+        _show_bundle(output, found)
+    elif isinstance(found, FlatModelInfo):
+        output.result(_as_json(found), *_tables(found))
+    else:
+        _show_export(output, source, found)
 
 
 def _as_json(info: FlatModelInfo) -> dict[str, Any]:

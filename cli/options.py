@@ -7,7 +7,7 @@ A command is a function of its positional arguments, its settings and how to tal
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,16 +16,14 @@ import typer
 
 from dmt_convert.config import (
     Config,
-    SettingsError,
     base_type,
     default_text,
     extra_of,
     key_of,
     literals,
+    make_config,
     option_name,
-    read_settings,
 )
-from dmt_convert.errors import UsageError
 
 from .console import make_output
 
@@ -48,7 +46,7 @@ def command(kind: type[Config]) -> Callable[[Command], Command]:
             output = make_output(json_=values.pop("json_"), quiet=values.pop("quiet"))
             file = values.pop("config_file")
             mine = {p.name: values.pop(p.name) for p in own}
-            run(**mine, config=make_config(kind, values, file), output=output)
+            run(**mine, config=make_config(kind, _given(kind, values), file), output=output)
 
         wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
@@ -57,34 +55,10 @@ def command(kind: type[Config]) -> Callable[[Command], Command]:
     return decorate
 
 
-def make_config(kind: type[Config], options: dict[str, Any], file: Path | None) -> Config:
-    """Make the settings of a command: defaults, then the file, then options.
-
-    Args:
-        kind: The settings.
-        options: Values of options by field name; None, or an empty list, if not given.
-        file: The file of `--config`.
-
-    Raises:
-        ConfigError: The file is wrong.
-        UsageError: An option is wrong.
-    """
+def _given(kind: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that options give, by key; those that were not given are left out."""
     keys = {name: key_of(name, field) for name, field in kind.model_fields.items()}
-    given = {keys[name]: value for name, value in options.items() if value not in (None, [])}
-    settings = {} if file is None else read_settings(file, kind)
-    try:
-        return kind(**(settings | given))
-    except SettingsError as error:
-        said = [f"{_shown(name)} {text}".strip() for name, text in error.problems]
-        raise UsageError(
-            said[0] if len(said) == 1 else f"{len(said)} options are wrong",
-            hint=f"dmt {kind.command} --help",
-            details=said if len(said) > 1 else (),
-        ) from None
-
-
-def _shown(name: str) -> str:
-    return option_name(name) if name else ""
+    return {keys[name]: value for name, value in options.items() if value not in (None, [])}
 
 
 def _parameters(run: Command) -> list[inspect.Parameter]:
@@ -108,7 +82,7 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
             type_ | None,
             typer.Option(
                 f"{option}/--no-{option[2:]}" if switch else option,
-                help=f"{field.description} [{_default(field)}]",
+                help=_help(field),
                 metavar=extra["metavar"] or ("PATH" if plain is Path else None),
                 rich_help_panel=extra["panel"],
                 show_default=False,
@@ -116,10 +90,11 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
         )
 
 
-def _default(field: Any) -> str:
-    if field.is_required() or default_text(field) == "none":
-        return "required" if field.is_required() else "default: none"
-    return f"default: {default_text(field)}"
+def _help(field: Any) -> str:
+    default = default_text(field)
+    if default in ("none", "off"):
+        return str(field.description)
+    return f"{field.description} [{default if default == 'required' else f'default: {default}'}]"
 
 
 def _option(name: str, type_: Any, option: Any, default: Any = None) -> inspect.Parameter:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JsonOption, QuietOption, grid, human_bytes, make_output, table
-from .partition_options import AdapterOption, read_model_options
-from .prediction_options import (
-    DEFAULT_IDS,
-    AssumeOption,
-    BatchOption,
-    CommDtypeOption,
-    GpuOption,
-    IdsPerBagOption,
-    PlotOption,
-    PredictOption,
-    PredictScalingOption,
-    make_machine,
-    refuse_idle_options,
-)
+import dmt_convert as dmt
+from dmt_convert.config import PlanConfig
+
+from .console import Output, grid, human_bytes, table
+from .options import command
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,35 +22,12 @@ NAME = "plan"
 _BATCH = 1024
 
 
+@command(PlanConfig)
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle.")],
-    hosts: Annotated[int, typer.Option("--hosts", help="Hosts of the cluster.")],
-    ranks_per_host: Annotated[int, typer.Option("--ranks-per-host", help="Ranks (GPUs) per host.")],
-    hbm_gib: Annotated[
-        float | None,
-        typer.Option("--hbm-gib", help="Memory per rank in GiB, 80 if not given."),
-    ] = None,
-    intra_gbps: Annotated[
-        float | None, typer.Option("--intra-gbps", help="Link speed inside a host, Gbit/s.")
-    ] = None,
-    inter_gbps: Annotated[
-        float | None,
-        typer.Option("--inter-gbps", help="Link speed per rank to other hosts, Gbit/s."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the plan to this JSON file.")
-    ] = None,
-    predict: PredictOption = False,
-    predict_scaling: PredictScalingOption = False,
-    plot: PlotOption = None,
-    gpu: GpuOption = None,
-    batch: BatchOption = None,
-    comm_dtype: CommDtypeOption = None,
-    ids_per_bag: IdsPerBagOption = None,
-    assume: AssumeOption = None,
-    adapter: AdapterOption = None,
-    json_: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    config: PlanConfig,
+    output: Output,
 ) -> None:
     """Place a bundle's towers on the hosts of a cluster, and predict its steps there.
 
@@ -69,53 +35,12 @@ def run(
 
     Example: `dmt plan ckpt-dmt16 --hosts 16 --ranks-per-host 8 --predict --gpu h100`
     """
-    from dmt_convert.bundle import open_bundle
-    from dmt_convert.placement import plan_towers
+    plan = dmt.plan(bundle, config=config)
+    value, tables = plan.to_json(), _tables(plan)
+    if config.predict or config.predict_scaling:
+        from .prediction_tables import show_prediction
 
-    from .cluster_options import make_cluster
-    from .partition_command import write_text
-    from .prediction_tables import show_prediction
-
-    output = make_output(json_=json_, quiet=quiet)
-    refuse_idle_options(
-        predict=predict,
-        scaling=predict_scaling,
-        plot=plot,
-        given={
-            "--gpu": gpu,
-            "--batch": batch,
-            "--comm-dtype": comm_dtype,
-            "--ids-per-bag": ids_per_bag,
-            "--assume": assume,
-        },
-    )
-    read_model_options(None, adapter)
-    opened = open_bundle(bundle)
-    cluster = make_cluster(
-        hosts=hosts,
-        ranks_per_host=ranks_per_host,
-        hbm_gib=hbm_gib,
-        intra_gbps=intra_gbps,
-        inter_gbps=inter_gbps,
-        gpu=gpu,
-    )
-    machine = make_machine(cluster, gpu=gpu, batch=batch, comm_dtype=comm_dtype, assume=assume)
-    model = opened.manifest.model
-    plan = plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)
-    value = plan.to_json()
-    if out is not None:
-        write_text(out, json.dumps(value, indent=1) + "\n")
-    tables = _tables(plan)
-    if predict or predict_scaling:
-        shown = show_prediction(
-            model,
-            plan,
-            machine,
-            ids_per_bag=DEFAULT_IDS if ids_per_bag is None else ids_per_bag,
-            predict=predict,
-            scaling=predict_scaling,
-            plot=plot,
-        )
+        shown = show_prediction(dmt.open_bundle(bundle), plan, config)
         value["prediction"] = shown.value
         tables += shown.tables
     output.result(value, *tables)

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, QuietOption, grid, human_bytes, make_output
+import dmt_convert as dmt
+from dmt_convert.config import UnshardConfig
+
+from .console import Output, grid, human_bytes
+from .options import command
 
 if TYPE_CHECKING:
     from dmt_convert.files import Unsharded
@@ -16,25 +20,17 @@ NAME = "unshard"
 _LISTED = 20
 
 
+@command(UnshardConfig)
 def run(
     source: Annotated[Path, typer.Argument(help="Checkpoint file or directory.")],
-    out: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")],
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            help="Write tensors whose name or path fits; repeatable. * and ? as in a shell.",
-            metavar="PATTERN",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    json_: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    config: UnshardConfig,
+    output: Output,
 ) -> None:
     """Write the tensors of any checkpoint to one plain `.safetensors` file.
 
     Shards of all ranks are joined, names stay the trainer's, bytes stay as they are. Tables are
-    streamed: memory stays small whatever their size. Nothing that the checkpoint pickles is run.
+    streamed, so memory does not grow with their size. No code in the checkpoint is run.
 
     For example:
 
@@ -42,11 +38,8 @@ def run(
 
     `dmt unshard ckpt.pt --out tables.safetensors --only '*embedding_bags*'`
     """
-    from dmt_convert.files import unshard_checkpoint
-
-    output = make_output(json_=json_, quiet=quiet)
     with output.progress() as progress:
-        done = unshard_checkpoint(source, out, only=only or (), force=force, progress=progress)
+        done = dmt.unshard(source, config=config, progress=progress)
     output.result(_as_json(done), grid(_rows(done)))
 
 

@@ -10,13 +10,14 @@ A setting whose default is None is decided when the command runs; `auto` says ho
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -28,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from dmt_convert.errors import ConfigError
+from dmt_convert.errors import ConfigError, UsageError
 from dmt_convert.spec import CommDtype, Dtype
 
 Strategy = Literal["coherent", "diverse", "round-robin"]
@@ -44,6 +45,11 @@ InputForm = Literal["single", "fixed", "padded", "jagged"]
 OutOfRange = Literal["refuse", "clip"]
 
 STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
+Kind = TypeVar("Kind", bound="Config")
+_TOWERS: Final = "Which features share a tower"
+_MODULES: Final = "What a tower emits"
+_CLUSTER: Final = "Cluster"
+_MODEL: Final = "Facts about the model"
 _TRAINING: Final = "Training"
 _RANKS: Final = "Over ranks"
 _PREDICTION: Final = "Prediction (modelled)"
@@ -395,11 +401,13 @@ class ModelOptions(Config):
         "YAML file with facts that the checkpoint does not store (feature order, pooling, ...).",
         alias="model_config",
         metavar="FILE.yaml",
+        panel=_MODEL,
     )
     model: PathValue | None = setting(
         None,
         "Python file that describes a model of your own (docs/adapters.md). The file is run.",
         metavar="FILE.py",
+        panel=_MODEL,
     )
 
 
@@ -416,9 +424,15 @@ class BundleOptions(Config):
 class ClusterOptions(Config):
     """The cluster that towers are placed on."""
 
-    hosts: int | None = setting(None, "Hosts of the cluster.", ge=1, auto="one per tower")
-    ranks_per_host: int | None = setting(None, "Ranks (GPUs) per host.", ge=1, auto="8")
-    hbm_gib: Float | None = setting(None, "Memory per rank in GiB.", gt=0, auto="80")
+    hosts: int | None = setting(
+        None, "Hosts of the cluster.", ge=1, auto="one per tower", panel=_CLUSTER
+    )
+    ranks_per_host: int | None = setting(
+        None, "Ranks (GPUs) per host.", ge=1, auto="8", panel=_CLUSTER
+    )
+    hbm_gib: Float | None = setting(
+        None, "Memory per rank in GiB.", gt=0, auto="80", panel=_CLUSTER
+    )
 
 
 class InspectConfig(ModelOptions):
@@ -440,17 +454,20 @@ class PartitionOptions(Config):
         metavar="coherent|diverse|round-robin|FILE",
         auto="coherent; diverse if a tower may emit combinations of its features (--c 0 or "
         "--compression with a dot interaction)",
+        panel=_TOWERS,
     )
     affinity: AffinityKind = setting(
         "weights",
         "How close two features are. weights: how much the model uses the pair; cosine: how "
         "aligned their embeddings are.",
+        panel=_TOWERS,
     )
     size_ratio: Float = setting(
         1.0,
         "Largest tower, as a multiple of the mean number of features. 1 keeps towers within one "
         "feature of each other.",
         ge=1,
+        panel=_TOWERS,
     )
     load_ratio: Float | None = setting(
         None,
@@ -458,11 +475,19 @@ class PartitionOptions(Config):
         "mean.",
         ge=1,
         auto="unlimited",
+        panel=_TOWERS,
     )
-    together: NameLists = setting((), "Features that share a tower. Repeatable.", metavar="f,g")
-    apart: NameLists = setting((), "Features in different towers. Repeatable.", metavar="f,g")
+    together: NameLists = setting(
+        (), "Features that share a tower. Repeatable.", metavar="f,g", panel=_TOWERS
+    )
+    apart: NameLists = setting(
+        (), "Features in different towers. Repeatable.", metavar="f,g", panel=_TOWERS
+    )
     group: Groups = setting(
-        (), "Features of different groups never share a tower. Repeatable.", metavar="NAME=f,g"
+        (),
+        "Features of different groups never share a tower. Repeatable.",
+        metavar="NAME=f,g",
+        panel=_TOWERS,
     )
     calibration: PathValue | None = setting(
         None,
@@ -529,11 +554,16 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         "Kind of tower module. auto takes the architecture's own; passthrough computes exactly "
         "what the flat model computes.",
         metavar="auto|passthrough|dlrm|dcn|linear",
+        panel=_MODULES,
     )
-    c: int | None = setting(None, "Vectors emitted per feature.", ge=0, auto="1")
-    p: int | None = setting(None, "Vectors emitted per tower.", ge=0, auto="0")
+    c: int | None = setting(None, "Vectors emitted per feature.", ge=0, auto="1", panel=_MODULES)
+    p: int | None = setting(None, "Vectors emitted per tower.", ge=0, auto="0", panel=_MODULES)
     dim: int | None = setting(
-        None, "Output dim D of an emitted vector.", ge=1, auto="half the embedding dim"
+        None,
+        "Output dim D of an emitted vector.",
+        ge=1,
+        auto="half the embedding dim",
+        panel=_MODULES,
     )
     compression: Float | None = setting(
         None,
@@ -541,12 +571,14 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         "bytes that do.",
         gt=0,
         auto="2",
+        panel=_MODULES,
     )
     distill_steps: int | None = setting(
         None,
         "Distillation steps after the closed-form fit; 0 for none.",
         ge=0,
         auto="up to 500, fewer for large models",
+        panel=_MODULES,
     )
     dtype: Dtype | None = setting(None, "Store tables in this type.", auto="as they are")
     optimizer_state: Literal["keep", "drop"] = setting(
@@ -554,9 +586,6 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
     )
     out: PathValue | None = setting(
         None, "Folder of the bundle.", record=False, auto="CKPT-dmtT beside SOURCE", metavar="DIR"
-    )
-    dry_run: bool = setting(
-        False, "Say what would be done: read headers, write nothing.", record=False
     )
     force: bool = setting(False, "Replace an existing bundle.", record=False)
 
@@ -642,7 +671,13 @@ class ScoreConfig(ModelOptions):
     command: ClassVar[str] = "score"
 
     data: PathValue = setting(..., "Data set, or a probe npz.")
-    out: PathValue = setting(..., "npz to write, with the array `logits`.", metavar="FILE.npz")
+    out: PathValue | None = setting(
+        None,
+        "npz to write, with the array `logits`.",
+        auto="nothing is written",
+        metavar="FILE.npz",
+        record=False,
+    )
 
 
 class EvaluateConfig(ModelOptions):
@@ -946,8 +981,6 @@ def _is_endpoint(text: str) -> bool:
 class FinetuneConfig(LaunchConfig, RunConfig):
     """Settings of `dmt finetune`."""
 
-    dry_run: bool = setting(False, "Print the torchrun command and run nothing.", record=False)
-
 
 COMMANDS: Final[tuple[type[Config], ...]] = (
     InspectConfig,
@@ -1009,3 +1042,90 @@ def default_text(field: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
+    """Give a script of one's own the options of a command, for `argparse`.
+
+    Args:
+        parser: The script's parser; `--config FILE` is added too.
+        kind: The settings.
+    """
+    groups: dict[str, Any] = {}
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    for name, field in kind.model_fields.items():
+        panel = extra_of(field)["panel"]
+        if panel and panel not in groups:
+            groups[panel] = parser.add_argument_group(panel)
+        add = groups[panel].add_argument if panel else parser.add_argument
+        option, plain = option_name(key_of(name, field)), base_type(field.annotation)
+        help_ = f"{field.description} [{default_text(field)}]".replace("%", "%%")
+        if plain is bool:
+            on = argparse.BooleanOptionalAction if field.default else "store_true"
+            add(option, dest=name, action=on, default=None, help=help_)
+        else:
+            type_ = plain if plain in (int, float) else str
+            many = {"action": "append"} if plain is list else {"type": type_}
+            choices = literals(field.annotation) if not extra_of(field)["metavar"] else ()
+            metavar = None if choices else (extra_of(field)["metavar"] or plain.__name__.upper())
+            add(option, dest=name, choices=choices or None, metavar=metavar, help=help_, **many)
+
+
+def parse_arguments(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Make settings from what a parser of `add_arguments` returned: defaults, file, options.
+
+    Args:
+        kind: The settings.
+        values: `vars()` of the parsed arguments.
+
+    Raises:
+        ConfigError: The file, or an option, is wrong.
+    """
+    keys = {name: key_of(name, field) for name, field in kind.model_fields.items()}
+    given = {key: values[name] for name, key in keys.items() if values.get(name) not in (None, [])}
+    file = values.get("config")
+    return make_config(kind, given, file)
+
+
+def make_config(kind: type[Kind], options: Mapping[str, Any], file: Path | None) -> Kind:
+    """Make the settings of a command: defaults, then the file, then options.
+
+    Args:
+        kind: The settings.
+        options: Settings by key.
+        file: YAML file with settings, or the `dmt.json` of a bundle.
+
+    Raises:
+        ConfigError: The file is wrong.
+        UsageError: An option is wrong.
+    """
+    settings = {} if file is None else read_settings(file, kind)
+    try:
+        return kind(**(settings | dict(options)))
+    except SettingsError as error:
+        said = [f"{option_name(name)} {text}" if name else text for name, text in error.problems]
+        raise UsageError(
+            said[0] if len(said) == 1 else f"{len(said)} options are wrong",
+            hint=f"dmt {kind.command} --help",
+            details=said if len(said) > 1 else (),
+        ) from None
+
+
+def to_arguments(config: Config, kind: type[Config]) -> list[str]:
+    """Write settings as the options that give them; those that were not set are left out.
+
+    Args:
+        config: The settings.
+        kind: Which of them to write.
+    """
+    arguments: list[str] = []
+    for name, field in kind.model_fields.items():
+        value = getattr(config, name)
+        if name not in config.model_fields_set or value is None:
+            continue
+        option = option_name(key_of(name, field))
+        if isinstance(value, bool):
+            arguments += [option] if value else ["--no-" + option[2:]] * bool(field.default)
+        else:
+            arguments += [option, str(value)]
+    return arguments

@@ -9,4 +9,5 @@ from .model_config import ModelConfig as ModelConfig
 from .model_config import read_model_config as read_model_config
 from .optimizer_state import read_initial_value as read_initial_value
 from .optimizer_state import subtract_initial as subtract_initial
+from .options import read_model_options as read_model_options
 from .torchrec_dlrm import TORCHREC_DLRM as TORCHREC_DLRM

@@ -98,14 +98,23 @@ def read_model_config(path: Path) -> ModelConfig:
         ) from None
     if not isinstance(content, dict):
         raise _wrong(path, [f"it holds {type(content).__name__}, not keys and values"])
-    return _parse(path, content)
+    return parse_model_config(f"the model config {path}", content)
 
 
 def _keys() -> list[str]:
     return [field.name for field in fields(ModelConfig) if field.name != "adapter"]
 
 
-def _parse(path: Path, content: dict[Any, Any]) -> ModelConfig:
+def parse_model_config(path: Path | str, content: dict[Any, Any]) -> ModelConfig:
+    """Check what a user says of a model.
+
+    Args:
+        path: Where it comes from, for errors.
+        content: Keys and values.
+
+    Raises:
+        ConfigError: A key or a value is not allowed; all of them are named.
+    """
     known = _keys()
     problems = [f"unknown key {_show(key)}" for key in content if key not in known]
     checks = {

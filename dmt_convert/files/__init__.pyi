@@ -9,6 +9,8 @@ from .safetensors_writer import StreamedFile as StreamedFile
 from .safetensors_writer import TensorSource as TensorSource
 from .safetensors_writer import array_source as array_source
 from .safetensors_writer import safetensors_header as safetensors_header
+from .staged_file import staged_file as staged_file
+from .staged_file import write_text as write_text
 from .staging import MANIFEST_NAME as MANIFEST_NAME
 from .staging import check_free as check_free
 from .staging import check_space as check_space

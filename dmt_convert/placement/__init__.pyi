@@ -10,6 +10,7 @@ from .packer import tower_loads as tower_loads
 from .placement import Shard as Shard
 from .placement import padded_dim as padded_dim
 from .plan_check import check_plan as check_plan
+from .settings import make_cluster as make_cluster
 from .torchrec_plan import build_tower_collection as build_tower_collection
 from .torchrec_plan import to_sharding_plan as to_sharding_plan
 from .tower_plan import TowerPlan as TowerPlan

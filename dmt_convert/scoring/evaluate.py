@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dmt_convert.errors import ConfigError, DataError
-from dmt_convert.metrics import Agreement, measure_accuracy, measure_agreement
-from dmt_convert.scoring.scored_model import ScoredModel, score_data
-
-Progress = Callable[[int, int], None]
+from dmt_convert.files import staged_file
+from dmt_convert.metrics import measure_accuracy
+from dmt_convert.progress import Progress, no_progress
+from dmt_convert.scoring.scored_model import ScoredModel, Scores, score_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,35 +30,25 @@ class Evaluation:
     """Rows read and scored per second."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreReport:
-    """What `dmt score` reports."""
-
-    out: Path
-    """The file written: an npz with the array `logits`."""
-    rows: int
-    """Rows scored."""
-    rows_per_s: float
-    """Rows read and scored per second."""
-    truth: Agreement | None
-    """Agreement with the original logits, where the data holds them."""
-    truth_scale: float | None
-    """Largest absolute original logit, where the data holds them."""
-
-
 def evaluate_model(
     model: ScoredModel,
     data: Path,
     *,
     max_rows: int | None = None,
-    on_rows: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure AUC, log loss and NE.
+
+    Args:
+        model: The model.
+        data: Labelled data.
+        max_rows: Use at most this many rows.
+        progress: Told of the rows that are scored.
 
     Raises:
         DataError: The data has no labels, or does not fit the model.
     """
-    scores = score_data(model, data, max_rows=max_rows, on_rows=on_rows)
+    scores = score_data(model, data, max_rows=max_rows, progress=progress)
     if scores.labels is None:
         raise DataError(
             f"{data} has no labels",
@@ -72,8 +60,8 @@ def evaluate_model(
         auc=accuracy.auc,
         log_loss=accuracy.log_loss,
         ne=accuracy.ne,
-        rows=len(scores.logits),
-        rows_per_s=len(scores.logits) / max(scores.seconds, 1e-9),
+        rows=scores.rows,
+        rows_per_s=scores.rows_per_s,
     )
 
 
@@ -82,10 +70,15 @@ def score_to_file(
     data: Path,
     out: Path,
     *,
-    max_rows: int | None = None,
-    on_rows: Progress = lambda done, total: None,
-) -> ScoreReport:
+    progress: Progress = no_progress,
+) -> Scores:
     """Write the logits of every row to an npz, array `logits`, whole or not at all.
+
+    Args:
+        model: The model.
+        data: The data set.
+        out: The file to write.
+        progress: Told of the rows that are scored.
 
     Raises:
         ConfigError: The file cannot be written.
@@ -103,27 +96,7 @@ def score_to_file(
             expected="a file of its own for the scores",
             hint="choose another --out",
         )
-    scores = score_data(model, data, max_rows=max_rows, on_rows=on_rows)
-    staged = out.parent / f".{out.name}.dmt-tmp-{os.getpid()}"
-    try:
-        with staged.open("xb") as file:
-            np.savez(file, logits=scores.logits)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.rename(out)
-    except OSError as error:
-        raise ConfigError(
-            f"--out {out} cannot be written ({error.strerror})",
-            expected="a file that can be written, on a disk with space",
-            hint="choose another --out",
-        ) from None
-    finally:
-        staged.unlink(missing_ok=True)
-    truth = None if scores.truth is None else measure_agreement(scores.truth, scores.logits)
-    return ScoreReport(
-        out=out,
-        rows=len(scores.logits),
-        rows_per_s=len(scores.logits) / max(scores.seconds, 1e-9),
-        truth=truth,
-        truth_scale=None if scores.truth is None else float(np.abs(scores.truth).max()),
-    )
+    scores = score_data(model, data, progress=progress)
+    with staged_file(out) as staged, staged.open("xb") as file:
+        np.savez(file, logits=scores.logits)
+    return replace(scores, path=out)

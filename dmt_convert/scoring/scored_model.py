@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.config import ModelOptions
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError
-from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model
+from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model, read_model_options
 from dmt_convert.files import check_checksums
+from dmt_convert.metrics import Agreement, measure_agreement
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, open_flat_model
+from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving import ExportedModel, is_export
 from dmt_convert.spec import ModelSpec
 
-FloatArray = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096
-"""Rows scored at a time."""
+"""Rows that are scored at a time."""
 _CHECKED_BYTES: Final = 256 << 20
-"""Tables of so many bytes in all are compared with their checksums; larger ones would take long
-to read, and are compared when they are converted."""
+"""Tables up to this size in total are compared with their checksums. Larger ones would take long to
+read; they are compared when they are converted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +67,12 @@ class ScoredModel:
         code = self.module.manifest.quantize
         return None if code == "none" else code
 
-    def score(self, batch: Batch) -> FloatArray:
+    def score(self, batch: Batch) -> Float32Array:
         """Return the logits of one batch, shape (B,)."""
         if isinstance(self.module, ExportedModel):
             return self.module.score(batch)
         with torch.inference_mode():
-            logits: FloatArray = self.module(batch).numpy()
+            logits: Float32Array = self.module(batch).numpy()
         return logits
 
     def stages(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -82,14 +85,51 @@ class ScoredModel:
 class Scores:
     """The logits of a data set."""
 
-    logits: FloatArray
-    """Shape (n,)."""
-    labels: FloatArray | None
-    """Shape (n,), where the data has labels."""
-    truth: FloatArray | None
-    """The original model's logits, shape (n,), where the data holds them (probes)."""
+    logits: Float32Array
+    """Shape (rows,)."""
+    labels: Float32Array | None
+    """Shape (rows,), if the data has labels."""
+    truth: Float32Array | None
+    """The original model's logits, shape (rows,), if the data holds them (probes)."""
     seconds: float
     """Time spent reading and scoring."""
+    path: Path | None = None
+    """The npz that holds `logits`, if one was written."""
+
+    def __repr__(self) -> str:
+        """Say how many there are."""
+        return f"<Scores: {self.rows:,} rows, {self.rows_per_s:,.0f} per second>"
+
+    @property
+    def rows(self) -> int:
+        """Rows that were scored."""
+        return len(self.logits)
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows read and scored per second."""
+        return self.rows / max(self.seconds, 1e-9)
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How well the logits agree with the original ones, if the data holds those."""
+        return None if self.truth is None else measure_agreement(self.truth, self.logits)
+
+    @property
+    def truth_scale(self) -> float | None:
+        """Largest absolute original logit, if the data holds them."""
+        return None if self.truth is None else float(np.abs(self.truth).max())
+
+
+def open_scored(model: ScoredModel | str | os.PathLike[str], options: ModelOptions) -> ScoredModel:
+    """Open a model by its path, with what the user says of it; one that is open stays as it is.
+
+    Raises:
+        DmtError: It cannot be read, or is not a model that is known.
+    """
+    if isinstance(model, ScoredModel):
+        return model
+    return open_model(Path(model), read_model_options(options))
 
 
 def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
@@ -126,15 +166,15 @@ def score_data(
     data: Path,
     *,
     max_rows: int | None = None,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Scores:
     """Score every row of a data set, in its order.
 
     Args:
         model: The model.
         data: The data set.
-        max_rows: Score only so many rows.
-        on_rows: Told of rows done and rows in all, for progress.
+        max_rows: Score at most this many rows.
+        progress: Told of the rows that are scored.
 
     Raises:
         DataError: The data cannot be read, has no rows, or does not fit the model.
@@ -142,13 +182,13 @@ def score_data(
     dataset = open_data(data)
     total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
     begin = time.perf_counter()
-    parts: list[tuple[FloatArray, FloatArray | None, FloatArray | None]] = []
+    parts: list[tuple[Float32Array, Float32Array | None, Float32Array | None]] = []
     done = 0
     batches = dataset.batches(BATCH_ROWS, max_rows=max_rows)
     for batch in adapt_batches(dataset, model.spec, batches):
         parts.append((model.score(batch), batch.labels, batch.logits))
         done += batch.num_rows
-        on_rows(done, total)
+        progress("scoring", done, total)
     if not parts:
         raise DataError(
             f"{data} has no rows",
@@ -163,6 +203,6 @@ def score_data(
     )
 
 
-def _join(arrays: list[FloatArray | None]) -> FloatArray | None:
+def _join(arrays: list[Float32Array | None]) -> Float32Array | None:
     known = [array for array in arrays if array is not None]
     return np.concatenate(known) if len(known) == len(arrays) else None

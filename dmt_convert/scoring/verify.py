@@ -6,7 +6,7 @@ meaning, is compared in the order in which it comes to be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,9 +14,12 @@ from typing import Final
 import numpy as np
 import torch
 
+from dmt_convert.bundle import check_digests
 from dmt_convert.data import Bag, Batch, adapt_batches, open_data
 from dmt_convert.errors import ConfigError
+from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.scored_model import ScoredModel
+from dmt_convert.serving import check_export_digests
 from dmt_convert.spec import ModelSpec
 
 DEFAULT_RTOL: Final = 1e-5
@@ -61,6 +64,14 @@ class VerifyReport:
     """Absolute tolerance."""
     rtol: float
     """Tolerance relative to a stage's largest value."""
+    remark: str | None = None
+    """Why the models may well differ, if that is known."""
+
+    def __repr__(self) -> str:
+        """Say the verdict in one line."""
+        first = self.first_difference
+        verdict = "same" if first is None else f"different, first at {first.stage}"
+        return f"<VerifyReport: {verdict}, on {self.data}>"
 
     @property
     def same(self) -> bool:
@@ -100,7 +111,7 @@ def verify_models(
     rtol: float = DEFAULT_RTOL,
     max_rows: int | None = None,
     seed: int = 0,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Run both models on the same rows and compare stage by stage.
 
@@ -113,7 +124,7 @@ def verify_models(
         rtol: Tolerance relative to the stage's largest absolute value in `a`.
         max_rows: Use only so many rows of the data.
         seed: Seed of generated rows.
-        on_rows: Told of rows done and rows in all, for progress.
+        progress: Told of the rows that are compared.
 
     Raises:
         ConfigError: The models do not take the same inputs.
@@ -127,7 +138,7 @@ def verify_models(
     for batch in batches:
         _compare(a, b, batch, running, skipped)
         done += batch.num_rows
-        on_rows(done, total)
+        progress("scoring", done, total)
     checks = tuple(
         Check(
             stage=stage,
@@ -140,7 +151,26 @@ def verify_models(
         )
         for stage, run in running.items()
     )
-    return VerifyReport(checks=checks, skipped=tuple(skipped), data=label, atol=atol, rtol=rtol)
+    return VerifyReport(
+        checks=checks,
+        skipped=tuple(skipped),
+        data=label,
+        atol=atol,
+        rtol=rtol,
+        remark=_remark(a, b),
+    )
+
+
+def check_bytes(model: ScoredModel) -> None:
+    """Read every byte of a bundle or an export, and compare it with its digests.
+
+    Raises:
+        DmtError: Bytes have changed since it was written.
+    """
+    if model.bundle is not None:
+        check_digests(model.bundle)
+    elif model.kind == "export":
+        check_export_digests(model.path)
 
 
 def _check_comparable(a: ScoredModel, b: ScoredModel) -> None:
@@ -230,3 +260,19 @@ def _changed_meaning(model: ScoredModel) -> set[str]:
     if model.towers is None or model.towers.is_passthrough:
         return set()
     return {"interaction"}
+
+
+def _remark(reference: ScoredModel, other: ScoredModel) -> str | None:
+    """Say why the models may well differ, if that is known."""
+    if other.quantised:
+        return (
+            f"the tables of {other.path.name} are quantised ({other.quantised}), so logits agree "
+            "but are not the same; its export.json says what that costs"
+        )
+    towers = other.towers
+    if towers is None or towers.is_passthrough or reference.towers is not None:
+        return None
+    return (
+        f"the tower modules of {other.path.name} compress {towers.compression:.2f}x, so logits "
+        "agree but are not the same; `--tower-module passthrough` is exact"
+    )

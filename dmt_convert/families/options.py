@@ -1,0 +1,26 @@
+"""What the user says of a model, from the settings of a command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dmt_convert.adapter import load_adapter
+from dmt_convert.config import BundleOptions, ModelOptions
+from dmt_convert.families.model_config import ModelConfig, parse_model_config, read_model_config
+
+
+def read_model_options(options: ModelOptions | BundleOptions) -> ModelConfig | None:
+    """Read the facts of `--model-config`, and run the file of `--model`.
+
+    Raises:
+        ConfigError: One of them cannot be read, or is wrong.
+    """
+    facts = options.model_facts if isinstance(options, ModelOptions) else None
+    if isinstance(facts, Path):
+        config = read_model_config(facts)
+    else:
+        config = None if facts is None else parse_model_config("model_config", facts)
+    if options.model is None:
+        return config
+    return replace(config or ModelConfig(), adapter=load_adapter(options.model))

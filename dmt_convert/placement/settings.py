@@ -1,0 +1,31 @@
+"""The cluster that the settings of a command describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmt_convert.config import ClusterOptions, PlanConfig
+from dmt_convert.placement.cluster import GIB, Cluster
+from dmt_convert.placement.predict import find_gpu
+
+
+def make_cluster(config: ClusterOptions | PlanConfig, *, hosts: int = 1) -> Cluster:
+    """Make the cluster that settings describe; what they leave out is the GPU's, or the default.
+
+    Args:
+        config: The settings.
+        hosts: Number of hosts if the settings do not say.
+
+    Raises:
+        ConfigError: No cluster has these numbers, or the GPU is not known.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(config, PlanConfig):
+        if config.gpu is not None:
+            gpu = find_gpu(config.gpu)
+            given = {n: getattr(gpu, n) for n in ("hbm_bytes", "intra_gbps", "inter_gbps")}
+        speeds = {"intra_gbps": config.intra_gbps, "inter_gbps": config.inter_gbps}
+        given |= {name: value for name, value in speeds.items() if value is not None}
+    if config.hbm_gib is not None:
+        given["hbm_bytes"] = max(1, int(config.hbm_gib * GIB))
+    return Cluster(hosts=config.hosts or hosts, ranks_per_host=config.ranks_per_host or 8, **given)
