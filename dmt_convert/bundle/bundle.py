@@ -23,10 +23,13 @@ from dmt_convert.files import (
 )
 from dmt_convert.placement import TowerPlan
 
+if TYPE_CHECKING:
+    from dmt_convert.bundle.plain_model import PlainModel
+
 PLAN_NAME: Final = "plan.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bundle:
     """An opened bundle: manifest and headers are read, weights are not."""
 
@@ -40,6 +43,28 @@ class Bundle:
     """Tensors of every tower: `tables.{table}.weight` and `tower_module.*`."""
     accumulator_files: Mapping[str, Mapping[str, TensorInfo]]
     """Weights file -> Adagrad's accumulators of a tower's tables: `tables.{table}.accumulator`."""
+
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        model = self.manifest.model
+        return (
+            f"<Bundle {self.path}: {len(model.towers)} towers, {len(model.flat.features)} "
+            f"features, compression {model.compression:.2f}>"
+        )
+
+    def model(self, *, in_memory: bool = False) -> PlainModel:
+        """Return the converted model: an `nn.Module` called as `model(dense, features)`.
+
+        Args:
+            in_memory: Load the tables, as parameters that can be trained. By default they stay on
+                disk, and a batch reads the rows that it touches.
+
+        Raises:
+            BundleError: A tensor is missing, or has the wrong shape.
+        """
+        from dmt_convert.bundle.plain_model import open_plain_model
+
+        return open_plain_model(self, in_memory=in_memory)
 
     @property
     def accumulators(self) -> dict[str, TensorInfo]:
