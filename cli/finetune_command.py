@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import dmt_convert as dmt
 from dmt_convert.config import FinetuneConfig
 
 from .console import Output
