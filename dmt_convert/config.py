@@ -66,6 +66,11 @@ def _path(value: object) -> object:
     return Path(value) if isinstance(value, str) and value else value
 
 
+def _plain(value: object) -> object:
+    """Write a path as text; pydantic asks for every member of a union."""
+    return str(value) if isinstance(value, Path) else value
+
+
 def _number(value: object) -> object:
     """Read 5e-4, which YAML takes for a string."""
     if isinstance(value, str):
@@ -147,7 +152,7 @@ def _strategy(value: object) -> object:
     return value
 
 
-PathValue = Annotated[Path, BeforeValidator(_path), PlainSerializer(str)]
+PathValue = Annotated[Path, BeforeValidator(_path), PlainSerializer(_plain)]
 Float = Annotated[float, BeforeValidator(_number)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_flat_names)]
 NameLists = Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_name_lists)]
@@ -158,9 +163,7 @@ Groups = Annotated[
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Forms = Annotated[dict[str, InputForm], BeforeValidator(_forms)]
-StrategyValue = Annotated[
-    Strategy | Path, BeforeValidator(_strategy), PlainSerializer(lambda value: str(value))
-]
+StrategyValue = Annotated[Strategy | Path, BeforeValidator(_strategy), PlainSerializer(_plain)]
 
 
 def setting(default: Any, help_: str, **more: Any) -> Any:
