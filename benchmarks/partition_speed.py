@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from dmt_convert.conversion.partition import PartitionConfig, cosine_affinity, partition_features
+from dmt_convert.config import PartitionConfig
+from dmt_convert.conversion.partition import cosine_affinity, partition_features
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         began = time.perf_counter()
         affinity = cosine_affinity(pooled)
         middle = time.perf_counter()
-        config = PartitionConfig(num_towers=towers, seed=args.seed, size_ratio=1.0)
+        config = PartitionConfig(towers=towers, seed=args.seed, size_ratio=1.0)
         partition = partition_features(spec, config, affinity)
         ended = time.perf_counter()
         found = partition.assignment.tower_of

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dmt_convert.config import PartitionConfig
 from dmt_convert.conversion import Sample
 from dmt_convert.conversion.partition import (
-    PartitionConfig,
     measure_affinity,
     needs_affinity,
     partition_features,
@@ -45,7 +45,7 @@ def list_partitions(
     """
     found: dict[str, Towers] = {}
     for strategy in STRATEGIES:
-        if not needs_affinity(PartitionConfig(num_towers=towers, strategy=strategy)):  # type: ignore[arg-type]
+        if not needs_affinity(PartitionConfig(towers=towers, partition=strategy)):  # type: ignore[arg-type]
             found[strategy] = _partition(info, strategy, towers)
             continue
         for kind, affinity in affinities.items():
@@ -67,7 +67,7 @@ def _partition(
     kind: str = "cosine",
     affinity: npt.NDArray[np.float32] | None = None,
 ) -> Towers:
-    config = PartitionConfig(num_towers=towers, strategy=strategy, affinity=kind)  # type: ignore[arg-type]
+    config = PartitionConfig(towers=towers, partition=strategy, affinity=kind)  # type: ignore[arg-type]
     return partition_features(info.spec, config, affinity).assignment.towers
 
 

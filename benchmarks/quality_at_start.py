@@ -12,12 +12,11 @@ from flat_models import Flat, FlatJob, open_flat, split_rows
 from quality_tables import Record
 from shared_projection import convert_shared
 
+from dmt_convert.config import PartitionConfig, Strategy
 from dmt_convert.conversion import Sample
 from dmt_convert.conversion.initialisation import initialise
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.conversion.partition.config import Strategy
 from dmt_convert.conversion.started_model import Starter
-from dmt_convert.convert import partition_sample
+from dmt_convert.flow import find_towers
 from dmt_convert.model import (
     DmtModel,
     DmtSpec,
@@ -61,8 +60,8 @@ class Fitting:
         """Towers as `dmt convert` forms them where it is not told how."""
         combines = module != "default" and self.flat.info.spec.interaction.kind == "dot"
         strategy: Strategy = "diverse" if combines else "coherent"
-        config = PartitionConfig(num_towers=towers, strategy=strategy)
-        return partition_sample(self.flat.info, self.sample, config).assignment.towers
+        config = PartitionConfig(towers=towers, partition=strategy)
+        return find_towers(self.flat.info, self.sample, config).assignment.towers
 
     def convert(self, towers: Towers, module: str, compression: float) -> DmtModel:
         """The converted model as `dmt convert --compression` makes it, D allotted over towers."""

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmt_convert.adapter import load_adapter
+import dmt_convert as dmt
 from dmt_convert.bundle import open_bundle_model
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError, ExportError
-from dmt_convert.families import ModelConfig
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
 from support.exports import checks_of
 from support.shortcuts import skip_export_checks
@@ -21,12 +17,8 @@ GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
 @pytest.fixture
 def bundle(example, tmp_path, few_rows, no_report):
-    config = ConvertConfig(
-        partition=PartitionConfig(num_towers=2, groups=GROUPS, affinity="cosine"),
-        model_config=ModelConfig(adapter=load_adapter(example.model)),
-        distill_steps=0,
-    )
-    return convert_checkpoint(example.checkpoint, tmp_path / "bundle", config=config).bundle
+    settings = {"affinity": "cosine", "model": example.model, "distill_steps": 0}
+    return dmt.convert(example.checkpoint, tmp_path / "bundle", towers=2, group=GROUPS, **settings)
 
 
 @pytest.fixture

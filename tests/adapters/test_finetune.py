@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dmt_convert as dmt
 from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import open_bundle, open_bundle_model
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
-from dmt_convert.families import ModelConfig
 from dmt_convert.recipes.finetune_dmt import main
 from dmt_convert.training import finetuned_bundle
 
@@ -40,12 +37,9 @@ def test_a_network_is_tuned_but_for_its_statistics(
     normed, example, tmp_path, few_rows, no_report, monkeypatch
 ):
     model, checkpoint = normed
-    config = ConvertConfig(
-        partition=PartitionConfig(num_towers=2, affinity="cosine"),
-        model_config=ModelConfig(adapter=load_adapter(model)),
-        distill_steps=0,
+    before = dmt.convert(
+        checkpoint, tmp_path / "bundle", towers=2, affinity="cosine", model=model, distill_steps=0
     )
-    before = convert_checkpoint(checkpoint, tmp_path / "bundle", config=config).bundle
     monkeypatch.setattr(finetuned_bundle, "describe_bundle", lambda *_, **__: {})
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
+import dmt_convert as dmt
 from support.checkpoints.flat import make_flat
 
 
@@ -18,12 +16,10 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exact(flat: Path) -> Path:
     """The passthrough bundle."""
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2), tower_module="passthrough")
-    return convert_checkpoint(flat, flat.parent / "exact", config=config).bundle.path
+    return dmt.convert(flat, flat.parent / "exact", towers=2, tower_module="passthrough").path
 
 
 @pytest.fixture(scope="session")
 def compressed(flat: Path) -> Path:
     """The bundle that `dmt convert` writes by default."""
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2))
-    return convert_checkpoint(flat, flat.parent / "ckpt-dmt2", config=config).bundle.path
+    return dmt.convert(flat, towers=2).path

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmt_convert.conversion.partition import PartitionConfig
+import dmt_convert as dmt
 from dmt_convert.conversion.quality_table import Quality, QualityRow
-from dmt_convert.convert import Conversion, convert_checkpoint, default_out
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError
+from dmt_convert.flow import default_out
 from dmt_convert.scoring import open_model
 from dmt_convert.scoring.verify import verify_models
 from support.checkpoints.flat import make_flat
@@ -33,9 +32,8 @@ FAMILIES = [
 CONTAINERS = ["ckpt.pt", "ckpt.safetensors", "ckpt"]
 
 
-def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> Conversion:
-    partition = PartitionConfig(num_towers=towers)
-    return convert_checkpoint(source, out, config=ConvertConfig(partition=partition, **options))
+def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> Bundle:
+    return dmt.convert(source, out, towers=towers, **options)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -167,9 +165,8 @@ def test_same_seed_same_bundle(tmp_path: Path) -> None:
 def test_a_partition_file_decides(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     (tmp_path / "t.json").write_text('{"towers": [["cat_3"], ["cat_1", "cat_0", "cat_2"]]}')
-    config = ConvertConfig(partition=PartitionConfig(strategy=tmp_path / "t.json"))
-    done = convert_checkpoint(source, tmp_path / "out", config=config)
-    towers = {frozenset(tower.features) for tower in done.bundle.manifest.model.towers}
+    bundle = dmt.convert(source, tmp_path / "out", partition=tmp_path / "t.json")
+    towers = {frozenset(tower.features) for tower in bundle.manifest.model.towers}
     assert towers == {frozenset({"cat_3"}), frozenset({"cat_0", "cat_1", "cat_2"})}
 
 

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import dmt_convert as dmt
 from dmt_convert import convert as conversion
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.checkpoint import gather_rows
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import preview_conversion
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import CheckpointError
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
@@ -91,8 +89,7 @@ def make(tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture
 def convert(tmp_path) -> Callable[..., Bundle]:
     def run(source: Path, out: str = "out", **options: Any) -> Bundle:
-        partition = PartitionConfig(num_towers=2, strategy="round-robin")
-        options = {"partition": partition, "tower_module": "passthrough", **options}
+        options = {"partition": "round-robin", "tower_module": "passthrough", **options}
         return convert_quickly(source, tmp_path / out, **options)
 
     return run
@@ -277,7 +274,5 @@ def test_the_free_space_must_hold_them_too(make, tmp_path, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(conversion, "check_space", lambda out, size: seen.append(size))
     for state in ("keep", "drop"):
-        partition = PartitionConfig(num_towers=2)
-        config = ConvertConfig(partition=partition, optimizer_state=state)
-        preview_conversion(make(), tmp_path / "out", config)
+        dmt.preview(make(), towers=2, optimizer_state=state, out=tmp_path / "out")
     assert seen[0] - seen[1] == sum(ROWS) * 4

@@ -10,8 +10,6 @@ import torch
 
 from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
@@ -45,7 +43,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
             pooling: dict[str, Any] = {f"{prefix}{i}": "mean" for i in (1, 3)} if mean else {}
             asked: dict[str, Any] = {
                 "tower_module": module,
-                "model_config": ModelConfig(pooling=pooling) if pooling else None,
+                "model_config": {"pooling": pooling} if pooling else None,
                 "distill_steps": 0,
             }
             converted = convert_quickly(
@@ -96,13 +94,14 @@ def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker
         for i, rows in enumerate((20, 50, 7, 9)):
             state[f"ebc.embedding_bags.t{i}.weight"] = torch.randn(rows, 8)
         torch.save(state, folder / "ckpt.pt")
-        groups = (("user", ("t0", "t1")), ("item", ("t2", "t3")))
+        groups = {"user": ["t0", "t1"], "item": ["t2", "t3"]}
         return convert_quickly(
             folder / "ckpt.pt",
             folder / "bundle",
             rows=512,
-            partition=PartitionConfig(num_towers=2, groups=groups, affinity="cosine"),
-            model_config=ModelConfig(adapter=loaded),
+            group=groups,
+            affinity="cosine",
+            model=model,
             distill_steps=0,
         )
 

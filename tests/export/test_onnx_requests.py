@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
-from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.errors import ExportError
 from dmt_convert.serving import ExportedModel
 from dmt_convert.serving.check_batches import generate_batch
@@ -33,13 +32,12 @@ def bundle_of(
         towers = [[f"{prefix}{i}" for i in tower] for tower in ((0, 3), (1,), (2,))]
         file = tmp_path_factory.mktemp("towers") / "towers.json"
         file.write_text(json.dumps({"towers": towers}))
-        partition = PartitionConfig(num_towers=None, strategy=file)
         return make_bundle(
             module,
             names=names,
             interaction=interaction,
             mean=names == "torchrec",
-            convert={"partition": partition},
+            convert={"towers": None, "partition": file},
         )
 
     return make

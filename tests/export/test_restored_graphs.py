@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.serving import onnx_over_arch
 from support.exports import checks_of
 
@@ -12,8 +11,7 @@ GROUPS = (("user", ("cat_0", "cat_1")), ("item", ("cat_2", "cat_3")))
 
 
 def linear_bundle(make_bundle, interaction):
-    partition = PartitionConfig(num_towers=2, groups=GROUPS)
-    return make_bundle("linear", interaction=interaction, convert={"partition": partition})
+    return make_bundle("linear", interaction=interaction, convert={"group": GROUPS})
 
 
 @pytest.mark.parametrize("interaction", ["dot", pytest.param("dcn", marks=pytest.mark.exhaustive)])

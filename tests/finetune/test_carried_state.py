@@ -18,11 +18,9 @@ import pytest
 import torch
 from torch import nn
 
+import dmt_convert as dmt
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.checkpoint import gather_rows, open_checkpoint, read_tensor
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Batch
 from dmt_convert.errors import BundleError
 from dmt_convert.families import infer_model
@@ -119,13 +117,9 @@ def convert(tmp_path, few_rows, no_report) -> Callable[..., Bundle]:
     """Make the passthrough bundle of a trainer's state, which computes what it computes."""
 
     def run(trainer: FlatTrainer, name: str = "bundle", **options: Any) -> Bundle:
-        config = ConvertConfig(
-            partition=PartitionConfig(num_towers=2, strategy="round-robin"),
-            tower_module="passthrough",
-            **options,
-        )
         source = trainer.save(tmp_path / f"{name}.pt")
-        return convert_checkpoint(source, tmp_path / name, config=config).bundle
+        options = {"partition": "round-robin", "tower_module": "passthrough", **options}
+        return dmt.convert(source, tmp_path / name, towers=2, **options)
 
     return run
 

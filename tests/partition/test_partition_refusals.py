@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmt_convert.conversion.partition import PartitionConfig, needs_affinity, partition_features
+from dmt_convert.config import PartitionConfig
+from dmt_convert.conversion.partition import needs_affinity, partition_features
 from dmt_convert.errors import ConfigError, PartitionError
 from support.affinities import random_affinity
 from support.specs import build_spec
@@ -98,16 +99,16 @@ def test_refusals_of_options(options, expected):
 )
 def test_refusals_of_affinities(affinity, expected):
     with pytest.raises(PartitionError, match=expected):
-        partition_features(build_spec(4), PartitionConfig(num_towers=2), affinity)
+        partition_features(build_spec(4), PartitionConfig(towers=2), affinity)
 
 
 def test_only_coherent_and_diverse_need_affinity():
     needs = [
-        needs_affinity(PartitionConfig(num_towers=2, strategy=s))
+        needs_affinity(PartitionConfig(towers=2, partition=s))
         for s in ("coherent", "diverse", "round-robin")
     ]
     assert needs == [True, True, False]
-    assert not needs_affinity(PartitionConfig(strategy=Path("towers.json")))
+    assert not needs_affinity(PartitionConfig(partition=Path("towers.json")))
 
 
 def _write(path, towers):
@@ -118,7 +119,7 @@ def _write(path, towers):
 def test_a_file_is_taken_in_canonical_order(tmp_path):
     path = _write(tmp_path / "t.json", [["f3", "f2"], ["f1", "f0"]])
     partition = partition_features(
-        build_spec(4), PartitionConfig(num_towers=2, strategy=path), random_affinity(4)
+        build_spec(4), PartitionConfig(towers=2, partition=path), random_affinity(4)
     )
     assert partition.assignment.towers == (("f0", "f1"), ("f2", "f3"))
     assert partition.strategy == "file" and partition.within_affinity is not None
@@ -127,7 +128,7 @@ def test_a_file_is_taken_in_canonical_order(tmp_path):
 def test_a_file_is_refused_with_all_findings(tmp_path):
     path = _write(tmp_path / "t.json", [["f0", "f1", "f1"], ["x"], []])
     with pytest.raises(PartitionError) as caught:
-        partition_features(build_spec(4), PartitionConfig(num_towers=2, strategy=path))
+        partition_features(build_spec(4), PartitionConfig(towers=2, partition=path))
     assert set(caught.value.details) == {
         "3 towers, where 2 were asked for",
         "tower 2 is empty",
@@ -150,7 +151,7 @@ def test_a_file_must_keep_tables_and_constraints(tmp_path):
         partition_features(build_spec(4), config)
     assert len(caught.value.details) == 3
     with pytest.raises(PartitionError, match="f0,f3 share tables"):
-        partition_features(build_spec(4, shared={3: 0}), PartitionConfig(strategy=path))
+        partition_features(build_spec(4, shared={3: 0}), PartitionConfig(partition=path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"towers": 3}', '{"towers": [["f0", 1]]}'])
@@ -158,9 +159,9 @@ def test_a_malformed_file_is_refused(tmp_path, content):
     path = tmp_path / "t.json"
     path.write_text(content)
     with pytest.raises(PartitionError, match=r"t\.json"):
-        partition_features(build_spec(4), PartitionConfig(strategy=path))
+        partition_features(build_spec(4), PartitionConfig(partition=path))
     with pytest.raises(PartitionError, match="cannot be read"):
-        partition_features(build_spec(4), PartitionConfig(strategy=tmp_path / "none.json"))
+        partition_features(build_spec(4), PartitionConfig(partition=tmp_path / "none.json"))
 
 
 def test_importing_the_partitioner_is_cheap():

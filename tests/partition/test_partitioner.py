@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmt_convert.conversion.partition import PartitionConfig, cosine_affinity, partition_features
+from dmt_convert.config import PartitionConfig
+from dmt_convert.conversion.partition import cosine_affinity, partition_features
 from dmt_convert.errors import PartitionError
 from support.affinities import plant_samples, random_affinity
 from support.specs import build_spec
@@ -42,7 +43,7 @@ def _pairs_kept(truth, found):
 def test_sizes_differ_by_at_most_one(count, strategy, seed, data):
     towers = data.draw(st.integers(1, count))
     spec = build_spec(count)
-    config = PartitionConfig(num_towers=towers, strategy=strategy, seed=seed)
+    config = PartitionConfig(towers=towers, partition=strategy, seed=seed)
     partition = partition_features(spec, config, random_affinity(count, seed))
     partition.assignment.check_covers(spec.feature_names)
     sizes = [len(tower) for tower in partition.assignment.towers]
@@ -61,7 +62,7 @@ def test_sizes_differ_by_at_most_one(count, strategy, seed, data):
 )
 def test_size_ratio_bounds_every_tower(count, ratio, strategy, data):
     towers = data.draw(st.integers(2, count // 2))
-    config = PartitionConfig(num_towers=towers, strategy=strategy, size_ratio=ratio)
+    config = PartitionConfig(towers=towers, partition=strategy, size_ratio=ratio)
     partition = partition_features(build_spec(count), config, random_affinity(count))
     assert len(partition.assignment.towers) == towers
     assert max(map(len, partition.assignment.towers)) <= math.ceil(ratio * count / towers)
@@ -108,7 +109,7 @@ def test_constraints_hold_and_only_the_impossible_is_refused(request, strategy):
     count, towers, together, apart, groups, shared = request
     spec = build_spec(count, shared=shared)
     config = PartitionConfig(
-        num_towers=towers, strategy=strategy, together=together, apart=apart, groups=groups
+        towers=towers, partition=strategy, together=together, apart=apart, group=groups
     )
     feasible = [
         found
@@ -135,7 +136,7 @@ def test_load_ratio_bounds_every_load(seed, ratio):
     rng = np.random.default_rng(seed)
     rows = (10 ** rng.uniform(2, 3, size=24)).astype(int).tolist()
     spec = build_spec(24, rows=rows)
-    config = PartitionConfig(num_towers=4, size_ratio=1.5, load_ratio=ratio)
+    config = PartitionConfig(towers=4, size_ratio=1.5, load_ratio=ratio)
     loads = partition_features(spec, config, random_affinity(24, seed)).loads
     table = np.array([[x.table_bytes, x.lookups, x.emitted_bytes] for x in loads], dtype=float)
     assert (table <= ratio * table.mean(axis=0) * (1 + 1e-6)).all()
@@ -148,7 +149,7 @@ def test_without_a_load_ratio_loads_may_be_uneven():
     affinity = cosine_affinity(plant_samples(truth))
 
     def most(ratio):
-        config = PartitionConfig(num_towers=2, load_ratio=ratio)
+        config = PartitionConfig(towers=2, load_ratio=ratio)
         loads = [x.table_bytes for x in partition_features(spec, config, affinity).loads]
         return max(loads) / np.mean(loads)
 
@@ -158,7 +159,7 @@ def test_without_a_load_ratio_loads_may_be_uneven():
 
 def test_a_feature_that_exceeds_the_load_bound_alone(caplog):
     spec = build_spec(9, rows=[100_000] + [10] * 8)
-    config = PartitionConfig(num_towers=3, size_ratio=1.4, load_ratio=1.5)
+    config = PartitionConfig(towers=3, size_ratio=1.4, load_ratio=1.5)
     with caplog.at_level(logging.WARNING):
         partition = partition_features(spec, config, random_affinity(9))
     assert ("f0",) in partition.assignment.towers
@@ -167,7 +168,7 @@ def test_a_feature_that_exceeds_the_load_bound_alone(caplog):
 
 def test_an_impossible_load_bound_is_refused_with_numbers():
     spec = build_spec(6, rows=[1000, 1000, 1000, 10, 10, 10])
-    config = PartitionConfig(num_towers=2, load_ratio=1.1)
+    config = PartitionConfig(towers=2, load_ratio=1.1)
     with pytest.raises(PartitionError, match=r"table bytes of 1\.\d+ times the bound"):
         partition_features(spec, config, random_affinity(6))
 
@@ -179,16 +180,16 @@ def test_planted_groups_are_recovered(count, towers):
     affinity = cosine_affinity(plant_samples(truth.tolist(), noise=1.2, dim=24))
     inside = affinity[truth[:, None] == truth[None, :]]
     assert np.median(inside[inside < 1]) < 0.5  # far from a clean block matrix
-    config = PartitionConfig(num_towers=towers)
+    config = PartitionConfig(towers=towers)
     found = partition_features(spec, config, affinity)
     assert _pairs_kept(truth, _indices(spec, found)) > 0.95
     assert found.within_affinity > 1.5 * found.between_affinity
     naive = partition_features(
-        spec, PartitionConfig(num_towers=towers, strategy="round-robin"), affinity
+        spec, PartitionConfig(towers=towers, partition="round-robin"), affinity
     )
     assert _pairs_kept(truth, _indices(spec, naive)) < 0.5
     diverse = partition_features(
-        spec, PartitionConfig(num_towers=towers, strategy="diverse"), affinity
+        spec, PartitionConfig(towers=towers, partition="diverse"), affinity
     )
     assert _pairs_kept(truth, _indices(spec, diverse)) < 0.05 + max(0, 6 / towers - 1)
     assert diverse.within_affinity < diverse.between_affinity
@@ -197,7 +198,7 @@ def test_planted_groups_are_recovered(count, towers):
 def test_unequal_groups_are_recovered_where_sizes_may_differ():
     truth = [0] * 10 + [1] * 3 + [2] * 5
     affinity = cosine_affinity(plant_samples(truth, noise=1.0))
-    config = PartitionConfig(num_towers=3, size_ratio=2.0)
+    config = PartitionConfig(towers=3, size_ratio=2.0)
     spec = build_spec(18)
     assert _pairs_kept(truth, _indices(spec, partition_features(spec, config, affinity))) == 1
 
@@ -209,13 +210,13 @@ def test_the_order_of_features_does_not_matter(seed):
     order = np.random.default_rng(seed).permutation(20)
     affinity = cosine_affinity(plant_samples(truth.tolist(), noise=1.0))
     spec = build_spec([f"f{i}" for i in order])
-    found = partition_features(spec, PartitionConfig(num_towers=4), affinity[np.ix_(order, order)])
+    found = partition_features(spec, PartitionConfig(towers=4), affinity[np.ix_(order, order)])
     assert _pairs_kept(truth[order], _indices(spec, found)) == 1
 
 
 def test_round_robin_takes_turns_and_honours_units():
     spec = build_spec(7)
-    config = PartitionConfig(num_towers=3, strategy="round-robin")
+    config = PartitionConfig(towers=3, partition="round-robin")
     partition = partition_features(spec, config)
     assert partition.assignment.towers == (("f0", "f3", "f6"), ("f1", "f4"), ("f2", "f5"))
     assert partition.points is None and partition.within_affinity is None
@@ -227,7 +228,7 @@ def test_round_robin_takes_turns_and_honours_units():
 def test_towers_are_in_canonical_order():
     spec = build_spec(17)
     towers = partition_features(
-        spec, PartitionConfig(num_towers=5), random_affinity(17)
+        spec, PartitionConfig(towers=5), random_affinity(17)
     ).assignment.towers
     index = {name: i for i, name in enumerate(spec.feature_names)}
     numbers = [[index[name] for name in tower] for tower in towers]
@@ -236,7 +237,7 @@ def test_towers_are_in_canonical_order():
 
 def test_loads_count_shared_tables_once_and_know_lookups():
     spec = build_spec(4, shared={3: 0}, rows=[10, 20, 30, 0], dims=[4, 4, 8, 4])
-    config = PartitionConfig(num_towers=1, strategy="round-robin")
+    config = PartitionConfig(towers=1, partition="round-robin")
     (load,) = partition_features(spec, config, lookups={"f1": 20.0}).loads
     assert (load.features, load.table_bytes) == (4, 4 * (10 * 4 + 20 * 4 + 30 * 8))
     assert (load.lookups, load.emitted_bytes) == (23.0, 4 * (4 + 4 + 8 + 4))
@@ -244,7 +245,7 @@ def test_loads_count_shared_tables_once_and_know_lookups():
 
 def test_sizes_that_units_forbid_are_relaxed_and_logged(caplog):
     together = (("f0", "f1", "f2"), ("f3", "f4", "f5"), ("f6", "f7", "f8"))
-    config = PartitionConfig(num_towers=2, together=together)
+    config = PartitionConfig(towers=2, together=together)
     with caplog.at_level(logging.WARNING):
         partition = partition_features(build_spec(9), config, random_affinity(9))
     assert sorted(map(len, partition.assignment.towers)) == [3, 6]

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from dmt_convert.config import PartitionConfig
 from dmt_convert.conversion.partition import (
-    PartitionConfig,
     figure_svg,
     partition_features,
     plot_partition,
@@ -19,7 +19,7 @@ from support.specs import build_spec
 
 def test_svg_is_deterministic_and_names_the_features(tmp_path):
     spec = build_spec(12)
-    partition = partition_features(spec, PartitionConfig(num_towers=3), random_affinity(12))
+    partition = partition_features(spec, PartitionConfig(towers=3), random_affinity(12))
     svg = figure_svg(spec, partition)
     assert svg.startswith("<svg") and svg == figure_svg(spec, partition)
     for text in ("Affinity, by tower", "Features in the plane", ">f11<", "Lookups per sample"):
@@ -31,7 +31,7 @@ def test_svg_is_deterministic_and_names_the_features(tmp_path):
 def test_png_of_many_features(tmp_path):
     spec = build_spec(900)
     partition = partition_features(
-        spec, PartitionConfig(num_towers=40, strategy="round-robin"), random_affinity(900)
+        spec, PartitionConfig(towers=40, partition="round-robin"), random_affinity(900)
     )
     plot_partition(spec, partition, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -40,7 +40,7 @@ def test_png_of_many_features(tmp_path):
 
 def test_without_affinity_only_loads_are_drawn():
     spec = build_spec(5)
-    partition = partition_features(spec, PartitionConfig(num_towers=2, strategy="round-robin"))
+    partition = partition_features(spec, PartitionConfig(towers=2, partition="round-robin"))
     svg = figure_svg(spec, partition)
     assert "Affinity" not in svg and "Features in the plane" not in svg
     assert "Lookups per sample" in svg
@@ -48,14 +48,14 @@ def test_without_affinity_only_loads_are_drawn():
 
 def test_one_feature():
     spec = build_spec(1)
-    partition = partition_features(spec, PartitionConfig(num_towers=1), random_affinity(1))
+    partition = partition_features(spec, PartitionConfig(towers=1), random_affinity(1))
     assert partition.within_affinity is None
     assert "1 feature in 1 tower" in figure_svg(spec, partition)
 
 
 def test_other_suffixes_are_refused(tmp_path):
     spec = build_spec(5)
-    partition = partition_features(spec, PartitionConfig(num_towers=2, strategy="round-robin"))
+    partition = partition_features(spec, PartitionConfig(towers=2, partition="round-robin"))
     with pytest.raises(PartitionError, match=r"p\.pdf"):
         plot_partition(spec, partition, tmp_path / "p.pdf")
 
@@ -69,7 +69,7 @@ def test_hostile_names_are_drawn_as_they_are():
         for feature, name in zip(spec.features, names, strict=True)
     )
     spec = dataclasses.replace(spec, features=features)
-    found = partition_features(spec, PartitionConfig(num_towers=2), random_affinity(3, 0))
+    found = partition_features(spec, PartitionConfig(towers=2), random_affinity(3, 0))
     svg = figure_svg(spec, found)
     assert "$\\frac$" in svg
     assert "\x00" not in svg

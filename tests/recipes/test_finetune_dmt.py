@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import dmt_convert as dmt
 from dmt_convert.bundle import open_bundle
 from dmt_convert.conversion import sample
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.recipes.finetune_dmt import main
 from dmt_convert.training import finetuned_bundle, training
 from support.checkpoints.flat import make_flat
@@ -36,10 +34,9 @@ def few_threads() -> None:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundle `b` and the rows `rows.npz`."""
     folder = tmp_path_factory.mktemp("scene")
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2, strategy="round-robin"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "sample_size", lambda spec: 1024)
-        convert_checkpoint(make_flat(folder / "ckpt.pt"), folder / "b", config=config)
+        dmt.convert(make_flat(folder / "ckpt.pt"), folder / "b", towers=2, partition="round-robin")
     write(folder / "rows")
     return folder
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
+import dmt_convert as dmt
 from dmt_convert.bundle import Bundle
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from support.checkpoints.flat import make_flat
 from support.shortcuts import sample_few, skip_report
 
@@ -18,7 +16,7 @@ from support.shortcuts import sample_few, skip_report
 def convert_quickly(
     source: Path, out: Path, *, rows: int = 1024, report: bool = False, **options: Any
 ) -> Bundle:
-    """Convert a checkpoint, into two towers unless `partition` says otherwise.
+    """Convert a checkpoint, into two towers unless `towers` says otherwise.
 
     Args:
         source: a checkpoint.
@@ -27,12 +25,11 @@ def convert_quickly(
         report: whether to write the report, which takes longest.
         options: fields of `ConvertConfig`.
     """
-    config = ConvertConfig(**{"partition": PartitionConfig(num_towers=2), **options})
     with pytest.MonkeyPatch.context() as patch:
         sample_few(patch, rows)
         if not report:
             skip_report(patch)
-        return convert_checkpoint(source, out, config=config).bundle
+        return dmt.convert(source, out, **{"towers": 2, **options})
 
 
 def make_bundle(folder: Path, *, flat: dict[str, Any] | None = None, **options: Any) -> Path:
@@ -41,5 +38,5 @@ def make_bundle(folder: Path, *, flat: dict[str, Any] | None = None, **options: 
     `flat` has options of `make_flat`, the others are fields of `ConvertConfig`.
     """
     source = make_flat(folder / "ckpt.pt", **(flat or {}))
-    options = {"partition": PartitionConfig(num_towers=2, strategy="round-robin"), **options}
+    options = {"partition": "round-robin", **options}
     return convert_quickly(source, folder / "ckpt-dmt2", report=True, **options).path

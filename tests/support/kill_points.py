@@ -18,10 +18,8 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401  imported once, for all children
 
+import dmt_convert as dmt
 from dmt_convert.bundle import check_digests, open_bundle
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError
 from dmt_convert.files import staging
 from support.shortcuts import sample_few, skip_report
@@ -78,10 +76,7 @@ def run_child(source: Path, out: Path, force: bool, seed: int, arm: Callable[[],
     if child == 0:
         try:
             arm()
-            config = ConvertConfig(
-                partition=PartitionConfig(num_towers=2), distill_steps=0, force=force, seed=seed
-            )
-            convert_checkpoint(source, out, config=config)
+            dmt.convert(source, out, towers=2, distill_steps=0, force=force, seed=seed)
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
     return os.waitpid(child, 0)[1]

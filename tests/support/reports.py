@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from dmt_convert.config import PartitionConfig
 from dmt_convert.conversion import QualityRow
-from dmt_convert.conversion.partition import Partition, PartitionConfig, partition_features
+from dmt_convert.conversion.partition import Partition, partition_features
 from dmt_convert.families import Fact
 from dmt_convert.model import DmtSpec, TowerSpec, module_spec
 from dmt_convert.placement import Cluster, plan_towers
@@ -50,7 +51,7 @@ def _partitioned(
     )
     partition = partition_features(
         flat,
-        PartitionConfig(num_towers=towers, strategy=strategy),
+        PartitionConfig(towers=towers, partition=strategy),
         planted_affinity(count, towers) if affinity else None,
     )
     chosen = module_spec(flat, module, num_towers=towers)

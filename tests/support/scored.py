@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.conversion.partition import PartitionConfig
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 from support.rows import random_bag, write_probe
@@ -25,8 +24,7 @@ def write_model(path: Path, **options: Any) -> Path:
 
 def convert_model(checkpoint: Path, out: Path, module: Any = "passthrough") -> Path:
     """Convert into two towers."""
-    partition = PartitionConfig(num_towers=2, strategy="round-robin")
-    return convert_quickly(checkpoint, out, partition=partition, tower_module=module).path
+    return convert_quickly(checkpoint, out, partition="round-robin", tower_module=module).path
 
 
 def write_rows(
