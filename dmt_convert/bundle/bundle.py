@@ -67,6 +67,11 @@ class Bundle:
         return open_plain_model(self, in_memory=in_memory)
 
     @property
+    def quality(self) -> Quality:
+        """How well the model agreed with the flat one when it was made."""
+        return self.manifest.quality
+
+    @property
     def accumulators(self) -> dict[str, TensorInfo]:
         """Table -> its accumulator of squared gradients, shape (rows, 1), where there is one."""
         return {

@@ -32,7 +32,7 @@ FAMILIES = [
 CONTAINERS = ["ckpt.pt", "ckpt.safetensors", "ckpt"]
 
 
-def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> Bundle:
+def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> dmt.Bundle:
     return dmt.convert(source, out, towers=towers, **options)
 
 
@@ -52,20 +52,20 @@ def test_every_family_from_every_container(
     exact = convert(source, tmp_path / "exact", tower_module="passthrough")
     assert exact.quality.converted.max_abs_diff == 0
     flat = open_model(source)
-    report = verify_models(flat, open_model(exact.bundle.path), max_rows=200)
+    report = verify_models(flat, open_model(exact.path), max_rows=200)
     assert report.same
     assert all(check.identical for check in report.checks)
     assert report.checks[-1].stage == "logit"
 
     compressed = convert(source, tmp_path / "auto")
-    model = compressed.bundle.manifest.model
+    model = compressed.manifest.model
     assert model.kind == ("dcn" if interaction == "dcn" else "dlrm")
     assert model.compression == 2
     row = compressed.quality.converted
     random = compressed.quality.rows[-1]
     assert random.name == "random initialisation"
     assert random.r2 < row.r2 <= 1
-    different = verify_models(flat, open_model(compressed.bundle.path), max_rows=200)
+    different = verify_models(flat, open_model(compressed.path), max_rows=200)
     assert not different.same
 
 
@@ -77,8 +77,8 @@ def test_passthrough_is_exact_for_any_number_of_towers(
 ) -> None:
     source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
     done = convert(source, tmp_path / "out", towers=towers, tower_module="passthrough")
-    assert len(done.bundle.towers) == towers
-    report = verify_models(open_model(source), open_model(done.bundle.path), max_rows=300)
+    assert len(done.towers) == towers
+    report = verify_models(open_model(source), open_model(done.path), max_rows=300)
     assert all(check.identical for check in report.checks)
 
 
@@ -104,7 +104,7 @@ def test_sizes_of_tower_modules(
             convert(source, tmp_path / "out", **options)
         return
     done = convert(source, tmp_path / "out", towers=2, **options)
-    model = done.bundle.manifest.model
+    model = done.manifest.model
     kept = [(t.module.c, t.module.p, t.module.dim) for t in model.towers]
     emitted = sum(
         (c * len(t.features) + p) * d for t, (c, p, d) in zip(model.towers, kept, strict=True)
@@ -122,7 +122,7 @@ def test_sizes_of_tower_modules(
         vectors = emitted // kept[0][2]
         assert 4 * 8 / (vectors * (kept[0][2] + 1)) < options.get("compression", 2.0)  # the largest
     assert np.isfinite(done.quality.converted.r2)
-    report = verify_models(open_model(source), open_model(done.bundle.path), max_rows=100)
+    report = verify_models(open_model(source), open_model(done.path), max_rows=100)
     assert np.isfinite(report.checks[-1].max_abs_diff)
 
 
