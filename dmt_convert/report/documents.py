@@ -43,6 +43,7 @@ def describe_conversion(
         out: Where the bundle goes, for the commands to copy.
     """
     measured_on = f"{quality.count} held-out rows of: {quality.data}"
+    figure = figure_svg(info.spec, partition)
     data = ReportData(
         title=info.checkpoint.source.name,
         tool_version=manifest.tool_version,
@@ -59,11 +60,9 @@ def describe_conversion(
         labelled_data=measured_on if quality.labelled else None,
         weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
         commands=_commands(info, manifest, out),
+        figure=figure,
     )
-    return {
-        REPORT_NAME: render_report(data),
-        FIGURE_NAME: figure_svg(info.spec, partition),
-    }
+    return {REPORT_NAME: render_report(data), FIGURE_NAME: figure}
 
 
 def describe_bundle(
@@ -124,7 +123,6 @@ def _read_partition(manifest: Manifest) -> Partition:
         strategy=str(said.get("strategy", "file")),
         affinity_kind=said.get("affinity"),
         affinity=None,
-        points=None,
         loads=loads,
         within_affinity=said.get("within_affinity"),
         between_affinity=said.get("between_affinity"),

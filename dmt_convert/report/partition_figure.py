@@ -5,7 +5,6 @@ matplotlib is imported when something is drawn.
 
 from __future__ import annotations
 
-import colorsys
 import re
 from pathlib import Path
 from typing import Final
@@ -17,19 +16,6 @@ from dmt_convert.spec import ModelSpec
 _PREFIX: Final = "partition-"
 _FORBIDDEN: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What HTML does not allow in text, and what turns the text around it."""
-
-_TEN: Final = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-    "#17becf",
-)
 
 
 def write_partition_svg(spec: ModelSpec, partition: Partition, path: Path) -> None:
@@ -72,16 +58,3 @@ def embed_figure(
         "desc", escape(description), id=text
     )
     return Html(head + names + rest)
-
-
-def tower_colours(count: int) -> tuple[str, ...]:
-    """The colours that towers have in the picture, as #rrggbb."""
-    if count <= len(_TEN):
-        return _TEN[:count]
-    return tuple(_spread_hue(tower) for tower in range(count))
-
-
-def _spread_hue(tower: int) -> str:
-    hue = (0.58 + 0.61803398875 * tower) % 1
-    channels = colorsys.hsv_to_rgb(hue, 0.72, 0.62 if tower % 2 else 0.85)
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)

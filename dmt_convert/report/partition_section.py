@@ -19,14 +19,11 @@ def render_partition(data: ReportData) -> Html:
     """The partition section."""
     partition = data.partition
     shown = (
-        "Affinity of all pairs in model order and ordered by tower (framed), the features in the "
-        "plane, and what every tower costs."
-        if partition.points is not None
-        else "Affinity of all pairs in model order and ordered by tower (framed), and what every "
-        "tower costs."
+        "Affinity of all pairs in model order and ordered by tower (framed), and what every tower "
+        "costs."
         if partition.affinity is not None
         else "What every tower costs."
-        if data.figure is None
+        if data.figure is None or partition.affinity_kind is None
         else "The partition, as it was drawn when the flat model was converted."
     )
     figure = tag(

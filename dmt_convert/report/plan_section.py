@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from dmt_convert.conversion.partition import tower_colours
 from dmt_convert.placement import TowerPlan
 from dmt_convert.report.markup import (
     EMPTY,
@@ -19,7 +20,6 @@ from dmt_convert.report.markup import (
     table,
     tag,
 )
-from dmt_convert.report.partition_figure import tower_colours
 from dmt_convert.report.quantities import (
     plural,
     show_bytes,

@@ -55,7 +55,7 @@ class ReportData:
     finetune: Mapping[str, Any] | None = None
     """How the bundle was fine-tuned: `finetune` of the manifest's initialisation."""
     figure: str | None = None
-    """The partition as an `<svg>` element, where it cannot be drawn anew."""
+    """The partition as an `<svg>` element; None draws it here."""
 
     def __post_init__(self) -> None:
         assert self.partition.assignment == self.spec.assignment, "towers differ"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from dmt_convert.conversion.partition import TowerLoad
+from dmt_convert.conversion.partition import TowerLoad, tower_colours
 from dmt_convert.model import TowerModuleSpec
 from dmt_convert.report.markup import (
     Html,
@@ -19,7 +19,6 @@ from dmt_convert.report.markup import (
     table,
     tag,
 )
-from dmt_convert.report.partition_figure import tower_colours
 from dmt_convert.report.quantities import plural, show_bytes, show_factor, show_number, show_share
 from dmt_convert.report.report_data import ReportData
 

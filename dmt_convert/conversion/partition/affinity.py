@@ -1,4 +1,4 @@
-"""How strongly two features interact: cosine of their embeddings, or the model's own use.
+"""How strongly two features interact: by their embeddings, or by the model's weights.
 
 Letters: n sampled rows, F features, N_f embedding dim of feature f, M sum of the input widths,
 r rank of a cross layer.
@@ -11,25 +11,58 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from dmt_convert.arrays import Float32Array, FloatArray
+from dmt_convert.checkpoint import check_finite, read_tensor
+from dmt_convert.conversion import Sample
+from dmt_convert.conversion.partition.config import AffinityKind
 from dmt_convert.errors import ArchitectureError, PartitionError
+from dmt_convert.families import FlatModelInfo
 from dmt_convert.spec import ModelSpec
-
-FloatArray = npt.NDArray[np.float32]
-AnyFloats = npt.NDArray[np.floating]
 
 _BLOCK: Final = 2048
 """Features per side of a block: 16 MB of products; smaller ones drown in BLAS thread hand-offs."""
 _CHUNK_ELEMENTS: Final = 1 << 25
 """Elements of stacked embeddings held at once (128 MB)."""
+_MAX_ROWS: Final = 1024
+_MIN_ROWS: Final = 64
+_PAIR_BUDGET: Final = 1 << 31
+"""Products of pairs of features, over all rows, that a measurement may take."""
 
 
-def cosine_affinity(pooled: Sequence[AnyFloats]) -> FloatArray:
+def measure_affinity(info: FlatModelInfo, sample: Sample, kind: AffinityKind) -> Float32Array:
+    """Measure how strongly the features of a checkpoint interact.
+
+    Args:
+        info: The flat model.
+        sample: Rows with their pooled embeddings. At most 1,024 rows are used, and fewer for
+            thousands of features, because the cost grows with n F^2.
+        kind: `cosine_affinity` or `weights_affinity`.
+
+    Returns:
+        Affinity in [0, 1], symmetric, shape (F, F).
+
+    Raises:
+        CheckpointError: A weight that is used is NaN or Inf.
+    """
+    count = len(info.spec.features)
+    rows = int(np.clip(_PAIR_BUDGET // count**2, _MIN_ROWS, _MAX_ROWS))
+    pooled = [vectors[:rows] for vectors in sample.per_feature(info.spec)]
+    if kind == "cosine":
+        return cosine_affinity(pooled)
+    weights = {}
+    for name, tensor in info.dense_tensors.items():
+        array = read_tensor(tensor)
+        check_finite(array, tensor.path)
+        weights[name] = np.asarray(array, dtype=np.float32)
+    return weights_affinity(info.spec, weights, pooled)
+
+
+def cosine_affinity(pooled: Sequence[FloatArray]) -> Float32Array:
     """Mean over a sample of |cos(e_i, e_j)| of the pooled embeddings.
 
-    A row in which either vector is zero says nothing about the pair and is left out of its
-    mean; a pair without any row gets 0. Vectors of different widths are compared zero-padded.
+    A row in which either vector is zero does not count for the pair; a pair without any other
+    row gets 0. The shorter of two vectors is padded with zeros.
 
     Args:
         pooled: Pooled embeddings of every feature, each of shape (n, N_f).
@@ -38,7 +71,7 @@ def cosine_affinity(pooled: Sequence[AnyFloats]) -> FloatArray:
         Affinity in [0, 1], shape (F, F), symmetric, diagonal 1.
 
     Raises:
-        PartitionError: The features differ in their number of rows, or there are none.
+        PartitionError: The features differ in their number of rows, or have no rows.
 
     Source: the DMT paper, "Tower Partitioner".
     """
@@ -69,9 +102,9 @@ def cosine_affinity(pooled: Sequence[AnyFloats]) -> FloatArray:
 
 
 def weights_affinity(
-    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
-) -> FloatArray:
-    """How much the trained model itself uses every pair of features.
+    spec: ModelSpec, weights: Mapping[str, FloatArray], pooled: Sequence[FloatArray]
+) -> Float32Array:
+    """Measure how much the trained model uses every pair of features.
 
     - dot: the norm of the over_arch's first-layer column of the pair, times the standard
       deviation of the pair's dot over the sample.
@@ -79,9 +112,9 @@ def weights_affinity(
       (j, i), times the spreads of both pooled embeddings (root of the variance averaged over
       their elements).
     - cat, projection: sum over first-layer units (of both branches) of the product of the
-      standard deviations of what i and j add to the unit. A ReLU makes two inputs interact
-      exactly where both move the same unit, so this is the Gram matrix of the first layer's
-      blocks, seen through the sample.
+      standard deviations of what i and j add to the unit. With a ReLU, two inputs interact exactly
+      if both move the same unit, so this is the Gram matrix of the first layer's blocks, weighted
+      by the sample.
 
     Args:
         spec: The flat model.
@@ -94,23 +127,22 @@ def weights_affinity(
 
     Raises:
         ArchitectureError: A tensor is missing or has another shape than the spec says.
-        PartitionError: The features differ in their number of rows, or there are none; or the
-            dense part is a network, which does not tell.
+        PartitionError: The features differ in their number of rows, or have no rows; or the dense
+            part is a network, whose weights do not show which pairs it uses.
     """
     _check_rows(pooled)
     if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
         raise PartitionError(
             f"sampled embeddings of widths {sorted({e.shape[1] for e in pooled})} for "
             f"{len(pooled)} features",
-            expected=f"one sample for each of the {len(spec.features)} features, as wide as its "
-            "table",
+            expected=f"one sample per feature ({len(spec.features)}), as wide as its table",
             hint="sample the embeddings from the same model",
         )
     kind = spec.interaction.kind
     if kind == "network":
         raise PartitionError(
             "--affinity weights for a model whose dense part is a network",
-            expected="an architecture whose weights tell what each pair of features is used for",
+            expected="an architecture whose weights show how much each pair of features is used",
             hint="use --affinity cosine, the default",
         )
     if kind == "dot":
@@ -129,8 +161,8 @@ def weights_affinity(
 
 
 def _dot_use(
-    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
-) -> AnyFloats:
+    spec: ModelSpec, weights: Mapping[str, FloatArray], pooled: Sequence[FloatArray]
+) -> FloatArray:
     first = _tensor(weights, "over_arch.0.weight", spec)
     inputs = len(spec.input_dims)
     offset = 0 if spec.interaction.self_pairs else 1
@@ -144,13 +176,13 @@ def _dot_use(
     return np.asarray(norms[1:, 1:] * _dot_spread(pooled))
 
 
-def _dot_spread(pooled: Sequence[AnyFloats]) -> AnyFloats:
+def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
     """Standard deviation of every pair's dot over the sample, shape (F, F)."""
     features, rows_seen = len(pooled), len(pooled[0])
     total = np.zeros((features, features))
     squares = np.zeros((features, features))
-    # Dots are taken relative to the first row's: the variance is the same, and no digits
-    # cancel where a large mean hides a small spread.
+    # Dots are taken relative to the first row's: the variance stays the same, and a small spread
+    # around a large mean does not lose its digits.
     origin = next(_stack_chunks([e[:1] for e in pooled]))[0].astype(np.float64)
     for stacked in _stack_chunks(pooled):
         for rows, columns in _block_pairs(features):
@@ -166,8 +198,8 @@ def _dot_spread(pooled: Sequence[AnyFloats]) -> AnyFloats:
 
 
 def _cross_use(
-    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
-) -> AnyFloats:
+    spec: ModelSpec, weights: Mapping[str, FloatArray], pooled: Sequence[FloatArray]
+) -> FloatArray:
     spread = np.array([np.sqrt(e.var(axis=0, dtype=np.float64).mean()) for e in pooled])
     use = np.zeros((len(pooled), len(pooled)))
     for layer in range(spec.interaction.cross_layers):
@@ -177,11 +209,11 @@ def _cross_use(
     return np.asarray((use + use.T) / 2 * np.outer(spread, spread))
 
 
-def _block_norms(w: AnyFloats, v: AnyFloats, bounds: Sequence[int]) -> AnyFloats:
+def _block_norms(w: FloatArray, v: FloatArray, bounds: Sequence[int]) -> FloatArray:
     """Frobenius norm of every block W_i V_j, without the (M, M) product.
 
-    ||W_i V_j||^2 = tr((W_i' W_i)(V_j V_j')), summed over slices of the first of its two rank
-    axes so that no more than a few rows of all Gram matrices exist at once.
+    ||W_i V_j||^2 = tr((W_i' W_i)(V_j V_j')). The first of the two rank axes is cut into slices, so
+    that only a few rows of all Gram matrices exist at once.
     """
     features, rank = len(bounds) - 1, w.shape[1]
     blocks = [slice(a, b) for a, b in itertools.pairwise(bounds)]
@@ -197,8 +229,8 @@ def _block_norms(w: AnyFloats, v: AnyFloats, bounds: Sequence[int]) -> AnyFloats
 
 
 def _shared_unit_use(
-    spec: ModelSpec, layers: Sequence[AnyFloats], pooled: Sequence[AnyFloats]
-) -> AnyFloats:
+    spec: ModelSpec, layers: Sequence[FloatArray], pooled: Sequence[FloatArray]
+) -> FloatArray:
     bounds = _bounds(spec)
     layer = np.concatenate(layers).astype(np.float64)
     moved = np.stack(
@@ -211,11 +243,11 @@ def _shared_unit_use(
 
 
 def _bounds(spec: ModelSpec) -> list[int]:
-    """Where each feature's block begins among the M inputs, then M (dense comes first)."""
+    """Offsets of the features' blocks among the M inputs (dense comes first), then M."""
     return [int(b) for b in np.cumsum(spec.input_dims)]
 
 
-def _tensor(weights: Mapping[str, AnyFloats], name: str, spec: ModelSpec) -> AnyFloats:
+def _tensor(weights: Mapping[str, FloatArray], name: str, spec: ModelSpec) -> FloatArray:
     width, rank = sum(spec.input_dims), spec.interaction.cross_rank
     if name == "over_arch.0.weight":
         expected = (spec.over_arch.widths[1], spec.over_arch.widths[0])
@@ -235,7 +267,7 @@ def _tensor(weights: Mapping[str, AnyFloats], name: str, spec: ModelSpec) -> Any
     return weights[name]
 
 
-def _check_rows(pooled: Sequence[AnyFloats]) -> None:
+def _check_rows(pooled: Sequence[FloatArray]) -> None:
     rows = sorted({len(e) for e in pooled})
     if len(rows) != 1 or rows[0] == 0:
         raise PartitionError(
@@ -245,7 +277,7 @@ def _check_rows(pooled: Sequence[AnyFloats]) -> None:
         )
 
 
-def _stack_chunks(pooled: Sequence[AnyFloats]) -> Iterator[FloatArray]:
+def _stack_chunks(pooled: Sequence[FloatArray]) -> Iterator[Float32Array]:
     """Yield all features side by side, zero-padded, a few rows at a time: (rows, F, N_max)."""
     rows, width = len(pooled[0]), max(e.shape[1] for e in pooled)
     step = max(1, _CHUNK_ELEMENTS // (len(pooled) * width))

@@ -1,30 +1,30 @@
 """The tower partitioner: which features form which tower.
 
-Letters: F features, T towers, U units (features that cannot be parted).
+Letters: F features, T towers, U units (features that must share a tower).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from dmt_convert.conversion.partition.balanced_kmeans import (
-    assign_cyclically,
-    cluster_units,
-    plan_bounds,
-)
+from dmt_convert.arrays import FloatArray, IntArray
 from dmt_convert.conversion.partition.config import PartitionConfig, needs_affinity
-from dmt_convert.conversion.partition.embedding import embed_features
-from dmt_convert.conversion.partition.units import FloatArray, IntArray, Units, build_units
+from dmt_convert.conversion.partition.search import (
+    assign_cyclically,
+    find_start,
+    pair_costs,
+    search_towers,
+)
+from dmt_convert.conversion.partition.units import EMITTED_BYTES_PER_ELEMENT, Units, build_units
 from dmt_convert.errors import PartitionError
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
-AnyFloats = npt.NDArray[np.floating]
+Towers = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,59 +36,60 @@ class TowerLoad:
     table_bytes: int
     """Size of its tables as stored, in bytes."""
     lookups: float
-    """Ids looked up per sample (one per feature unless the caller knew better)."""
+    """Ids looked up per sample (one per feature if the caller does not know)."""
     emitted_bytes: int
     """Pooled embeddings per sample, uncompressed, fp32, in bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Partition:
-    """Towers, and how they came about."""
+    """Towers, and how they were found."""
 
     assignment: TowerAssignment
     """The towers: features in model order, towers by their first feature."""
     strategy: str
     """coherent, diverse, round-robin or file."""
     affinity_kind: str | None
-    """cosine or weights; None where no affinity was given."""
-    affinity: AnyFloats | None
-    """Affinity in model order, shape (F, F), where one was given."""
-    points: npt.NDArray[np.float64] | None
-    """Points of the features in model order, shape (F, 2); coherent and diverse only."""
+    """cosine or weights; None without affinity."""
+    affinity: FloatArray | None
+    """Affinity in model order, shape (F, F), if one was given."""
     loads: tuple[TowerLoad, ...]
     """What every tower costs."""
     within_affinity: float | None
     """Mean affinity of pairs that share a tower; None without affinity or such pairs."""
     between_affinity: float | None
-    """Mean affinity of pairs that share none; None without affinity or such pairs."""
+    """Mean affinity of all other pairs; None without affinity or such pairs."""
 
 
 def partition_features(
     spec: ModelSpec,
     config: PartitionConfig,
-    affinity: AnyFloats | None = None,
+    affinity: FloatArray | None = None,
     *,
     lookups: Mapping[str, float] | None = None,
 ) -> Partition:
     """Partition a model's features into towers.
 
-    coherent and diverse follow the paper: affinity, distance (1 - affinity, or affinity), points
-    in the plane, balanced clusters. round-robin puts feature i into tower i mod T; where features
-    cannot be parted or constraints forbid a tower, whole units take turns and go to the next
-    tower that may hold them. A file is taken as it is, checked against the model and the
-    constraints; the ratios do not bind it.
+    - coherent, diverse: the summed affinity inside towers is made as high, or as low, as an
+      iterated local search can make it.
+    - round-robin: feature i goes to tower i mod T. If features share a table or constraints forbid
+      a tower, whole units take turns and go to the next tower that may hold them.
+    - a file: taken as it is, checked against the model and the constraints. The ratios do not
+      apply to it.
 
     Args:
         spec: The flat model.
         config: The request.
-        affinity: Affinity in [0, 1], symmetric, shape (F, F), features in model order. Needed for
-            coherent and diverse (see `needs_affinity`); elsewhere only measured.
-        lookups: Mean ids per sample of every feature, where known; one where not.
+        affinity: Affinity in [0, 1], symmetric, shape (F, F), features in model order. Required
+            for coherent and diverse (see `needs_affinity`); otherwise only reported.
+        lookups: Mean ids per sample of every feature; 1 for features that are not given.
 
     Raises:
         PartitionError: The request cannot be met, or the file does not fit the model.
 
-    Source: the DMT paper, "Tower Partitioner".
+    Source: the affinities and balanced towers are those of the DMT paper, "Tower Partitioner". The
+    paper embeds features in the plane and clusters the points; the search works on the affinities
+    themselves, which gives better towers in less time (benchmarks/partition_search.py).
     """
     units = build_units(spec, config, lookups=lookups)
     if affinity is not None:
@@ -99,12 +100,10 @@ def partition_features(
             expected=f"an affinity matrix for {len(spec.features)} features",
             hint="compute one from sampled rows, or use --partition round-robin",
         )
-    points = None
     if isinstance(config.strategy, Path):
         towers = read_towers(config.strategy, spec, config, units)
     else:
-        tower_of_unit, points = _search_towers(units, config, affinity)
-        towers = _collect(spec, tower_of_unit[units.unit_of])
+        towers = _collect(spec, _assign_units(units, config, affinity)[units.unit_of])
     assignment = TowerAssignment(towers=towers)
     within, between = _measure_affinity(spec, assignment, affinity)
     return Partition(
@@ -112,26 +111,22 @@ def partition_features(
         strategy="file" if isinstance(config.strategy, Path) else config.strategy,
         affinity_kind=None if affinity is None else config.affinity,
         affinity=affinity,
-        points=points,
         loads=measure_loads(spec, assignment, lookups=lookups),
         within_affinity=within,
         between_affinity=between,
     )
 
 
-def _search_towers(
-    units: Units, config: PartitionConfig, affinity: AnyFloats | None
-) -> tuple[IntArray, FloatArray | None]:
-    """Tower of every unit, shape (U,), and the features' points, if any."""
+def _assign_units(units: Units, config: PartitionConfig, affinity: FloatArray | None) -> IntArray:
+    """Tower of every unit, shape (U,)."""
     assert config.num_towers is not None
     rng = np.random.default_rng(config.seed)
-    start = plan_bounds(units, config.num_towers, config, rng=rng)
+    start = find_start(units, config.num_towers, config, rng=rng)
     if config.strategy == "round-robin":
-        return assign_cyclically(start, units, rng=rng), None
+        return assign_cyclically(start, rng=rng)
     assert affinity is not None
-    distance = _to_distance(affinity, coherent=config.strategy == "coherent")
-    points = embed_features(distance, rng=rng)
-    return cluster_units(start, units, points, distance, rng=rng), points
+    pair_UU = pair_costs(units, affinity, coherent=config.strategy == "coherent")
+    return search_towers(start, pair_UU, rng=rng)
 
 
 def measure_loads(
@@ -145,48 +140,48 @@ def measure_loads(
             features=len(tower),
             table_bytes=sum(tables[t].nbytes for t in {table_of[name] for name in tower}),
             lookups=sum(1.0 if lookups is None else lookups.get(name, 1.0) for name in tower),
-            emitted_bytes=sum(4 * tables[table_of[name]].dim for name in tower),
+            emitted_bytes=sum(
+                EMITTED_BYTES_PER_ELEMENT * tables[table_of[name]].dim for name in tower
+            ),
         )
         for tower in assignment.towers
     )
 
 
-def read_towers(
-    path: Path, spec: ModelSpec, config: PartitionConfig, units: Units
-) -> tuple[tuple[str, ...], ...]:
+def read_towers(path: Path, spec: ModelSpec, config: PartitionConfig, units: Units) -> Towers:
     """Read towers from a JSON file `{"towers": [["f0", "f3"], ...]}`, in canonical order.
 
     Raises:
-        PartitionError: The file cannot be read, forgets, repeats or makes up features, splits
-            features that share a table, breaks a constraint, or has another number of towers
-            than was asked for. All findings are named at once.
+        PartitionError: The file cannot be read; a feature is missing, repeated or unknown; features
+            that share a table are split; a constraint is broken; or the number of towers is not
+            the requested one. All problems are named at once.
     """
     towers = _parse_towers(path)
     problems = []
     if config.num_towers not in (None, len(towers)):
-        problems.append(f"{len(towers)} towers, where {config.num_towers} were asked for")
+        problems.append(f"{len(towers)} towers instead of {config.num_towers}")
     problems += [f"tower {t} is empty" for t, tower in enumerate(towers) if not tower]
-    index = {name: i for i, name in enumerate(spec.feature_names)}
+    known = dict.fromkeys(spec.feature_names)
     tower_of: dict[str, int] = {}
     for t, tower in enumerate(towers):
         for name in tower:
             if name in tower_of:
                 problems.append(f"repeated: {name}")
-            elif name not in index:
+            elif name not in known:
                 problems.append(f"unknown: {name}")
             tower_of[name] = t
-    problems += [f"forgotten: {name}" for name in index if name not in tower_of]
+    problems += [f"missing: {name}" for name in known if name not in tower_of]
     if not problems:
-        problems = _broken_constraints(spec, config, units, tower_of)
+        problems = list(_broken_constraints(spec, config, units, tower_of))
     if problems:
         raise PartitionError(
             f"the towers of {path} do not fit the model or the request",
-            expected=f"each of the {len(index)} features in exactly one tower, features of one "
-            "table in the same, and the constraints kept",
-            hint="mend the file; `dmt partition` writes one that fits",
+            expected=f"each of the {len(known)} features in exactly one tower, features of one "
+            "table in the same tower, and all constraints kept",
+            hint="correct the file; `dmt partition --out` writes one that fits",
             details=problems,
         )
-    return _collect(spec, np.array([tower_of[name] for name in index]))
+    return _collect(spec, [tower_of[name] for name in known])
 
 
 def _parse_towers(path: Path) -> list[list[str]]:
@@ -203,39 +198,37 @@ def _parse_towers(path: Path) -> list[list[str]]:
         isinstance(tower, list) and all(isinstance(name, str) for name in tower) for tower in towers
     ):
         raise PartitionError(
-            f"partition file {path} holds no list of towers",
+            f"partition file {path} does not contain a list of towers",
             expected='{"towers": [["f0", "f3"], ...]}, feature names in lists',
-            hint="write it as `dmt partition --out` does",
+            hint="let `dmt partition --out` write the file",
         )
     return towers
 
 
 def _broken_constraints(
     spec: ModelSpec, config: PartitionConfig, units: Units, tower_of: Mapping[str, int]
-) -> list[str]:
-    problems = []
+) -> Iterator[str]:
     for members in units.members:
         names = [spec.features[i].name for i in members]
         found = sorted({tower_of[name] for name in names})
         if len(found) > 1:
-            problems.append(
-                f"{','.join(names)} share tables or must be together, and are in towers "
+            yield (
+                f"{','.join(names)} share a table or must be together, but are in towers "
                 f"{', '.join(map(str, found))}"
             )
     for rivals in config.apart:
         if len({tower_of[name] for name in rivals}) < len(rivals):
-            problems.append(f"{','.join(rivals)} must be apart, and share a tower")
+            yield f"{','.join(rivals)} must be apart, but share a tower"
     group_of = {name: group for group, names in config.groups for name in names}
     for t in sorted(set(tower_of.values())):
         met = dict.fromkeys(
             group_of[name] for name, tower in tower_of.items() if tower == t and name in group_of
         )
         if len(met) > 1:
-            problems.append(f"groups {', '.join(met)} share tower {t}")
-    return problems
+            yield f"groups {', '.join(met)} share tower {t}"
 
 
-def _check_affinity(affinity: AnyFloats, features: int) -> None:
+def _check_affinity(affinity: FloatArray, features: int) -> None:
     problem = None
     if affinity.shape != (features, features):
         problem = f"an affinity of shape {affinity.shape} for {features} features"
@@ -249,20 +242,11 @@ def _check_affinity(affinity: AnyFloats, features: int) -> None:
         raise PartitionError(
             problem,
             expected=f"a symmetric ({features}, {features}) matrix in [0, 1]",
-            hint="use cosine_affinity or weights_affinity; values that are not finite come from "
-            "tables that hold such",
+            hint="use cosine_affinity or weights_affinity; NaN and Inf come from the tables",
         )
 
 
-def _to_distance(affinity: AnyFloats, *, coherent: bool) -> npt.NDArray[np.float64]:
-    distance = 1.0 - affinity if coherent else np.array(affinity, dtype=np.float64)
-    np.fill_diagonal(distance, 0)
-    return np.asarray(distance, dtype=np.float64)
-
-
-def _collect(
-    spec: ModelSpec, tower_of: Sequence[int] | npt.NDArray[np.int64]
-) -> tuple[tuple[str, ...], ...]:
+def _collect(spec: ModelSpec, tower_of: Sequence[int] | IntArray) -> Towers:
     """Features in model order, towers by their first feature."""
     towers: dict[int, list[str]] = {}
     for feature, tower in zip(spec.features, tower_of, strict=True):
@@ -271,7 +255,7 @@ def _collect(
 
 
 def _measure_affinity(
-    spec: ModelSpec, assignment: TowerAssignment, affinity: AnyFloats | None
+    spec: ModelSpec, assignment: TowerAssignment, affinity: FloatArray | None
 ) -> tuple[float | None, float | None]:
     """Mean affinity of the pairs inside towers, and of all others."""
     if affinity is None:
