@@ -48,7 +48,7 @@ from quality_tables import (
 )
 from worker_pool import run_jobs
 
-from dmt_convert.conversion.partition.config import AFFINITY_KINDS
+from dmt_convert.config import AFFINITY_KINDS
 from dmt_convert.recipes.generate_clicks import ClickConfig, generate_clicks
 
 PARTS = ("planted", "loss", "affinity")

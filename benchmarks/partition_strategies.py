@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.config import PartitionConfig
+from dmt_convert.config import STRATEGIES, PartitionConfig
 from dmt_convert.conversion import Sample
 from dmt_convert.conversion.partition import (
     measure_affinity,
     needs_affinity,
     partition_features,
 )
-from dmt_convert.conversion.partition.config import STRATEGIES
 from dmt_convert.families import FlatModelInfo
 
 Towers = tuple[tuple[str, ...], ...]

@@ -147,7 +147,7 @@ def plan(
 
 
 def score(
-    model: ScoredModel | AnyPath,
+    model: ScoredModel | Bundle | AnyPath,
     data: AnyPath | None = None,
     *,
     config: ScoreConfig | None = None,
@@ -176,7 +176,7 @@ def score(
 
 
 def evaluate(
-    model: ScoredModel | AnyPath,
+    model: ScoredModel | Bundle | AnyPath,
     data: AnyPath | None = None,
     *,
     config: EvaluateConfig | None = None,
@@ -199,8 +199,8 @@ def evaluate(
 
 
 def verify(
-    reference: ScoredModel | AnyPath,
-    other: ScoredModel | AnyPath,
+    reference: ScoredModel | Bundle | AnyPath,
+    other: ScoredModel | Bundle | AnyPath,
     *,
     config: VerifyConfig | None = None,
     progress: Progress = no_progress,

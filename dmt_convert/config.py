@@ -45,6 +45,7 @@ InputForm = Literal["single", "fixed", "padded", "jagged"]
 OutOfRange = Literal["refuse", "clip"]
 
 STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
+AFFINITY_KINDS: Final[tuple[str, ...]] = get_args(AffinityKind)
 Kind = TypeVar("Kind", bound="Config")
 _TOWERS: Final = "Which features share a tower"
 _MODULES: Final = "What a tower emits"

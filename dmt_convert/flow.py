@@ -238,7 +238,7 @@ def find_towers(
     if flat.spec.interaction.network is not None and options.affinity == "weights":
         options = options.replace(affinity="cosine")  # a network does not say what it pairs
     affinity = measure_affinity(flat, sample, options.affinity)
-    return partition_features(flat.spec, options, affinity)
+    return replace(partition_features(flat.spec, options, affinity), sample=sample.description)
 
 
 def choose_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dmt_convert.bundle.accumulators import (
     accumulated_table,
@@ -67,7 +67,7 @@ class Bundle:
         return open_plain_model(self, in_memory=in_memory)
 
     @property
-    def quality(self) -> Quality:
+    def quality(self) -> Any:
         """How well the model agreed with the flat one when it was made."""
         return self.manifest.quality
 

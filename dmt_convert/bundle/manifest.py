@@ -24,6 +24,7 @@ _KINDS: Final[Mapping[str, type]] = {
     "optimizer_state": dict,
     "quality": dict,
     "weights": dict,
+    "config": dict,
 }
 """What the parts of `dmt.json` are; bundles that lack `optimizer_state` came before it."""
 
@@ -51,6 +52,8 @@ class Manifest:
     """How well the converted model agrees with the flat one."""
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """File below the bundle -> {bytes, digests: {tensor: digest}}."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The command and the settings that made the bundle; empty in older bundles."""
     tool_version: str = __version__
     """Version of dmt-convert that wrote the bundle."""
     schema_version: int = SCHEMA_VERSION
@@ -70,6 +73,7 @@ class Manifest:
             "optimizer_state": dict(self.optimizer_state),
             "quality": dict(self.quality),
             "weights": {name: dict(entry) for name, entry in self.weights.items()},
+            "config": dict(self.config),
         }
 
     @classmethod
@@ -80,7 +84,7 @@ class Manifest:
             TypeError: A part is of another kind than it should be; likewise KeyError, ValueError
                 and AttributeError.
         """
-        value = {"optimizer_state": {}, **value}
+        value = {"optimizer_state": {}, "config": {}, **value}
         for name, kind in _KINDS.items():
             if not isinstance(value[name], kind):
                 raise TypeError(f"{name} is {type(value[name]).__name__}")
@@ -97,6 +101,7 @@ class Manifest:
             optimizer_state=value["optimizer_state"],
             quality=value["quality"],
             weights=value["weights"],
+            config=value["config"],
             tool_version=value["tool"]["version"],
             schema_version=value["schema_version"],
         )

@@ -129,7 +129,8 @@ def open_scored(model: ScoredModel | str | os.PathLike[str], options: ModelOptio
     """
     if isinstance(model, ScoredModel):
         return model
-    return open_model(Path(model), read_model_options(options))
+    path = model.path if isinstance(model, Bundle) else Path(model)
+    return open_model(path, read_model_options(options))
 
 
 def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:

@@ -1,12 +1,11 @@
 # What other folders use.
 from .affinity import cosine_affinity as cosine_affinity
 from .affinity import measure_affinity as measure_affinity
-from .config import PartitionConfig as PartitionConfig
-from .config import needs_affinity as needs_affinity
 from .figure import figure_svg as figure_svg
 from .figure import plot_partition as plot_partition
 from .figure import tower_colours as tower_colours
 from .partitioner import Partition as Partition
 from .partitioner import TowerLoad as TowerLoad
 from .partitioner import measure_loads as measure_loads
+from .partitioner import needs_affinity as needs_affinity
 from .partitioner import partition_features as partition_features

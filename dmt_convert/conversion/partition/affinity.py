@@ -14,8 +14,8 @@ import numpy as np
 
 from dmt_convert.arrays import Float32Array, FloatArray
 from dmt_convert.checkpoint import check_finite, read_tensor
+from dmt_convert.config import AffinityKind
 from dmt_convert.conversion import Sample
-from dmt_convert.conversion.partition.config import AffinityKind
 from dmt_convert.errors import ArchitectureError, PartitionError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.spec import ModelSpec

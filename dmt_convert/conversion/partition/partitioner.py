@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dmt_convert.arrays import FloatArray, IntArray
-from dmt_convert.conversion.partition.config import PartitionConfig, needs_affinity
+from dmt_convert.config import PartitionOptions
 from dmt_convert.conversion.partition.search import (
     assign_cyclically,
     find_start,
@@ -41,7 +41,7 @@ class TowerLoad:
     """Pooled embeddings per sample, uncompressed, fp32, in bytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Partition:
     """Towers, and how they were found."""
 
@@ -59,11 +59,22 @@ class Partition:
     """Mean affinity of pairs that share a tower; None without affinity or such pairs."""
     between_affinity: float | None
     """Mean affinity of all other pairs; None without affinity or such pairs."""
+    sample: str = ""
+    """How the rows were drawn on which affinity was measured."""
+
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<Partition: {len(self.assignment.towers)} towers, {self.strategy}>"
+
+    @property
+    def towers(self) -> Towers:
+        """Features of every tower."""
+        return self.assignment.towers
 
 
 def partition_features(
     spec: ModelSpec,
-    config: PartitionConfig,
+    config: PartitionOptions,
     affinity: FloatArray | None = None,
     *,
     lookups: Mapping[str, float] | None = None,
@@ -117,11 +128,16 @@ def partition_features(
     )
 
 
-def _assign_units(units: Units, config: PartitionConfig, affinity: FloatArray | None) -> IntArray:
+def needs_affinity(config: PartitionOptions) -> bool:
+    """Tell whether `partition_features` needs an affinity matrix for this request."""
+    return config.strategy in ("coherent", "diverse")
+
+
+def _assign_units(units: Units, config: PartitionOptions, affinity: FloatArray | None) -> IntArray:
     """Tower of every unit, shape (U,)."""
-    assert config.num_towers is not None
+    assert config.towers is not None
     rng = np.random.default_rng(config.seed)
-    start = find_start(units, config.num_towers, config, rng=rng)
+    start = find_start(units, config.towers, config, rng=rng)
     if config.strategy == "round-robin":
         return assign_cyclically(start, rng=rng)
     assert affinity is not None
@@ -148,7 +164,7 @@ def measure_loads(
     )
 
 
-def read_towers(path: Path, spec: ModelSpec, config: PartitionConfig, units: Units) -> Towers:
+def read_towers(path: Path, spec: ModelSpec, config: PartitionOptions, units: Units) -> Towers:
     """Read towers from a JSON file `{"towers": [["f0", "f3"], ...]}`, in canonical order.
 
     Raises:
@@ -158,8 +174,8 @@ def read_towers(path: Path, spec: ModelSpec, config: PartitionConfig, units: Uni
     """
     towers = _parse_towers(path)
     problems = []
-    if config.num_towers not in (None, len(towers)):
-        problems.append(f"{len(towers)} towers instead of {config.num_towers}")
+    if config.towers not in (None, len(towers)):
+        problems.append(f"{len(towers)} towers instead of {config.towers}")
     problems += [f"tower {t} is empty" for t, tower in enumerate(towers) if not tower]
     known = dict.fromkeys(spec.feature_names)
     tower_of: dict[str, int] = {}
@@ -206,7 +222,7 @@ def _parse_towers(path: Path) -> list[list[str]]:
 
 
 def _broken_constraints(
-    spec: ModelSpec, config: PartitionConfig, units: Units, tower_of: Mapping[str, int]
+    spec: ModelSpec, config: PartitionOptions, units: Units, tower_of: Mapping[str, int]
 ) -> Iterator[str]:
     for members in units.members:
         names = [spec.features[i].name for i in members]
@@ -219,7 +235,7 @@ def _broken_constraints(
     for rivals in config.apart:
         if len({tower_of[name] for name in rivals}) < len(rivals):
             yield f"{','.join(rivals)} must be apart, but share a tower"
-    group_of = {name: group for group, names in config.groups for name in names}
+    group_of = {name: group for group, names in config.group for name in names}
     for t in sorted(set(tower_of.values())):
         met = dict.fromkeys(
             group_of[name] for name, tower in tower_of.items() if tower == t and name in group_of

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from dmt_convert.arrays import BoolArray, Float64Array, FloatArray, IntArray
-from dmt_convert.conversion.partition.config import PartitionConfig
+from dmt_convert.config import PartitionOptions
 from dmt_convert.conversion.partition.units import LOAD_KINDS, NO_GROUP, Units
 from dmt_convert.errors import PartitionError
 
@@ -128,7 +128,7 @@ def assign_cyclically(start: Start, *, rng: np.random.Generator) -> IntArray:
 
 
 def find_start(
-    units: Units, num_towers: int, config: PartitionConfig, *, rng: np.random.Generator
+    units: Units, num_towers: int, config: PartitionOptions, *, rng: np.random.Generator
 ) -> Start:
     """Find bounds that can be kept, and an assignment that keeps them.
 
@@ -172,12 +172,12 @@ def find_start(
     return _limit_loads(start, config, rng)
 
 
-def _size_limit(units: Units, num_towers: int, config: PartitionConfig) -> int:
+def _size_limit(units: Units, num_towers: int, config: PartitionOptions) -> int:
     features = int(units.weights.sum())
     return min(features, math.ceil(config.size_ratio * features / num_towers - _SLACK))
 
 
-def _refuse_impossible(units: Units, num_towers: int, config: PartitionConfig) -> None:
+def _refuse_impossible(units: Units, num_towers: int, config: PartitionOptions) -> None:
     features, count = int(units.weights.sum()), len(units.weights)
     largest, groups = int(units.weights.max()), len(set(units.groups.tolist()) - {NO_GROUP})
     limit = _size_limit(units, num_towers, config)
@@ -426,7 +426,7 @@ def _scale_loads(units: Units, num_towers: int, ratio: float | None) -> Float64A
     return np.minimum(scaled, 1.0)
 
 
-def _limit_loads(start: Start, config: PartitionConfig, rng: np.random.Generator) -> Start:
+def _limit_loads(start: Start, config: PartitionOptions, rng: np.random.Generator) -> Start:
     """Change a start until it keeps the loads too."""
     bounds, count = start.bounds, len(start.assignment)
     state = TowerState(bounds, start.assignment)

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from dmt_convert.arrays import BoolArray, Float64Array, IntArray
-from dmt_convert.conversion.partition.config import PartitionConfig
+from dmt_convert.config import PartitionOptions
 from dmt_convert.errors import PartitionError
 from dmt_convert.spec import ModelSpec
 
@@ -58,7 +58,7 @@ class Units:
 
 
 def build_units(
-    spec: ModelSpec, config: PartitionConfig, *, lookups: Mapping[str, float] | None = None
+    spec: ModelSpec, config: PartitionOptions, *, lookups: Mapping[str, float] | None = None
 ) -> Units:
     """Merge the features that must share a tower, and check that no constraints contradict.
 
@@ -89,7 +89,7 @@ def build_units(
             details=problems,
         )
     groups = np.full(len(members), NO_GROUP, dtype=np.int64)
-    for number, (_, features) in enumerate(config.groups):
+    for number, (_, features) in enumerate(config.group):
         groups[[unit_of[name] for name in features]] = number
     apart = np.zeros((len(members),) * 2, dtype=bool) if config.apart else None
     for rivals in config.apart:
@@ -106,11 +106,11 @@ def build_units(
 
 
 def _mixed_groups(
-    config: PartitionConfig, unit_of: Mapping[str, int], labels: list[str]
+    config: PartitionOptions, unit_of: Mapping[str, int], labels: list[str]
 ) -> Iterator[str]:
     """Name the units whose features belong to several groups."""
     group_of: dict[int, str] = {}
-    for group, features in config.groups:
+    for group, features in config.group:
         for unit in dict.fromkeys(unit_of[name] for name in features):
             if unit in group_of:
                 yield (
@@ -121,7 +121,7 @@ def _mixed_groups(
 
 
 def _inseparable_rivals(
-    config: PartitionConfig, unit_of: Mapping[str, int], labels: list[str]
+    config: PartitionOptions, unit_of: Mapping[str, int], labels: list[str]
 ) -> Iterator[str]:
     """Name the units of which several features must be apart."""
     for rivals in config.apart:
@@ -130,9 +130,9 @@ def _inseparable_rivals(
             yield f"{labels[unit]} are inseparable but {','.join(rivals)} must be apart"
 
 
-def _check_known(config: PartitionConfig, index: Mapping[str, int]) -> None:
+def _check_known(config: PartitionOptions, index: Mapping[str, int]) -> None:
     named = [name for names in (*config.together, *config.apart) for name in names]
-    named += [name for _, names in config.groups for name in names]
+    named += [name for _, names in config.group for name in names]
     unknown = [name for name in dict.fromkeys(named) if name not in index]
     if unknown:
         raise PartitionError(
@@ -143,7 +143,7 @@ def _check_known(config: PartitionConfig, index: Mapping[str, int]) -> None:
         )
 
 
-def _merge_features(spec: ModelSpec, config: PartitionConfig, index: Mapping[str, int]) -> Members:
+def _merge_features(spec: ModelSpec, config: PartitionOptions, index: Mapping[str, int]) -> Members:
     """Union-find over the features of one table and the features of every `together`."""
     parent = list(range(len(index)))
 
