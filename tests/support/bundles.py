@@ -16,7 +16,7 @@ from support.shortcuts import sample_few, skip_report
 def convert_quickly(
     source: Path, out: Path, *, rows: int = 1024, report: bool = False, **options: Any
 ) -> Bundle:
-    """Convert a checkpoint, into two towers unless `towers` says otherwise.
+    """Convert a checkpoint without distillation, into two towers unless `towers` says otherwise.
 
     Args:
         source: a checkpoint.
@@ -29,7 +29,7 @@ def convert_quickly(
         sample_few(patch, rows)
         if not report:
             skip_report(patch)
-        return dmt.convert(source, out, **{"towers": 2, **options})
+        return dmt.convert(source, out, **{"towers": 2, "distill_steps": 0, **options})
 
 
 def make_bundle(folder: Path, *, flat: dict[str, Any] | None = None, **options: Any) -> Path:
