@@ -170,7 +170,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _request_features(bundle: Bundle, group: str) -> tuple[str, ...]:
     from dmt_convert.errors import ExportError
 
-    groups: Mapping[str, Sequence[str]] = bundle.manifest.partition.get("groups", {})
+    groups = bundle.manifest.partition.groups
     if group not in groups:
         known = ", ".join(groups) or "none"
         raise ExportError(
@@ -202,7 +202,7 @@ def _show(output: Output, export: Export, config: ExportConfig) -> None:
         [part, name, human_bytes((export.path / name).stat().st_size)]
         for part, name in manifest.parts.items()
     ]
-    size = sum(entry["bytes"] for entry in manifest.weights.values())
+    size = sum(entry.bytes for entry in manifest.weights.values())
     rows = [
         ("wrote", str(export.path)),
         (

@@ -357,10 +357,10 @@ def _write(
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         started = starting.result()
         manifest = describe_manifest(info, partition, started, sample)
-        groups = {name: list(features) for name, features in config.partition.groups}
+        groups = {name: tuple(features) for name, features in config.partition.groups}
         manifest = replace(
             manifest,
-            partition={**manifest.partition, "groups": groups},
+            partition=replace(manifest.partition, groups=groups),
             optimizer_state=describe_accumulators(info, accumulators, keep=keep),
         )
         # the towers may emit less, or otherwise, than was asked for

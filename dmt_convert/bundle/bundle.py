@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dmt_convert.bundle.accumulators import (
     AccumulatorSource,
@@ -19,6 +19,7 @@ from dmt_convert.bundle.accumulators import (
 from dmt_convert.bundle.manifest import SCHEMA_VERSION, Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, SmallWeights, tower_file
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
+from dmt_convert.documents import WeightsFile
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.files import (
     MANIFEST_NAME,
@@ -29,13 +30,11 @@ from dmt_convert.files import (
     make_folder,
     staged_folder,
 )
-from dmt_convert.placement import TowerPlan
+from dmt_convert.placement import TowerPlan, read_plan
 
 PLAN_NAME: Final = "plan.json"
 _DOCUMENT_BYTES: Final = 8 << 20
 
-Weights = Mapping[str, Mapping[str, Any]]
-"""Weights file -> its bytes and the digests of its tensors."""
 Documents = Callable[[Manifest], Mapping[str, str]]
 """Given the final manifest, further files of a bundle by name."""
 
@@ -69,19 +68,9 @@ class Bundle:
         """The plan that lies in the bundle.
 
         Raises:
-            BundleError: It is missing or damaged.
+            PlanError: It is missing, damaged, or has a newer schema version.
         """
-        path = self.path / PLAN_NAME
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                f"{path} cannot be read ({error})",
-                expected="the plan that `dmt convert` or `dmt plan` wrote",
-                hint=f"write it again: dmt plan {self.path} --hosts H --ranks-per-host R "
-                f"--out {path}",
-            ) from None
-        return TowerPlan.from_json(value)
+        return read_plan(self.path / PLAN_NAME)
 
 
 def is_bundle(path: Path) -> bool:
@@ -124,8 +113,9 @@ def write_bundle(
         weights = _write_weights(staging, tables, accumulators, small, on_bytes)
         manifest, plan, documents = describe()
         # a bundle made of another one keeps the digest of the flat model
-        digest = manifest.source.get("digest") or _source_digest(tables, weights)
-        manifest = replace(manifest, weights=weights, source={**manifest.source, "digest": digest})
+        digest = manifest.source.digest or _source_digest(tables, weights)
+        source = replace(manifest.source, digest=digest)
+        manifest = replace(manifest, weights=weights, source=source)
         _write_text(staging / PLAN_NAME, _dump(plan.to_json()))
         for name, text in documents(manifest).items():
             _write_text(staging / name, text)
@@ -139,7 +129,7 @@ def _write_weights(
     accumulators: Mapping[str, Sequence[AccumulatorSource]],
     small: Callable[[], SmallWeights],
     on_bytes: Callable[[int], None],
-) -> Weights:
+) -> dict[str, WeightsFile]:
     metadata = {"format": "pt", "dmt_schema": str(SCHEMA_VERSION)}
     files = {
         name: StreamedFile(staging / name, sources, metadata=metadata)
@@ -155,16 +145,18 @@ def _write_weights(
     digests = {name: file.finish(late[name]) for name, file in files.items()}
     digests |= {name: found for name, found in summed.items() if found}
     return {
-        name: {"bytes": (staging / name).stat().st_size, "digests": found}
+        name: WeightsFile(bytes=(staging / name).stat().st_size, digests=found)
         for name, found in digests.items()
     }
 
 
-def _source_digest(tables: Mapping[str, list[TensorSource]], weights: Weights) -> str:
+def _source_digest(
+    tables: Mapping[str, list[TensorSource]], weights: Mapping[str, WeightsFile]
+) -> str:
     """Digest of the flat model's tables as they were read (recoded tables: as written)."""
     entries = []
     for name, sources in tables.items():
-        digests = weights[name]["digests"]
+        digests = weights[name].digests
         entries += [
             (source.name, source.dtype, source.shape, digests[source.name]) for source in sources
         ]
@@ -216,13 +208,13 @@ def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, Tens
     if entry is None or not path.is_file():
         raise _broken(folder, f"{name} is missing")
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry['bytes']}")
+    if size != entry.bytes:
+        raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry.bytes}")
     try:
         tensors = SafetensorsReader().read(path).tensors
     except CheckpointError as error:
         raise _broken(folder, error.found) from None
-    if {tensor.name for tensor in tensors} != set(entry["digests"]):
+    if {tensor.name for tensor in tensors} != set(entry.digests):
         raise _broken(folder, f"{name} does not hold the tensors that the manifest lists")
     return {tensor.name: tensor for tensor in tensors}
 
@@ -286,7 +278,7 @@ def check_digests(
     groups |= bundle.accumulator_files
     changed = []
     for file, tensors in groups.items():
-        expected = bundle.manifest.weights[file]["digests"]
+        expected = bundle.manifest.weights[file].digests
         for name, tensor in tensors.items():
             if wanted(name) and digest_of(tensor, on_bytes) != expected[name]:
                 changed.append(f"{file}: {name}")

@@ -9,7 +9,8 @@ import pytest
 from dmt_convert.bundle import Bundle, Manifest, plan_table_files, split_state, write_bundle
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion.initialisation import initialise
-from dmt_convert.families import FlatModelInfo, infer_model
+from dmt_convert.documents import Source
+from dmt_convert.families import Fact, FlatModelInfo, infer_model
 from dmt_convert.model import DmtSpec, MappedTables, TowerModuleSpec, TowerSpec, open_flat_model
 from dmt_convert.placement import Cluster, plan_towers
 
@@ -44,8 +45,8 @@ def write(source: Path) -> BundleWriter:
         )
         manifest = Manifest(
             model=spec,
-            source={"format": "torch", "name": source.name, "files": [], "bytes": 0},
-            facts=({"subject": "s", "value": "v", "source": "read", "reason": "r"},),
+            source=Source(format="torch", name=source.name),
+            facts=(Fact(subject="s", value="v", source="read", reason="r"),),
         )
         return write_bundle(
             out,
@@ -54,7 +55,7 @@ def write(source: Path) -> BundleWriter:
             describe=lambda: (
                 manifest,
                 plan,
-                lambda final: {"report.html": final.source["digest"]},
+                lambda final: {"report.html": final.source.digest},
             ),
             **options,
         )

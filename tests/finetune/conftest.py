@@ -23,6 +23,7 @@ from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Bag, Batch
+from dmt_convert.documents import to_json
 from dmt_convert.model import DmtModel, DmtSpec, TowerSpec, module_spec
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
@@ -236,8 +237,7 @@ class Tuned:
 
     @property
     def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.bundle.manifest.initialisation["finetune"]
-        return found
+        return to_json(self.bundle.manifest.initialisation.finetune)
 
     @property
     def files(self) -> dict[str, bytes]:
