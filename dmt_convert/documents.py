@@ -397,8 +397,9 @@ class _InvalidError(Exception):
 def _validate(kind: type[Content], text: str | bytes) -> Content:
     from pydantic import ValidationError
 
+    adapter: TypeAdapter[Content] = _adapter(kind)  # type: ignore[arg-type]  # is hashable
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False)
         raise _InvalidError([_problem(problem) for problem in found]) from None
@@ -410,7 +411,7 @@ def _validate(kind: type[Content], text: str | bytes) -> Content:
 
 
 @cache
-def _adapter(kind: type[Content]) -> TypeAdapter[Content]:
+def _adapter(kind: type) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
