@@ -26,9 +26,9 @@ from emulated_runs import Run
 
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
 from dmt_convert.placement import Cluster
-from dmt_convert.placement.predict.collectives import Peers
-from dmt_convert.placement.predict.step_load import StepLoad, as_flat, even_load
-from dmt_convert.placement.predict.suggestion import deal_tables
+from dmt_convert.placement.predict.cost_model import StepLoad, as_flat, even_load
+from dmt_convert.placement.predict.machine import Peers
+from dmt_convert.placement.predict.prediction import deal_tables
 from dmt_convert.placement.traffic import ELEMENT_BYTES
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 

@@ -16,7 +16,8 @@ from .console import Output, grid, human_bytes, number, table
 from .options import command
 
 if TYPE_CHECKING:
-    from dmt_convert.bundle import Bundle, Manifest
+    from dmt_convert.bundle import Bundle
+    from dmt_convert.documents import PartitionRecord
     from dmt_convert.flow import Preview
     from dmt_convert.model import TowerModuleSpec
 
@@ -98,14 +99,14 @@ def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
     return f"dlrm, c={module.c}, p={module.p}, D={width}"
 
 
-def _partition_text(manifest: Manifest) -> str:
-    strategy = manifest.partition["strategy"]
-    chosen = strategy in ("coherent", "diverse")
-    return f"{strategy}" + (f" by {manifest.partition['affinity']}" if chosen else "")
+def _partition_text(partition: PartitionRecord) -> str:
+    chosen = partition.strategy in ("coherent", "diverse")
+    return partition.strategy + (f" by {partition.affinity}" if chosen else "")
 
 
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     from dmt_convert.adapter import model_option
+    from dmt_convert.documents import to_json
 
     manifest, quality = bundle.manifest, bundle.quality
     model = manifest.model
@@ -113,23 +114,26 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         "bundle": str(bundle.path),
         "report": str(bundle.path / "report.html"),
         "towers": [list(tower.features) for tower in model.towers],
-        "partition": {key: manifest.partition[key] for key in ("strategy", "affinity")},
+        "partition": {
+            "strategy": manifest.partition.strategy,
+            "affinity": manifest.partition.affinity,
+        },
         "tower_module": asdict(model.towers[0].module),
         "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
-        "initialisation": dict(manifest.initialisation),
-        "optimizer_state": dict(manifest.optimizer_state),
+        "initialisation": to_json(manifest.initialisation),
+        "optimizer_state": to_json(manifest.optimizer_state),
         "quality": quality.to_json(),
-        "facts": [dict(fact) for fact in manifest.facts],
+        "facts": [asdict(fact) for fact in manifest.facts],
     }
     rows = [
         ("bundle", str(bundle.path)),
         ("report", str(bundle.path / "report.html")),
         ("towers", f"{len(model.towers)} of {len(model.flat.features)} features"),
-        ("partition", _partition_text(manifest)),
+        ("partition", _partition_text(manifest.partition)),
         ("tower module", _module_text([tower.module for tower in model.towers])),
         ("compression", f"{model.compression:.2f}"),
-        ("initialised", str(manifest.initialisation["method"])),
+        ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]
     columns = ["model", "R^2>", "max |diff|>", "rank corr.>"]
@@ -142,9 +146,9 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         lines.append(cells)
     title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
     output.result(value, grid(rows), table(title, columns, lines))
-    for note in manifest.optimizer_state["notes"]:
+    for note in manifest.optimizer_state.notes:
         output.remark(f"note: {note}")
-    assumed = [f"{f['subject']} = {f['value']}" for f in manifest.facts if f["source"] == "assumed"]
+    assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
     if assumed:
         output.remark("assumed: " + "; ".join(assumed) + "\n(correct it with --model-config)")
     if not model.is_passthrough:

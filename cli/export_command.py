@@ -65,7 +65,7 @@ def _show(output: Output, export: Export, config: ExportConfig) -> None:
         [part, name, human_bytes((export.path / name).stat().st_size)]
         for part, name in manifest.parts.items()
     ]
-    size = sum(entry["bytes"] for entry in manifest.weights.values())
+    size = sum(entry.bytes for entry in manifest.weights.values())
     rows = [
         ("wrote", str(export.path)),
         (

@@ -133,17 +133,17 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
     model = manifest.model
     rows = [
         ("bundle", str(bundle.path)),
-        ("made of", f"{manifest.source.get('name')} ({manifest.source.get('format')})"),
-        ("by", f"dmt-convert {manifest.tool_version}"),
+        ("made of", f"{manifest.source.name} ({manifest.source.format})"),
+        ("by", f"dmt-convert {manifest.tool.version}"),
         ("towers", str(len(model.towers))),
         ("tower module", model.kind),
         ("compression", f"{model.compression:.2f}"),
-        ("initialised", str(manifest.initialisation.get("method"))),
+        ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]
     towers = []
     for t, tower in enumerate(model.towers):
-        size = manifest.weights[f"weights/tower_{t:03d}.safetensors"]["bytes"]
+        size = manifest.weights[f"weights/tower_{t:03d}.safetensors"].bytes
         width = sum(model.tower_dims(t))
         towers.append(
             [
@@ -164,8 +164,8 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
 def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
     rows = [
         ("export", f"{path} ({manifest.format})"),
-        ("made of", str(manifest.bundle.get("name"))),
-        ("by", f"dmt-convert {manifest.tool_version}"),
+        ("made of", manifest.bundle.name),
+        ("by", f"dmt-convert {manifest.tool.version}"),
         ("tables", manifest.quantize if manifest.quantize != "none" else "as in the bundle"),
         ("ids outside", "clipped" if manifest.out_of_range == "clip" else "refused"),
         ("checks passed", str(len(manifest.checks))),

@@ -40,9 +40,11 @@ def run(
     if config.predict or config.predict_scaling:
         from .prediction_tables import show_prediction
 
-        shown = show_prediction(dmt.open_bundle(bundle), plan, config)
-        value["prediction"] = shown.value
-        tables += shown.tables
+        report = dmt.predict(bundle, config=config)
+        value["prediction"] = report.to_json()
+        if config.plot is not None:
+            value["prediction"]["files"] = [str(config.plot)]
+        tables += show_prediction(report)
     output.result(value, *tables)
 
 

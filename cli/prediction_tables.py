@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .console import grid, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from dmt_convert.model import DmtSpec
-    from dmt_convert.placement import TowerPlan
     from dmt_convert.placement.predict import (
         Machine,
         PlacedStep,
         Prediction,
+        PredictionReport,
         ScalePoint,
         Suggestion,
     )
@@ -24,59 +21,18 @@ if TYPE_CHECKING:
 _NAMES = {"flat": "flat", "sptt": "SPTT", "dmt": "DMT (this bundle)"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A prediction, ready to print."""
-
-    value: dict[str, Any]
-    """What stands under `prediction` in JSON."""
-    tables: list[RenderableType]
-    """What people read."""
-
-
-def show_prediction(
-    model: DmtSpec,
-    plan: TowerPlan,
-    machine: Machine,
-    *,
-    ids_per_bag: float,
-    predict: bool,
-    scaling: bool,
-    plot: Path | None,
-) -> Shown:
-    """Predict what was asked for, draw it where that was asked for, and say it."""
-    from dmt_convert.placement.predict import (
-        describe_machine,
-        predict_placement,
-        predict_plan,
-        predict_scaling,
-        suggest,
-    )
-
-    value = describe_machine(machine, ids_per_bag)
-    tables = [grid(_facts(machine, ids_per_bag))]
-    if predict:
-        prediction = predict_plan(model, plan, machine, ids_per_bag=ids_per_bag)
-        placed = predict_placement(model, plan, machine, ids_per_bag=ids_per_bag)
-        suggestion = suggest(model.flat, machine, ids_per_bag=ids_per_bag)
-        value["rows"] = [step.to_json() for step in prediction.steps]
-        value["as_placed"] = {
-            "step_ms": placed.step.total * 1e3,
-            "busiest_rank": placed.busiest_rank,
-        }
-        value |= suggestion.to_json()
-        tables += [_steps(prediction), _placement(placed), *_suggestion(suggestion)]
-    if scaling:
-        compression = model.compression
-        points = predict_scaling(
-            model.flat, machine, compression=compression, ids_per_bag=ids_per_bag
-        )
-        value["scaling"] = [point.to_json() for point in points]
-        tables.append(_scaling(points))
-        if plot is not None:
-            _plot(points, machine, plot)
-            value["files"] = [str(plot)]
-    return Shown(value=value, tables=tables)
+def show_prediction(report: PredictionReport) -> list[RenderableType]:
+    """Make the tables of a prediction."""
+    tables = [grid(_facts(report.machine, report.ids_per_bag))]
+    if report.prediction is not None:
+        tables.append(_steps(report.prediction))
+    if report.placed is not None:
+        tables.append(_placement(report.placed))
+    if report.suggestion is not None:
+        tables += _suggestion(report.suggestion)
+    if report.scaling is not None:
+        tables.append(_scaling(report.scaling))
+    return tables
 
 
 def _facts(machine: Machine, ids_per_bag: float) -> list[tuple[str, str]]:
@@ -173,17 +129,3 @@ def _scaling(points: tuple[ScalePoint, ...]) -> RenderableType:
         "beyond 512 GPUs"
     )
     return table(title, columns, rows)
-
-
-def _plot(points: tuple[ScalePoint, ...], machine: Machine, plot: Path) -> None:
-    from dmt_convert.placement.predict import plot_scaling
-
-    from .partition_command import staged_file
-
-    cluster = machine.network.cluster
-    title = (
-        f"{machine.gpu.name.upper()}, {cluster.ranks_per_host} per host, {cluster.inter_gbps:g} "
-        f"Gbit/s each, {machine.batch} samples per GPU, {machine.comm_dtype} communication"
-    )
-    with staged_file(plot) as staged:
-        plot_scaling(points, title, staged)

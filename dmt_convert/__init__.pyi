@@ -8,6 +8,7 @@ from .api import inspect as inspect
 from .api import open_bundle as open_bundle
 from .api import partition as partition
 from .api import plan as plan
+from .api import predict as predict
 from .api import preview as preview
 from .api import score as score
 from .api import unshard as unshard

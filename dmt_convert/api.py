@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dmt_convert.files import Unsharded
     from dmt_convert.flow import Preview
     from dmt_convert.placement import TowerPlan
+    from dmt_convert.placement.predict import PredictionReport
     from dmt_convert.scoring import Evaluation, ScoredModel, Scores, VerifyReport
     from dmt_convert.serving import Export, ExportManifest
 
@@ -144,6 +145,25 @@ def plan(
     from dmt_convert.flow import plan_bundle
 
     return plan_bundle(_opened(bundle), _settings(PlanConfig, config, settings))
+
+
+def predict(
+    bundle: Bundle | AnyPath, *, config: PlanConfig | None = None, **settings: Any
+) -> PredictionReport:
+    """Predict the time of a training step on a cluster: flat, SPTT and this bundle.
+
+    Args:
+        bundle: The bundle, or its folder.
+        config: Settings of `dmt plan`.
+        **settings: Settings that differ from `config`: `hosts` and `ranks_per_host` are needed.
+    """
+    from dmt_convert.flow import plan_bundle, predict_plan
+
+    opened = _opened(bundle)
+    config = _settings(PlanConfig, config, settings)
+    if not config.predict_scaling:
+        config = config.replace(predict=True)
+    return predict_plan(opened, plan_bundle(opened, config.replace(out=None)), config)
 
 
 def score(

@@ -52,7 +52,15 @@ from dmt_convert.model import (
     converted_spec,
     module_spec,
 )
-from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_towers
+from dmt_convert.placement import (
+    Cluster,
+    TowerPlan,
+    default_cluster,
+    make_cluster,
+    make_machine,
+    plan_towers,
+)
+from dmt_convert.placement.predict import PredictionReport, plot_scaling, predict_bundle
 from dmt_convert.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -349,10 +357,9 @@ def _describe(
     from dmt_convert.report import describe_manifest
 
     manifest = describe_manifest(flat, partition, started, sample)
-    groups = {name: list(features) for name, features in config.group}
     return replace(
         manifest,
-        partition={**manifest.partition, "groups": groups},
+        partition=replace(manifest.partition, groups=dict(config.group)),
         optimizer_state=describe_accumulators(
             flat, weights.accumulators, keep=config.optimizer_state == "keep"
         ),
@@ -416,3 +423,24 @@ def plan_bundle(bundle: Bundle, config: PlanConfig) -> TowerPlan:
     if config.out is not None:
         write_text(config.out, json.dumps(plan.to_json(), indent=1) + "\n")
     return plan
+
+
+def predict_plan(bundle: Bundle, plan: TowerPlan, config: PlanConfig) -> PredictionReport:
+    """Predict the steps of a placed bundle; draw them if that is asked for.
+
+    Raises:
+        DmtError: The settings describe no machine, or the file cannot be written.
+    """
+    machine = make_machine(config, plan.cluster)
+    report = predict_bundle(
+        bundle.manifest.model,
+        plan,
+        machine,
+        config.ids_per_bag or 1.0,
+        predict=config.predict,
+        scaling=config.predict_scaling,
+    )
+    if config.plot is not None and report.scaling is not None:
+        with staged_file(config.plot) as staged:
+            plot_scaling(report.scaling, machine.title, staged)
+    return report

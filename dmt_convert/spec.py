@@ -6,9 +6,10 @@ Letters: B batch, F features, N embedding dim, D tower output dim, T towers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal, cast, get_args
 
+from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_NONE, from_json, to_json
 from dmt_convert.errors import ArchitectureError, PartitionError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -125,8 +126,8 @@ class InteractionSpec:
     """projection only: the MLP whose output is split into vectors of N."""
     branch2: MlpSpec | None = None
     """projection only: the MLP whose output is split into N vectors."""
-    network: NetworkSpec | None = None
-    """network only: the module."""
+    network: NetworkSpec | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """network only: the module. Versions that knew no networks wrote no such key."""
 
     def __post_init__(self) -> None:
         assert (self.network is not None) == (self.kind == "network")
@@ -158,6 +159,8 @@ class ModelSpec:
     Where a network takes the place of the three, it is the interaction: dense_arch and over_arch
     have no layers then, and let the dense inputs and the logit through (see `network_model`).
     """
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = MODEL_CONFIG
 
     family: str
     """Name of the trainer's family, such as `torchrec-dlrm`."""
@@ -245,29 +248,16 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
-        value = asdict(self)
-        if self.interaction.network is None:  # as versions wrote it that knew no networks
-            del value["interaction"]["network"]
-        return value
+        return to_json(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
-        """Read what `to_json` wrote."""
-        interaction = dict(value["interaction"])
-        for branch in ("branch1", "branch2"):
-            if interaction.get(branch) is not None:
-                interaction[branch] = _mlp_from_json(interaction[branch])
-        if interaction.get("network") is not None:
-            interaction["network"] = NetworkSpec(**interaction["network"])
-        return cls(
-            family=value["family"],
-            tables=tuple(TableSpec(**table) for table in value["tables"]),
-            features=tuple(FeatureSpec(**feature) for feature in value["features"]),
-            dense_arch=_mlp_from_json(value["dense_arch"]),
-            interaction=InteractionSpec(**interaction),
-            over_arch=_mlp_from_json(value["over_arch"]),
-            final_sigmoid=value["final_sigmoid"],
-        )
+    def from_json(cls, value: object) -> ModelSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: It does not describe a model.
+        """
+        return from_json(cls, value)
 
 
 def network_model(
@@ -301,10 +291,6 @@ def network_model(
         over_arch=MlpSpec(widths=(1,), final_relu=False),
         final_sigmoid=final_sigmoid,
     )
-
-
-def _mlp_from_json(value: Mapping[str, Any]) -> MlpSpec:
-    return MlpSpec(widths=tuple(value["widths"]), final_relu=value["final_relu"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

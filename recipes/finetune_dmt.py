@@ -95,10 +95,10 @@ def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
         choose_plan,
         finetune_on_cluster,
         read_layout,
-        read_plan,
         start_ranks,
         stop_ranks,
     )
+    from dmt_convert.placement import read_plan
     from dmt_convert.training import open_training_data
 
     # 1. What there is: the ranks, the bundle and its plan, the rows

@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows, TensorInfo, to_fp32
+from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.files import StreamedFile, TensorSource, stream_checked
@@ -200,7 +201,7 @@ def write_accumulators(
 
 def describe_accumulators(
     info: FlatModelInfo, files: Mapping[str, Sequence[AccumulatorSource]], *, keep: bool
-) -> dict[str, Any]:
+) -> OptimizerState:
     """Say for the manifest what became of the optimizer state of a checkpoint's tables.
 
     Args:
@@ -212,11 +213,11 @@ def describe_accumulators(
     sources = {source.table: source for group in files.values() for source in group}
     kept = [name for name, source in sources.items() if source.damage is None]
     averaged = [name for name in kept if found[name].shape[1:] not in ((), (1,))]
-    return {
-        "accumulators": len(kept),
-        "averaged": len(averaged),
-        "notes": _notes(state, found, sources, len(averaged), keep=keep),
-    }
+    return OptimizerState(
+        accumulators=len(kept),
+        averaged=len(averaged),
+        notes=tuple(_notes(state, found, sources, len(averaged), keep=keep)),
+    )
 
 
 def _notes(

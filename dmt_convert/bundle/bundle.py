@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from dmt_convert.bundle.accumulators import (
     accumulated_table,
@@ -16,12 +15,13 @@ from dmt_convert.bundle.accumulators import (
 from dmt_convert.bundle.manifest import Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
+from dmt_convert.documents import Quality
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.files import (
     MANIFEST_NAME,
     digest_of,
 )
-from dmt_convert.placement import TowerPlan
+from dmt_convert.placement import TowerPlan, read_plan
 
 if TYPE_CHECKING:
     from dmt_convert.bundle.plain_model import PlainModel
@@ -67,7 +67,7 @@ class Bundle:
         return open_plain_model(self, in_memory=in_memory)
 
     @property
-    def quality(self) -> Any:
+    def quality(self) -> Quality:
         """How well the model agreed with the flat one when it was made."""
         return self.manifest.quality
 
@@ -85,19 +85,9 @@ class Bundle:
         """The plan that lies in the bundle.
 
         Raises:
-            BundleError: It is missing or damaged.
+            PlanError: It is missing, damaged, or has a newer schema version.
         """
-        path = self.path / PLAN_NAME
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                f"{path} cannot be read ({error})",
-                expected="the plan that `dmt convert` or `dmt plan` wrote",
-                hint=f"write it again: dmt plan {self.path} --hosts H --ranks-per-host R "
-                f"--out {path}",
-            ) from None
-        return TowerPlan.from_json(value)
+        return read_plan(self.path / PLAN_NAME)
 
 
 def is_bundle(path: Path) -> bool:
@@ -138,13 +128,13 @@ def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, Tens
     if entry is None or not path.is_file():
         raise _broken(folder, f"{name} is missing")
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry['bytes']}")
+    if size != entry.bytes:
+        raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry.bytes}")
     try:
         tensors = SafetensorsReader().read(path).tensors
     except CheckpointError as error:
         raise _broken(folder, error.found) from None
-    if {tensor.name for tensor in tensors} != set(entry["digests"]):
+    if {tensor.name for tensor in tensors} != set(entry.digests):
         raise _broken(folder, f"{name} does not hold the tensors that the manifest lists")
     return {tensor.name: tensor for tensor in tensors}
 
@@ -208,7 +198,7 @@ def check_digests(
     groups |= bundle.accumulator_files
     changed = []
     for file, tensors in groups.items():
-        expected = bundle.manifest.weights[file]["digests"]
+        expected = bundle.manifest.weights[file].digests
         for name, tensor in tensors.items():
             if wanted(name) and digest_of(tensor, on_bytes) != expected[name]:
                 changed.append(f"{file}: {name}")

@@ -15,6 +15,7 @@ from dmt_convert.bundle.accumulators import AccumulatorSource, write_accumulator
 from dmt_convert.bundle.bundle import PLAN_NAME, Bundle, open_bundle
 from dmt_convert.bundle.manifest import SCHEMA_VERSION, Manifest
 from dmt_convert.bundle.weights import SmallWeights
+from dmt_convert.documents import WeightsFile
 from dmt_convert.files import (
     MANIFEST_NAME,
     StreamedFile,
@@ -29,8 +30,7 @@ from dmt_convert.progress import Progress, no_progress
 _DOCUMENT_BYTES: Final = 8 << 20
 _METADATA: Final = {"format": "pt", "dmt_schema": str(SCHEMA_VERSION)}
 
-Weights = Mapping[str, Mapping[str, Any]]
-"""Weights file -> its bytes and the digests of its tensors."""
+Weights = Mapping[str, WeightsFile]
 Documents = Callable[[Manifest], Mapping[str, str]]
 """Makes further files of a bundle, by name, from the final manifest."""
 
@@ -128,8 +128,9 @@ class BundleWriter:
         self.wait()
         weights = self._finish_files(small)
         # a bundle that was made from another one keeps the digest of the flat model
-        digest = manifest.source.get("digest") or self._source_digest(weights)
-        manifest = replace(manifest, weights=weights, source={**manifest.source, "digest": digest})
+        digest = manifest.source.digest or self._source_digest(weights)
+        source = replace(manifest.source, digest=digest)
+        manifest = replace(manifest, weights=weights, source=source)
         _write_text(self._staging / PLAN_NAME, _dump(plan.to_json()))
         for name, text in documents(manifest).items():
             _write_text(self._staging / name, text)
@@ -174,7 +175,7 @@ class BundleWriter:
         digests = {name: file.finish(late[name]) for name, file in self._files.items()}
         digests |= {name: found for name, found in self._summed.items() if found}
         return {
-            name: {"bytes": (self._staging / name).stat().st_size, "digests": found}
+            name: WeightsFile(bytes=(self._staging / name).stat().st_size, digests=found)
             for name, found in digests.items()
         }
 
@@ -182,7 +183,7 @@ class BundleWriter:
         """Digest of the flat model's tables as they were read (recoded tables: as written)."""
         return digest_names(
             [
-                (source.name, source.dtype, source.shape, weights[name]["digests"][source.name])
+                (source.name, source.dtype, source.shape, weights[name].digests[source.name])
                 for name, sources in self._weights.tables.items()
                 for source in sources
             ]

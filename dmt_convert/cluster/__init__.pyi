@@ -2,7 +2,6 @@
 from .cluster_job import ClusterJob as ClusterJob
 from .cluster_job import Listeners as Listeners
 from .cluster_job import choose_plan as choose_plan
-from .cluster_job import read_plan as read_plan
 from .cluster_model import ShardedModel as ShardedModel
 from .cluster_model import shard_model as shard_model
 from .cluster_run import finetune_on_cluster as finetune_on_cluster

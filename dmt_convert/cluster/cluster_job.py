@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,21 +79,3 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
     model = bundle.manifest.model
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
     return plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)
-
-
-def read_plan(path: Path) -> TowerPlan:
-    """Read a plan that `dmt plan --out` wrote.
-
-    Raises:
-        PlanError: It cannot be read, or is no plan.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PlanError(
-            f"the plan {path} cannot be read ({reason})",
-            expected="the JSON that `dmt plan --out` writes",
-            hint="make it anew with `dmt plan`",
-        ) from None
-    return TowerPlan.from_json(value)

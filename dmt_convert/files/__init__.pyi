@@ -21,4 +21,3 @@ from .staging import staged_folder as staged_folder
 from .staging import sync_folder as sync_folder
 from .unshard import Unsharded as Unsharded
 from .unshard import unshard_checkpoint as unshard_checkpoint
-from .versioned_document import read_versioned as read_versioned

@@ -6,10 +6,11 @@ Letters: F_t features of a tower, N embedding dim, D output dim, K_t vectors tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
-from dmt_convert.errors import BundleError, ConfigError
+from dmt_convert.documents import MODEL_CONFIG, from_json, to_json
+from dmt_convert.errors import ConfigError
 from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
 
 TowerModuleKind = Literal["passthrough", "dlrm", "dcn", "linear"]
@@ -78,6 +79,8 @@ class TowerSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DmtSpec:
     """A converted model: the flat one, and how towers replace its global lookup."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = MODEL_CONFIG
 
     flat: ModelSpec
     """The model that was converted."""
@@ -194,29 +197,13 @@ class DmtSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
-        return {"flat": self.flat.to_json(), "towers": [asdict(tower) for tower in self.towers]}
+        return to_json(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> DmtSpec:
+    def from_json(cls, value: object) -> DmtSpec:
         """Read what `to_json` wrote.
 
         Raises:
             BundleError: It does not describe a model.
         """
-        try:
-            return cls(
-                flat=ModelSpec.from_json(value["flat"]),
-                towers=tuple(
-                    TowerSpec(
-                        features=tuple(tower["features"]),
-                        module=TowerModuleSpec(**tower["module"]),
-                    )
-                    for tower in value["towers"]
-                ),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(
-                f"the bundle's description of the model is damaged ({error!r})",
-                expected="the keys that this version of dmt writes",
-                hint="convert the checkpoint again",
-            ) from None
+        return from_json(cls, value)

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import Field, PositiveInt
 
 from dmt_convert.errors import ConfigError
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A number of bytes or ids per sample, where a file states one."""
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 GIB: Final = 1024**3
 
@@ -22,15 +28,15 @@ state, activations, communication buffers, and the allocator's fragments live th
 class Cluster:
     """H hosts of R ranks each, all alike."""
 
-    hosts: int
+    hosts: PositiveInt
     """H."""
-    ranks_per_host: int
+    ranks_per_host: PositiveInt
     """R."""
-    hbm_bytes: int = 80 * GIB
+    hbm_bytes: PositiveInt = 80 * GIB
     """Memory of one rank's accelerator, in bytes."""
-    intra_gbps: float = 3600.0
+    intra_gbps: Rate = 3600.0
     """What one rank can send to the other ranks of its host, in gigabit/s (NVLink class)."""
-    inter_gbps: float = 200.0
+    inter_gbps: Rate = 200.0
     """What one rank can send to other hosts, in gigabit/s."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The cluster that the settings of a command describe."""
+"""The cluster and the machine that the settings of a command describe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from dmt_convert.config import ClusterOptions, PlanConfig
 from dmt_convert.placement.cluster import GIB, Cluster
-from dmt_convert.placement.predict import find_gpu
+from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
 
 
 def make_cluster(config: ClusterOptions | PlanConfig, *, hosts: int = 1) -> Cluster:
@@ -29,3 +29,18 @@ def make_cluster(config: ClusterOptions | PlanConfig, *, hosts: int = 1) -> Clus
     if config.hbm_gib is not None:
         given["hbm_bytes"] = max(1, int(config.hbm_gib * GIB))
     return Cluster(hosts=config.hosts or hosts, ranks_per_host=config.ranks_per_host or 8, **given)
+
+
+def make_machine(config: PlanConfig, cluster: Cluster) -> Machine:
+    """Make what steps are predicted for.
+
+    Raises:
+        ConfigError: The GPU, or a constant of the cost model, is not known.
+    """
+    assumptions = Assumptions().override(config.assume)
+    return Machine(
+        gpu=find_gpu(config.gpu or "h100"),
+        network=Network(cluster=cluster, assumptions=assumptions),
+        batch=config.batch or 1024,
+        comm_dtype=config.comm_dtype or "fp32",
+    )

@@ -1,4 +1,4 @@
-"""A tower plan as TorchRec's sharding plan. The only module that imports torchrec.
+"""A tower plan as TorchRec's sharding plan.
 
 TorchRec's `EmbeddingTowerCollection` holds towers; its sharder takes one parameter sharding per
 table, keyed by the table's name alone, and finds a tower's host by the ranks of its tables. It
@@ -16,10 +16,16 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from dmt_convert.documents import shorten
 from dmt_convert.errors import PlanError
-from dmt_convert.placement.placement import COLS_MULTIPLE, Shard, TablePlacement, padded_dim
-from dmt_convert.placement.plan_check import check_plan
-from dmt_convert.placement.tower_plan import TowerPlan, shorten
+from dmt_convert.placement.packing import check_plan
+from dmt_convert.placement.tower_plan import (
+    COLS_MULTIPLE,
+    Shard,
+    TablePlacement,
+    TowerPlan,
+    padded_dim,
+)
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
 if TYPE_CHECKING:

@@ -1,43 +1,150 @@
-"""Which host runs which tower, and which rank holds which part of which table.
+"""Which host runs which tower, and which rank holds which part of which table: `plan.json`.
 
-Letters: T towers, H hosts, R ranks per host, W = H * R world size.
+Letters: T towers, H hosts, R ranks per host, W = H * R world size, N embedding dim, L ranks of the
+hosts that a tower lies on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, cast
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
-from dmt_convert.errors import DmtError, PlanError
-from dmt_convert.placement.cluster import Cluster, show_bytes
-from dmt_convert.placement.json_reader import JsonReader
-from dmt_convert.placement.placement import (
-    COMPUTE_KERNEL,
-    OPTIMIZER,
-    SHARDING_TYPES,
-    Shard,
-    ShardingType,
-    TablePlacement,
-)
-from dmt_convert.placement.traffic import CommunicationEstimate, Exchange, Traffic
+from pydantic import Field, NonNegativeInt
+
+from dmt_convert.documents import Layout, shorten, to_json
+from dmt_convert.errors import PlanError
+from dmt_convert.placement.cluster import Amount, Cluster, show_bytes
+from dmt_convert.placement.traffic import CommunicationEstimate, Traffic
 
 SCHEMA_VERSION: Final = 1
+"""Raised when older versions would misread a plan; not for a key that they can ignore."""
 
-_MAX_DETAILS: Final = 20
+ShardingType = Literal["table_row_wise", "table_column_wise"]
+ComputeKernel = Literal["fused"]
+"""TorchRec's kernel that looks up and updates all tables of a rank at once."""
 
-_KEYS: Final = (
-    "schema_version",
-    "cluster",
-    "optimizer",
-    "tower_hosts",
-    "tower_order",
-    "tables",
-    "bytes_per_rank",
-    "bytes_per_host",
-    "lookups_per_rank",
-    "traffic",
-)
+OPTIMIZER: Final = "rowwise_adagrad"
+"""The sparse optimizer that memory is counted for."""
+
+OPTIMIZER_BYTES_PER_ROW: Final = 4
+"""Row-wise Adagrad keeps one float32 per row of every shard. A table cut into n column shards
+therefore keeps n of them per row."""
+
+
+COLS_MULTIPLE: Final = 4
+"""The lookup kernels read rows in vectors of four elements."""
+
+
+def padded_dim(dim: int) -> int:
+    """Return the columns that a rank keeps of a table of this dim: the next multiple of four."""
+    return -(-dim // COLS_MULTIPLE) * COLS_MULTIPLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A rectangle of a table on one rank."""
+
+    rank: NonNegativeInt
+    """Global rank that holds it."""
+    row_offset: NonNegativeInt
+    """First row."""
+    col_offset: NonNegativeInt
+    """First column."""
+    rows: NonNegativeInt
+    """Number of rows; 0 where a row-wise table has fewer rows than ranks."""
+    cols: NonNegativeInt
+    """Number of columns."""
+
+    def nbytes(self, element_bytes: int) -> int:
+        """Memory with the optimizer's state, in bytes, columns padded as they are in memory.
+
+        Args:
+            element_bytes: Size of one element of the table, in bytes.
+        """
+        return self.rows * (padded_dim(self.cols) * element_bytes + OPTIMIZER_BYTES_PER_ROW)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TablePlacement:
+    """One table, on the ranks of its tower."""
+
+    table: str
+    """Table name."""
+    tower: NonNegativeInt
+    """Index of the tower whose features are looked up in it."""
+    sharding_type: ShardingType
+    """table_row_wise: equal blocks of rows on every rank of the tower's hosts;
+    table_column_wise: equal blocks of columns on some ranks (one block: the table is whole)."""
+    compute_kernel: ComputeKernel = "fused"
+    """TorchRec's compute kernel."""
+    shards: tuple[Shard, ...]
+    """All parts, by ascending offset."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole table."""
+        return max((shard.row_offset + shard.rows for shard in self.shards), default=0)
+
+    @property
+    def cols(self) -> int:
+        """N, columns of the whole table."""
+        return max((shard.col_offset + shard.cols for shard in self.shards), default=0)
+
+    def problems(self, ranks: Sequence[int]) -> list[str]:
+        """Say what keeps this from being a placement that TorchRec accepts.
+
+        Args:
+            ranks: The L ranks of the tower's hosts, ascending.
+
+        Returns:
+            One line per problem, empty when there is none.
+        """
+        name = f"table {self.table!r}"
+        if not self.shards:
+            return [f"{name} has no shards"]
+        problems = []
+        row_wise = self.sharding_type == "table_row_wise"
+        expected = row_blocks(self.rows, len(ranks)) if row_wise else self._column_blocks()
+        found = [(s.row_offset, s.col_offset, s.rows, s.cols) for s in self.shards]
+        wanted = [
+            (offset, 0, size, self.cols) if row_wise else (0, offset, self.rows, size)
+            for offset, size in expected
+        ]
+        if found != wanted or self.rows < 1 or self.cols < 1:
+            problems.append(
+                f"the {len(found)} shards of {name} do not tile its {self.rows} x {self.cols} "
+                "elements in equal blocks"
+            )
+        mine = [shard.rank for shard in self.shards]
+        outside = sorted(set(mine) - set(ranks))
+        if outside:
+            problems.append(f"{name} is on ranks {outside}, outside the hosts of its tower")
+        elif row_wise and mine != list(ranks):
+            problems.append(f"{name} is row-wise on ranks {mine}, not on {list(ranks)} in order")
+        elif len(set(mine)) < len(mine):
+            problems.append(f"{name} has two shards on one rank: {mine}")
+        return problems
+
+    def _column_blocks(self) -> list[tuple[int, int]]:
+        width = self.cols // len(self.shards)
+        return [(i * width, width) for i in range(len(self.shards))]
+
+
+def row_blocks(rows: int, num_ranks: int) -> list[tuple[int, int]]:
+    """Cut rows into (offset, size) blocks, one per rank.
+
+    Every block has ceil(rows / num_ranks) rows until none are left, so later blocks can be
+    smaller or empty; TorchRec computes a row's rank from that block size.
+
+    Source: `_calculate_rw_shard_sizes_and_offsets` in torchrec/distributed/sharding_plan.py.
+    """
+    block = -(-rows // num_ranks)
+    starts = [min(i * block, rows) for i in range(num_ranks + 1)]
+    return [(start, end - start) for start, end in pairwise(starts)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +157,14 @@ class TowerPlan:
 
     cluster: Cluster
     """The machines."""
-    tower_hosts: tuple[tuple[int, ...], ...]
+    tower_hosts: tuple[tuple[NonNegativeInt, ...], ...]
     """Hosts of every tower: one, or k consecutive ones where there are fewer towers than
     hosts (k = H / T, the same for all)."""
     tables: tuple[TablePlacement, ...]
     """All tables, in the model's order."""
-    bytes_per_rank: tuple[int, ...]
+    bytes_per_rank: tuple[NonNegativeInt, ...]
     """Tables and row-wise Adagrad state on each of the W ranks, in bytes."""
-    lookups_per_rank: tuple[float, ...]
+    lookups_per_rank: tuple[Amount, ...]
     """Ids that each rank looks up per sample of the global batch; each rank of a row-wise table
     gets an equal part of them, each rank of a column-wise one gets all."""
     traffic: Traffic
@@ -155,134 +262,75 @@ class TowerPlan:
         return problems + [f"tower {tower} has no table" for tower in bare]
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict; `from_json` reads it back.
+        """Return the content of `plan.json`; `from_json` reads it back.
 
-        It also holds what follows from the rest and spares a reader the sums: `bytes_per_host`
-        and `tower_order`.
+        It also states what follows from the rest, so that a reader need not compute it:
+        `bytes_per_host` and `tower_order`.
         """
-        value = asdict(self) | {
+        value = to_json(self)
+        return {
             "schema_version": SCHEMA_VERSION,
+            "cluster": value["cluster"],
             "optimizer": OPTIMIZER,
-            "tower_order": self.tower_order,
-            "bytes_per_host": self.bytes_per_host,
+            "tower_hosts": value["tower_hosts"],
+            "tower_order": list(self.tower_order),
+            "tables": value["tables"],
+            "bytes_per_rank": value["bytes_per_rank"],
+            "bytes_per_host": list(self.bytes_per_host),
+            "lookups_per_rank": value["lookups_per_rank"],
+            "traffic": value["traffic"],
         }
-        return {key: value[key] for key in _KEYS}
 
     @classmethod
     def from_json(cls, value: object) -> TowerPlan:
         """Read what `to_json` wrote.
 
         Raises:
-            PlanError: It is of another version, lacks something, or contradicts itself; all
+            PlanError: It has a newer schema version, lacks something, or contradicts itself; all
                 that is wrong is listed.
         """
-        version = value.get("schema_version") if isinstance(value, Mapping) else None
-        if isinstance(value, Mapping) and type(version) is int and version != SCHEMA_VERSION:
-            raise PlanError(
-                f"a plan of schema version {version}",
-                expected=f"version {SCHEMA_VERSION}",
-                hint="make it anew with `dmt plan`, or use the version that wrote it",
-            )
-        reader = JsonReader()
-        top = reader.fields(value, "the plan", _KEYS)
-        reader.integer(top, "schema_version", "")
-        reader.text(top, "optimizer", "", (OPTIMIZER,))
-        cluster = _read_cluster(reader, top)
-        parts: dict[str, Any] = {
-            "tower_hosts": reader.items(
-                top,
-                "tower_hosts",
-                "",
-                lambda hosts, place: reader.integers({place: hosts}, place, ""),
-            ),
-            "tables": reader.items(
-                top, "tables", "", lambda item, place: _read_placement(reader, item, place)
-            ),
-            "bytes_per_rank": reader.integers(top, "bytes_per_rank", ""),
-            "lookups_per_rank": reader.numbers(top, "lookups_per_rank", ""),
-            "traffic": _read_traffic(reader, top.get("traffic", {})),
-        }
-        derived = {name: reader.integers(top, name, "") for name in _DERIVED}
-        _refuse(reader.problems)
-        assert cluster is not None
-        plan = cls(cluster=cluster, **parts)
-        _refuse(
-            [
-                f"{name} is {list(found)}, but the rest gives {list(getattr(plan, name))}"
-                for name, found in derived.items()
-                if found != getattr(plan, name)
-            ]
-        )
-        return plan
+        return _PLAN.parse(json.dumps(value), "the plan").plan
 
 
-_DERIVED: Final = ("tower_order", "bytes_per_host")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlanFile(TowerPlan):
+    """The content of `plan.json`: a plan, and what follows from it."""
+
+    schema_version: int
+    optimizer: Literal["rowwise_adagrad"]
+    stated_order: Annotated[tuple[int, ...], Field(alias="tower_order")]
+    stated_bytes: Annotated[tuple[int, ...], Field(alias="bytes_per_host")]
+
+    def __post_init__(self) -> None:
+        TowerPlan.__post_init__(self)
+        stated = {"tower_order": self.stated_order, "bytes_per_host": self.stated_bytes}
+        problems = [
+            f"{name} is {list(found)}, but the rest gives {list(getattr(self, name))}"
+            for name, found in stated.items()
+            if found != getattr(self, name)
+        ]
+        if problems:
+            raise PlanError(problems[0], details=problems[1:])
+
+    @property
+    def plan(self) -> TowerPlan:
+        """The plan alone."""
+        return TowerPlan(**{part.name: getattr(self, part.name) for part in fields(TowerPlan)})
 
 
-def shorten(problems: list[str]) -> list[str]:
-    """Keep the first problems, and count the rest."""
-    rest = len(problems) - _MAX_DETAILS
-    return [*problems[:_MAX_DETAILS], f"and {rest} more"] if rest > 0 else problems
+_PLAN: Final = Layout(
+    content=_PlanFile,
+    version=SCHEMA_VERSION,
+    error=PlanError,
+    writer="dmt plan",
+    remedy="make the plan again with `dmt plan`",
+)
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise PlanError(
-            f"this is not a plan: {len(problems)} problem(s)",
-            expected="the JSON that `dmt plan` writes",
-            hint="make it anew with `dmt plan`",
-            details=shorten(problems),
-        )
+def read_plan(path: Path) -> TowerPlan:
+    """Read a plan that `dmt convert` or `dmt plan --out` wrote.
 
-
-def _read_cluster(reader: JsonReader, top: Mapping[str, object]) -> Cluster | None:
-    names = [field.name for field in fields(Cluster)]
-    value = reader.fields(top.get("cluster", {}), "cluster", names)
-    parts: dict[str, Any] = {
-        name: (reader.number if name.endswith("_gbps") else reader.integer)(value, name, "cluster.")
-        for name in names
-    }
-    if reader.problems:
-        return None
-    try:
-        return Cluster(**parts)
-    except DmtError as error:
-        reader.problems.append(error.found)
-        return None
-
-
-def _read_placement(reader: JsonReader, item: object, place: str) -> TablePlacement:
-    value = reader.fields(item, place, [field.name for field in fields(TablePlacement)])
-    where = f"{place}."
-    return TablePlacement(
-        table=reader.text(value, "table", where),
-        tower=reader.integer(value, "tower", where),
-        sharding_type=cast(
-            ShardingType, reader.text(value, "sharding_type", where, SHARDING_TYPES)
-        ),
-        compute_kernel=reader.text(value, "compute_kernel", where, (COMPUTE_KERNEL,)),
-        shards=reader.items(value, "shards", where, lambda s, p: _read_shard(reader, s, p)),
-    )
-
-
-def _read_shard(reader: JsonReader, item: object, place: str) -> Shard:
-    names = [field.name for field in fields(Shard)]
-    value = reader.fields(item, place, names)
-    return Shard(**{name: reader.integer(value, name, f"{place}.") for name in names})
-
-
-def _read_traffic(reader: JsonReader, item: object) -> Traffic:
-    names = [field.name for field in fields(Traffic)]
-    value = reader.fields(item, "traffic", names)
-    parts: dict[str, Any] = {}
-    for name in names:
-        if name.endswith("_bytes"):
-            parts[name] = reader.number(value, name, "traffic.")
-            continue
-        place = f"traffic.{name}"
-        exchange = reader.fields(value.get(name, {}), place, ("cross_bytes", "intra_bytes"))
-        parts[name] = Exchange(
-            cross_bytes=reader.number(exchange, "cross_bytes", f"{place}."),
-            intra_bytes=reader.number(exchange, "intra_bytes", f"{place}."),
-        )
-    return Traffic(**parts)
+    Raises:
+        PlanError: The file is missing, is not a plan, or has a newer schema version.
+    """
+    return _PLAN.read(path).plan

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmt_convert.placement.cluster import Cluster
+from dmt_convert.placement.cluster import Amount, Cluster
 
 ELEMENT_BYTES: Final = 4
 """Pooled embeddings and tower outputs travel as float32."""
@@ -29,9 +29,9 @@ ID_BYTES: Final = 8
 class Exchange:
     """One AlltoAll."""
 
-    cross_bytes: float
+    cross_bytes: Amount
     """To or from other hosts, in bytes per sample."""
-    intra_bytes: float
+    intra_bytes: Amount
     """To or from other ranks of the same host, in bytes per sample."""
 
     def seconds(self, cluster: Cluster, samples: int) -> float:
@@ -59,10 +59,10 @@ class CommunicationEstimate:
 class Traffic:
     """The exchanges of the flat model and of the towers."""
 
-    flat_cross_bytes: float
+    flat_cross_bytes: Amount
     """Pooled embeddings that a host takes in from others, per sample of its own, flat: the mean
     over hosts (the gradients go back in the same number)."""
-    dmt_cross_bytes: float
+    dmt_cross_bytes: Amount
     """The same for the towers: tower outputs, and for towers over several hosts the embeddings
     that move between those."""
     flat_indices: Exchange
@@ -143,7 +143,7 @@ def measure_traffic(
         )
 
     def scaled(per_rank: tuple[float, float], element_bytes: int) -> Exchange:
-        cross, intra = (value * groups * element_bytes for value in per_rank)
+        cross, intra = (float(value * groups * element_bytes) for value in per_rank)
         return Exchange(cross_bytes=cross, intra_bytes=intra)
 
     outputs_in = sum(group_widths) * (groups - 1) / groups

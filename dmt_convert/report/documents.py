@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dmt_convert.adapter import model_option
 from dmt_convert.bundle import Manifest
-from dmt_convert.conversion import Quality, QualityRow, Sample
+from dmt_convert.conversion import Quality, Sample
 from dmt_convert.conversion.partition import Partition, figure_svg, measure_loads
-from dmt_convert.families import Fact, FlatModelInfo
+from dmt_convert.documents import (
+    Initialisation,
+    PartitionRecord,
+    Source,
+    SourceFile,
+    TowerLoadRecord,
+    to_json,
+)
+from dmt_convert.families import FlatModelInfo
 from dmt_convert.placement import TowerPlan
 from dmt_convert.report.report_data import ReportData
 from dmt_convert.report.report_page import render_report
@@ -46,19 +54,19 @@ def describe_conversion(
     figure = figure_svg(info.spec, partition)
     data = ReportData(
         title=info.checkpoint.source.name,
-        tool_version=manifest.tool_version,
-        source=manifest.source,
+        tool_version=manifest.tool.version,
+        source=to_json(manifest.source),
         facts=info.facts,
         spec=manifest.model,
         partition=partition,
         plan=plan,
-        initialisation_method=str(manifest.initialisation["method"]),
-        initialisation_notes=tuple(manifest.initialisation["notes"]),
-        sample_description=str(manifest.initialisation["sample"]),
+        initialisation_method=manifest.initialisation.method,
+        initialisation_notes=manifest.initialisation.notes,
+        sample_description=manifest.initialisation.sample,
         quality=quality.rows,
         quality_data=measured_on,
         labelled_data=measured_on if quality.labelled else None,
-        weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
+        weight_files=tuple((name, entry.bytes) for name, entry in manifest.weights.items()),
         commands=_commands(info, manifest, out),
         figure=figure,
     )
@@ -84,26 +92,26 @@ def describe_bundle(
     quality, initialisation = manifest.quality, manifest.initialisation
     bundle, option = shlex.quote(out.name), model_option(flat)
     data = ReportData(
-        title=str(manifest.source.get("name", out.name)),
-        tool_version=manifest.tool_version,
-        source=manifest.source,
-        facts=[Fact(**fact) for fact in manifest.facts],  # type: ignore[arg-type]
+        title=manifest.source.name or out.name,
+        tool_version=manifest.tool.version,
+        source=to_json(manifest.source),
+        facts=manifest.facts,
         spec=manifest.model,
         partition=partition,
         plan=plan,
-        initialisation_method=str(initialisation.get("method", "unknown")),
-        initialisation_notes=tuple(initialisation.get("notes", ())),
-        sample_description=str(initialisation.get("sample", "unknown")),
-        quality=[QualityRow(**row) for row in quality.get("rows", ())],
-        quality_data=f"{quality.get('count', 0)} held-out rows of: {quality.get('data', '-')}",
-        labelled_data=quality.get("data") if quality.get("labelled") else None,
-        weight_files=tuple((name, entry["bytes"]) for name, entry in manifest.weights.items()),
+        initialisation_method=initialisation.method,
+        initialisation_notes=initialisation.notes,
+        sample_description=initialisation.sample,
+        quality=quality.rows,
+        quality_data=f"{quality.count} held-out rows of: {quality.data or '-'}",
+        labelled_data=quality.data if quality.labelled else None,
+        weight_files=tuple((name, entry.bytes) for name, entry in manifest.weights.items()),
         commands=(
             f"dmt evaluate {bundle} --data DATA{option}",
             f"dmt score {bundle} --data DATA --out scores.npz{option}",
             f"dmt plan {bundle} --hosts {len(manifest.model.towers)} --ranks-per-host 8",
         ),
-        finetune=initialisation.get("finetune"),
+        finetune=None if initialisation.finetune is None else to_json(initialisation.finetune),
         figure=figure,
     )
     return {REPORT_NAME: render_report(data), FIGURE_NAME: figure}
@@ -113,19 +121,20 @@ def _read_partition(manifest: Manifest) -> Partition:
     """What the manifest says of the towers; affinities of pairs are not in it."""
     said, assignment = manifest.partition, manifest.model.assignment
     loads = measure_loads(manifest.model.flat, assignment)
-    lookups = [load.get("lookups") for load in said.get("loads", ())]
-    if len(lookups) == len(loads) and None not in lookups:
+    lookups = [load.lookups for load in said.loads]
+    if len(lookups) == len(loads):
         loads = tuple(
-            replace(load, lookups=count) for load, count in zip(loads, lookups, strict=True)
+            load if count is None else replace(load, lookups=count)
+            for load, count in zip(loads, lookups, strict=True)
         )
     return Partition(
         assignment=assignment,
-        strategy=str(said.get("strategy", "file")),
-        affinity_kind=said.get("affinity"),
+        strategy=said.strategy,
+        affinity_kind=said.affinity,
         affinity=None,
         loads=loads,
-        within_affinity=said.get("within_affinity"),
-        between_affinity=said.get("between_affinity"),
+        within_affinity=said.within_affinity,
+        between_affinity=said.between_affinity,
     )
 
 
@@ -155,41 +164,39 @@ def describe_manifest(
     return Manifest(
         model=started.spec,
         source=describe_source(info),
-        facts=tuple(asdict(fact) for fact in info.facts),
+        facts=info.facts,
         partition=describe_partition(partition),
-        initialisation={
-            "method": started.method,
-            "sample": sample.description,
-            "notes": list(started.notes),
-        },
-        quality=started.quality.to_json(),
+        initialisation=Initialisation(
+            method=started.method, sample=sample.description, notes=tuple(started.notes)
+        ),
+        quality=started.quality,
     )
 
 
-def describe_source(info: FlatModelInfo) -> dict[str, Any]:
-    """Say where a bundle comes from: format, name, files, bytes (no absolute paths)."""
+def describe_source(info: FlatModelInfo) -> Source:
+    """Say where a bundle comes from (no absolute paths)."""
     checkpoint = info.checkpoint
-    return {
-        "format": checkpoint.format,
-        "name": checkpoint.source.name,
-        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
-        "bytes": checkpoint.nbytes,
-    }
+    return Source(
+        format=checkpoint.format,
+        name=checkpoint.source.name,
+        files=tuple(
+            SourceFile(name=path.name, bytes=path.stat().st_size) for path in checkpoint.files
+        ),
+        bytes=checkpoint.nbytes,
+    )
 
 
-def describe_partition(partition: Partition) -> dict[str, Any]:
+def describe_partition(partition: Partition) -> PartitionRecord:
     """Say how the towers came about, for the manifest."""
-    return {
-        "strategy": partition.strategy,
-        "affinity": partition.affinity_kind,
-        "within_affinity": partition.within_affinity,
-        "between_affinity": partition.between_affinity,
-        "loads": [
-            {
-                "features": load.features,
-                "table_bytes": load.table_bytes,
-                "lookups": load.lookups,
-            }
+    return PartitionRecord(
+        strategy=partition.strategy,
+        affinity=partition.affinity_kind,
+        within_affinity=partition.within_affinity,
+        between_affinity=partition.between_affinity,
+        loads=tuple(
+            TowerLoadRecord(
+                features=load.features, table_bytes=load.table_bytes, lookups=load.lookups
+            )
             for load in partition.loads
-        ],
-    }
+        ),
+    )

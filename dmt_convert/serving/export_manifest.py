@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from dmt_convert import __version__
 from dmt_convert.checkpoint import SafetensorsReader
+from dmt_convert.documents import Layout, Tool, WeightsFile, from_json, to_json
 from dmt_convert.errors import ExportError
-from dmt_convert.files import digest_of, read_versioned
+from dmt_convert.files import digest_of
 from dmt_convert.model import DmtSpec
+from dmt_convert.serving.graph_checks import GraphCheck
 from dmt_convert.serving.graph_inputs import GraphInputs
 
 ExportFormat = Literal["onnx", "pt2", "triton"]
@@ -24,7 +25,7 @@ OutOfRange = Literal["refuse", "clip"]
 
 EXPORT_MANIFEST: Final = "export.json"
 EXPORT_SCHEMA: Final = 1
-"""Raised when an export can no longer be read as before."""
+"""Raised when older versions would misread an export; not for a part that they can ignore."""
 WHOLE: Final = "whole"
 OVER_ARCH: Final = "over_arch"
 
@@ -35,82 +36,69 @@ def tower_name(index: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedBundle:
+    """The bundle that an export was made of."""
+
+    name: str = "unknown"
+    """Name of its folder."""
+    tool_version: str = "unknown"
+    """Version of dmt-convert that wrote it."""
+    source_digest: str | None = None
+    """Digest of the flat model's tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportManifest:
     """The content of `export.json`."""
 
+    schema_version: int = EXPORT_SCHEMA
+    """Layout of the export."""
+    tool: Tool = field(default_factory=Tool)
+    """What wrote the export."""
     format: ExportFormat
     """What kind of export it is."""
-    model: DmtSpec
-    """The converted model that was exported."""
+    bundle: ExportedBundle
+    """The bundle that it was made of."""
     inputs: GraphInputs
     """What its graphs take."""
-    parts: Mapping[str, str]
-    """Part (`whole`, `tower_000`, ..., `over_arch`) -> its graph's file below the export."""
-    weights: Mapping[str, Mapping[str, Any]]
-    """Weights file below the export -> {bytes, digests: {tensor: digest}}."""
-    bundle: Mapping[str, Any]
-    """name, tool_version, and source digest of the bundle that it was made of."""
-    quantize: TableCode = "none"
-    """How tables are stored."""
     out_of_range: OutOfRange = "refuse"
     """What becomes of ids outside their table."""
+    quantize: TableCode = "none"
+    """How tables are stored."""
+    parts: Mapping[str, str]
+    """Part (`whole`, `tower_000`, ..., `over_arch`) -> its graph's file below the export."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only one format has, such as the opset."""
     quality: Mapping[str, Any] = field(default_factory=dict)
-    """What quantisation cost, where there was any."""
-    checks: tuple[Mapping[str, Any], ...] = ()
+    """What quantisation cost; empty if tables were not quantised."""
+    checks: tuple[GraphCheck, ...] = ()
     """The checks that the export passed before it was put in place."""
-    tool_version: str = __version__
-    """Version of dmt-convert that wrote the export."""
-    schema_version: int = EXPORT_SCHEMA
-    """Layout of the export."""
+    weights: Mapping[str, WeightsFile]
+    """Weights file below the export -> its size and digests."""
+    model: DmtSpec
+    """The converted model that was exported."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export.json`; `from_json` reads it back."""
-        return {
-            "schema_version": self.schema_version,
-            "tool": {"name": "dmt-convert", "version": self.tool_version},
-            "format": self.format,
-            "bundle": dict(self.bundle),
-            "inputs": self.inputs.to_json(),
-            "out_of_range": self.out_of_range,
-            "quantize": self.quantize,
-            "parts": dict(self.parts),
-            "details": dict(self.details),
-            "quality": dict(self.quality),
-            "checks": [dict(check) for check in self.checks],
-            "weights": {name: dict(entry) for name, entry in self.weights.items()},
-            "model": self.model.to_json(),
-        }
+        return to_json(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ExportManifest:
+    def from_json(cls, value: object) -> ExportManifest:
         """Read what `to_json` wrote.
 
         Raises:
-            KeyError: A part is missing; likewise TypeError, ValueError and AttributeError where
-                it is of another kind than it should be.
+            ExportError: A part is missing or damaged.
         """
-        for name, kind in (("parts", dict), ("weights", dict), ("bundle", dict)):
-            if not isinstance(value[name], kind):
-                raise TypeError(f"{name} is {type(value[name]).__name__}")
-        if value["format"] not in EXPORT_FORMATS:
-            raise ValueError(f"format {value['format']!r}")
-        return cls(
-            format=value["format"],
-            model=DmtSpec.from_json(value["model"]),
-            inputs=GraphInputs.from_json(value["inputs"]),
-            parts=value["parts"],
-            weights=value["weights"],
-            bundle=value["bundle"],
-            quantize=value["quantize"],
-            out_of_range=value["out_of_range"],
-            details=value["details"],
-            quality=value["quality"],
-            checks=tuple(value["checks"]),
-            tool_version=value["tool"]["version"],
-            schema_version=value["schema_version"],
-        )
+        return from_json(cls, value, error=ExportError)
+
+
+_MANIFEST: Final = Layout(
+    content=ExportManifest,
+    version=EXPORT_SCHEMA,
+    error=ExportError,
+    writer="dmt export",
+    remedy="copy the export again, or export the bundle again",
+)
 
 
 def is_export(path: Path) -> bool:
@@ -122,24 +110,15 @@ def read_export_manifest(folder: Path) -> ExportManifest:
     """Read an export's `export.json`.
 
     Raises:
-        ExportError: It is missing, damaged, or of another layout; or a file that it names is
-            missing or of another size.
+        ExportError: It is missing, damaged, or has a newer schema version; or a file that it names
+            is missing or has another size.
     """
-    path = folder / EXPORT_MANIFEST
-    manifest = read_versioned(
-        path,
-        ExportManifest.from_json,
-        version=EXPORT_SCHEMA,
+    manifest = _MANIFEST.read(
+        folder / EXPORT_MANIFEST,
         absent=ExportError(
-            f"{folder} is no export: it has no {EXPORT_MANIFEST}",
+            f"{folder} is not an export: it has no {EXPORT_MANIFEST}",
             expected="an export, as `dmt export` writes it",
             hint="export a bundle first: dmt export ckpt-dmt4 --format onnx --out served",
-        ),
-        damaged=lambda why: _damaged(path, why),
-        other_version=lambda found: ExportError(
-            f"{path} has schema version {found}",
-            expected=f"schema version {EXPORT_SCHEMA}",
-            hint="use the version of dmt-convert that wrote it, or export the bundle again",
         ),
     )
     _check_files(folder, manifest)
@@ -156,7 +135,7 @@ def check_export_digests(
     """
     changed = []
     for file, entry in read_export_manifest(folder).weights.items():
-        expected = entry["digests"]
+        expected = entry.digests
         tensors = {t.name: t for t in SafetensorsReader().read(folder / file).tensors}
         for name in expected:
             if name not in tensors or digest_of(tensors[name], on_bytes) != expected[name]:
@@ -177,8 +156,8 @@ def _check_files(folder: Path, manifest: ExportManifest) -> None:
     for name, entry in manifest.weights.items():
         if not _is_file(folder, name):
             details.append(f"{name} is missing")
-        elif (size := (folder / name).stat().st_size) != entry["bytes"]:
-            details.append(f"{name} has {size} bytes, expected {entry['bytes']}")
+        elif (size := (folder / name).stat().st_size) != entry.bytes:
+            details.append(f"{name} has {size} bytes, expected {entry.bytes}")
     if details:
         raise ExportError(
             f"the export {folder} is damaged",
@@ -191,11 +170,3 @@ def _check_files(folder: Path, manifest: ExportManifest) -> None:
 def _is_file(folder: Path, name: str) -> bool:
     path = folder / name
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def _damaged(path: Path, why: str) -> ExportError:
-    return ExportError(
-        f"{path} cannot be read ({why})",
-        expected="the JSON that `dmt export` wrote",
-        hint="copy the export again, or export the bundle again",
-    )

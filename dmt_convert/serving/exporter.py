@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
+from dmt_convert.documents import WeightsFile
 from dmt_convert.files import check_free, staged_folder
 from dmt_convert.serving.export_config import ExportConfig, plan_inputs
-from dmt_convert.serving.export_manifest import EXPORT_MANIFEST, ExportManifest
+from dmt_convert.serving.export_manifest import EXPORT_MANIFEST, ExportedBundle, ExportManifest
 from dmt_convert.serving.graph_checks import GraphCheck, check_graphs
 from dmt_convert.serving.graph_writer import ExportJob, GraphWriter
 from dmt_convert.serving.placed_weights import (
@@ -109,11 +110,11 @@ def export_bundle(
             inputs=inputs,
             parts=written.parts,
             weights=_describe_weights(weights),
-            bundle={
-                "name": bundle.path.absolute().name,
-                "tool_version": bundle.manifest.tool_version,
-                "source_digest": bundle.manifest.source.get("digest"),
-            },
+            bundle=ExportedBundle(
+                name=bundle.path.absolute().name,
+                tool_version=bundle.manifest.tool.version,
+                source_digest=bundle.manifest.source.digest,
+            ),
             quantize=config.quantize,
             out_of_range=config.out_of_range,
             details=written.details,
@@ -121,7 +122,7 @@ def export_bundle(
         )
         _write_manifest(staging, manifest)
         checks = check_graphs(staging, bundle.path, data, progress, user_file(job.spec.flat))
-        manifest = replace(manifest, checks=tuple(check.to_json() for check in checks))
+        manifest = replace(manifest, checks=checks)
         _write_manifest(staging, manifest)
         _settle(staging)
     return Export(path=out, manifest=manifest, checks=checks)
@@ -154,9 +155,9 @@ def _check_weights(bundle: Bundle, all_digests: bool | None, progress: Progress)
     check_digests(bundle, count, wanted=wanted)
 
 
-def _describe_weights(weights: PlacedWeights) -> dict[str, dict[str, Any]]:
+def _describe_weights(weights: PlacedWeights) -> dict[str, WeightsFile]:
     files: tuple[PlacedFile, ...] = (*weights.towers, weights.over_arch)
-    return {file.path: {"bytes": file.bytes, "digests": dict(file.digests)} for file in files}
+    return {file.path: WeightsFile(bytes=file.bytes, digests=file.digests) for file in files}
 
 
 def _write_manifest(folder: Path, manifest: ExportManifest) -> None:

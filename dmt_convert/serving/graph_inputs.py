@@ -5,14 +5,15 @@ Letters: B batch, D dense inputs, L ids per bag, nnz ids of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.data import Bag, Batch, take_rows
+from dmt_convert.documents import from_json, to_json
 from dmt_convert.errors import DataError, ExportError
 
 InputForm = Literal["single", "fixed", "padded", "jagged"]
@@ -211,17 +212,16 @@ class GraphInputs:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
-        return asdict(self)
+        return to_json(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> GraphInputs:
-        """Read what `to_json` wrote."""
-        return cls(
-            num_dense=int(value["num_dense"]),
-            features=tuple(FeatureInput(**feature) for feature in value["features"]),
-            per_request=tuple(value["per_request"]),
-            dense_per_request=bool(value["dense_per_request"]),
-        )
+    def from_json(cls, value: object) -> GraphInputs:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ExportError: It does not describe inputs.
+        """
+        return from_json(cls, value, error=ExportError)
 
 
 def _first_bag(bag: Bag) -> Bag:

@@ -137,7 +137,7 @@ class _Placer:
     def __init__(self, bundle: Bundle, staging: Path, progress: Progress) -> None:
         self._bundle, self._staging, self._progress = bundle, staging, progress
         names = [tower_file(t) for t in range(len(bundle.towers))]
-        self._total = sum(bundle.manifest.weights[name]["bytes"] for name in (*names, DENSE_FILE))
+        self._total = sum(bundle.manifest.weights[name].bytes for name in (*names, DENSE_FILE))
         self._done = 0
 
     def share(self, source: str, tensors: Mapping[str, TensorInfo], path: str) -> PlacedFile:
@@ -145,11 +145,11 @@ class _Placer:
         target = self._target(path)
         entry = self._bundle.manifest.weights[source]
         if share_file(self._bundle.path / source, target):
-            self._done += entry["bytes"]
+            self._done += entry.bytes
         else:
             read = self._copy(self._bundle.path / source, target, tensors)
             self._check(source, read)
-        return self._placed(path, entry["digests"])
+        return self._placed(path, entry.digests)
 
     def quantise(
         self, source: str, tensors: Mapping[str, TensorInfo], path: str, code: RowCode
@@ -189,7 +189,7 @@ class _Placer:
         self._progress(step, self._done, self._total)
 
     def _check(self, source: str, read: Mapping[str, str]) -> None:
-        expected = self._bundle.manifest.weights[source]["digests"]
+        expected = self._bundle.manifest.weights[source].digests
         changed = [f"{source}: {name}" for name, digest in read.items() if digest != expected[name]]
         if changed:
             raise BundleError(

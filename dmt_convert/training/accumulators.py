@@ -6,7 +6,7 @@ Letters: R rows of a table, N embedding dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor, from_numpy
 
@@ -19,6 +19,7 @@ from dmt_convert.bundle import (
     read_rows,
 )
 from dmt_convert.checkpoint import CHUNK_BYTES, TensorInfo, stream_tensor
+from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import BundleError
 from dmt_convert.training.finetune_config import FinetuneConfig
 
@@ -88,7 +89,7 @@ def describe_tuned(
     config: FinetuneConfig,
     *,
     moved: bool,
-) -> dict[str, Any]:
+) -> OptimizerState:
     """Say for the manifest what a fine-tuned bundle holds of the tables' optimizer.
 
     Args:
@@ -98,7 +99,7 @@ def describe_tuned(
         moved: Whether the tables are other than the parent's.
     """
     if not moved:
-        return dict(parent.manifest.optimizer_state)
+        return parent.manifest.optimizer_state
     sources = {source.table: source for group in files.values() for source in group}
     kept = [source for source in sources.values() if source.damage is None]
     notes = [f"as it was after training with {config.table_optimizer}"] if kept else []
@@ -109,11 +110,11 @@ def describe_tuned(
         for source in sources.values()
         if source.damage is not None
     ]
-    return {
-        "accumulators": len(kept),
-        "averaged": len(kept) if config.table_optimizer == "adagrad" else 0,
-        "notes": [*notes, *dropping_notes(parent, files, moved=moved)],
-    }
+    return OptimizerState(
+        accumulators=len(kept),
+        averaged=len(kept) if config.table_optimizer == "adagrad" else 0,
+        notes=(*notes, *dropping_notes(parent, files, moved=moved)),
+    )
 
 
 def dropping_notes(

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from dmt_convert import __version__
 from dmt_convert.bundle import (
     DENSE_FILE,
     Bundle,
@@ -24,6 +23,7 @@ from dmt_convert.bundle import (
     write_bundle,
 )
 from dmt_convert.checkpoint import CHUNK_BYTES, ByteRows, TensorInfo, stream_tensor
+from dmt_convert.documents import FinetuneRecord, ParentRecord, Quality, QualityRow, Tool
 from dmt_convert.errors import BundleError
 from dmt_convert.files import TensorSource, check_space, check_target, digest_names
 from dmt_convert.metrics import Accuracy
@@ -87,7 +87,7 @@ def check_out(parent: Bundle, out: Path, *, force: bool) -> None:
             hint="choose another --out; the bundle that is fine-tuned is never changed",
         )
     weights = parent.manifest.weights.values()
-    needed = sum(entry["bytes"] for entry in weights)
+    needed = sum(entry.bytes for entry in weights)
     if not parent.accumulators:  # Adagrad would add some
         needed += sum(4 * table.rows for table in parent.manifest.model.flat.tables)
     check_space(out, needed)
@@ -196,10 +196,10 @@ def write_trained(
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         manifest = replace(
             parent.manifest,
-            initialisation={**parent.manifest.initialisation, "finetune": record},
+            initialisation=replace(parent.manifest.initialisation, finetune=record),
             optimizer_state=describe_tuned(parent, accumulators, config, moved=moved),
             quality=extend_quality(parent.manifest.quality, after, data),
-            tool_version=__version__,
+            tool=Tool(),
         )
         return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
 
@@ -313,20 +313,20 @@ def _record(
     *,
     config: FinetuneConfig,
     data: TrainingData,
-) -> dict[str, Any]:
+) -> FinetuneRecord:
     """Say how the bundle came to be, for the manifest."""
-    return {
-        "parent": {"name": parent.path.resolve().name, "digest": bundle_digest(parent)},
-        "data": data.to_json(),
-        "settings": asdict(config),
-        "steps": result.steps,
-        "best_step": after.step,
-        "before": result.start.to_json(),
-        "after": after.to_json(),
-        "history": [evaluation.to_json() for evaluation in result.history],
-        "notes": list(notes),
-        "previous": parent.manifest.initialisation.get("finetune"),
-    }
+    return FinetuneRecord(
+        parent=ParentRecord(name=parent.path.resolve().name, digest=bundle_digest(parent)),
+        data=data.record,
+        settings=asdict(config),
+        steps=result.steps,
+        best_step=after.step,
+        before=result.start.record,
+        after=after.record,
+        history=tuple(evaluation.record for evaluation in result.history),
+        notes=notes,
+        previous=parent.manifest.initialisation.finetune,
+    )
 
 
 def bundle_digest(bundle: Bundle) -> str:
@@ -334,35 +334,30 @@ def bundle_digest(bundle: Bundle) -> str:
     files = {DENSE_FILE: bundle.dense}
     files |= {tower_file(t): tensors for t, tensors in enumerate(bundle.towers)}
     return digest_names(
-        (f"{file}: {name}", info.dtype, info.shape, bundle.manifest.weights[file]["digests"][name])
+        (f"{file}: {name}", info.dtype, info.shape, bundle.manifest.weights[file].digests[name])
         for file, tensors in files.items()
         for name, info in tensors.items()
     )
 
 
-def extend_quality(
-    quality: Mapping[str, Any], after: Evaluation, data: TrainingData
-) -> dict[str, Any]:
+def extend_quality(quality: Quality, after: Evaluation, data: TrainingData) -> Quality:
     """Add the fine-tuned model to a bundle's quality table; other rows stay.
 
     Args:
-        quality: The table of the bundle that it came from; may be empty.
+        quality: The table of the bundle that it came from; may have no rows.
         after: The new model, on the validation rows.
         data: Names them.
     """
-    rows = list(quality.get("rows", ()))
-    times = sum(str(row["name"]).startswith(ROW_NAME) for row in rows) + 1
-    row = {
-        "name": ROW_NAME if times == 1 else f"{ROW_NAME} ({times})",
-        "r2": None,
-        "max_abs_diff": None,
-        "rank_correlation": None,
-        "auc": after.auc,
-        "log_loss": after.log_loss,
-        "ne": after.ne,
-    }
-    base = {"data": data.valid_name, "count": data.valid.num_rows, "labelled": True}
-    return {**base, **quality, "rows": [*rows, row]}
+    times = sum(row.name.startswith(ROW_NAME) for row in quality.rows) + 1
+    row = QualityRow(
+        name=ROW_NAME if times == 1 else f"{ROW_NAME} ({times})",
+        auc=after.auc,
+        log_loss=after.log_loss,
+        ne=after.ne,
+    )
+    if not quality.rows:
+        quality = Quality(data=data.valid_name, count=data.valid.num_rows, labelled=True)
+    return replace(quality, rows=(*quality.rows, row))
 
 
 def _read_figure(folder: Path) -> str | None:

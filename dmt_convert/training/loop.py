@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.data import Batch
+from dmt_convert.documents import EvaluationRecord
 from dmt_convert.errors import ConfigError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.training.finetune_config import FinetuneConfig
@@ -42,6 +43,11 @@ class Evaluation:
     def score(self) -> float:
         """What decides, lower is better: NE, or the log loss where there is none."""
         return self.log_loss if self.ne is None else self.ne
+
+    @property
+    def record(self) -> EvaluationRecord:
+        """What the manifest says of it."""
+        return EvaluationRecord(**asdict(self))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""

@@ -22,6 +22,7 @@ from dmt_convert.data import (
     open_data,
     take_range,
 )
+from dmt_convert.documents import TrainingDataRecord, to_json
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
 from dmt_convert.training.finetune_config import FinetuneConfig
@@ -53,14 +54,19 @@ class TrainingData:
         first = next(iter(self.train.batches(1)))
         return any(bag.weights is not None for bag in first.bags)
 
+    @property
+    def record(self) -> TrainingDataRecord:
+        """What the manifest says of the data."""
+        return TrainingDataRecord(
+            train=self.train_name,
+            train_rows=self.train.num_rows,
+            valid=self.valid_name,
+            valid_rows=self.valid.num_rows,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Return what the manifest says of the data."""
-        return {
-            "train": self.train_name,
-            "train_rows": self.train.num_rows,
-            "valid": self.valid_name,
-            "valid_rows": self.valid.num_rows,
-        }
+        """Return a JSON-able dict."""
+        return to_json(self.record)
 
 
 def open_training_data(data: Path, valid: Path | None = None) -> TrainingData:

@@ -16,7 +16,8 @@ from dmt_convert.bundle import (
 )
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion.initialisation import initialise
-from dmt_convert.families import FlatModelInfo, infer_model
+from dmt_convert.documents import Source
+from dmt_convert.families import Fact, FlatModelInfo, infer_model
 from dmt_convert.model import DmtSpec, MappedTables, TowerModuleSpec, TowerSpec, open_flat_model
 from dmt_convert.placement import Cluster, plan_towers
 from support.checkpoints.flat import make_flat
@@ -52,8 +53,8 @@ def write(source: Path) -> BundleWriter:
         )
         manifest = Manifest(
             model=spec,
-            source={"format": "torch", "name": source.name, "files": [], "bytes": 0},
-            facts=({"subject": "s", "value": "v", "source": "read", "reason": "r"},),
+            source=Source(format="torch", name=source.name),
+            facts=(Fact(subject="s", value="v", source="read", reason="r"),),
         )
         return write_bundle(
             out,
@@ -65,7 +66,7 @@ def write(source: Path) -> BundleWriter:
             describe=lambda: (
                 manifest,
                 plan,
-                lambda final: {"report.html": final.source["digest"]},
+                lambda final: {"report.html": final.source.digest},
             ),
             **options,
         )

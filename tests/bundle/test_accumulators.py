@@ -26,6 +26,7 @@ from dmt_convert.bundle import (
 )
 from dmt_convert.bundle.accumulators import find_damage, read_rows, write_accumulators
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, gather_rows
+from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import BundleError
 
 FILE = accumulator_file(0)
@@ -75,7 +76,7 @@ def test_bundles_of_before_still_open(bundle_path: Path, tmp_path: Path) -> None
     (old / "dmt.json").write_text(json.dumps(value), "utf-8")
     bundle = open_bundle(old)
     check_digests(bundle)
-    assert bundle.accumulators == {} and bundle.manifest.optimizer_state == {}
+    assert bundle.accumulators == {} and bundle.manifest.optimizer_state == OptimizerState()
 
 
 def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -127,7 +128,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "what became of it is a list": (
         lambda f: edit_manifest(f, lambda v: v.update(optimizer_state=[])),
-        "optimizer_state is list",
+        "optimizer_state is [], not an object",
     ),
 }
 

@@ -113,7 +113,7 @@ def test_manifest_round_trips(bundle_path: Path) -> None:
 
 def test_documents_see_the_final_manifest(bundle_path: Path) -> None:
     manifest = read_manifest(bundle_path)
-    assert (bundle_path / "report.html").read_text("utf-8") == manifest.source["digest"]
+    assert (bundle_path / "report.html").read_text("utf-8") == manifest.source.digest
 
 
 def test_a_bundle_opens_with_its_plan_and_its_model(bundle_path: Path) -> None:

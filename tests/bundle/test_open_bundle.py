@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty manifest": (lambda f: overwrite(f, "dmt.json", ""), "cannot be read"),
     "cut manifest": (lambda f: truncate(f, "dmt.json", 100), "cannot be read"),
     "binary manifest": (lambda f: (f / "dmt.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "manifest is a list": (lambda f: overwrite(f, "dmt.json", "[]"), "no schema_version"),
+    "manifest is a list": (lambda f: overwrite(f, "dmt.json", "[]"), "not an object"),
     "manifest without keys": (
         lambda f: overwrite(f, "dmt.json", '{"schema_version": 1}'),
         "cannot be read",
@@ -80,11 +80,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "schema is true": (
         lambda f: edit_manifest(f, lambda v: v.update(schema_version=True)),
-        "no schema_version",
+        "schema_version is true, not a valid integer",
     ),
     "model without towers": (
         lambda f: edit_manifest(f, lambda v: v["model"].pop("towers")),
-        "damaged",
+        "model.towers is missing",
     ),
     "weights are a list": (
         lambda f: edit_manifest(f, lambda v: v.update(weights=[])),
@@ -92,7 +92,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "source is a list": (
         lambda f: edit_manifest(f, lambda v: v.update(source=[])),
-        "source is list",
+        "source is [], not an object",
     ),
     "weights entry is null": (
         lambda f: edit_manifest(f, lambda v: v["weights"].update({TOWER: None})),
@@ -140,7 +140,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_a_file_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         open_bundle(tmp_path / "file")
 
 

@@ -49,7 +49,7 @@ def test_force_replaces_a_bundle(tmp_path: Path, write: Writer) -> None:
     old = write(tmp_path / "out")
     source = make_flat(tmp_path / "other.pt", seed=1)
     new = write(tmp_path / "out", source=source, force=True)
-    assert new.manifest.source["digest"] != old.manifest.source["digest"]
+    assert new.manifest.source.digest != old.manifest.source.digest
     check_digests(open_bundle(tmp_path / "out"))
     assert left(tmp_path) == ["other.pt", "out"]
 

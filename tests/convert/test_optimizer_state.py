@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import dmt_convert as dmt
-from dmt_convert import convert as conversion
+from dmt_convert import flow
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.checkpoint import gather_rows
+from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import CheckpointError
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
@@ -117,8 +118,8 @@ def test_the_numbers_are_the_checkpoints(layout: str, make, convert) -> None:
         assert np.array_equal(values, expected(layout, i))
     averaged = 0 if layout.split(",")[0].endswith("row-wise") else 4
     state = bundle.manifest.optimizer_state
-    assert (state["accumulators"], state["averaged"]) == (4, averaged)
-    assert len(state["notes"]) == bool(averaged)
+    assert (state.accumulators, state.averaged) == (4, averaged)
+    assert len(state.notes) == bool(averaged)
     assert list(bundle.accumulator_files) == [
         "weights/accumulators_000.safetensors",
         "weights/accumulators_001.safetensors",
@@ -158,7 +159,7 @@ def test_the_numbers_are_those_that_a_trainer_wrote(sample: str, shared: Path, c
 def test_a_checkpoint_without_state_makes_the_bundle_of_before(convert, tmp_path):
     plain = convert(make_flat(tmp_path / "plain.pt"))
     assert plain.accumulators == {}
-    assert plain.manifest.optimizer_state == {"accumulators": 0, "averaged": 0, "notes": []}
+    assert plain.manifest.optimizer_state == OptimizerState()
     assert not any("accumulators" in path.name for path in plain.path.rglob("*"))
 
 
@@ -167,17 +168,17 @@ def test_dropped_as_asked_for(make, convert) -> None:
     kept, dropped = convert(source), convert(source, "dropped", optimizer_state="drop")
     assert len(kept.accumulators) == 4
     assert dropped.accumulators == {}
-    assert "dropped, as asked for" in dropped.manifest.optimizer_state["notes"][0]
+    assert "dropped, as asked for" in dropped.manifest.optimizer_state.notes[0]
     assert not any("accumulators" in path.name for path in dropped.path.rglob("*"))
     # the flat model's digest is that of its tables, whatever lies beside them
-    assert kept.manifest.source["digest"] == dropped.manifest.source["digest"]
+    assert kept.manifest.source.digest == dropped.manifest.source.digest
 
 
 @pytest.mark.parametrize("second", ["exp_avg_sq", "momentum2"])
 def test_adams_state_is_not_carried_and_a_note_says_why(second: str, make, convert) -> None:
     bundle = convert(make(edit=fused(DIM, second)))
     assert bundle.accumulators == {}
-    (note,) = bundle.manifest.optimizer_state["notes"]
+    (note,) = bundle.manifest.optimizer_state.notes
     assert "4 tables is Adam's" in note and "decays" in note
 
 
@@ -201,7 +202,7 @@ def test_a_damaged_accumulator_is_left_out(value, found, width, make, convert) -
     bundle = convert(make(edit=spoil(value, tables=(1,), width=width)))
     check_digests(bundle)
     assert sorted(bundle.accumulators) == ["t_cat_0", "t_cat_2", "t_cat_3"]
-    note = bundle.manifest.optimizer_state["notes"][-1]
+    note = bundle.manifest.optimizer_state.notes[-1]
     assert "table 't_cat_1'" in note and f"holds {found}" in note
     for i in (0, 2, 3):
         values = gather_rows(bundle.accumulators[f"t_cat_{i}"], np.arange(ROWS[i]))[:, 0]
@@ -214,7 +215,7 @@ def test_a_tower_whose_accumulators_are_all_damaged_has_no_file(make, convert) -
     (lost,) = {0, 1} - {int(name[-15:-12]) for name in bundle.accumulator_files}
     assert {"tables.t_cat_0.weight", "tables.t_cat_2.weight"} <= set(bundle.towers[lost])
     assert len([*(bundle.path / "weights").iterdir()]) == 4
-    assert len(bundle.manifest.optimizer_state["notes"]) == 2
+    assert len(bundle.manifest.optimizer_state.notes) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -275,7 +276,7 @@ def test_what_is_said_before_and_after(make, call_dmt, tmp_path) -> None:
 
 def test_the_free_space_must_hold_them_too(make, tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(conversion, "check_space", lambda out, size: seen.append(size))
+    monkeypatch.setattr(flow, "check_space", lambda out, size: seen.append(size))
     for state in ("keep", "drop"):
         dmt.preview(make(), towers=2, optimizer_state=state, out=tmp_path / "out")
     assert seen[0] - seen[1] == sum(ROWS) * 4

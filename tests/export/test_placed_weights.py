@@ -13,6 +13,7 @@ import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.documents import WeightsFile
 from dmt_convert.errors import BundleError
 from dmt_convert.files.digest import TreeDigest
 from dmt_convert.files.safetensors_writer import safetensors_header
@@ -123,7 +124,7 @@ def test_holes_are_copied_as_holes(
     digest = TreeDigest()
     digest.update(np.zeros(hole.nbytes, dtype=np.uint8))
     tensors = {info.name: info for info in SafetensorsReader().read(path).tensors}
-    entry = {"bytes": path.stat().st_size, "digests": {name: digest.finish()}}
+    entry = WeightsFile(bytes=path.stat().st_size, digests={name: digest.finish()})
     altered = replace(
         bundle,
         towers=(tensors, *bundle.towers[1:]),

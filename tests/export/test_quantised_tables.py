@@ -122,7 +122,7 @@ def check_layout(bundle: Bundle, weights: PlacedWeights, out: Path, code: RowCod
 
 def bundle_digests(bundle: Bundle) -> dict[str, str]:
     entries = bundle.manifest.weights.values()
-    return {name: digest for entry in entries for name, digest in entry["digests"].items()}
+    return {name: digest for entry in entries for name, digest in entry.digests.items()}
 
 
 def test_tables_already_stored_so_are_shared(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import dmt_convert as dmt
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.checkpoint import gather_rows, open_checkpoint, read_tensor
 from dmt_convert.data import Batch
+from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import BundleError
 from dmt_convert.families import infer_model
 from dmt_convert.model import FlatModel
@@ -180,11 +181,9 @@ def test_the_fine_tuned_bundle_goes_on_as_well(make_trainer, convert, rows, tmp_
     assert first.after.step == STEPS
     check_digests(first.bundle)
     check_close(values_of(first.bundle), trainer.sums)
-    assert first.bundle.manifest.optimizer_state == {
-        "accumulators": 4,
-        "averaged": 0,
-        "notes": ["as it was after training with rowwise-adagrad"],
-    }
+    assert first.bundle.manifest.optimizer_state == OptimizerState(
+        accumulators=4, notes=("as it was after training with rowwise-adagrad",)
+    )
     model, _ = go_on(first.bundle, rows)
     trainer.take_steps(itertools.islice(batches_of(trainer, rows), STEPS))
     check_close({n: model.store.table(n) for n in trainer.tables}, trainer.tables)
@@ -297,8 +296,8 @@ def test_other_optimizers_drop_it_and_say_so(kind, make_trainer, convert, rows, 
     assert done.after.step > 0
     assert done.bundle.accumulators == {}
     assert "were dropped" in done.notes[-1]
-    assert done.bundle.manifest.optimizer_state["notes"] == [done.notes[-1]]
-    assert done.bundle.manifest.initialisation["finetune"]["notes"] == [*done.notes]
+    assert done.bundle.manifest.optimizer_state.notes == (done.notes[-1],)
+    assert done.bundle.manifest.initialisation.finetune.notes == done.notes
 
 
 def test_adagrads_sums_are_stored_as_their_rows_means(
@@ -309,7 +308,7 @@ def test_adagrads_sums_are_stored_as_their_rows_means(
     model, result = go_on(bundle, rows, config)
     data = open_training_data(rows)
     done = write_finetuned(bundle, tmp_path / "t", model, result, config=config, data=data)
-    assert done.bundle.manifest.optimizer_state["averaged"] == 4
+    assert done.bundle.manifest.optimizer_state.averaged == 4
     for name, values in values_of(done.bundle).items():
         sums = model.store.sums(name)
         assert sums.shape[1] == 8
@@ -324,7 +323,7 @@ def test_what_overflowed_is_left_out(make_trainer, convert, rows, tmp_path) -> N
     done = write_finetuned(bundle, tmp_path / "t", model, result, config=CONFIG, data=data)
     assert set(done.bundle.accumulators) == {"t_cat_0", "t_cat_1", "t_cat_3"}
     state = done.bundle.manifest.optimizer_state
-    assert state["accumulators"] == 3 and "'t_cat_2' after training holds Inf" in state["notes"][-1]
+    assert state.accumulators == 3 and "'t_cat_2' after training holds Inf" in state.notes[-1]
 
 
 def test_every_training_starts_from_what_the_bundle_holds(make_trainer, convert, rows) -> None:

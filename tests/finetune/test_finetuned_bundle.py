@@ -17,6 +17,7 @@ import torch
 
 from dmt_convert.bundle import check_digests, open_bundle, open_bundle_model
 from dmt_convert.data import adapt_batches, open_data
+from dmt_convert.documents import ParentRecord, QualityRow
 from dmt_convert.errors import BundleError, CheckpointError, ConfigError
 from dmt_convert.metrics import measure_accuracy
 from dmt_convert.scoring import open_model, score_data
@@ -81,37 +82,30 @@ def test_it_is_a_bundle_like_any_other(tuned, clicks, bundle_path, call_dmt) -> 
 def test_the_manifest_says_how_it_came_to_be(tuned, bundle_path) -> None:
     _, result, done = tuned
     parent, manifest = open_bundle(bundle_path), done.bundle.manifest
-    record = manifest.initialisation["finetune"]
-    assert record["parent"] == {"name": "ckpt-dmt2", "digest": bundle_digest(parent)}
-    assert record["parent"]["digest"] != bundle_digest(done.bundle)
-    assert (record["steps"], record["best_step"]) == (result.steps, result.best_step)
-    assert record["settings"]["table_lr"] == 0.05
-    assert record["before"]["ne"] == result.start.ne
-    assert record["after"]["ne"] == result.best.ne
-    assert [entry["step"] for entry in record["history"]] == [e.step for e in result.history]
-    assert record["data"]["train_rows"] == 2000
-    assert record["previous"] is None
+    record = manifest.initialisation.finetune
+    assert record.parent == ParentRecord(name="ckpt-dmt2", digest=bundle_digest(parent))
+    assert record.parent.digest != bundle_digest(done.bundle)
+    assert (record.steps, record.best_step) == (result.steps, result.best_step)
+    assert record.settings["table_lr"] == 0.05
+    assert record.before.ne == result.start.ne
+    assert record.after.ne == result.best.ne
+    assert [entry.step for entry in record.history] == [e.step for e in result.history]
+    assert record.data.train_rows == 2000
+    assert record.previous is None
     # what was known before stays
-    for key in ("method", "sample", "notes"):
-        assert manifest.initialisation[key] == parent.manifest.initialisation[key]
+    assert replace(manifest.initialisation, finetune=None) == parent.manifest.initialisation
     assert manifest.source == parent.manifest.source
     assert manifest.facts == parent.manifest.facts
 
 
 def test_the_quality_table_gains_a_row(tuned, bundle_path) -> None:
     _, result, done = tuned
-    before = open_bundle(bundle_path).manifest.quality["rows"]
-    rows = done.bundle.manifest.quality["rows"]
+    before = open_bundle(bundle_path).manifest.quality.rows
+    rows = done.bundle.manifest.quality.rows
     assert rows[:-1] == before
-    assert rows[-1] == {
-        "name": "fine-tuned",
-        "r2": None,
-        "max_abs_diff": None,
-        "rank_correlation": None,
-        "auc": result.best.auc,
-        "log_loss": result.best.log_loss,
-        "ne": result.best.ne,
-    }
+    assert rows[-1] == QualityRow(
+        name="fine-tuned", auc=result.best.auc, log_loss=result.best.log_loss, ne=result.best.ne
+    )
 
 
 def plain(path: Path) -> str:
@@ -181,10 +175,10 @@ def test_rounding_that_spoils_the_gain_is_undone(clicks, tmp_path) -> None:
 def test_a_second_round_keeps_the_first(tuned, clicks, tmp_path) -> None:
     first = tuned[2].bundle
     _, _, done = tune(first.path, clicks, tmp_path / "again", replace(CONFIG, max_steps=3))
-    record = done.bundle.manifest.initialisation["finetune"]
-    assert record["parent"]["digest"] == bundle_digest(first)
-    assert record["previous"] == first.manifest.initialisation["finetune"]
-    names = [row["name"] for row in done.bundle.manifest.quality["rows"]]
+    record = done.bundle.manifest.initialisation.finetune
+    assert record.parent.digest == bundle_digest(first)
+    assert record.previous == first.manifest.initialisation.finetune
+    names = [row.name for row in done.bundle.manifest.quality.rows]
     assert names[-2:] == ["fine-tuned", "fine-tuned (2)"]
     assert "fine-tuned (2) this bundle" in plain(done.bundle.path)
 
@@ -197,7 +191,7 @@ def test_old_bundles_without_quality_or_figure_can_be_tuned(bundle_path, clicks,
     value |= {"quality": {}, "initialisation": {}, "partition": {}, "facts": []}
     (old / "dmt.json").write_text(json.dumps(value))
     _, _, done = tune(old, clicks, tmp_path / "tuned")
-    assert [row["name"] for row in done.bundle.manifest.quality["rows"]] == ["fine-tuned"]
+    assert [row.name for row in done.bundle.manifest.quality.rows] == ["fine-tuned"]
     assert "fine-tuned this bundle" in plain(done.bundle.path)
     assert (done.bundle.path / "partition.svg").read_text().startswith("<svg")
 

@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from dmt_convert.errors import ConfigError
 from dmt_convert.placement import Cluster
 from dmt_convert.placement.predict import Assumptions, Machine, StepTime, find_gpu
-from dmt_convert.placement.predict.collectives import Network, Peers
-from dmt_convert.placement.predict.cost_model import step_time
-from dmt_convert.placement.predict.presets import GPUS, Gpu
-from dmt_convert.placement.predict.step_load import StepLoad, as_flat, as_passthrough, even_load
-from dmt_convert.placement.predict.suggestion import dealt_model
+from dmt_convert.placement.predict.cost_model import (
+    StepLoad,
+    as_flat,
+    as_passthrough,
+    even_load,
+    step_time,
+)
+from dmt_convert.placement.predict.machine import GPUS, Network, Peers
+from dmt_convert.placement.predict.prediction import dealt_model
 from dmt_convert.placement.traffic import Exchange
 from support.machines import make_machine
 from support.specs import mlperf_spec
@@ -227,15 +231,6 @@ def test_presets_are_found_by_name() -> None:
     with pytest.raises(ConfigError, match="--gpu b200") as error:
         find_gpu("b200")
     assert "v100, a100, h100" in error.value.expected
-    with pytest.raises(ConfigError, match="inter_gbps is 0"):
-        Gpu(
-            name="x",
-            flops_per_s=1.0,
-            hbm_bytes=1,
-            hbm_bytes_per_s=1.0,
-            intra_gbps=1.0,
-            inter_gbps=0,
-        )
 
 
 def test_the_passthrough_twin_has_the_same_towers() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
-from dmt_convert.placement.predict.model_work import count_work
-from dmt_convert.placement.predict.step_load import as_flat, as_passthrough
-from dmt_convert.placement.predict.suggestion import dealt_model
+from dmt_convert.placement.predict.cost_model import as_flat, as_passthrough, count_work
+from dmt_convert.placement.predict.prediction import dealt_model
 from dmt_convert.spec import ModelSpec
 from support.specs import mlperf_spec
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dmt_convert.errors import PartitionError, PlanError
 from dmt_convert.placement import GIB, Cluster, TowerPlan, check_plan, default_cluster, plan_towers
-from dmt_convert.placement.host_packing import column_cuts, spread_towers
-from dmt_convert.placement.placement import row_blocks
+from dmt_convert.placement.packing import column_cuts, spread_towers
+from dmt_convert.placement.tower_plan import row_blocks
 from dmt_convert.spec import ModelSpec, TowerAssignment
 from support.specs import spec_of_towers
 

@@ -14,14 +14,20 @@ from dmt_convert.model import DmtSpec
 from dmt_convert.placement import TowerPlan, plan_towers
 from dmt_convert.placement.predict import (
     Machine,
+    predict_bundle,
     predict_placement,
     predict_plan,
     predict_scaling,
     suggest,
 )
-from dmt_convert.placement.predict.cost_model import step_time
-from dmt_convert.placement.predict.step_load import as_flat, as_passthrough, even_load, planned_load
-from dmt_convert.placement.predict.suggestion import (
+from dmt_convert.placement.predict.cost_model import (
+    as_flat,
+    as_passthrough,
+    even_load,
+    planned_load,
+    step_time,
+)
+from dmt_convert.placement.predict.prediction import (
     TOLERANCE,
     deal_tables,
     dealt_model,
@@ -93,6 +99,22 @@ def test_rows_of_a_prediction() -> None:
     value = prediction.dmt.to_json()
     assert value["step_ms"] == prediction.dmt.step.total * 1e3
     assert value["exposed_ms"] <= value["communication_ms"]
+
+
+def test_a_report_holds_what_was_asked_for() -> None:
+    machine = make_machine("h100", 8, 8)
+    model, plan = planned(machine, 8, 4)
+    bare = predict_bundle(model, plan, machine, predict=False).to_json()
+    assert bare["modelled"] is True and bare["assumptions"]["prefetch"] == 1
+    both = predict_bundle(model, plan, machine, 2.0, scaling=True)
+    value = both.to_json()
+    assert set(value) - set(bare) == {
+        "rows", "as_placed", "suggestion", "candidates", "towers_that_do_not_fit", "scaling",
+    }  # fmt: skip
+    assert both.prediction == predict_plan(model, plan, machine, ids_per_bag=2.0)
+    assert [row["variant"] for row in value["rows"]] == ["flat", "sptt", "dmt"]
+    only = predict_bundle(model, plan, machine, predict=False, scaling=True).to_json()
+    assert set(only) - set(bare) == {"scaling"}
 
 
 def test_a_passthrough_bundle_is_sptt() -> None:

@@ -86,8 +86,8 @@ def test_a_line_per_evaluation(tune, tmp_path, capsys) -> None:
     assert all("AUC" in line and "NE" in line for line in lines[1:8])
     assert "the last 40 rows" in printed.err and "\r" not in printed.err + printed.out
     assert lines[-1] == f"wrote {tmp_path / 'new'}"
-    record = open_bundle(tmp_path / "new").manifest.initialisation["finetune"]
-    assert record["after"]["ne"] <= record["before"]["ne"]
+    record = open_bundle(tmp_path / "new").manifest.initialisation.finetune
+    assert record.after.ne <= record.before.ne
 
 
 def test_json_is_all_there_is_on_stdout(tune, capsys) -> None:
@@ -109,7 +109,7 @@ def test_options_override_the_config(tune, tmp_path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("epochs: 7\nlr_decay: constant\nseed: 3\n")
     assert tune("--config", config, "--max-steps", 2, "--seed", 5) == 0
-    settings = open_bundle(tmp_path / "new").manifest.initialisation["finetune"]["settings"]
+    settings = open_bundle(tmp_path / "new").manifest.initialisation.finetune.settings
     assert (settings["max_steps"], settings["epochs"], settings["seed"]) == (2, 1, 5)
     assert settings["lr_decay"] == "constant"
 
@@ -209,7 +209,7 @@ def test_it_runs_as_a_file(scene, tmp_path) -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert open_bundle(tmp_path / "new").manifest.initialisation["finetune"]["steps"] == 2
+    assert open_bundle(tmp_path / "new").manifest.initialisation.finetune.steps == 2
 
 
 def test_usage_errors_end_with_2(capsys) -> None:

@@ -90,7 +90,7 @@ def describe(out: Path) -> str:
         check_digests(bundle)
     except BundleError as error:
         return f"BROKEN {error}"
-    notes = bundle.manifest.initialisation["notes"]
+    notes = bundle.manifest.initialisation.notes
     assert notes
     return str((out / "dmt.json").stat().st_ino)
 

@@ -1,6 +1,13 @@
 """How long one training step takes: flat, SPTT and DMT, on accelerators that are not here.
 
-Letters: B samples per rank, P groups of hosts that hold towers together.
+First the work of a model's dense parts, counted from its spec (`count_work`); then what one step
+asks of the busiest rank (`StepLoad`); then the time for it (`step_time`).
+
+Letters: B samples per rank, F features, N embedding dim, D output dim, K vectors emitted, r rank of
+a cross layer, H hosts, R ranks per host, W = H * R, P groups of k hosts that hold towers together
+(P = H, k = 1 unless there are fewer towers). The flat model is one tower over all hosts that emits
+its embeddings as they are: P = 1, k = H. A product of a (m, n) matrix with a vector is 2 m n FLOPs;
+biases, ReLUs and the loss are left out.
 
 A step is the sum of what its rank computes and of what of its communication nothing hides:
 
@@ -18,72 +25,329 @@ What may hide behind what (everything else follows each other):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmt_convert.errors import ConfigError
-from dmt_convert.placement import ELEMENT_BYTES, Exchange
-from dmt_convert.placement.predict.collectives import Network, Peers
-from dmt_convert.placement.predict.model_work import BACKWARD, DenseWork
-from dmt_convert.placement.predict.presets import Gpu
-from dmt_convert.placement.predict.step_load import Lookup, StepLoad
-from dmt_convert.spec import COMM_DTYPES, CommDtype
-
-_COMM_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.placement import (
+    ELEMENT_BYTES,
+    ID_BYTES,
+    Cluster,
+    Exchange,
+    TableLoad,
+    TowerPlan,
+    Traffic,
+    measure_ranks,
+    measure_traffic,
+    tower_loads,
+)
+from dmt_convert.placement.predict.machine import Machine, Peers
+from dmt_convert.spec import DTYPE_BYTES, InteractionSpec, MlpSpec, ModelSpec, NetworkSpec
 
 GRADIENT_BYTES: Final = 4
 """Gradients of dense parts are summed as float32."""
 
+BACKWARD: Final = 2.0
+"""The backward pass computes gradients of inputs and of weights: twice the forward pass."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What steps run on, and how."""
+class DenseWork:
+    """What a part costs."""
 
-    gpu: Gpu
-    """The accelerator of every rank; its links and memory are the network's cluster's."""
-    network: Network
-    """The links."""
-    batch: int
-    """B."""
-    comm_dtype: CommDtype = "fp32"
-    """What embeddings, tower outputs and their gradients travel as; ids stay int64, gradients of
-    dense parts float32."""
+    flops: float
+    """Forward pass, per sample."""
+    parameters: int
+    """Weights and biases."""
 
-    def __post_init__(self) -> None:
-        if type(self.batch) is not int or self.batch < 1:
-            raise ConfigError(
-                f"--batch {self.batch}",
-                expected="samples per rank and step, at least 1",
-                hint="1024 is the default",
-            )
-        if self.comm_dtype not in COMM_DTYPES:
-            raise ConfigError(
-                f"--comm-dtype {self.comm_dtype}",
-                expected="one of " + ", ".join(COMM_DTYPES),
-                hint="fp32 is the default; bf16 halves what crosses hosts",
-            )
-
-    def compute_seconds(self, flops: float) -> float:
-        """Time for so many FLOPs."""
-        return flops / (self.gpu.flops_per_s * self.network.assumptions.compute_efficiency)
-
-    def memory_seconds(self, num_bytes: float) -> float:
-        """Time to read or write so many bytes in random rows."""
-        share = self.network.assumptions.lookup_efficiency
-        return num_bytes / (self.gpu.hbm_bytes_per_s * share)
-
-    def copy_seconds(self, num_bytes: float) -> float:
-        """Time to read or write so many bytes in whole vectors."""
-        return num_bytes / (self.gpu.hbm_bytes_per_s * self.network.assumptions.copy_efficiency)
-
-    def vectors_seconds(self, exchange: Exchange, peers: Peers) -> float:
-        """Time of one AlltoAll of vectors."""
-        scale = _COMM_BYTES[self.comm_dtype] / ELEMENT_BYTES
-        scaled = Exchange(
-            cross_bytes=exchange.cross_bytes * scale, intra_bytes=exchange.intra_bytes * scale
+    def __add__(self, other: DenseWork) -> DenseWork:
+        """Both parts."""
+        return DenseWork(
+            flops=self.flops + other.flops, parameters=self.parameters + other.parameters
         )
-        return self.network.all_to_all(scaled, self.batch, peers)
+
+
+NO_WORK = DenseWork(flops=0.0, parameters=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWork:
+    """What all dense parts of a model cost."""
+
+    dense_arch: DenseWork
+    """MLP over the dense inputs: needs no embedding."""
+    over: DenseWork
+    """Interaction and over_arch, and the projection of the dense vector."""
+    towers: tuple[DenseWork, ...]
+    """The module of every tower."""
+
+
+def count_work(model: DmtSpec) -> ModelWork:
+    """Count FLOPs and parameters; of a passthrough model they are the flat model's."""
+    over = _interaction(model.interaction, model.interaction_dims) + _mlp(model.over_arch)
+    if model.kind == "linear":  # the receiver undoes every tower's map
+        for tower, dims in zip(model.towers, model.dims_by_tower, strict=True):
+            over += _linear(tower.module.dim, sum(dims))
+    if not model.keeps_network and model.flat.interaction.kind == "dot":
+        over += _linear(model.flat.input_dims[0], model.dense_dim)
+    return ModelWork(
+        dense_arch=_mlp(model.flat.dense_arch),
+        over=over,
+        towers=tuple(
+            _tower(tower.module, dims)
+            for tower, dims in zip(model.towers, model.dims_by_tower, strict=True)
+        ),
+    )
+
+
+def _linear(inputs: int, outputs: int) -> DenseWork:
+    return DenseWork(flops=2.0 * inputs * outputs, parameters=(inputs + 1) * outputs)
+
+
+def _mlp(spec: MlpSpec) -> DenseWork:
+    work = NO_WORK
+    for inputs, outputs in zip(spec.widths, spec.widths[1:], strict=False):
+        work += _linear(inputs, outputs)
+    return work
+
+
+def _cross(width: int, rank: int, layers: int) -> DenseWork:
+    return DenseWork(
+        flops=4.0 * width * rank * layers, parameters=(2 * width * rank + width) * layers
+    )
+
+
+def _network(spec: NetworkSpec, dims: Sequence[int]) -> DenseWork:
+    """Count a network as if all of it were linear layers."""
+    from dmt_convert.model.networks import network_size
+
+    count = network_size(spec, tuple(dims[1:]), dims[0])
+    return DenseWork(flops=2.0 * count, parameters=count)
+
+
+def _interaction(spec: InteractionSpec, dims: Sequence[int]) -> DenseWork:
+    width = sum(dims)
+    if spec.network is not None:
+        return _network(spec.network, dims)
+    if spec.kind == "dot":
+        return DenseWork(flops=2.0 * len(dims) ** 2 * dims[0], parameters=0)
+    if spec.kind == "dcn":
+        return _cross(width, spec.cross_rank, spec.cross_layers)
+    if spec.kind == "projection":
+        assert spec.branch1 is not None and spec.branch2 is not None
+        product = spec.branch1.widths[-1] * spec.branch2.widths[-1] / dims[0]
+        return (
+            _mlp(spec.branch1) + _mlp(spec.branch2) + DenseWork(flops=2.0 * product, parameters=0)
+        )
+    return NO_WORK
+
+
+def _tower(module: TowerModuleSpec, dims: Sequence[int]) -> DenseWork:
+    width, out = sum(dims), module.dim
+    if module.kind == "passthrough":
+        return NO_WORK
+    if module.kind == "linear":
+        return DenseWork(flops=2.0 * width * out, parameters=width * out)
+    if module.kind == "dcn":
+        rank = min(module.cross_rank, width)
+        return _cross(width, rank, module.cross_layers) + _linear(width, len(dims) * out)
+    # c: every feature has a map of its own; p: one map of the whole tower.
+    per_feature = DenseWork(
+        flops=2.0 * width * module.c * out, parameters=(width + len(dims)) * module.c * out
+    )
+    return per_feature + _linear(width, module.p * out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What the busiest rank reads of its tables in one step."""
+
+    row_bytes: float
+    """Bytes of table rows, per sample of a rank's own batch."""
+    mean_row_bytes: float
+    """The same of a mean rank."""
+    pooled_bytes: float
+    """Bytes of the pooled embeddings, as float32, per sample of a rank's own batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLoad:
+    """A model in towers on a cluster."""
+
+    groups: int
+    """P."""
+    group_hosts: int
+    """k."""
+    traffic: Traffic
+    """All exchanges, in float32."""
+    lookup: Lookup
+    """Of the busiest rank."""
+    module: DenseWork
+    """Tower modules of the busiest group of hosts: a rank runs them for P * B samples."""
+    work: ModelWork
+    """All dense parts."""
+
+
+def planned_load(
+    model: DmtSpec, plan: TowerPlan, ids_per_bag: float, *, even_ranks: bool = False
+) -> StepLoad:
+    """Describe a model where a plan puts it.
+
+    Args:
+        model: The converted model; its passthrough twin gives SPTT alone.
+        plan: Where its tables lie.
+        ids_per_bag: Mean number of ids per sample and feature.
+        even_ranks: Whether the ranks of a group of hosts share its tables evenly, instead of as
+            the plan says; groups stay as uneven as their towers.
+    """
+    ids = dict.fromkeys(model.flat.feature_names, ids_per_bag)
+    towers = tower_loads(model.flat, model.assignment, ids)
+    loads = {table.name: table for tables in towers for table in tables}
+    placed = {placement.table: placement for placement in plan.tables}
+    world = plan.cluster.world_size
+    rank_widths: Sequence[float]
+    _, rank_ids, rank_widths = measure_ranks(loads, placed, world)
+    rank_rows: Sequence[float] = _rank_row_bytes(loads, plan)
+    if even_ranks:
+        size = plan.hosts_per_tower * plan.cluster.ranks_per_host
+        rank_ids, rank_rows = _even_out(rank_ids, size), _even_out(rank_rows, size)
+        rank_widths = _even_out(rank_widths, size)
+    work = count_work(model)
+    group_of = {hosts: i for i, hosts in enumerate(sorted(set(plan.tower_hosts)))}
+    groups = [_Group() for _ in group_of]
+    for hosts, tables, width, module in zip(
+        plan.tower_hosts, towers, model.tower_widths, work.towers, strict=True
+    ):
+        groups[group_of[hosts]].add(tables, width, module)
+    return StepLoad(
+        groups=len(groups),
+        group_hosts=plan.hosts_per_tower,
+        traffic=measure_traffic(
+            plan.cluster,
+            group_hosts=plan.hosts_per_tower,
+            group_widths=[group.width for group in groups],
+            rank_widths=rank_widths,
+            rank_ids=rank_ids,
+            flat_width=sum(model.flat.feature_dims),
+            ids=[group.ids for group in groups],
+        ),
+        lookup=Lookup(
+            row_bytes=world * max(rank_rows),
+            mean_row_bytes=math.fsum(rank_rows),
+            pooled_bytes=float(world * max(rank_widths) * ELEMENT_BYTES),
+        ),
+        module=max((group.work for group in groups), key=lambda work: work.flops),
+        work=work,
+    )
+
+
+def _even_out(per_rank: Sequence[float], size: int) -> list[float]:
+    """Give every rank of a group of so many the group's mean."""
+    means: list[float] = []
+    for first in range(0, len(per_rank), size):
+        means += [math.fsum(per_rank[first : first + size]) / size] * size
+    return means
+
+
+def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
+    """Describe a model whose towers and tables are spread perfectly evenly.
+
+    Args:
+        model: The converted model; its towers are as many as hosts, or a divisor of them, or more.
+        cluster: Where it runs.
+        ids_per_bag: Mean number of ids per sample and feature.
+    """
+    groups = min(len(model.towers), cluster.hosts)
+    work = count_work(model)
+    rows, pooled = _flat_bytes(model.flat, ids_per_bag)
+    ids = len(model.flat.features) * ids_per_bag
+    width = sum(model.flat.feature_dims)
+    modules = sum(work.towers, NO_WORK)
+    hosts = cluster.hosts // groups
+    return StepLoad(
+        groups=groups,
+        group_hosts=hosts,
+        traffic=_even_traffic(cluster, groups, sum(model.tower_widths), width, ids),
+        lookup=Lookup(row_bytes=rows, mean_row_bytes=rows, pooled_bytes=pooled),
+        module=DenseWork(
+            flops=modules.flops / groups, parameters=math.ceil(modules.parameters / groups)
+        ),
+        work=work,
+    )
+
+
+def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: float) -> Traffic:
+    """Return what `measure_traffic` gives where every rank holds the same."""
+    hosts, ranks, world = cluster.hosts, cluster.ranks_per_host, cluster.world_size
+    group_hosts = hosts // groups
+    group_ranks = group_hosts * ranks
+
+    def among(per_sample: float, all_ranks: int) -> Exchange:
+        return Exchange(
+            cross_bytes=per_sample * (all_ranks - ranks) / all_ranks,
+            intra_bytes=per_sample * (ranks - 1) / all_ranks,
+        )
+
+    def between(per_sample: float) -> Exchange:
+        return Exchange(cross_bytes=per_sample * (groups - 1) / groups, intra_bytes=0.0)
+
+    embeddings, outputs = float(width * ELEMENT_BYTES), float(emitted * ELEMENT_BYTES)
+    id_bytes = ids * ID_BYTES
+    inside = among(embeddings, group_ranks)
+    flat = among(embeddings, world)
+    return Traffic(
+        flat_cross_bytes=flat.cross_bytes,
+        dmt_cross_bytes=between(outputs).cross_bytes + inside.cross_bytes,
+        flat_indices=among(id_bytes, world),
+        flat_embeddings=flat,
+        peer_indices=between(id_bytes),
+        tower_indices=among(id_bytes, group_ranks),
+        tower_embeddings=inside,
+        tower_outputs=between(outputs),
+    )
+
+
+def as_passthrough(model: DmtSpec) -> DmtSpec:
+    """Return the model with the same towers and no compression: SPTT alone."""
+    bare = TowerModuleSpec(kind="passthrough")
+    towers = tuple(TowerSpec(features=tower.features, module=bare) for tower in model.towers)
+    return DmtSpec(flat=model.flat, towers=towers)
+
+
+def as_flat(flat: ModelSpec) -> DmtSpec:
+    """Return a flat model as one tower."""
+    bare = TowerModuleSpec(kind="passthrough")
+    return DmtSpec(flat=flat, towers=(TowerSpec(features=flat.feature_names, module=bare),))
+
+
+class _Group:
+    """Sums over the towers of one group of hosts."""
+
+    def __init__(self) -> None:
+        self.width, self.ids, self.work = 0, 0.0, NO_WORK
+
+    def add(self, tables: Sequence[TableLoad], width: int, module: DenseWork) -> None:
+        self.width += width
+        self.ids += math.fsum(table.ids for table in tables)
+        self.work += module
+
+
+def _flat_bytes(spec: ModelSpec, ids_per_bag: float) -> tuple[float, float]:
+    sizes = {table.name: table.dim * DTYPE_BYTES[table.dtype] for table in spec.tables}
+    rows = ids_per_bag * sum(sizes[feature.table] for feature in spec.features)
+    return rows, float(sum(spec.feature_dims) * ELEMENT_BYTES)
+
+
+def _rank_row_bytes(loads: Mapping[str, TableLoad], plan: TowerPlan) -> list[float]:
+    """Bytes of rows that each rank reads per sample of the global batch."""
+    found = [0.0] * plan.cluster.world_size
+    for placement in plan.tables:
+        load = loads[placement.table]
+        parts = len(placement.shards) if placement.sharding_type == "table_row_wise" else 1
+        for shard in placement.shards:
+            found[shard.rank] += load.ids / parts * shard.cols * load.element_bytes
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

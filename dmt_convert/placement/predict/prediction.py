@@ -1,27 +1,51 @@
-"""Step times of a bundle on a cluster that is not here: flat, SPTT and DMT beside each other."""
+"""Step times on a cluster that is not here: of a bundle, of other towers, of other sizes.
+
+- `predict_plan`: flat, SPTT and DMT beside each other, and `predict_placement`: as a plan has it;
+- `suggest`: the number of towers and the compression that would be fastest. The model's quality is
+  not predicted: a suggestion is where to start measuring it;
+- `predict_scaling`: how steps grow with the cluster while the batch per rank stays the same (weak
+  scaling). Everything is spread perfectly evenly there, and memory is not looked at;
+- `predict_bundle`: what `dmt plan` asks for of all this.
+
+Letters: T towers, H hosts, R ranks per host, F features, N embedding dim, D output dim.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal
 
-from dmt_convert.errors import ConfigError
-from dmt_convert.model import DmtSpec
-from dmt_convert.placement import TowerPlan
-from dmt_convert.placement.predict.cost_model import Machine, StepTime, step_time
-from dmt_convert.placement.predict.step_load import (
+from dmt_convert.errors import ConfigError, PlanError
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.placement import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement.predict.cost_model import (
     StepLoad,
+    StepTime,
     as_flat,
     as_passthrough,
     even_load,
     planned_load,
+    step_time,
 )
+from dmt_convert.placement.predict.machine import Machine
+from dmt_convert.spec import ModelSpec, TowerAssignment
 
 Variant = Literal["flat", "sptt", "dmt"]
 
+MIN_RANKS: Final = 16
+"""Smallest cluster that scaling is predicted for."""
 MAX_RANKS: Final = 16384
 """Largest cluster that is predicted."""
+COMPRESSIONS: Final = (1, 2, 4, 8, 16)
+"""Compressions that are tried; 1 is SPTT alone."""
+MAX_TOWERS_PER_HOST: Final = 4
+"""More towers than these on one host save nothing that fewer do not."""
+TOLERANCE: Final = 0.03
+"""The suggestion compresses as little as any candidate whose step is at most this much longer than
+the fastest one's: compression costs quality, and the model is no more exact than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +191,356 @@ def describe_machine(machine: Machine, ids_per_bag: float) -> dict[str, Any]:
         "ids_per_bag": ids_per_bag,
         "assumptions": machine.network.assumptions.to_json(),
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One choice of towers and compression."""
+
+    towers: int
+    """T."""
+    compression: float
+    """What it really is: D is a whole number."""
+    seconds: float
+    """Predicted step."""
+    speedup: float
+    """Over flat."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {
+            "towers": self.towers,
+            "compression": self.compression,
+            "step_ms": self.seconds * 1e3,
+            "speedup": self.speedup,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """What would be fastest."""
+
+    best: Candidate
+    """The least compression within `TOLERANCE` of the fastest step."""
+    candidates: tuple[Candidate, ...]
+    """All that fit, the fastest first."""
+    refused: tuple[int, ...]
+    """Numbers of towers whose tables do not fit the cluster's memory."""
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether the best candidate beats the flat model."""
+        return self.best.speedup > 1
+
+    def to_json(self, limit: int = 5) -> dict[str, Any]:
+        """Return a JSON-able dict with the fastest candidates."""
+        return {
+            "suggestion": {**self.best.to_json(), "beats_flat": self.worth_it},
+            "candidates": [candidate.to_json() for candidate in self.candidates[:limit]],
+            "towers_that_do_not_fit": list(self.refused),
+        }
+
+
+def suggest(flat: ModelSpec, machine: Machine, *, ids_per_bag: float = 1.0) -> Suggestion:
+    """Try numbers of towers and compressions for a flat model on the machine's cluster.
+
+    Tables are dealt to towers by size alone, as evenly as they go: which features belong together
+    is for `dmt partition` to say.
+
+    Args:
+        flat: The flat model.
+        machine: What it runs on.
+        ids_per_bag: Mean number of ids per sample and feature.
+
+    Raises:
+        PlanError: No number of towers fits.
+        ConfigError: The cluster is too large, or the number of ids is none.
+    """
+    check_ids_per_bag(ids_per_bag)
+    cluster = machine.network.cluster
+    check_size(cluster.world_size)
+    base = step_time(even_load(as_flat(flat), cluster, ids_per_bag), machine).total
+    found: list[Candidate] = []
+    refused: list[int] = []
+    failure: PlanError | None = None
+    for towers in tower_counts(cluster, len(flat.tables)):
+        try:
+            found += [
+                Candidate(
+                    towers=towers,
+                    compression=compression,
+                    seconds=seconds,
+                    speedup=base / seconds,
+                )
+                for compression, seconds in _try_towers(flat, towers, machine, ids_per_bag)
+            ]
+        except PlanError as error:
+            refused.append(towers)
+            failure = error
+    if not found:
+        assert failure is not None
+        raise failure
+    found.sort(key=lambda c: (c.seconds, c.compression, c.towers))
+    limit = found[0].seconds * (1 + TOLERANCE)
+    best = min(
+        (candidate for candidate in found if candidate.seconds <= limit),
+        key=lambda c: (round(c.compression, 6), c.seconds, c.towers),
+    )
+    return Suggestion(best=best, candidates=tuple(found), refused=tuple(refused))
+
+
+def tower_counts(cluster: Cluster, most: int) -> list[int]:
+    """Return numbers of towers worth trying: the largest divisors of H, and small multiples.
+
+    One tower over several hosts compresses nothing that crosses them, so it is tried only where
+    there is no other number.
+
+    Args:
+        cluster: Where the model runs.
+        most: Tables, of which every tower needs one.
+    """
+    hosts = cluster.hosts
+    divisors = [towers for towers in range(1, min(hosts, most) + 1) if hosts % towers == 0]
+    multiples = [hosts * n for n in range(2, MAX_TOWERS_PER_HOST + 1) if hosts * n <= most]
+    found = divisors[-4:] + multiples
+    return found[1:] if found[0] == 1 < hosts and len(found) > 1 else found
+
+
+def deal_tables(flat: ModelSpec, towers: int) -> TowerAssignment:
+    """Deal tables to towers, the largest first to whichever tower holds the fewest bytes.
+
+    No tower gets more than its even number of tables, rounded up.
+
+    Args:
+        flat: The model.
+        towers: T, at most as many as tables.
+    """
+    room = math.ceil(len(flat.tables) / towers)
+    heap = [(0, tower, 0) for tower in range(towers)]
+    tower_of: dict[str, int] = {}
+    for table in sorted(flat.tables, key=lambda table: -table.nbytes):
+        size, tower, held = heapq.heappop(heap)
+        tower_of[table.name] = tower
+        if held + 1 < room:
+            heapq.heappush(heap, (size + table.nbytes, tower, held + 1))
+    members: list[list[str]] = [[] for _ in range(towers)]
+    for feature in flat.features:
+        members[tower_of[feature.table]].append(feature.name)
+    return TowerAssignment(towers=tuple(map(tuple, members)))
+
+
+def dealt_model(flat: ModelSpec, towers: int, compression: float) -> DmtSpec | None:
+    """Return a flat model in towers with its own kind of module.
+
+    Args:
+        flat: The model.
+        towers: T.
+        compression: At least this much; 1 for none.
+
+    Returns:
+        None where the embeddings are too narrow for that compression.
+    """
+    if compression > 1:
+        try:
+            module = module_spec(flat, "auto", num_towers=towers, compression=compression)
+        except ConfigError:
+            return None
+    else:
+        module = TowerModuleSpec(kind="passthrough")
+    assignment = deal_tables(flat, towers)
+    return DmtSpec(
+        flat=flat,
+        towers=tuple(TowerSpec(features=names, module=module) for names in assignment.towers),
+    )
+
+
+def _try_towers(
+    flat: ModelSpec, towers: int, machine: Machine, ids_per_bag: float
+) -> Iterator[tuple[float, float]]:
+    """Yield compression and predicted seconds of every compression that can be had."""
+    plan = None
+    for compression in COMPRESSIONS:
+        model = dealt_model(flat, towers, compression)
+        if model is None:
+            continue
+        if plan is None:  # widths differ by one factor for all towers, so the plan is the same
+            plan = plan_towers(
+                flat,
+                model.assignment,
+                machine.network.cluster,
+                tower_widths=model.tower_widths,
+            )
+        load = planned_load(model, plan, ids_per_bag, even_ranks=True)
+        yield model.compression, step_time(load, machine).total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePoint:
+    """One size of cluster."""
+
+    hosts: int
+    """H."""
+    ranks: int
+    """H * R."""
+    towers: int
+    """T: as many as hosts, or where the tables are too few for that, as many as divide them."""
+    compression: float
+    """Of the towers."""
+    prediction: Prediction
+    """The three step times."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        flat, sptt, dmt = (predicted.step for predicted in self.prediction.steps)
+        return {
+            "ranks": self.ranks,
+            "hosts": self.hosts,
+            "towers": self.towers,
+            "compression": self.compression,
+            "flat_ms": flat.total * 1e3,
+            "sptt_ms": sptt.total * 1e3,
+            "dmt_ms": dmt.total * 1e3,
+            "flat_exposed_ms": flat.exposed * 1e3,
+            "sptt_exposed_ms": sptt.exposed * 1e3,
+            "dmt_exposed_ms": dmt.exposed * 1e3,
+            "sptt_speedup": self.prediction.sptt.speedup,
+            "dmt_speedup": self.prediction.dmt.speedup,
+        }
+
+
+def predict_scaling(
+    flat: ModelSpec, machine: Machine, *, compression: float, ids_per_bag: float = 1.0
+) -> tuple[ScalePoint, ...]:
+    """Predict clusters of 16 to 16,384 ranks, with the machine's ranks per host and links.
+
+    Args:
+        flat: The flat model.
+        machine: What it runs on; its number of hosts does not matter.
+        compression: Of the towers; 1 for none.
+        ids_per_bag: Mean number of ids per sample and feature.
+
+    Raises:
+        ConfigError: No such cluster has so many ranks per host, or the number of ids is none.
+    """
+    check_ids_per_bag(ids_per_bag)
+    ranks_per_host = machine.network.cluster.ranks_per_host
+    if ranks_per_host > MAX_RANKS:
+        raise ConfigError(
+            f"{ranks_per_host} ranks per host to predict",
+            expected=f"at most {MAX_RANKS} ranks in all",
+            hint="lower --ranks-per-host",
+        )
+    return tuple(
+        _point(flat, hosts, machine, compression, ids_per_bag)
+        for hosts in _host_counts(ranks_per_host)
+    )
+
+
+def _host_counts(ranks_per_host: int) -> Iterator[int]:
+    hosts = 1
+    while hosts * ranks_per_host <= MAX_RANKS:
+        if hosts * ranks_per_host >= MIN_RANKS:
+            yield hosts
+        hosts *= 2
+
+
+def _point(
+    flat: ModelSpec, hosts: int, machine: Machine, compression: float, ids_per_bag: float
+) -> ScalePoint:
+    cluster = replace(machine.network.cluster, hosts=hosts)
+    there = replace(machine, network=replace(machine.network, cluster=cluster))
+    most = min(hosts, len(flat.tables))
+    towers = next(count for count in range(most, 0, -1) if hosts % count == 0)
+    model = dealt_model(flat, towers, compression)
+    if model is None:
+        raise ConfigError(
+            f"a compression of {compression:g}",
+            expected="at most the embedding dim",
+            hint="convert with less",
+        )
+    prediction = compare(
+        even_load(as_flat(flat), cluster, ids_per_bag),
+        even_load(as_passthrough(model), cluster, ids_per_bag),
+        even_load(model, cluster, ids_per_bag),
+        there,
+    )
+    return ScalePoint(
+        hosts=hosts,
+        ranks=cluster.world_size,
+        towers=towers,
+        compression=model.compression,
+        prediction=prediction,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionReport:
+    """What was predicted for a bundle; parts that were not asked for are None."""
+
+    machine: Machine
+    """What it was predicted for."""
+    ids_per_bag: float
+    """Mean number of ids per sample and feature."""
+    prediction: Prediction | None = None
+    """Flat, SPTT and DMT steps."""
+    placed: PlacedStep | None = None
+    """A DMT step with every table where the plan puts it."""
+    suggestion: Suggestion | None = None
+    """What would be fastest."""
+    scaling: tuple[ScalePoint, ...] | None = None
+    """Steps on other sizes of cluster."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `dmt plan --json` prints as `prediction`."""
+        value = describe_machine(self.machine, self.ids_per_bag)
+        if self.prediction is not None:
+            value["rows"] = [step.to_json() for step in self.prediction.steps]
+        if self.placed is not None:
+            value["as_placed"] = {
+                "step_ms": self.placed.step.total * 1e3,
+                "busiest_rank": self.placed.busiest_rank,
+            }
+        if self.suggestion is not None:
+            value |= self.suggestion.to_json()
+        if self.scaling is not None:
+            value["scaling"] = [point.to_json() for point in self.scaling]
+        return value
+
+
+def predict_bundle(
+    model: DmtSpec,
+    plan: TowerPlan,
+    machine: Machine,
+    ids_per_bag: float = 1.0,
+    *,
+    predict: bool = True,
+    scaling: bool = False,
+) -> PredictionReport:
+    """Predict a bundle's steps.
+
+    Args:
+        model: The converted model.
+        plan: Where its tables lie; its cluster is the machine's.
+        machine: What it runs on.
+        ids_per_bag: Mean number of ids per sample and feature.
+        predict: Predict steps on the plan's cluster, and suggest towers for it.
+        scaling: Predict steps on clusters of other sizes.
+
+    Raises:
+        ConfigError: The cluster is too large, or the number of ids is not positive and finite.
+        PlanError: No number of towers fits the cluster's memory.
+    """
+    report = PredictionReport(machine=machine, ids_per_bag=ids_per_bag)
+    if predict:
+        report = replace(
+            report,
+            prediction=predict_plan(model, plan, machine, ids_per_bag=ids_per_bag),
+            placed=predict_placement(model, plan, machine, ids_per_bag=ids_per_bag),
+            suggestion=suggest(model.flat, machine, ids_per_bag=ids_per_bag),
+        )
+    if scaling:
+        points = predict_scaling(
+            model.flat, machine, compression=model.compression, ids_per_bag=ids_per_bag
+        )
+        report = replace(report, scaling=points)
+    return report

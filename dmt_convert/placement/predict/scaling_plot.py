@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.placement.predict.scaling import ScalePoint
+from dmt_convert.placement.predict.prediction import ScalePoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

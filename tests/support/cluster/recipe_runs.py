@@ -11,6 +11,7 @@ import numpy as np
 
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.checkpoint import read_tensor
+from dmt_convert.documents import to_json
 from support.bundles import make_bundle
 from support.rows import write_clicks
 
@@ -34,8 +35,7 @@ class Tuned:
 
     @property
     def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.bundle.manifest.initialisation["finetune"]
-        return found
+        return to_json(self.bundle.manifest.initialisation.finetune)
 
     @property
     def files(self) -> dict[str, bytes]:
