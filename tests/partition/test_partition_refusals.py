@@ -22,30 +22,30 @@ from support.specs import build_spec
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"num_towers": 9}, "9 towers for 8 features"),
-        ({"num_towers": 2, "together": (("f0", "nope"),)}, "1 features of the request"),
+        ({"towers": 9}, "9 towers for 8 features"),
+        ({"towers": 2, "together": (("f0", "nope"),)}, "1 features of the request"),
         (
-            {"num_towers": 2, "together": (("f0", "f1"), ("f1", "f2")), "apart": (("f0", "f2"),)},
+            {"towers": 2, "together": (("f0", "f1"), ("f1", "f2")), "apart": (("f0", "f2"),)},
             "contradictions",
         ),
         (
             {
-                "num_towers": 2,
+                "towers": 2,
                 "together": (("f0", "f1"),),
-                "groups": (("u", ("f0",)), ("v", ("f1",))),
+                "group": (("u", ("f0",)), ("v", ("f1",))),
             },
             "contradictions",
         ),
-        ({"num_towers": 7, "together": (("f0", "f1", "f2"),)}, "form 6 units"),
+        ({"towers": 7, "together": (("f0", "f1", "f2"),)}, "form 6 inseparable units"),
         (
-            {"num_towers": 4, "size_ratio": 1.2, "together": (("f0", "f1", "f2", "f3"),)},
-            "4 features that cannot be parted, for towers of at most 3",
+            {"towers": 4, "size_ratio": 1.2, "together": (("f0", "f1", "f2", "f3"),)},
+            "4 inseparable features, for towers of at most 3",
         ),
-        ({"num_towers": 1, "groups": (("u", ("f0",)), ("v", ("f1",)))}, "2 groups"),
-        ({"num_towers": 2, "apart": (("f0", "f1", "f2"),)}, "3 features apart, for 2 towers"),
+        ({"towers": 1, "group": (("u", ("f0",)), ("v", ("f1",)))}, "2 groups"),
+        ({"towers": 2, "apart": (("f0", "f1", "f2"),)}, "3 features apart, for 2 towers"),
         (
             {
-                "num_towers": 2,
+                "towers": 2,
                 "apart": (("f0", "f1"), ("f1", "f2"), ("f0", "f2")),
             },
             "no assignment of 8 features",
@@ -59,27 +59,27 @@ def test_refusals_of_requests(options, expected):
 
 
 def test_a_shared_table_contradicts_apart():
-    config = PartitionConfig(num_towers=2, apart=(("f0", "f3"),))
-    with pytest.raises(PartitionError, match="f0,f3 cannot be parted"):
+    config = PartitionConfig(towers=2, apart=(("f0", "f3"),))
+    with pytest.raises(PartitionError, match="f0,f3 are inseparable"):
         partition_features(build_spec(4, shared={3: 0}), config, random_affinity(4))
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "without a number"),
-        ({"num_towers": 0}, "0 towers"),
-        ({"num_towers": 2, "strategy": "best"}, "strategy 'best'"),
-        ({"num_towers": 2, "affinity": "x"}, "affinity 'x'"),
-        ({"num_towers": 2, "size_ratio": 0.5}, "size ratio 0.5"),
-        ({"num_towers": 2, "size_ratio": math.nan}, "size ratio nan"),
-        ({"num_towers": 2, "load_ratio": 0.9}, "load ratio 0.9"),
-        ({"num_towers": 2, "seed": -1}, "seed -1"),
-        ({"num_towers": 2, "together": (("a",),)}, "together a"),
-        ({"num_towers": 2, "apart": (("a", "a"),)}, "apart a,a"),
-        ({"num_towers": 2, "groups": (("u", ()),)}, "group u="),
-        ({"num_towers": 2, "groups": (("u", ("a",)), ("u", ("b",)))}, "given twice"),
-        ({"num_towers": 2, "groups": (("u", ("a",)), ("v", ("a",)))}, "several groups"),
+        ({}, "towers is missing"),
+        ({"towers": 0}, "towers must be"),
+        ({"towers": 2, "partition": "best"}, "neither a strategy"),
+        ({"towers": 2, "affinity": "x"}, "affinity must be one of"),
+        ({"towers": 2, "size_ratio": 0.5}, "size_ratio must be"),
+        ({"towers": 2, "size_ratio": math.nan}, "size_ratio must be a finite"),
+        ({"towers": 2, "load_ratio": 0.9}, "load_ratio must be"),
+        ({"towers": 2, "seed": -1}, "seed must be"),
+        ({"towers": 2, "together": (("a",),)}, "together a"),
+        ({"towers": 2, "apart": (("a", "a"),)}, "apart a,a"),
+        ({"towers": 2, "group": (("u", ()),)}, "group u="),
+        ({"towers": 2, "group": (("u", ("a",)), ("u", ("b",)))}, "given twice"),
+        ({"towers": 2, "group": (("u", ("a",)), ("v", ("a",)))}, "several groups"),
     ],
 )
 def test_refusals_of_options(options, expected):
@@ -130,27 +130,27 @@ def test_a_file_is_refused_with_all_findings(tmp_path):
     with pytest.raises(PartitionError) as caught:
         partition_features(build_spec(4), PartitionConfig(towers=2, partition=path))
     assert set(caught.value.details) == {
-        "3 towers, where 2 were asked for",
+        "3 towers instead of 2",
         "tower 2 is empty",
         "repeated: f1",
         "unknown: x",
-        "forgotten: f2",
-        "forgotten: f3",
+        "missing: f2",
+        "missing: f3",
     }
 
 
 def test_a_file_must_keep_tables_and_constraints(tmp_path):
     path = _write(tmp_path / "t.json", [["f0", "f1"], ["f2", "f3"]])
     config = PartitionConfig(
-        strategy=path,
+        partition=path,
         together=(("f1", "f2"),),
         apart=(("f2", "f3"),),
-        groups=(("u", ("f0",)), ("v", ("f1",))),
+        group=(("u", ("f0",)), ("v", ("f1",))),
     )
     with pytest.raises(PartitionError) as caught:
         partition_features(build_spec(4), config)
     assert len(caught.value.details) == 3
-    with pytest.raises(PartitionError, match="f0,f3 share tables"):
+    with pytest.raises(PartitionError, match="f0,f3 share a table"):
         partition_features(build_spec(4, shared={3: 0}), PartitionConfig(partition=path))
 
 

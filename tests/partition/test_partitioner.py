@@ -163,13 +163,13 @@ def test_a_feature_that_exceeds_the_load_bound_alone(caplog):
     with caplog.at_level(logging.WARNING):
         partition = partition_features(spec, config, random_affinity(9))
     assert ("f0",) in partition.assignment.towers
-    assert "table bytes: 1 features" in caplog.text
+    assert "table bytes: 1 feature" in caplog.text
 
 
 def test_an_impossible_load_bound_is_refused_with_numbers():
     spec = build_spec(6, rows=[1000, 1000, 1000, 10, 10, 10])
     config = PartitionConfig(towers=2, load_ratio=1.1)
-    with pytest.raises(PartitionError, match=r"table bytes of 1\.\d+ times the bound"):
+    with pytest.raises(PartitionError, match=r"table bytes of 1\.\d+ times the limit"):
         partition_features(spec, config, random_affinity(6))
 
 
@@ -219,7 +219,7 @@ def test_round_robin_takes_turns_and_honours_units():
     config = PartitionConfig(towers=3, partition="round-robin")
     partition = partition_features(spec, config)
     assert partition.assignment.towers == (("f0", "f3", "f6"), ("f1", "f4"), ("f2", "f5"))
-    assert partition.points is None and partition.within_affinity is None
+    assert partition.within_affinity is None
     shared = build_spec(7, shared={6: 1})
     towers = partition_features(shared, config).assignment.tower_of
     assert towers["f6"] == towers["f1"]
@@ -249,13 +249,13 @@ def test_sizes_that_units_forbid_are_relaxed_and_logged(caplog):
     with caplog.at_level(logging.WARNING):
         partition = partition_features(build_spec(9), config, random_affinity(9))
     assert sorted(map(len, partition.assignment.towers)) == [3, 6]
-    assert "3 to 6 features per tower, where 9 / 2 gives 4 to 5" in caplog.text
+    assert "3 to 6 features per tower instead of 4 to 5" in caplog.text
 
 
 def test_user_and_item_groups_of_unlike_size():
     users = tuple(f"f{i}" for i in range(3))
     items = tuple(f"f{i}" for i in range(3, 23))
-    config = PartitionConfig(num_towers=4, groups=(("user", users), ("item", items)))
+    config = PartitionConfig(towers=4, group=(("user", users), ("item", items)))
     partition = partition_features(build_spec(23), config, random_affinity(23))
     assert sorted(map(len, partition.assignment.towers)) == [3, 6, 7, 7]
     assert users in partition.assignment.towers
@@ -265,7 +265,7 @@ def test_thousands_of_grouped_features():
     users = tuple(f"f{i}" for i in range(100))
     items = tuple(f"f{i}" for i in range(100, 1500))
     config = PartitionConfig(
-        num_towers=2, strategy="round-robin", groups=(("user", users), ("item", items))
+        towers=2, strategy="round-robin", groups=(("user", users), ("item", items))
     )
     towers = partition_features(build_spec(1500), config).assignment.towers
     assert set(towers) == {users, items}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dmt_convert.conversion.partition import figure_svg
+from dmt_convert.conversion.partition import figure_svg, tower_colours
 from dmt_convert.errors import PartitionError
 from dmt_convert.report import write_partition_svg
-from dmt_convert.report.partition_figure import embed_figure, tower_colours
+from dmt_convert.report.partition_figure import embed_figure
 from support.reports import build_data
 
 
@@ -37,7 +37,7 @@ def test_towers_have_the_colours_of_the_figure(towers):
 def test_the_embedded_figure_keeps_to_itself():
     data = build_data()
     svg = embed_figure(data.spec.flat, data.partition, description="what <it> shows")
-    for part in ("<style", "<metadata", "<?xml", "<!", "xmlns", ' width="972pt"'):
+    for part in ("<style", "<metadata", "<?xml", "<!", "xmlns", ' width="684pt"'):
         assert part not in svg
     assert "what &lt;it&gt; shows</desc>" in svg and 'viewBox="' in svg
     assert "Affinity, by tower" in svg

@@ -22,7 +22,7 @@ def test_svg_is_deterministic_and_names_the_features(tmp_path):
     partition = partition_features(spec, PartitionConfig(towers=3), random_affinity(12))
     svg = figure_svg(spec, partition)
     assert svg.startswith("<svg") and svg == figure_svg(spec, partition)
-    for text in ("Affinity, by tower", "Features in the plane", ">f11<", "Lookups per sample"):
+    for text in ("Affinity, model order", "Affinity, by tower", ">f11<", "Lookups per sample"):
         assert text in svg
     plot_partition(spec, partition, tmp_path / "p.svg")
     assert (tmp_path / "p.svg").read_text().endswith(svg)
@@ -42,7 +42,7 @@ def test_without_affinity_only_loads_are_drawn():
     spec = build_spec(5)
     partition = partition_features(spec, PartitionConfig(towers=2, partition="round-robin"))
     svg = figure_svg(spec, partition)
-    assert "Affinity" not in svg and "Features in the plane" not in svg
+    assert "Affinity" not in svg
     assert "Lookups per sample" in svg
 
 
