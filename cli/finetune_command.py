@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import dmt_convert as dmt
 from dmt_convert.config import FinetuneConfig
 
 from .console import Output
@@ -19,9 +20,6 @@ NAME = "finetune"
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle to start from; it is not changed.")],
     *,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the torchrun command and run nothing.")
-    ] = False,
     config: FinetuneConfig,
     output: Output,
 ) -> None:
@@ -31,3 +29,5 @@ def run(
 
     Example: `dmt finetune ckpt-dmt16 --data clicks --nproc 8`
     """
+    dmt.finetune(bundle, config=config)
+    output.result({})

@@ -71,11 +71,11 @@ for _module in (
     score_command,
     evaluate_command,
     verify_command,
+    finetune_command,
     export_command,
     unshard_command,
 ):
     app.command(_module.NAME)(_module.run)
-app.command(finetune_command.NAME, context_settings=finetune_command.CONTEXT)(finetune_command.run)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ from dmt_convert.config import (
 from .console import make_output
 
 Command = Callable[..., None]
+_PREFIX: Final = "setting_"
 
 
 def command(kind: type[Config]) -> Callable[[Command], Command]:
@@ -58,7 +59,8 @@ def command(kind: type[Config]) -> Callable[[Command], Command]:
 def _given(kind: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that options give, by key; those that were not given are left out."""
     keys = {name: key_of(name, field) for name, field in kind.model_fields.items()}
-    return {keys[name]: value for name, value in options.items() if value not in (None, [])}
+    given = {name.removeprefix(_PREFIX): value for name, value in options.items()}
+    return {keys[name]: value for name, value in given.items() if value not in (None, [])}
 
 
 def _parameters(run: Command) -> list[inspect.Parameter]:
@@ -78,7 +80,7 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
             type_ = str if plain is Path else plain
         switch = plain is bool and (field.default is not False)
         yield _option(
-            name,
+            _PREFIX + name,  # an argument may be called like a setting: MODEL and --model
             type_ | None,
             typer.Option(
                 f"{option}/--no-{option[2:]}" if switch else option,

@@ -30,6 +30,7 @@ from dmt_convert.config import (
     to_arguments,
 )
 from dmt_convert.errors import ConfigError, UsageError
+from support.paths import REPOSITORY
 
 WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (ConvertConfig, {"towers": 0}, "towers must be an integer >= 1, got 0"),
@@ -231,18 +232,18 @@ def test_every_setting_is_described(kind: type[Config]) -> None:
         assert default, key
 
 
-def test_the_page_of_settings_is_current(repository: Path) -> None:
-    script = repository / "scripts" / "settings_page.py"
+def test_the_page_of_settings_is_current() -> None:
+    script = REPOSITORY / "scripts" / "settings_page.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["epochs", "table_lr", "tower_module", "compression", "quantize"])
-def test_a_setting_is_declared_once(repository: Path, name: str) -> None:
+def test_a_setting_is_declared_once(name: str) -> None:
     declared = [
-        str(path.relative_to(repository))
+        str(path.relative_to(REPOSITORY))
         for folder in ("dmt_convert", "cli", "recipes")
-        for path in (repository / folder).rglob("*.py")
+        for path in (REPOSITORY / folder).rglob("*.py")
         for line in path.read_text("utf-8").splitlines()
         if line.strip().startswith((f"{name}: ", f'"--{name.replace("_", "-")}"'))
         and "setting(" in line
