@@ -177,7 +177,6 @@ def run(
         LaunchConfig,
         default_out,
         launch,
-        recipe_path,
         show_command,
         torchrun_command,
     )
@@ -197,7 +196,7 @@ def run(
     out = default_out(bundle) if out is None else out
     arguments = _recipe_arguments(context.params | {"out": out}, context.args)
     if dry_run:
-        command = torchrun_command(launching, recipe_path(), arguments)
+        command = torchrun_command(launching, arguments)
         if json_:
             output.result({"dry_run": True, "command": list(command)})
         else:

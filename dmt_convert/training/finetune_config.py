@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from types import NoneType
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import COMM_DTYPES, CommDtype
@@ -160,6 +164,40 @@ def merge_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Finet
         kept.pop("epochs", None)
         kept.pop("max_steps", None)
     return FinetuneConfig(**{**kept, **given})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every setting; what is not given is None.
+
+    Type, choices, default and help come from the field and the text below it.
+    """
+    hints, docs = get_type_hints(FinetuneConfig), _attribute_docs(FinetuneConfig)
+    for field in fields(FinetuneConfig):
+        text = " ".join(docs[field.name].split()).replace("%", "%%")
+        option = f"--{field.name.replace('_', '-')}"
+        kinds = [kind for kind in get_args(hints[field.name]) or () if kind is not NoneType]
+        kind = kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) else hints[field.name]
+        if kind is bool:
+            action: Any = argparse.BooleanOptionalAction
+            parser.add_argument(option, action=action, help=f"{text} [{field.default}]")
+        elif get_origin(kind) is Literal:
+            help_ = f"{text} [{field.default}]"
+            parser.add_argument(option, choices=get_args(kind), help=help_)
+        else:
+            default = "" if field.default is None else f" [{field.default}]"
+            parser.add_argument(option, type=kind, help=f"{text}{default}")
+
+
+def _attribute_docs(kind: type) -> dict[str, str]:
+    """Field -> the text below it."""
+    tree = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
+            docs[field.target.id] = str(text.value.value)
+    return docs
 
 
 def _wrong(path: Path, what: str) -> ConfigError:

@@ -11,11 +11,13 @@ from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
-from dmt_convert.training.accumulators import load_sums
+from dmt_convert.bundle import find_damage, read_rows
+from dmt_convert.checkpoint import TensorInfo, stream_tensor
+from dmt_convert.errors import BundleError
 from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.table_store import TableGroup, TableStore
+from dmt_convert.training.tables import TableGroup, TableStore
 
 logger = logging.getLogger(__name__)
 
@@ -242,3 +244,27 @@ def state_bytes(config: FinetuneConfig, rows: int, elements: int) -> int:
     per_element = {"rowwise-adagrad": 0, "adagrad": 4, "sgd": 0, "adam": 8}
     kind = config.table_optimizer
     return rows * per_row[kind] + elements * per_element[kind]
+
+
+def load_sums(info: TensorInfo, target: Tensor) -> None:
+    """Read the accumulator of a table.
+
+    Args:
+        info: The accumulator, shape (R, 1).
+        target: Where to, shape (R, 1), or (R, N): then every element of a row takes the row's.
+
+    Raises:
+        BundleError: It holds what no sum of squares can be.
+    """
+    done = 0
+    for piece in read_rows(info, stream_tensor(info)):
+        damage = find_damage(piece)
+        if damage is not None:
+            raise BundleError(
+                f"{info.name} in {info.pieces[0].path} holds {damage}",
+                expected="sums of squared gradients, as `dmt convert` checked them",
+                hint="copy the bundle again, or start without it: --initial-accumulator 0",
+            )
+        target[done : done + len(piece)] = from_numpy(piece)
+        done += len(piece)
+    assert done == len(target), (info.name, done, len(target))

@@ -46,7 +46,7 @@ def test_a_network_is_tuned_but_for_its_statistics(
     )
     before = convert_checkpoint(checkpoint, tmp_path / "bundle", config=config).bundle
     monkeypatch.setattr(
-        "dmt_convert.training.finetuned_bundle.describe_bundle", lambda *_, **__: {}
+        "dmt_convert.training.finetuned.describe_bundle", lambda *_, **__: {}
     )
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",

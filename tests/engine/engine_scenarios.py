@@ -19,7 +19,7 @@ from trainer_scenarios import (
 )
 
 from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
-from dmt_convert.cluster.jagged import carries_weights
+from dmt_convert.cluster.index_route import carries_weights
 from dmt_convert.placement import TowerPlan
 
 CPU = torch.device("cpu")

@@ -35,9 +35,9 @@ from dmt_convert.training import (
     train,
     write_finetuned,
 )
-from dmt_convert.training.finetuned_bundle import Finetuned
+from dmt_convert.training.data import training_batches
+from dmt_convert.training.finetuned import Finetuned
 from dmt_convert.training.optimizers import TableOptimizer
-from dmt_convert.training.training_data import training_batches
 
 LR, STEPS = 0.1, 12
 CONFIG = FinetuneConfig(

@@ -29,8 +29,8 @@ from dmt_convert.training import (
     train,
     write_finetuned,
 )
-from dmt_convert.training.finetuned_bundle import Finetuned, bundle_digest
-from dmt_convert.training.loading import available_bytes, needed_bytes, table_infos
+from dmt_convert.training.finetuned import Finetuned, bundle_digest
+from dmt_convert.training.in_memory import available_bytes, needed_bytes, table_infos
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
 SPOIL = FinetuneConfig(max_steps=4, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=1)
@@ -239,7 +239,7 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
     few = needed_bytes(spec, FinetuneConfig(max_steps=1, batch_size=2), 10_000)
     assert few["best rows"] == 4 * 2 * (8 + 1) * 4
     total = sum(needed.values())
-    module = "dmt_convert.training.loading.available_bytes"
+    module = "dmt_convert.training.in_memory.available_bytes"
     monkeypatch.setattr(module, lambda: total)
     check_memory(spec, CONFIG, 10_000)
     monkeypatch.setattr(module, lambda: total - 1)
@@ -250,8 +250,8 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
 def test_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    monkeypatch.setattr("dmt_convert.training.loading._MEMINFO", meminfo)
-    monkeypatch.setattr("dmt_convert.training.loading._CGROUP", tmp_path)
+    monkeypatch.setattr("dmt_convert.training.in_memory._MEMINFO", meminfo)
+    monkeypatch.setattr("dmt_convert.training.in_memory._CGROUP", tmp_path)
     assert available_bytes() == 800 * 1024
     (tmp_path / "memory.max").write_text("500000\n")
     (tmp_path / "memory.current").write_text("200000\n")

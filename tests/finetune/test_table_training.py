@@ -18,7 +18,7 @@ from dmt_convert.spec import ModelSpec
 from dmt_convert.training import FinetuneConfig, make_trainable
 from dmt_convert.training.loop import take_step
 from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer
-from dmt_convert.training.table_store import sum_by_row
+from dmt_convert.training.tables import sum_by_row
 
 STEPS = 4
 LR = 0.1
@@ -95,7 +95,7 @@ def test_tables_move_as_with_dense_gradients(
 
 def test_adam_moves_touched_rows_as_sparse_adam() -> None:
     from dmt_convert.training.optimizers import make_rule
-    from dmt_convert.training.table_store import TableStore
+    from dmt_convert.training.tables import TableStore
 
     rng = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(20, 8, generator=rng))
@@ -144,7 +144,7 @@ def test_unsummed_duplicates_would_be_noticed(
         rows, firsts = np.unique(ids, return_index=True)
         return torch.from_numpy(rows), gradients[torch.from_numpy(firsts)]
 
-    monkeypatch.setattr("dmt_convert.training.table_store.sum_by_row", last_only)
+    monkeypatch.setattr("dmt_convert.training.tables.sum_by_row", last_only)
     with pytest.raises(AssertionError, match="not close"):
         test_tables_move_as_with_dense_gradients(
             make_model, make_spec, make_batch, "rowwise-adagrad", "sum", {}

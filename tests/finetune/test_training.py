@@ -16,9 +16,9 @@ from dmt_convert.errors import ConfigError, DataError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.model import FlatModel
 from dmt_convert.training import FinetuneConfig, make_trainable, measure_rows, train
+from dmt_convert.training.data import open_training_data, training_batches, training_shares
 from dmt_convert.training.loop import Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.training.optimizers import DenseOptimizer
-from dmt_convert.training.training_data import open_training_data, training_batches, training_shares
 
 
 @pytest.fixture

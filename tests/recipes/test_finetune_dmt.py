@@ -167,13 +167,13 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr("dmt_convert.training.training.train", None)
+    monkeypatch.setattr("dmt_convert.training.in_memory.train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
 
 
-@pytest.mark.parametrize("where", ["training.measure_rows", "finetuned_bundle.describe_bundle"])
+@pytest.mark.parametrize("where", ["in_memory.measure_rows", "finetuned.describe_bundle"])
 def test_an_interrupt_leaves_nothing(tune, tmp_path, capsys, monkeypatch, where) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -190,7 +190,7 @@ def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 
-    monkeypatch.setattr("dmt_convert.training.finetuned_bundle.describe_bundle", fail)
+    monkeypatch.setattr("dmt_convert.training.finetuned.describe_bundle", fail)
     assert tune("--max-steps", 2, "--quiet") == 3
     printed = capsys.readouterr()
     assert printed.err.startswith("error: weights: Permission denied\nexpected: ")

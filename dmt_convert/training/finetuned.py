@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +14,14 @@ from torch import Tensor
 from dmt_convert import __version__
 from dmt_convert.bundle import (
     DENSE_FILE,
+    AccumulatorSource,
     Bundle,
     Documents,
+    FloatRows,
     Manifest,
+    accumulator_file,
     open_bundle_model,
+    read_rows,
     split_state,
     tower_file,
     write_bundle,
@@ -29,20 +33,11 @@ from dmt_convert.metrics import Accuracy
 from dmt_convert.model import DmtModel
 from dmt_convert.placement import TowerPlan
 from dmt_convert.report import describe_bundle
-from dmt_convert.training.accumulators import (
-    GetSums,
-    Pieces,
-    describe_tuned,
-    dropping_notes,
-    plan_tuned_accumulators,
-    tensor_pieces,
-)
+from dmt_convert.training.data import TrainingData
 from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.loading import table_infos
+from dmt_convert.training.in_memory import measure_rows, table_infos
 from dmt_convert.training.loop import Evaluation, TrainResult
 from dmt_convert.training.trainable_model import TrainableModel
-from dmt_convert.training.training import measure_rows
-from dmt_convert.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +45,10 @@ ROW_NAME: Final = "fine-tuned"
 """Name of the quality row."""
 TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+Pieces = Callable[[], Iterator[FloatRows]]
+"""Gives the sums of squared gradients of a table, some rows at a time: shape (n, 1) or (n, N)."""
+GetSums = Callable[[str], Pieces | None]
+"""Gives the sums of a table by its name; None if there are none."""
 GetTable = Callable[[str], Tensor | TensorInfo]
 
 
@@ -65,6 +64,25 @@ class Finetuned:
     """The new bundle, as stored, on the same rows."""
     notes: tuple[str, ...]
     """What a user should know, one line each."""
+
+
+def summarise(
+    parent: Bundle, written: Finetuned, result: TrainResult, data: TrainingData
+) -> dict[str, Any]:
+    """Return what `--json` prints of a training."""
+    return {
+        "bundle": str(written.bundle.path),
+        "parent": str(parent.path),
+        "steps": result.steps,
+        "best_step": written.after.step,
+        "improved": written.after.step > 0,
+        "ms_per_step": result.ms_per_step,
+        "before": written.before.to_json(),
+        "after": written.after.to_json(),
+        "history": [evaluation.to_json() for evaluation in result.history],
+        "data": data.to_json(),
+        "notes": list(written.notes),
+    }
 
 
 def check_out(parent: Bundle, out: Path, *, force: bool) -> None:
@@ -372,3 +390,103 @@ def _read_figure(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return text[text.index("<svg") :] if "<svg" in text else None
+
+
+def plan_tuned_accumulators(
+    parent: Bundle, sums: GetSums | None
+) -> dict[str, list[AccumulatorSource]]:
+    """List what a fine-tuned bundle holds of the tables' optimizer, by file.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        sums: Those of the trained tables; None where the tables are the parent's, as are then
+            these.
+    """
+    get = _stored_sums(parent) if sums is None else sums
+    when = "" if sums is None else " after training"
+    flat, files = parent.manifest.model.flat, {}
+    for t, tower in enumerate(parent.manifest.model.towers):
+        tables = dict.fromkeys(flat.table_of(feature).name for feature in tower.features)
+        sources = [
+            AccumulatorSource(
+                table=name,
+                rows=flat.table(name).rows,
+                pieces=pieces,
+                origin=f"the accumulator of table {name!r}{when}",
+            )
+            for name in tables
+            if (pieces := get(name)) is not None
+        ]
+        if sources:
+            files[accumulator_file(t)] = sources
+    return files
+
+
+def describe_tuned(
+    parent: Bundle,
+    files: Mapping[str, Sequence[AccumulatorSource]],
+    config: FinetuneConfig,
+    *,
+    moved: bool,
+) -> dict[str, Any]:
+    """Say for the manifest what a fine-tuned bundle holds of the tables' optimizer.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        files: What was written.
+        config: How it was trained.
+        moved: Whether the tables are other than the parent's.
+    """
+    if not moved:
+        return dict(parent.manifest.optimizer_state)
+    sources = {source.table: source for group in files.values() for source in group}
+    kept = [source for source in sources.values() if source.damage is None]
+    notes = [f"as it was after training with {config.table_optimizer}"] if kept else []
+    if config.table_optimizer == "adagrad" and kept:
+        notes.append("of a number per element, the row's mean is kept")
+    notes += [
+        f"{source.origin} holds {source.damage}, so it is left out"
+        for source in sources.values()
+        if source.damage is not None
+    ]
+    return {
+        "accumulators": len(kept),
+        "averaged": len(kept) if config.table_optimizer == "adagrad" else 0,
+        "notes": [*notes, *dropping_notes(parent, files, moved=moved)],
+    }
+
+
+def dropping_notes(
+    parent: Bundle, files: Mapping[str, Sequence[AccumulatorSource]], *, moved: bool
+) -> tuple[str, ...]:
+    """Say where accumulators of the parent have no successor."""
+    if files or not moved or not parent.accumulators:
+        return ()
+    return (_DROPPED,)
+
+
+_DROPPED: Final = (
+    "training kept no sums of squared gradients: those of the bundle that was fine-tuned no longer "
+    "fit the rows, and were dropped"
+)
+
+
+def tensor_pieces(sums: Tensor) -> Pieces:
+    """Give sums that are in memory, shape (R, 1) or (R, N)."""
+    step = max(1, CHUNK_BYTES // (4 * sums.shape[1]))
+
+    def pieces() -> Iterator[FloatRows]:
+        for first in range(0, len(sums), step):
+            yield sums[first : first + step].numpy()
+
+    return pieces
+
+
+def stored_pieces(info: TensorInfo) -> Pieces:
+    """Give sums that lie in a file, shape (R,), (R, 1) or (R, N)."""
+    return lambda: read_rows(info, stream_tensor(info))
+
+
+def _stored_sums(bundle: Bundle) -> GetSums:
+    given = {name: stored_pieces(info) for name, info in bundle.accumulators.items()}
+    return given.get

@@ -1,24 +1,39 @@
-"""A model's tables into memory, where they fit."""
+"""Train in one process: a model's tables into memory, if they fit, and the loop over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
+from torch import nn
 
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, stream_tensor, to_fp32
+from dmt_convert.data import Dataset, adapt_batches
 from dmt_convert.errors import ConfigError
+from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.model import DmtModel, FlatModel
 from dmt_convert.spec import ModelSpec
+from dmt_convert.training.data import training_batches
 from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.optimizers import state_bytes
-from dmt_convert.training.table_store import TableStore
-from dmt_convert.training.trainable_model import TrainableModel
+from dmt_convert.training.loop import (
+    Evaluation,
+    Schedule,
+    TrainingParts,
+    TrainResult,
+    run_loop,
+    take_step,
+)
+from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer, state_bytes
+from dmt_convert.training.tables import TableStore
+from dmt_convert.training.trainable_model import TrainableModel, make_trainable
 
+_EVALUATION_ROWS: Final = 4096
 _SCRATCH_BYTES: Final = 5
 """Per row: a slot and a flag of the store."""
 _MEMINFO: Final = Path("/proc/meminfo")
@@ -30,11 +45,11 @@ def load_bundle(
 ) -> TrainableModel:
     """Read a bundle into memory; fp16 and bf16 tables become fp32.
 
-    Where the bundle holds accumulators of squared gradients, Adagrad will go on from them.
+    If the bundle holds accumulators of squared gradients, Adagrad will go on from them.
 
     Args:
         bundle: The bundle.
-        on_bytes: Told of every piece read, for progress.
+        on_bytes: Called with the size of every piece that was read.
 
     Raises:
         BundleError: The bundle is not what its manifest says.
@@ -55,7 +70,7 @@ def load_tables(
     Args:
         module: The model. It keeps its lookups, and shares its other weights with the result.
         infos: Table -> its tensor in a file; fp16 and bf16 become fp32.
-        on_bytes: Told of every piece read, for progress.
+        on_bytes: Called with the size of every piece that was read.
         accumulators: Table -> its accumulator in a file, shape (rows, 1). Adagrad goes on from
             it, and reads it when training begins.
     """
@@ -132,8 +147,8 @@ def check_memory(spec: ModelSpec, config: FinetuneConfig, num_rows: int) -> None
     raise ConfigError(
         f"training needs {_gib(total)} of memory ({parts})",
         expected=f"at most the {_gib(available)} that are free",
-        hint="use --table-optimizer sgd or rowwise-adagrad, which keep least, or a machine with "
-        "more memory",
+        hint="use --table-optimizer sgd or rowwise-adagrad, which keep the least, or a machine "
+        "with more memory",
     )
 
 
@@ -158,3 +173,112 @@ def available_bytes() -> int | None:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+class BestInMemory:
+    """The best state of a model in memory: dense parts copied, tables by journal.
+
+    Args:
+        parameters: Everything but tables.
+        store: The tables.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], store: TableStore) -> None:
+        self._parameters, self._store = parameters, store
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def keep(self) -> None:
+        """Take the present state for the best."""
+        self._kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._store.keep()
+
+    def restore(self) -> None:
+        """Bring the best state back."""
+        for name, value in self._kept.items():
+            self._parameters[name].data.copy_(value)
+        self._store.restore()
+
+
+def train(
+    model: DmtModel | FlatModel | TrainableModel,
+    train_rows: Dataset,
+    valid_rows: Dataset,
+    config: FinetuneConfig,
+    *,
+    eval_at: Collection[int] = (),
+    stop_at: Callable[[Evaluation], bool] = lambda evaluation: False,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> TrainResult:
+    """Train a model in place; afterwards it is in the state that was best on the validation rows.
+
+    Args:
+        model: A model whose tables are in memory, converted or flat, trained before or not.
+        train_rows: Labelled rows to train on.
+        valid_rows: Labelled rows to measure on.
+        config: Settings.
+        eval_at: Steps to measure after, beside every `config.eval_every`-th.
+        stop_at: Ends training when an evaluation is good enough.
+        on_step: Told of every step, from 1, and its loss.
+        on_evaluation: Told of every evaluation.
+
+    Raises:
+        ConfigError: The model's tables are not in memory, or the loss is no longer finite.
+        DataError: The data do not fit the model.
+    """
+    trained = model if isinstance(model, TrainableModel) else make_trainable(model)
+    measure_rows(trained, valid_rows, max_rows=1)  # refuses data that do not fit, before training
+    schedule = replace(
+        Schedule.of(config, train_rows.num_rows), eval_at=frozenset(eval_at), stop_at=stop_at
+    )
+    parts = _make_parts(trained, train_rows, valid_rows, config)
+    try:
+        return run_loop(parts, config, schedule, on_step=on_step, on_evaluation=on_evaluation)
+    finally:
+        trained.store.forget_gradients()
+        for parameter in trained.dense_parameters().values():
+            parameter.grad = None
+
+
+def _make_parts(
+    model: TrainableModel, train_rows: Dataset, valid_rows: Dataset, config: FinetuneConfig
+) -> TrainingParts:
+    """Build what the loop works with."""
+    parameters = model.dense_parameters()
+    batches = training_batches(train_rows, model.spec, config)
+    optimizers = (
+        DenseOptimizer(parameters.values(), config),
+        TableOptimizer(model.store, config),
+    )
+    return TrainingParts(
+        step=lambda lr_factor: take_step(model, optimizers, next(batches), lr_factor),
+        measure=lambda: measure_rows(model, valid_rows),
+        best_state=BestInMemory(parameters, model.store),
+    )
+
+
+def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None = None) -> Accuracy:
+    """Measure a model on labelled rows.
+
+    Args:
+        model: The model.
+        rows: Labelled rows.
+        max_rows: Measure at most this number of rows.
+
+    Returns:
+        The measures; log loss NaN and the others None where a logit is not finite.
+
+    Raises:
+        DataError: The data do not fit the model.
+    """
+    logits, labels = [], []
+    with torch.no_grad():
+        batches = rows.batches(_EVALUATION_ROWS, max_rows=max_rows)
+        for batch in adapt_batches(rows, model.spec, batches):
+            assert batch.labels is not None
+            logits.append(model(batch).numpy())
+            labels.append(batch.labels)
+    joined = np.concatenate(logits)
+    if not np.isfinite(joined).all():
+        return Accuracy(auc=None, log_loss=math.nan, ne=None)
+    return measure_accuracy(joined, np.concatenate(labels))
