@@ -14,6 +14,7 @@ from torch import nn
 
 from dmt_convert import adapter
 from dmt_convert.model.networks import network_size
+from support.paths import REPOSITORY
 
 ROWS = {"t_user": 60, "t_item": 40, "t_shop": 9}
 FEATURES = {
@@ -36,8 +37,8 @@ class Example:
     """Labelled rows."""
 
 
-def adapter_text(repository: Path) -> str:
-    text = (repository / "docs/adapters.md").read_text(encoding="utf-8")
+def adapter_text() -> str:
+    text = (REPOSITORY / "docs/adapters.md").read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
 
 
@@ -86,10 +87,10 @@ def save_probe(path, dense, bags, **more):
 
 
 @pytest.fixture(scope="session")
-def example(tmp_path_factory, repository) -> Example:
+def example(tmp_path_factory) -> Example:
     folder = tmp_path_factory.mktemp("xlrm")
     model = folder / "xlrm.py"
-    model.write_text(adapter_text(repository), encoding="utf-8")
+    model.write_text(adapter_text(), encoding="utf-8")
     loaded = adapter.load_adapter(model)
     torch.manual_seed(0)
     original = Original(loaded.adapter.network([16] * 4, 6)).eval()

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from dmt_convert.serving import onnx_over_arch
+from support.commands import run_dmt
+
 Dmt = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def served(compressed: Path, dmt: Dmt) -> Path:
+def served(compressed: Path) -> Path:
     """An ONNX export of the compressed bundle."""
     out = compressed.parent / "served"
-    done = dmt("export", compressed, "--format", "onnx", "--out", out)
+    done = run_dmt("export", compressed, "--format", "onnx", "--out", out)
     assert done.code == 0, done.stderr
     assert "Checked against the bundle" in done.stdout and "FAILED" not in done.stdout
     return out
@@ -68,11 +71,10 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmt_convert.serving import onnx_over_arch
-
     right = onnx_over_arch.pair_positions
     monkeypatch.setattr(
-        "dmt_convert.serving.onnx_over_arch.pair_positions",
+        onnx_over_arch,
+        "pair_positions",
         lambda job: tuple(side[::-1] for side in right(job)),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")

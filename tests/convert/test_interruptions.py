@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from dmt_convert.bundle import check_digests, open_bundle
+from support.checkpoints.flat import make_flat
+from support.cluster.client import environment
 
-Maker = Callable[..., Path]
-KILL_POINTS = Path(__file__).with_name("kill_points.py")
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_1.weight"
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 48 MiB, so that writing takes a while."""
 
     def edit(state: dict[str, Any]) -> None:
@@ -38,8 +38,17 @@ def test_kill_at_many_moments(tmp_path: Path, large: Path) -> None:
     running = {}
     for mode in ("new", "replaced"):
         (tmp_path / mode).mkdir()
-        command = [sys.executable, str(KILL_POINTS), str(large), str(tmp_path / mode), mode]
-        running[mode] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "support.kill_points",
+            str(large),
+            str(tmp_path / mode),
+            mode,
+        ]
+        running[mode] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment()
+        )
     for mode, process in running.items():
         stdout, _ = process.communicate(timeout=300)
         assert process.returncode == 0
@@ -147,7 +156,7 @@ def as_another_user() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_rows")
-def test_a_folder_that_may_not_be_written(make_flat: Maker, call_dmt: Callable[..., Any]) -> None:
+def test_a_folder_that_may_not_be_written(call_dmt: Callable[..., Any]) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOLERANCE = 1e-6
 """Absolute, of logits, gradients and weights below 1: every gradient is a mean over samples, taken

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOLERANCE = 1e-6
 """Absolute, of losses and weights below 1. Towers see samples in peer order, and so add a row's

@@ -18,6 +18,7 @@ from dmt_convert.serving import (
     pt2_compile,
     pt2_writer,
 )
+from support.exports import checks_of
 
 FEATURES = ("t0", "t1", "t2", "t3")
 
@@ -28,7 +29,7 @@ FEATURES = ("t0", "t1", "t2", "t3")
     ids=["onnx", "requests", "triton"],
 )
 def test_without_dense_inputs_graphs_take_none(
-    make_network_bundle: Any, export_unchecked: Any, checks_of: Any, options: dict[str, Any]
+    make_network_bundle: Any, export_unchecked: Any, options: dict[str, Any]
 ) -> None:
     bundle = make_network_bundle(num_dense=0)
     exported: ExportedModel = export_unchecked(bundle, **options)

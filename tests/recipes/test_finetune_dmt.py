@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import open_bundle
+from dmt_convert.conversion import sample
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.recipes.finetune_dmt import main
+from dmt_convert.training import finetuned, in_memory
+from support.checkpoints.flat import make_flat
+from support.paths import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +33,12 @@ def few_threads() -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundle `b` and the rows `rows.npz`."""
     folder = tmp_path_factory.mktemp("scene")
     config = ConvertConfig(partition=PartitionConfig(num_towers=2, strategy="round-robin"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
+        patch.setattr(sample, "sample_size", lambda spec: 1024)
         convert_checkpoint(make_flat(folder / "ckpt.pt"), folder / "b", config=config)
     write(folder / "rows")
     return folder
@@ -167,7 +171,7 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr("dmt_convert.training.in_memory.train", None)
+    monkeypatch.setattr(in_memory, "train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
@@ -190,7 +194,7 @@ def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 
-    monkeypatch.setattr("dmt_convert.training.finetuned.describe_bundle", fail)
+    monkeypatch.setattr(finetuned, "describe_bundle", fail)
     assert tune("--max-steps", 2, "--quiet") == 3
     printed = capsys.readouterr()
     assert printed.err.startswith("error: weights: Permission denied\nexpected: ")
@@ -208,9 +212,9 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_it_runs_as_a_file(scene, tmp_path, repository) -> None:
+def test_it_runs_as_a_file(scene, tmp_path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
-    script = repository / "recipes" / "finetune_dmt.py"
+    script = REPOSITORY / "recipes" / "finetune_dmt.py"
     done = subprocess.run(
         [
             *(sys.executable, script, "--bundle", scene / "b", "--max-steps", "2", "--quiet"),

@@ -16,14 +16,15 @@ from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
 from dmt_convert.model import open_flat_model
+from support.paths import REPOSITORY
 
 ROWS = {"user": 7, "item": 5}
 
 
 @pytest.fixture
-def documented(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both examples, put where the page says."""
-    page = (repository / "docs" / "extending.md").read_text()
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
     container, family = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "documented.py").write_text(container + family)
     names = runpy.run_path(str(tmp_path / "documented.py"))

@@ -16,11 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.serving.check_process import ATOL, RTOL
-
-Feeds = dict[str, npt.NDArray[Any]]
-Served = Any
-"""`Served` of conftest.py."""
-PROTOCOLS = ("http", "grpc")
+from support.triton import PROTOCOLS, Feeds, Served
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""Ways to break the engine, to see that the comparisons notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
+from dmt_convert.cluster.sharded_towers import ShardedTowers
+from dmt_convert.cluster.tower_head import TowerHead
+
+
+@contextmanager
+def sabotage(name: str | None) -> Iterator[None]:
+    """Break what `name` says for as long as the context lasts."""
+    kept: list[tuple[Any, str, Any]] = []
+
+    def patch(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
+        original = getattr(owner, attribute)
+        kept.append((owner, attribute, original))
+        setattr(owner, attribute, make(original))
+
+    if name is not None:
+        _PATCHES[name](patch)
+    try:
+        yield
+    finally:
+        for owner, attribute, original in kept:
+            setattr(owner, attribute, original)
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def _no_order(patch: Callable[..., None]) -> None:
+    """Columns are taken for being in order as they arrive."""
+
+    def settle_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, columns: original(self, range(len(columns)))
+
+    patch(cluster_model.ClusterModel, "settle_order", settle_nothing)
+
+
+def _swapped_tables(patch: Callable[..., None]) -> None:
+    def swapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def list_shards(model: Any) -> list[Any]:
+            other = {"t0": "t1", "t1": "t0"}
+            return [(other.get(name, name), *rest) for name, *rest in original(model)]
+
+        return list_shards
+
+    from support.cluster import engine_scenarios
+
+    patch(engine_scenarios, "shards_to_fill", swapped)
+
+
+def _undivided_gradients(patch: Callable[..., None]) -> None:
+    """What comes back from the peers is a sum; here it is not made a mean."""
+
+    def without(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *inputs: _Multiplied.apply(original(*inputs), 2.0)  # two peers
+
+    patch(TowerHead, "forward", without)
+
+
+def _wrong_feature(patch: Callable[..., None]) -> None:
+    """Two features' ids change places on their way."""
+
+    def swap(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        keys = features.keys()
+        order = list(range(len(keys)))
+        a, b = keys.index("f0"), keys.index("f1")
+        order[a], order[b] = b, a
+        moved = features.permute(order)
+        return KeyedJaggedTensor(
+            keys=keys,
+            values=moved.values(),
+            weights=moved.weights_or_none(),
+            lengths=moved.lengths(),
+            stride=moved.stride(),
+        )
+
+    def wrong(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, ctx, features, *rest: original(self, ctx, swap(features), *rest)
+
+    patch(ShardedTowers, "input_dist", wrong)
+
+
+class _Alone(nn.Module):
+    """Where DistributedDataParallel should be."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+
+def _own_tower_gradients(patch: Callable[..., None]) -> None:
+    """Ranks of a host do not bring their tower modules' gradients together."""
+
+    patch(
+        sharded_towers,
+        "DistributedDataParallel",
+        lambda _: lambda **options: _Alone(options["module"]),
+    )
+
+
+def _same_learning_rate(patch: Callable[..., None]) -> None:
+    """Tables with columns of zeros move by the learning rate of the others."""
+
+    def plain(_: Any) -> Callable[..., None]:
+        def set_lr(self: FusedTables, lr: float) -> None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+
+        return set_lr
+
+    patch(FusedTables, "set_lr", plain)
+
+
+_PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
+    "no order of columns": _no_order,
+    "swapped tables": _swapped_tables,
+    "undivided gradients": _undivided_gradients,
+    "wrong feature": _wrong_feature,
+    "own tower gradients": _own_tower_gradients,
+    "same learning rate": _same_learning_rate,
+}
