@@ -23,9 +23,9 @@ from dmt_convert.scoring import open_model, score_data
 from dmt_convert.training import (
     FinetuneConfig,
     check_memory,
+    in_memory,
     load_bundle,
     load_tables,
-    loading,
     open_training_data,
     train,
     write_finetuned,
@@ -252,8 +252,8 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
 def test_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    monkeypatch.setattr(loading, "_MEMINFO", meminfo)
-    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+    monkeypatch.setattr(in_memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(in_memory, "_CGROUP", tmp_path)
     assert available_bytes() == 800 * 1024
     (tmp_path / "memory.max").write_text("500000\n")
     (tmp_path / "memory.current").write_text("200000\n")

@@ -15,7 +15,7 @@ from dmt_convert.data import Batch
 from dmt_convert.errors import ConfigError
 from dmt_convert.model import FlatModel
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import FinetuneConfig, make_trainable, table_store
+from dmt_convert.training import FinetuneConfig, make_trainable, tables
 from dmt_convert.training.loop import take_step
 from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer
 from dmt_convert.training.tables import sum_by_row
@@ -137,7 +137,7 @@ def test_unsummed_duplicates_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -
         rows, firsts = np.unique(ids, return_index=True)
         return torch.from_numpy(rows), gradients[torch.from_numpy(firsts)]
 
-    monkeypatch.setattr(table_store, "sum_by_row", last_only)
+    monkeypatch.setattr(tables, "sum_by_row", last_only)
     with pytest.raises(AssertionError, match="not close"):
         test_tables_move_as_with_dense_gradients("rowwise-adagrad", "sum", {})
 
