@@ -67,7 +67,7 @@ def _step_name(step: int) -> str:
 
 
 def _is_complete(path: Path) -> bool:
-    """Tell whether a checkpoint's files have the sizes that its manifest lists."""
+    """Return whether a checkpoint's files have the sizes that its manifest lists."""
     try:
         _check_sizes(path)
     except CheckpointError:
@@ -109,7 +109,7 @@ def read_payload(path: Path) -> FlatCheckpoint:
 
 @contextmanager
 def refuse_os_errors(folder: Path, done: str) -> Iterator[None]:
-    """Turn what the file system refuses into a refusal that says so.
+    """Turn an error of the file system into one that names the folder.
 
     Args:
         folder: Of the checkpoints.
@@ -122,19 +122,19 @@ def refuse_os_errors(folder: Path, done: str) -> Iterator[None]:
 
 
 def os_refusal(error: OSError, folder: Path, done: str, *, where: str = "") -> CheckpointError:
-    """Say what the file system refused.
+    """Describe an error of the file system.
 
     Args:
-        error: The refusal.
+        error: The error.
         folder: Of the checkpoints.
         done: What could not be done with it.
-        where: On which rank, where that matters.
+        where: On which rank, if that matters.
     """
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(
             f"the disk of {folder} is full{where} ({reason})",
-            expected="room for one training checkpoint more than are kept",
+            expected="room for one more training checkpoint than are kept",
             hint="free space, keep fewer checkpoints, or give another folder; the last whole "
             "checkpoint is still there",
         )
@@ -256,7 +256,7 @@ class CheckpointFolder:
         return final
 
     def newest(self, *, before: int | None = None) -> SavedCheckpoint | None:
-        """Return the newest checkpoint that is whole; says which ones are not.
+        """Return the newest whole checkpoint; logs which ones are damaged.
 
         Args:
             before: Only one of an earlier step.
@@ -273,11 +273,11 @@ class CheckpointFolder:
                 with refuse_os_errors(path, "read"):
                     return read_saved(path)
             except CheckpointError as error:
-                logger.warning("%s is passed over: %s", path, error.found)
+                logger.warning("%s is skipped: %s", path, error.found)
         return None
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> None:
-        """Keep the newest `keep` checkpoints that are whole; what is older goes.
+        """Keep the newest `keep` whole checkpoints, and remove older ones.
 
         Args:
             keep: How many stay.
@@ -326,7 +326,7 @@ class CheckpointFolder:
         shutil.rmtree(removed)
 
     def _replace(self, partial: Path, final: Path) -> None:
-        """Put a checkpoint in the place of an earlier one of the same step."""
+        """Replace an earlier checkpoint of the same step."""
         try:
             exchange_folders(partial, final)
             shutil.rmtree(partial)
@@ -350,7 +350,7 @@ def _take_lock(folder: Path) -> int:
                 raise CheckpointError(
                     f"another training writes its checkpoints to {folder}",
                     expected="one training per folder",
-                    hint="wait for it, end it, or give another folder",
+                    hint="wait until it ends, stop it, or give another folder",
                 ) from None
             time.sleep(0.1)
         except OSError as error:

@@ -169,7 +169,7 @@ class PeerExchange:
         group: The peers.
         widths: O of every peer's towers, in the order of the group.
         dtype: Precision on the network, forward and backward.
-        vector_dim: Elements that share a scale where the precision has any.
+        vector_dim: Elements that share a scale, if the precision has scales.
     """
 
     def __init__(

@@ -98,7 +98,7 @@ class Lookup:
     by_rank: tuple[tuple[str, ...], ...]
     """Features that each of the L ranks looks up, in its order; row-wise all the same."""
     block_rows: tuple[int, ...] = ()
-    """Row-wise: rows of a block, for every feature; empty where tables are cut by columns."""
+    """Row-wise: rows of a block, for every feature; empty if tables are cut by columns."""
 
     @property
     def is_row_wise(self) -> bool:

@@ -84,7 +84,7 @@ class Launched:
 
 
 def default_out(bundle: Path) -> Path:
-    """Return where the tuned bundle goes when nothing else is said: beside the old one."""
+    """Return where the tuned bundle goes by default: beside the old one."""
     folder = bundle.resolve() if bundle.name in ("", "..") else bundle
     return folder.parent / f"{folder.name}-tuned"
 

@@ -47,7 +47,7 @@ class LostRankError(DmtError):
 
 
 class InterruptError(DmtError):
-    """The process was told to end."""
+    """The process was interrupted."""
 
     exit_code = INTERRUPT_CODE
 

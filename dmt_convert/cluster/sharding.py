@@ -114,7 +114,7 @@ def load_shards(
     Args:
         model: The sharded model.
         infos: Table -> its tensor in a file; fp16 and bf16 become fp32.
-        on_bytes: Told of every piece read, for progress.
+        on_bytes: Called with the size of every piece that was read.
     """
     for table, top, left, part in table_shards(model):
         info = infos[table]

@@ -67,10 +67,10 @@ def open_training_data(data: Path, valid: Path | None = None) -> TrainingData:
     """Open training and validation rows.
 
     Args:
-        data: A data set, or a folder with `train.npz` and, where `valid` is not given,
+        data: A data set, or a folder with `train.npz` and, if `valid` is not given,
             `valid.npz`.
-        valid: Validation rows. Where neither they nor a `valid.npz` are there, the last tenth of
-            the data (at most 100,000 rows) is held out.
+        valid: Validation rows. Without them and without a `valid.npz`, the last tenth of the data
+            (at most 100,000 rows) is held out.
 
     Raises:
         DataError: The data cannot be read, has no labels, or too few rows.
@@ -113,7 +113,7 @@ def _check_labels(dataset: Dataset) -> None:
         raise DataError(
             f"{dataset.path} has no labels",
             expected="a label of 0 or 1 for every row",
-            hint="training needs labels; to imitate a flat model without any, use "
+            hint="training needs labels; to imitate a flat model without labels, use "
             "`dmt convert --distill-steps`",
         )
 

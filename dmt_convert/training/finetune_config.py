@@ -20,7 +20,7 @@ DenseOptimizerKind = Literal["adam", "sgd"]
 Decay = Literal["constant", "linear", "cosine"]
 
 _EVALUATIONS: Final = 10
-"""Evaluations per pass over the data, where `eval_every` does not say."""
+"""Evaluations per pass over the data, if `eval_every` is not set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class FinetuneConfig:
     table_optimizer: TableOptimizerKind = "rowwise-adagrad"
     """What moves the rows that a batch touches."""
     initial_accumulator: float | None = None
-    """Adagrad: what squared gradients start from. By default the bundle's accumulators; where it
+    """Adagrad: what squared gradients start from. By default the bundle's accumulators; if it
     has none, the table's mean over the rows that the first batch touches, as if each row had been
     touched once before."""
     warmup_steps: int = 0
@@ -70,15 +70,15 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}: {_show(getattr(self, name))} is not {expected}"
+            f"{name}: {_show(getattr(self, name))} (must be {expected})"
             for name, (is_right, expected) in _CHECKS.items()
             if not is_right(getattr(self, name))
         ]
         if problems:
             raise ConfigError(
-                "the settings of training cannot be: " + "; ".join(problems),
+                "invalid training settings: " + "; ".join(problems),
                 expected="values as docs/finetune.md lists them",
-                hint="correct them, or leave them out: every setting has a default",
+                hint="leave them out: every setting has a default",
             )
 
     def total_steps(self, num_rows: int) -> int:

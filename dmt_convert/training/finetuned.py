@@ -123,7 +123,7 @@ def write_finetuned(
     """Write a trained model as a bundle of the same layout as the one that it came from.
 
     Tables go back into the type in which they were stored; what that rounding costs is measured,
-    and where it makes the model worse than the start, the start is written. Adagrad's sums of
+    and if it makes the model worse than the start, the start is written. Adagrad's sums of
     squared gradients go with the tables that they belong to.
 
     Args:
@@ -144,7 +144,7 @@ def write_finetuned(
     after, notes = _settle(parent, model, result, data)
     table: GetTable | None = model.store.table
     module: DmtModel = model.module
-    if after is result.start and result.improved:  # rounding spoilt it
+    if after is result.start and result.improved:  # rounding made it worse
         table, module = None, open_bundle_model(parent)
     trained = TrainedModel(
         result=result,
@@ -169,7 +169,7 @@ class TrainedModel:
     result: TrainResult
     """What came of training."""
     after: Evaluation
-    """What the new bundle is worth, as stored."""
+    """How good the new bundle is, as stored."""
     notes: tuple[str, ...]
     """What a user should know, one line each."""
     module: DmtModel
@@ -177,7 +177,7 @@ class TrainedModel:
     table: GetTable | None
     """Tables; None takes those of the bundle that was fine-tuned."""
     sums: GetSums = lambda table: None
-    """Adagrad's sums of squared gradients, where it moved the tables and they are at hand."""
+    """Adagrad's sums of squared gradients, if it moved the tables and they are known."""
 
 
 def write_trained(
@@ -194,7 +194,7 @@ def write_trained(
     Args:
         parent: The bundle that was fine-tuned.
         out: The new bundle's folder.
-        trained: The weights, and what they are worth.
+        trained: The weights, and how good they are.
         config: With which settings they were trained.
         data: On which rows.
         force: Replace a bundle that is there.
@@ -234,7 +234,7 @@ def write_trained(
 def _settle(
     parent: Bundle, model: TrainableModel, result: TrainResult, data: TrainingData
 ) -> tuple[Evaluation, tuple[str, ...]]:
-    """Round what is stored in fewer bits; say what will be written, and what it is worth."""
+    """Round what is stored in fewer bits; decide what is written, and how good it is."""
     infos = table_infos(parent)
     rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
     if result.improved:
@@ -247,11 +247,11 @@ def _settle(
 def judge(
     result: TrainResult, rounded: Mapping[str, str], measure: Callable[[], Accuracy]
 ) -> tuple[Evaluation, tuple[str, ...]]:
-    """Say what will be written, and what it is worth.
+    """Decide what is written, and how good it is.
 
     Args:
         result: What came of training.
-        rounded: Table -> the type in which it is stored, where that is not float32.
+        rounded: Table -> the type in which it is stored, if that is not float32.
         measure: Measures the best state with its tables rounded so.
     """
     if not result.improved:
@@ -276,12 +276,12 @@ def judge(
 
 
 def table_sources(parent: Bundle, table: GetTable | None) -> dict[str, list[TensorSource]]:
-    """List the tables of every weights file, out of memory, or where `table` is None the parent's.
+    """List the tables of every weights file, from memory, or if `table` is None the parent's.
 
     Args:
         parent: Says which table lies in which file, and in what type.
         table: Gives the rows of a table by its name, float32: a tensor of shape (rows, N), or
-            where they lie in a file.
+            their tensor in a file.
     """
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, tensors in enumerate(parent.towers):
@@ -332,7 +332,7 @@ def _record(
     config: FinetuneConfig,
     data: TrainingData,
 ) -> dict[str, Any]:
-    """Say how the bundle came to be, for the manifest."""
+    """Describe for the manifest how the bundle was made."""
     return {
         "parent": {"name": parent.path.resolve().name, "digest": bundle_digest(parent)},
         "data": data.to_json(),
@@ -399,8 +399,7 @@ def plan_tuned_accumulators(
 
     Args:
         parent: The bundle that was fine-tuned.
-        sums: Those of the trained tables; None where the tables are the parent's, as are then
-            these.
+        sums: Those of the trained tables; None if tables and sums are the parent's.
     """
     get = _stored_sums(parent) if sums is None else sums
     when = "" if sums is None else " after training"
@@ -429,13 +428,13 @@ def describe_tuned(
     *,
     moved: bool,
 ) -> dict[str, Any]:
-    """Say for the manifest what a fine-tuned bundle holds of the tables' optimizer.
+    """Describe for the manifest what a fine-tuned bundle holds of the tables' optimizer.
 
     Args:
         parent: The bundle that was fine-tuned.
         files: What was written.
         config: How it was trained.
-        moved: Whether the tables are other than the parent's.
+        moved: Whether the tables differ from the parent's.
     """
     if not moved:
         return dict(parent.manifest.optimizer_state)
@@ -459,7 +458,7 @@ def describe_tuned(
 def dropping_notes(
     parent: Bundle, files: Mapping[str, Sequence[AccumulatorSource]], *, moved: bool
 ) -> tuple[str, ...]:
-    """Say where accumulators of the parent have no successor."""
+    """Say that accumulators of the parent were dropped, if they were."""
     if files or not moved or not parent.accumulators:
         return ()
     return (_DROPPED,)

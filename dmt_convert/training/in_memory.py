@@ -219,8 +219,8 @@ def train(
         config: Settings.
         eval_at: Steps to measure after, beside every `config.eval_every`-th.
         stop_at: Ends training when an evaluation is good enough.
-        on_step: Told of every step, from 1, and its loss.
-        on_evaluation: Told of every evaluation.
+        on_step: Called after every step, from 1, with its loss.
+        on_evaluation: Called after every evaluation.
 
     Raises:
         ConfigError: The model's tables are not in memory, or the loss is no longer finite.
@@ -266,7 +266,7 @@ def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None =
         max_rows: Measure at most this number of rows.
 
     Returns:
-        The measures; log loss NaN and the others None where a logit is not finite.
+        The measures; log loss NaN and the others None if a logit is not finite.
 
     Raises:
         DataError: The data do not fit the model.

@@ -52,10 +52,11 @@ class TrainingLog:
     """What a training measures, on the disk as soon as it is measured.
 
     Args:
-        folder: Where to; made where it is missing. None writes nothing, for all ranks but one.
+        folder: Folder to write to; it is made. None writes nothing: for all ranks but one.
         resumed_step: The step of the checkpoint that training goes on from: what was logged of
-            later steps goes, as they are done again. None: a new training, an old log goes.
-        tensorboard: Whether TensorBoard's files are written; only where it is installed.
+            later steps is removed, as they are done again. None: a new training; an old log is
+            removed.
+        tensorboard: Whether TensorBoard's files are written; only if it is installed.
 
     Raises:
         DmtError: The folder cannot be written to.
@@ -271,7 +272,7 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 
 def _records(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield where each line ends, and what it holds, up to the first that is none of ours."""
+    """Yield where each line ends, and what it holds, up to the first that another program wrote."""
     end = 0
     for line in data.splitlines(keepends=True):
         end += len(line)

@@ -30,9 +30,9 @@ class Evaluation:
     step: int
     """Steps taken; 0 is the start."""
     auc: float | None
-    """Area under the ROC curve; None where only one class occurs."""
+    """Area under the ROC curve; None if only one class occurs."""
     ne: float | None
-    """Normalised entropy; None where only one class occurs."""
+    """Normalised entropy; None if only one class occurs."""
     log_loss: float
     """Mean negative log likelihood, in nats."""
     train_loss: float | None
@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """What decides, lower is better: NE, or the log loss where there is none."""
+        """What decides, lower is better: NE, or the log loss if it is None."""
         return self.log_loss if self.ne is None else self.ne
 
     def to_json(self) -> dict[str, Any]:
@@ -50,12 +50,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What came of training; the model is in its best state."""
+    """The outcome of training; the model is in its best state."""
 
     history: tuple[Evaluation, ...]
     """All evaluations; the first is of the start."""
     best: Evaluation
-    """The one whose state the model has; the start's, where nothing beat it."""
+    """The one whose state the model has; the start's, if nothing beat it."""
     steps: int
     """Steps taken."""
     seconds: float
@@ -86,10 +86,10 @@ class BestState(Protocol):
     """Holds on to the best state of a model while it is trained on."""
 
     def keep(self) -> None:
-        """Take the present state for the best."""
+        """Remember the present state as the best."""
 
     def restore(self) -> None:
-        """Bring the best state back."""
+        """Return to the best state."""
 
 
 @dataclass(slots=True, kw_only=True)

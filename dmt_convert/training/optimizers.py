@@ -31,7 +31,7 @@ class PartOptimizer(Protocol):
     """Moves one part of a model; parts of a distributed model have others of this kind."""
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
 
     def step(self, lr_factor: float) -> None:
         """Move the weights by their gradients.
@@ -61,7 +61,7 @@ class DenseOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
         self._inner.zero_grad()
 
     def step(self, lr_factor: float) -> None:
@@ -102,7 +102,7 @@ class TableOptimizer:
         self._rule = make_rule(store, config)
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
         self._store.forget_gradients()
 
     def step(self, lr_factor: float) -> None:
