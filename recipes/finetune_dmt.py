@@ -79,25 +79,9 @@ def finetune_over_ranks(
     ranks.on_first(lambda: training.check_out(bundle, job.out, force=job.force))
     checkpoints = cluster.TrainingCheckpoints(job, ranks)
 
-    # 4. The model: towers on their hosts, tables in shards, dense parts on every rank. The trainer
-    #    adds optimizers and this rank's rows.
-    model = cluster.shard_bundle(bundle, plan, layout, config, weighted=data.has_weights)
-    if not checkpoints.resumes:
-        cluster.load_shards(model, training.table_infos(bundle))
-    trainer = cluster.ClusterTrainer(
-        model,
-        bundle.manifest.model.flat,
-        layout,
-        config,
-        train_rows=data.train,
-        valid_rows=data.valid,
-    )
-    trainer.warm_up()
-    if checkpoints.resumes:
-        progress = checkpoints.resume(trainer)
-    else:
-        progress = training.Progress()
-        trainer.start_sums(bundle.accumulators)  # Adagrad's
+    # 4. The model over the ranks, its optimizers, this rank's rows
+    trainer = build_trainer(job, layout, checkpoints)
+    progress = start(job, trainer, checkpoints)
 
     # 5. The loop
     with monitor:
@@ -107,19 +91,47 @@ def finetune_over_ranks(
     # 6. The new bundle, written by rank 0: whole, or not at all
     trained = checkpoints.result(trainer, progress)
     written: list[training.Finetuned] = []  # stays on rank 0
-    ranks.on_first_slowly(
-        lambda: written.append(
-            training.write_trained(
-                bundle, job.out, trained, config=config, data=data, force=job.force
-            )
-        )
-    )
+    ranks.on_first_slowly(lambda: written.append(write(job, trained)))
     checkpoints.close()
     cluster.stop_ranks()
     if not written:
         return None
     monitor.finish(trained.result, written[0])
     return training.summarise(bundle, written[0], trained.result, data)
+
+
+def build_trainer(
+    job: cluster.ClusterJob,
+    layout: cluster.RankLayout,
+    checkpoints: cluster.TrainingCheckpoints,
+) -> cluster.ClusterTrainer:
+    """Spread the model: towers on their hosts, tables in shards, dense parts on every rank."""
+    model = cluster.shard_bundle(
+        job.bundle, job.plan, layout, job.config, weighted=job.data.has_weights
+    )
+    if not checkpoints.resumes:  # every rank reads its own shards
+        cluster.load_shards(model, training.table_infos(job.bundle))
+    return cluster.ClusterTrainer(
+        model,
+        job.bundle.manifest.model.flat,
+        layout,
+        job.config,
+        train_rows=job.data.train,
+        valid_rows=job.data.valid,
+    )
+
+
+def start(
+    job: cluster.ClusterJob,
+    trainer: cluster.ClusterTrainer,
+    checkpoints: cluster.TrainingCheckpoints,
+) -> training.Progress:
+    """Bring model and optimizers to where training starts; returns how far it is."""
+    trainer.warm_up()
+    if checkpoints.resumes:
+        return checkpoints.resume(trainer)
+    trainer.start_sums(job.bundle.accumulators)  # Adagrad's sums of squared gradients
+    return training.Progress()
 
 
 def train(
@@ -180,6 +192,13 @@ def evaluate(
     is_best = progress.note_accuracy(accuracy, train_loss)
     monitor.on_evaluation(progress.history[-1])
     return is_best
+
+
+def write(job: cluster.ClusterJob, trained: training.TrainedModel) -> training.Finetuned:
+    """Write the best state as a new bundle."""
+    return training.write_trained(
+        job.bundle, job.out, trained, config=job.config, data=job.data, force=job.force
+    )
 
 
 def finetune_alone(options: argparse.Namespace, config: training.FinetuneConfig) -> dict[str, Any]:
