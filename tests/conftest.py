@@ -23,26 +23,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive", action="store_true", help="run also the further cases of long tests"
     )
+    parser.addoption("--fast", action="store_true", help="leave out tests that are marked slow")
 
 
-OF_MANY_PROCESSES = ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions")
-"""Below tests/: they start ranks or servers, or kill what they start, and take their turns."""
+TOGETHER = {
+    # they start ranks or servers, or kill what they start, and take their turns
+    "processes": ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions"),
+    # they share bundles
+    "scored": ("scoring", "verify"),
+}
+"""Below tests/: what one worker runs. All else is dealt out by file."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the further cases of long tests, unless asked for; say which tests stay together.
+    """Leave out what was not asked for; say which tests stay together.
 
     A file's tests share what they build, so that one worker runs them all.
     """
     for item in items:
         name = item.path.relative_to(Path(__file__).parent).as_posix()
-        group = "of many processes" if name.startswith(OF_MANY_PROCESSES) else name
+        group = next((g for g, names in TOGETHER.items() if name.startswith(names)), name)
         item.add_marker(pytest.mark.xdist_group(group))
-    if config.getoption("--exhaustive"):
-        return
-    further = [item for item in items if item.get_closest_marker("exhaustive")]
-    config.hook.pytest_deselected(items=further)
-    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    left_out = {
+        "exhaustive": not config.getoption("--exhaustive"),
+        "slow": config.getoption("--fast"),
+    }
+    unwanted = [mark for mark, leave in left_out.items() if leave]
+    others = [item for item in items if any(map(item.get_closest_marker, unwanted))]
+    config.hook.pytest_deselected(items=others)
+    left = set(others)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)

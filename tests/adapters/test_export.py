@@ -44,6 +44,7 @@ def failed_checks(bundle, tmp_path, monkeypatch):
     return export
 
 
+@pytest.mark.slow
 def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     from dmt_convert.serving import onnx_over_arch
 

@@ -24,6 +24,7 @@ def served(compressed: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_an_export_scores_like_its_bundle(
     served: Path, compressed: Path, call_dmt: Dmt, click_data: Path
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_compressed_export_differs_from_the_flat_model(
     assert "compress" in done.stdout
 
 
+@pytest.mark.slow
 def test_inspect_says_what_the_graphs_take(served: Path, call_dmt: Dmt) -> None:
     done = call_dmt("inspect", served)
     assert done.code == 0
@@ -129,6 +131,7 @@ def test_a_damaged_export_is_refused(served: Path, call_dmt: Dmt, tmp_path: Path
     assert "is missing" in call_dmt("inspect", copy).stderr
 
 
+@pytest.mark.slow
 def test_quantised_tables_are_announced(
     compressed: Path, call_dmt: Dmt, click_data: Path, tmp_path: Path
 ) -> None:

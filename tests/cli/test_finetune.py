@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dmt_convert.bundle import is_bundle
 from support.commands import run_dmt
 
 Call = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_a_bundle_is_tuned_beside_the_old_one(
     tmp_path: Path, compressed: Path, click_data: Path
 ) -> None:
@@ -26,6 +29,7 @@ def test_a_bundle_is_tuned_beside_the_old_one(
     assert is_bundle(tmp_path / "ckpt-dmt2-tuned")
 
 
+@pytest.mark.slow
 def test_people_see_what_the_recipe_prints(
     tmp_path: Path, compressed: Path, click_data: Path
 ) -> None:
@@ -39,6 +43,7 @@ def test_people_see_what_the_recipe_prints(
     assert "OMP_NUM_THREADS" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_recipe_is_one_error(tmp_path: Path, compressed: Path) -> None:
     arguments = ("finetune", compressed, "--data", tmp_path / "gone", "--out", tmp_path / "out")
     run = run_dmt(*arguments, "--max-restarts", 2)

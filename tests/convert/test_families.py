@@ -59,7 +59,7 @@ def test_every_family_from_every_container(
     assert all(check.identical for check in report.checks)
     assert report.checks[-1].stage == "logit"
 
-    compressed = convert(source, tmp_path / "auto")
+    compressed = convert(source, tmp_path / "auto", distill_steps=0)
     model = compressed.bundle.manifest.model
     assert model.kind == ("dcn" if interaction == "dcn" else "dlrm")
     assert model.compression == 2
@@ -84,6 +84,7 @@ def test_passthrough_is_exact_for_any_number_of_towers(
     assert all(check.identical for check in report.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(("names", "interaction"), FAMILIES)
 @pytest.mark.parametrize(
@@ -152,6 +153,7 @@ def test_default_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_out(Path("m.pt"), None) == Path("m-dmt")
 
 
+@pytest.mark.slow
 def test_same_seed_same_bundle(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     files = []
@@ -173,6 +175,7 @@ def test_a_partition_file_decides(tmp_path: Path) -> None:
     assert towers == {frozenset({"cat_3"}), frozenset({"cat_0", "cat_1", "cat_2"})}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -20,6 +20,7 @@ from dmt_convert.bundle import check_digests, open_bundle
 from support.checkpoints.flat import make_flat
 from support.cluster.client import environment
 
+QUICKLY = ("--towers", 2, "--distill-steps", 0)
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_1.weight"
 
 
@@ -90,9 +91,10 @@ def start(*args: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, large: Path, number: int) -> None:
-    process = start("convert", large, "--towers", 2, "--out", tmp_path / "out", "--json")
+    process = start("convert", large, *QUICKLY, "--out", tmp_path / "out", "--json")
     end = time.monotonic() + 60
     while not any(tmp_path.iterdir()):  # until the staging folder is there
         assert process.poll() is None
@@ -107,10 +109,10 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, large: Path, number: int) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_conversions_at_once(tmp_path: Path, large: Path) -> None:
     both = [
-        start("convert", large, "--towers", 2, "--out", tmp_path / "out", "--json")
-        for _ in range(2)
+        start("convert", large, *QUICKLY, "--out", tmp_path / "out", "--json") for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120) for process in both]
     codes = [process.returncode for process in both]
@@ -122,14 +124,14 @@ def test_two_conversions_at_once(tmp_path: Path, large: Path) -> None:
     check_digests(open_bundle(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes(tmp_path: Path, large: Path) -> None:
     """RLIMIT_FSIZE stops writes just as a full disk does."""
     limit = 20 << 20
     process = start(
         "convert",
         large,
-        "--towers",
-        2,
+        *QUICKLY,
         "--out",
         tmp_path / "out",
         "--json",
@@ -161,11 +163,11 @@ def test_a_folder_that_may_not_be_written(call_dmt: Callable[..., Any]) -> None:
         folder = Path(name)
         folder.chmod(0o755)
         source = make_flat(folder / "ckpt.pt")
-        assert call_dmt("convert", source, "--towers", 2).code == 0  # imports all it needs
+        assert call_dmt("convert", source, *QUICKLY).code == 0  # imports all it needs
         closed = folder / "closed"
         closed.mkdir(mode=0o555)
         with as_another_user():
-            run = call_dmt("convert", source, "--towers", 2, "--out", closed / "out", "--json")
+            run = call_dmt("convert", source, *QUICKLY, "--out", closed / "out", "--json")
         assert run.code == 3, run
         value = json.loads(run.stdout)
         assert value["found"].endswith("(Permission denied)")

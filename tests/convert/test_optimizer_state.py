@@ -194,6 +194,7 @@ def spoil(value: float, *, tables: tuple[int, ...], width: int) -> Callable[[dic
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, DIM])
 @pytest.mark.parametrize(
     ("value", "found"),
@@ -234,6 +235,7 @@ def test_accumulators_in_other_types_become_float32(dtype, make, convert) -> Non
         assert np.array_equal(values, squares(rows, seed=i).to(dtype).float().numpy())
 
 
+@pytest.mark.slow
 def test_bytes_that_changed_on_disk_are_refused(make, convert) -> None:
     source = make()
     state = torch.load(source)["optimizer"]["state"][f"model.{EBC}.t_cat_1.weight"]
@@ -248,6 +250,7 @@ def test_bytes_that_changed_on_disk_are_refused(make, convert) -> None:
     assert convert(source, optimizer_state="drop").accumulators == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_what_is_said_before_and_after(make, call_dmt, tmp_path) -> None:
     source, out = make("torchrec adagrad"), tmp_path / "out"

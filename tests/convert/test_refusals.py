@@ -11,7 +11,8 @@ import torch
 
 from support.checkpoints.flat import make_flat
 from support.commands import run_dmt
-from support.refusals import Arguments, Scene, check_refusal, read_files
+from support.paths import read_files
+from support.refusals import Arguments, Scene, check_refusal
 
 Call = Callable[..., Any]
 
@@ -241,6 +242,7 @@ def test_refused_by_headers_alone(case: str, scene: Scene, call_dmt: Call) -> No
     check_case(scene, case, call_dmt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["missing", "cut .pt", "pickle with code", "three problems", "no tower", "output exists"],

@@ -12,9 +12,11 @@ import torch
 
 from support.checkpoints.flat import make_flat
 from support.commands import run_dmt
-from support.refusals import Arguments, Scene, check_refusal, read_files
+from support.paths import read_files
+from support.refusals import Arguments, Scene, check_refusal
 
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{}.weight"
+QUICKLY = ("--distill-steps", 0)
 FEATURES = ["cat_0", "cat_1", "cat_2", "cat_3"]
 Call = Callable[..., Any]
 
@@ -144,36 +146,39 @@ def test_refused_by_content(case: str, tmp_path: Path, scene: Scene, call_dmt: C
     arguments = make(scene)
     out = tmp_path / "out"
     before = read_files(tmp_path)
-    run = call_dmt("convert", *arguments, "--out", out, "--json")
+    run = call_dmt("convert", *arguments, *QUICKLY, "--out", out, "--json")
     check_refusal(run, error, found)
     assert read_files(tmp_path) == before
     assert not out.exists()
     assert not any(".dmt-tmp" in path.name for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows", "no_report")
 def test_the_old_bundle_survives_a_refusal(tmp_path: Path, scene: Scene, call_dmt: Call) -> None:
     out = tmp_path / "out"
-    assert call_dmt("convert", scene.good, "--towers", 2, "--out", out).code == 0
+    assert call_dmt("convert", scene.good, "--towers", 2, *QUICKLY, "--out", out).code == 0
     arguments = big_table_with(float("nan"))(scene)
     before = read_files(tmp_path)
-    run = call_dmt("convert", *arguments, "--out", out, "--force", "--json")
+    run = call_dmt("convert", *arguments, *QUICKLY, "--out", out, "--force", "--json")
     check_refusal(run, "CheckpointError", "NaN or Inf")
     assert read_files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_far_nan_is_refused_in_a_process_of_its_own(tmp_path: Path, scene: Scene) -> None:
-    run = run_dmt("convert", *big_table_with(float("nan"))(scene), "--json")
+    run = run_dmt("convert", *big_table_with(float("nan"))(scene), *QUICKLY, "--json")
     check_refusal(run, "CheckpointError", "NaN or Inf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "nan.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows", "no_report")
 def test_no_flipped_bit_passes_unnoticed(tmp_path: Path, scene: Scene, call_dmt: Call) -> None:
     """Wherever a bit of the file flips, the conversion is refused or gives the same tables."""
     good = scene.good
     out = tmp_path / "out"
-    assert call_dmt("convert", good, "--towers", 2, "--out", out, "--json").code == 0
+    assert call_dmt("convert", good, "--towers", 2, *QUICKLY, "--out", out, "--json").code == 0
     digest = json.loads((out / "dmt.json").read_text("utf-8"))["source"]["digest"]
     shutil.rmtree(out)
     original = good.read_bytes()
@@ -182,7 +187,7 @@ def test_no_flipped_bit_passes_unnoticed(tmp_path: Path, scene: Scene, call_dmt:
         data = bytearray(original)
         data[position] ^= 1 << int(position) % 8
         good.write_bytes(data)
-        run = call_dmt("convert", good, "--towers", 2, "--out", out, "--json")
+        run = call_dmt("convert", good, "--towers", 2, *QUICKLY, "--out", out, "--json")
         assert run.code in (0, 3), (position, run.stderr)
         refused += run.code == 3
         if run.code == 0:

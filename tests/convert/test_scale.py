@@ -58,6 +58,7 @@ def giants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"safetensors": flat, "dcp": dcp}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", ["safetensors", "dcp"])
 @pytest.mark.parametrize("command", ["inspect", "dry-run"])
 def test_headers_alone_are_read(

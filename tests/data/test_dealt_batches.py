@@ -90,6 +90,7 @@ def test_shares_together_are_the_batches_of_one_process(
         assert {s.total for s in shares} == {batch.num_rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(order=orders)
@@ -110,6 +111,7 @@ def test_all_ranks_have_as_many_rows_and_copies_are_copies(
         assert all(share.counted == size for share in shares[: shares[0].total // size])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(order=orders, start=st.integers(0, 12))

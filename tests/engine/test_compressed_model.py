@@ -96,6 +96,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_plain_model(run_ranks: RunRanks, case: str) -> None:
     hosts, ranks, options, expected = CASES[case]

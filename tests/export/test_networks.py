@@ -23,6 +23,7 @@ from support.exports import checks_of
 FEATURES = ("t0", "t1", "t2", "t3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"per_request": ("t0", "t1")}, {"format": "triton", "form": "padded"}],
@@ -56,6 +57,7 @@ def test_dense_inputs_that_there_are_not_cannot_come_once(
         export_bundle(make_network_bundle(num_dense=0), tmp_path / "out", every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_dense", [pytest.param(0, marks=pytest.mark.exhaustive), 3])
 def test_constants_of_the_code_are_weights_of_pt2_graphs(
     make_network_bundle: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, num_dense: int

@@ -47,6 +47,7 @@ ONE_IN_EIGHT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "form"), ONE_IN_EIGHT)
 def test_graphs_answer_like_the_model(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, model: int, form: int
@@ -92,6 +93,7 @@ def test_half_precision_tables(
     assert not [check.line for check in checks_of(exported, bundle) if not check.passed]
 
 
+@pytest.mark.slow
 def test_export_with_its_own_process(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     bundle = make_bundle("passthrough")
     export = export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx"))

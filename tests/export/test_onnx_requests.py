@@ -50,6 +50,7 @@ def per_request(bundle: Bundle, places: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(names[i] for i in places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "interaction", "module", "places", "dense"),
     [
@@ -94,6 +95,7 @@ def test_rows_of_several_users_are_several_requests(
     np.testing.assert_allclose(exported.score(batch), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_user_side_has_one_row(
     bundle_of: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:

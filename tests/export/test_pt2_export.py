@@ -21,6 +21,8 @@ from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_runner import Pt2Runner
 from support.exports import checks_of
 
+pytestmark = pytest.mark.slow
+
 FORMS: dict[str, Any] = {
     "forms": {"cat_0": "single", "cat_1": "padded", "cat_2": "fixed", "cat_3": "jagged"},
     "weighted": ("cat_1", "cat_2"),

@@ -21,6 +21,8 @@ from dmt_convert.placement import Cluster, plan_towers
 from support.cluster.recipe_runs import COMMON
 from support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 Tune = Callable[..., Any]
 KILLED = -9
 SETTINGS = ("--table-lr", 0.1, "--warmup-steps", 3, "--clip-norm", 0.3)
@@ -245,7 +247,6 @@ def kill_rank(rank: int, out: Path, *, after: Path) -> dict[int, int]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows):
     more = (*COMMON, *SETTINGS, "--max-steps", 40)
     whole = tune("1x2", *SETTINGS, "--max-steps", 40, name="whole")
@@ -272,7 +273,6 @@ def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_dmt_finetune_says_which_rank_was_lost(tmp_path, wide, cluster_rows):
     out = tmp_path / "new"
     process = start(

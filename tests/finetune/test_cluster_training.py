@@ -21,6 +21,8 @@ from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
 from support.cluster.recipe_runs import COMMON, Tuned, make_wide
 
+pytestmark = pytest.mark.slow
+
 HARD = ("--warmup-steps", 3, "--lr-decay", "cosine", "--clip-norm", 0.3, "--table-lr", 0.1)
 # sums over rows are taken rank by rank: 1e-7 per step, which Adam's first steps make larger
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}

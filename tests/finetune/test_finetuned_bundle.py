@@ -147,6 +147,7 @@ def test_where_nothing_beats_the_start_the_start_is_written(bundle_path, clicks,
     assert bundle_digest(done.bundle) == bundle_digest(open_bundle(bundle_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_tables_in_fewer_bits_are_trained_in_fp32(clicks, tmp_path, dtype) -> None:
     path = make_bundle(tmp_path, dtype=dtype)
@@ -162,6 +163,7 @@ def test_tables_in_fewer_bits_are_trained_in_fp32(clicks, tmp_path, dtype) -> No
     assert done.after.ne < done.before.ne
 
 
+@pytest.mark.slow
 def test_rounding_that_spoils_the_gain_is_undone(clicks, tmp_path) -> None:
     path = make_bundle(tmp_path, dtype="bf16")
     parent, data = open_bundle(path), open_training_data(clicks)

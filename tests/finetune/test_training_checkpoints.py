@@ -234,6 +234,7 @@ def test_a_step_before_the_newest_is_refused_until_that_is_discarded(
     assert names(copy) == ["step_000000010", "step_000000015"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("limited", "limit"),
@@ -304,6 +305,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "rank", "asynchronous", "whole"),
     [

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.conversion import sample
 from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.recipes.finetune_dmt import main
 from dmt_convert.training import finetuned, in_memory
+from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
-from support.paths import REPOSITORY
+from support.paths import REPOSITORY, read_files
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +34,9 @@ def few_threads() -> None:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundle `b` and the rows `rows.npz`."""
     folder = tmp_path_factory.mktemp("scene")
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2, strategy="round-robin"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "sample_size", lambda spec: 1024)
-        convert_checkpoint(make_flat(folder / "ckpt.pt"), folder / "b", config=config)
+    partition = PartitionConfig(num_towers=2, strategy="round-robin")
+    source = make_flat(folder / "ckpt.pt")
+    convert_quickly(source, folder / "b", report=True, partition=partition)
     write(folder / "rows")
     return folder
 
@@ -119,23 +116,11 @@ def test_options_override_the_config(tune, tmp_path) -> None:
     assert settings["lr_decay"] == "constant"
 
 
-def test_two_runs_write_the_same_bytes(tune, tmp_path, listing_of) -> None:
+def test_two_runs_write_the_same_bytes(tune, tmp_path) -> None:
     assert tune("--max-steps", 6, "--quiet") == 0
-    first = listing_of(tmp_path / "new")
+    first = read_files(tmp_path / "new")
     assert tune("--max-steps", 6, "--quiet", "--force") == 0
-    assert listing_of(tmp_path / "new") == first
-
-
-@pytest.fixture
-def listing_of() -> Callable[[Path], dict[str, bytes]]:
-    def read(folder: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-
-    return read
+    assert read_files(tmp_path / "new") == first
 
 
 BAD_IDS = np.full((400, 4), 6, dtype=np.int32)

@@ -18,7 +18,7 @@ from support.shortcuts import sample_few, skip_report
 def convert_quickly(
     source: Path, out: Path, *, rows: int = 1024, report: bool = False, **options: Any
 ) -> Bundle:
-    """Convert a checkpoint, into two towers unless `partition` says otherwise.
+    """Convert a checkpoint without distillation, into two towers unless `partition` says otherwise.
 
     Args:
         source: a checkpoint.
@@ -27,7 +27,8 @@ def convert_quickly(
         report: whether to write the report, which takes longest.
         options: fields of `ConvertConfig`.
     """
-    config = ConvertConfig(**{"partition": PartitionConfig(num_towers=2), **options})
+    usual = {"partition": PartitionConfig(num_towers=2), "distill_steps": 0}
+    config = ConvertConfig(**{**usual, **options})
     with pytest.MonkeyPatch.context() as patch:
         sample_few(patch, rows)
         if not report:

@@ -43,15 +43,6 @@ class Scene:
         return out
 
 
-def read_files(folder: Path) -> dict[str, bytes | str]:
-    """Read every file below a folder."""
-    return {
-        str(path.relative_to(folder)): "link" if path.is_symlink() else path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() or path.is_symlink()
-    }
-
-
 def check_refusal(run: Run, error: str, found: str) -> None:
     """Hold a run of `dmt --json` against what a refusal must be."""
     assert run.code == 3, run

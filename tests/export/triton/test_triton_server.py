@@ -18,6 +18,8 @@ from dmt_convert.data import Bag, Batch
 from dmt_convert.serving.check_process import ATOL, RTOL
 from support.triton import PROTOCOLS, Feeds, Served
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def padded(serve_export: Callable[..., Any]) -> Iterator[Served]:
