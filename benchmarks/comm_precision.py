@@ -87,39 +87,39 @@ def train(
 
 def be_rank(report: Path, arguments: Sequence[str]) -> None:
     """Run the recipe as one rank, and count what it sends to other hosts while it trains."""
-    from dmt_convert.cluster import exchange, packed_ids
-    from dmt_convert.cluster.cluster_training import ClusterTrainer
+    from dmt_convert.cluster import ClusterTrainer, exchange, index_route
     from dmt_convert.recipes import finetune_dmt
 
     counts = {"steps": 0, "tower outputs": 0, "ids": 0, "dense gradients": 0}
     training = [False]
 
     def count(module: Any, what: str) -> None:
-        original = module.swap
+        original = module.all_to_all
 
-        def swap(group: Any, sent: Any, sizes: Any) -> Any:
+        def all_to_all(group: Any, sent: Any, sizes: Any) -> Any:
             counts[what] += training[0] * bytes_to_others(group, sent)
             return original(group, sent, sizes)
 
-        module.swap = swap
+        module.all_to_all = all_to_all
 
     count(exchange, "tower outputs")
-    count(packed_ids, "ids")
-    step = ClusterTrainer.step
+    count(index_route, "ids")
+    take_step = finetune_dmt.take_step
 
-    def counted(self: ClusterTrainer, lr_factor: float) -> float:
+    def counted(trainer: ClusterTrainer, lr_factor: float) -> float:
         counts["steps"] += 1
-        hosts, per_host = self.layout.hosts, self.layout.ranks_per_host
-        shared = sum(p.numel() for n, p in self.dense._named.items() if ".towers." not in f".{n}")
+        hosts, per_host = trainer.layout.hosts, trainer.layout.ranks_per_host
+        named = trainer.dense._named.items()
+        shared = sum(p.numel() for n, p in named if ".towers." not in f".{n}")
         # a ring sends everything nearly twice; one rank of a host's sends to the next host
         counts["dense gradients"] += int(8 * shared * (hosts - 1) / hosts / per_host)
         training[0] = True
         try:
-            return step(self, lr_factor)
+            return take_step(trainer, lr_factor)
         finally:
             training[0] = False
 
-    ClusterTrainer.step = counted  # type: ignore[method-assign]
+    finetune_dmt.take_step = counted  # type: ignore[assignment]
     finetune_dmt.main(list(arguments))
     if os.environ["RANK"] == "0":
         steps = counts.pop("steps")

@@ -1,4 +1,4 @@
-"""Measured steps of emulated clusters, read from what `recipes/bench_cluster.py` writes.
+"""Measured steps of emulated clusters, read from what `benchmarks/cluster` writes.
 
 Of its results.json this reads `schema_version` (1), `machine.cores`, of `settings` batch, pooling,
 features, dim and compute_ms, and of every topology's rows rate_mbit, variant, step_ms, and where
@@ -108,7 +108,7 @@ def read_runs(path: Path) -> list[Run]:
 def _refusal(found: str, details: list[str]) -> DataError:
     return DataError(
         found,
-        expected="the results.json of recipes/bench_cluster.py",
+        expected="the results.json of benchmarks/cluster",
         hint="run that benchmark; the head of benchmarks/emulated_runs.py lists what is read",
         details=details,
     )

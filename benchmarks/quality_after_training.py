@@ -11,10 +11,11 @@ from flat_models import Flat, FlatJob, open_flat
 from quality_at_start import START_NAMES, Fitting, module_name, prepare_fittings
 from quality_tables import Record
 
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import open_data
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel
 from dmt_convert.recipes.train_flat import epoch_batches, make_optimizer, train_step, validate
-from dmt_convert.training import FinetuneConfig, TrainResult, load_tables, measure_rows, train
+from dmt_convert.training import TrainResult, load_tables, measure_rows, train
 
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "defaults": {},
@@ -86,7 +87,7 @@ def finetune(flat: Flat, model: FlatModel | DmtModel) -> Record:
     auc = {"before": measure_rows(load_tables(model, infos), test).auc}
     best: TrainResult | None = None
     for name, setting in SETTINGS.items():
-        config = FinetuneConfig(
+        config = TrainingConfig(
             max_steps=round(job.steps / TENTH),
             batch_size=job.config.batch_size,
             patience=None,

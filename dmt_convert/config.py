@@ -197,6 +197,8 @@ class Config(BaseModel):
     )
     command: ClassVar[str] = ""
     """The command that takes these settings."""
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Settings of which one is given; an option replaces all of them in a file."""
 
     def __init__(self, **values: Any) -> None:
         """Check the settings.
@@ -794,6 +796,7 @@ class TrainingConfig(Config):
     """How a model is trained."""
 
     command: ClassVar[str] = "finetune"
+    alternatives: ClassVar[tuple[str, ...]] = ("epochs", "max_steps")
 
     epochs: int = setting(1, "Passes over the training rows.", ge=1, panel=_TRAINING)
     max_steps: int | None = setting(
@@ -1104,6 +1107,13 @@ def make_config(kind: type[Kind], options: Mapping[str, Any], file: Path | None)
         UsageError: An option is wrong.
     """
     settings = {} if file is None else read_settings(file, kind)
+    rivals = [name for name in kind.alternatives if name in options]
+    if len(rivals) > 1:
+        raise UsageError(
+            f"{' and '.join(map(option_name, rivals))} together", expected="one of the two"
+        )
+    if rivals:
+        settings = {k: value for k, value in settings.items() if k not in kind.alternatives}
     try:
         return kind(**(settings | dict(options)))
     except SettingsError as error:

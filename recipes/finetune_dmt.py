@@ -2,12 +2,16 @@
 
     python -m dmt_convert.recipes.finetune_dmt --bundle ckpt-dmt4 --data clicks --out tuned
     torchrun --nnodes 2 --nproc-per-node 8 ... recipes/finetune_dmt.py --bundle ...
+    torchrun --nproc-per-node 8 -m dmt_convert.recipes.finetune_dmt --bundle ...
 
-`dmt finetune` starts it by torchrun. DATA is anything that `dmt evaluate` reads, with labels; a
-folder with `train.npz` and `valid.npz` is trained on the one and measured on the other. Without
+`dmt finetune` starts it with torchrun. DATA is anything that `dmt evaluate` reads, with labels. A
+folder with `train.npz` and `valid.npz` is trained on the first and measured on the second. Without
 validation rows the last tenth of DATA is held out. The state with the best normalised entropy on
-the validation rows is written; the start counts, so that the new bundle is never worse there than
-the old one. Settings: docs/finetune.md.
+the validation rows is written. The start is a candidate, so that the new bundle is never worse
+there than the old one. Settings: docs/finetune.md.
+
+The file stands alone: copy it, and change the loop (`train`), a step (`take_step`) or what is
+around them.
 
 Exit codes are those of `dmt`: 0 done, 1 bug or a lost rank, 2 usage, 3 something you can mend.
 """
@@ -15,193 +19,249 @@ Exit codes are those of `dmt`: 0 done, 1 bug or a lost rank, 2 usage, 3 somethin
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import signal
+import json
+import math
 import sys
-import warnings
-from contextlib import closing
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dmt_convert.bundle import open_bundle
-from dmt_convert.errors import DmtError
-
-if TYPE_CHECKING or __package__:
-    from . import finetune_endings as ends
-    from . import finetune_options as ui
-    from .finetune_metrics import MetricsLog
-else:  # torchrun runs the file itself
-    import finetune_endings as ends
-    import finetune_options as ui
-    from finetune_metrics import MetricsLog
+# These import torch when a name is first used: options are checked before, which saves seconds.
+from dmt_convert import bundle as bundles
+from dmt_convert import cluster, training
+from dmt_convert.adapter import load_adapter
+from dmt_convert.config import RunConfig, add_arguments, parse_arguments
+from dmt_convert.placement import read_plan
 
 
-def finetune(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune in this process; returns what `--json` prints."""
-    # imports torch, which takes seconds: options are checked before
-    config = ui.read_config(options)
-    from dmt_convert.training import (
-        check_memory,
-        check_out,
-        load_bundle,
-        open_training_data,
-        train,
-        write_finetuned,
+def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[str, Any] | None:
+    """Fine-tune as one rank of several; every rank runs this. Rank 0 returns a summary."""
+    # 1. What there is: this rank, the bundle, where its towers go, the rows
+    layout = cluster.read_layout(config.backend)
+    bundle = bundles.open_bundle(options.bundle)
+    given = None if config.plan is None else read_plan(config.plan)
+    plan = cluster.choose_plan(bundle, layout, given)
+    data = training.open_training_data(config.data, config.valid)
+    folder = config.checkpoints or Path(f"{config.out}.checkpoints")
+    is_first = layout.rank == 0
+    monitor = training.Monitor(
+        config,
+        data,
+        say=printer(options) if is_first else None,
+        log=(config.log or folder / "log") if is_first else None,
     )
 
-    # 1. What there is: the bundle, the rows, a place to write to
-    ui.load_model_file(options)
-    bundle = open_bundle(options.bundle)
-    check_out(bundle, options.out, force=options.force)
-    data = open_training_data(options.data, options.valid)
-    check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
-
-    # 2. Everything into memory; tables in fp32
-    model = load_bundle(bundle)
-    silent = options.quiet or options.json
-    say = ui.make_printer(silent=silent)
-    ui.say_rows(say, data, config)
-
-    # 3. The loop (dmt_convert/training/loop.py): the best state stays
-    total = config.total_steps(data.train.num_rows)
-    metrics = MetricsLog(options.log, config, total)
-    metrics.start()
-    with ui.show_steps(total, silent=silent) as on_step, closing(metrics):
-        result = train(
-            model,
-            data.train,
-            data.valid,
-            config,
-            on_step=ui.together(on_step, metrics.note_step),
-            on_evaluation=ui.together(partial(ui.say_evaluation, say), metrics.note_evaluation),
-        )
-
-    # 4. A new bundle, whole or not at all
-    written = write_finetuned(
-        bundle, options.out, model, result, config=config, data=data, force=options.force
+    # 2. The process groups. From here on ranks wait for each other: all of them have to call the
+    #    same functions in the same order.
+    limit = timedelta(seconds=config.timeout)
+    ranks = cluster.start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout=limit)
+    monitor.say(
+        f"{layout}, {config.comm_dtype} between hosts; {len(plan.tower_hosts)} towers, hosts per "
+        f"tower: {plan.hosts_per_tower}; checkpoints in {folder}"
     )
-    ui.say_result(say, options.out, result, written)
-    return ui.summarise(options, result, written, data)
 
-
-def finetune_over_ranks(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Fine-tune as one rank of several; rank 0 returns what `--json` prints."""
-    config = ui.read_config(options)
-    from dmt_convert.cluster import (
-        ClusterJob,
-        Listeners,
-        choose_plan,
-        finetune_on_cluster,
-        read_layout,
-        start_ranks,
-        stop_ranks,
-    )
-    from dmt_convert.placement import read_plan
-    from dmt_convert.training import open_training_data
-
-    # 1. What there is: the ranks, the bundle and its plan, the rows
-    layout = read_layout(options.backend)
-    ui.load_model_file(options)
-    bundle = open_bundle(options.bundle)
-    plan = choose_plan(bundle, layout, None if options.plan is None else read_plan(options.plan))
-    data = open_training_data(options.data, options.valid)
-    checkpoints = options.checkpoints or Path(f"{options.out}.checkpoints")
-    silent = options.quiet or options.json or layout.rank != 0
-    say = ui.make_printer(silent=silent)
-
-    # 2. Ranks find each other; every one reads its own shards (dmt_convert/engine)
-    start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout_seconds=options.timeout)
-    ui.say_cluster(say, layout, plan, config, checkpoints)
-    ui.say_rows(say, data, config)
-    job = ClusterJob(
+    # 3. Where the result goes, and the checkpoint to go on from, if any. If torchrun had to start
+    #    the ranks again, training goes on without --resume.
+    job = cluster.ClusterJob(
         bundle=bundle,
         plan=plan,
         data=data,
         config=config,
-        layout=layout,
-        out=options.out,
-        checkpoints=checkpoints,
-        timeout_seconds=options.timeout,
-        resume=options.resume,
-        force=options.force,
+        out=config.out,
+        checkpoints=folder,
+        resume=config.resume,
+        force=config.force,
+    ).after_restart(ranks)
+    ranks.on_first(lambda: training.check_out(bundle, job.out, force=job.force))
+    checkpoints = cluster.TrainingCheckpoints(job, ranks)
+
+    # 4. The model over the ranks, its optimizers, this rank's rows
+    trainer = build_trainer(job, layout, checkpoints)
+    progress = start(job, trainer, checkpoints)
+
+    # 5. The loop
+    with monitor:
+        monitor.start(progress.step)
+        train(trainer, checkpoints, progress, monitor)
+
+    # 6. The new bundle, written by rank 0: whole, or not at all
+    trained = checkpoints.result(trainer, progress)
+    written: list[training.Finetuned] = []  # stays on rank 0
+    ranks.on_first_slowly(lambda: written.append(write(job, trained)))
+    checkpoints.close()
+    cluster.stop_ranks()
+    if not written:
+        return None
+    monitor.finish(trained.result, written[0])
+    return training.summarise(bundle, written[0], trained.result, data)
+
+
+def build_trainer(
+    job: cluster.ClusterJob,
+    layout: cluster.RankLayout,
+    checkpoints: cluster.TrainingCheckpoints,
+) -> cluster.ClusterTrainer:
+    """Spread the model: towers on their hosts, tables in shards, dense parts on every rank."""
+    model = cluster.shard_bundle(
+        job.bundle, job.plan, layout, job.config, weighted=job.data.has_weights
+    )
+    if not checkpoints.resumes:  # every rank reads its own shards
+        cluster.load_shards(model, training.table_infos(job.bundle))
+    return cluster.ClusterTrainer(
+        model,
+        job.bundle.manifest.model.flat,
+        layout,
+        job.config,
+        train_rows=job.data.train,
+        valid_rows=job.data.valid,
     )
 
-    # 3. The loop, its checkpoints, and the new bundle
-    total = config.total_steps(data.train.num_rows)
-    log = (options.log or checkpoints / "log") if layout.rank == 0 else None
-    metrics = MetricsLog(log, config, total)
-    with ui.show_steps(total, silent=silent) as on_step, closing(metrics):
-        listeners = Listeners(
-            on_step=ui.together(on_step, metrics.note_step),
-            on_evaluation=ui.together(partial(ui.say_evaluation, say), metrics.note_evaluation),
-            on_start=ui.together(metrics.start, partial(ui.say_start, say)),
+
+def start(
+    job: cluster.ClusterJob,
+    trainer: cluster.ClusterTrainer,
+    checkpoints: cluster.TrainingCheckpoints,
+) -> training.Progress:
+    """Bring model and optimizers to where training starts; returns how far it is."""
+    trainer.warm_up()
+    if checkpoints.resumes:
+        return checkpoints.resume(trainer)
+    trainer.start_sums(job.bundle.accumulators)  # Adagrad's sums of squared gradients
+    return training.Progress()
+
+
+def train(
+    trainer: cluster.ClusterTrainer,
+    checkpoints: cluster.TrainingCheckpoints,
+    progress: training.Progress,
+    monitor: training.Monitor,
+) -> None:
+    """Train until the last step, or until evaluations no longer get better."""
+    config = trainer.config
+    schedule = training.Schedule.of(config, checkpoints.job.data.train.num_rows)
+    trainer.start_at(progress.step, schedule.total_steps)
+    if not progress.history:  # the start is a candidate, too
+        evaluate(trainer, progress, monitor)
+    while progress.step < schedule.total_steps and not progress.is_over(config.patience):
+        begin = time.perf_counter()
+        progress.step += 1
+        loss = take_step(trainer, config.lr_factor(progress.step, schedule.total_steps))
+        progress.note_loss(loss)  # raises if training diverged
+        progress.seconds += time.perf_counter() - begin
+        monitor.on_step(progress.step, loss)
+
+        is_best = schedule.measures(progress.step) and evaluate(trainer, progress, monitor)
+        if is_best or schedule.saves(progress.step):
+            checkpoints.save(trainer, progress)
+
+
+def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> float:
+    """Take one step on the next batch.
+
+    Args:
+        trainer: Model, optimizers, batches.
+        lr_factor: What learning rates are multiplied by: warm-up and decay.
+
+    Returns:
+        This rank's loss before the step. If it is not finite, no weight was changed.
+    """
+    batch = trainer.next_batch()
+    trainer.dense.zero_grad()
+    # TorchRec fuses the tables' optimizer with the backward pass, which takes this rate
+    trainer.tables.set_lr(trainer.config.table_lr * lr_factor)
+    trainer.send_next_ids()  # they travel while this batch is computed
+    loss = trainer.loss(trainer.model(batch.inputs), batch)
+    trainer.advance_next_ids()
+    value = float(loss.detach())
+    if math.isfinite(value):
+        loss.backward()  # type: ignore[no-untyped-call]
+        trainer.dense.step(lr_factor)
+    return value
+
+
+def evaluate(
+    trainer: cluster.ClusterTrainer, progress: training.Progress, monitor: training.Monitor
+) -> bool:
+    """Measure on the validation rows; returns whether the model is the best so far."""
+    accuracy = trainer.measure()
+    train_loss = trainer.mean_loss(progress.losses) if progress.losses else None
+    is_best = progress.note_accuracy(accuracy, train_loss)
+    monitor.on_evaluation(progress.history[-1])
+    return is_best
+
+
+def write(job: cluster.ClusterJob, trained: training.TrainedModel) -> training.Finetuned:
+    """Write the best state as a new bundle."""
+    return training.write_trained(
+        job.bundle, job.out, trained, config=job.config, data=job.data, force=job.force
+    )
+
+
+def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    """Fine-tune in this process, in plain torch, with tables in memory; returns a summary.
+
+    The loop is `dmt_convert.training.train`: the one above, with the best state kept in memory.
+    """
+    bundle = bundles.open_bundle(options.bundle)
+    training.check_out(bundle, config.out, force=config.force)
+    data = training.open_training_data(config.data, config.valid)
+    training.check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
+    model = training.load_bundle(bundle)
+    with training.Monitor(config, data, say=printer(options), log=config.log) as monitor:
+        monitor.start()
+        result = training.train(
+            model,
+            data.train,
+            data.valid,
+            config,
+            on_step=monitor.on_step,
+            on_evaluation=monitor.on_evaluation,
         )
-        result, written = finetune_on_cluster(job, listeners)
-    stop_ranks()
-    if written is None:
-        return None
-    ui.say_result(say, options.out, result, written)
-    return ui.summarise(options, result, written, data)
+    written = training.write_finetuned(
+        bundle, config.out, model, result, config=config, data=data, force=config.force
+    )
+    monitor.finish(result, written)
+    return training.summarise(bundle, written, result, data)
 
 
-def hush_engines() -> None:
-    """Keep from the terminal what torch and torchrec say to their own developers."""
-    warnings.simplefilter("ignore")
-    for name in ("torch.fx._symbolic_trace", "torchrec"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def printer(options: argparse.Namespace) -> Callable[[str], None] | None:
+    """Return what prints a line; None if nothing is to be shown."""
+    return None if options.quiet or options.json else partial(print, flush=True)
 
 
-def start_logging(*, quiet: bool) -> None:
-    """Print notes, unless `quiet`, and errors."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logger = logging.getLogger("dmt_convert")
-    logger.handlers = [handler]
-    # torchrec logs by the root logger, which would repeat
-    logger.propagate = ends.find_rank() is None
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the options: those of `dmt finetune` (dmt_convert/config.py) and a few more."""
+    parser = argparse.ArgumentParser(
+        prog="finetune_dmt", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, help="bundle to start from; it is not changed")
+    add("--json", action="store_true", help="print only one JSON document")
+    add("--quiet", action="store_true", help="print no progress")
+    add_arguments(parser, RunConfig)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the recipe; what goes wrong is printed, and told by the exit code."""
-    options = ui.make_parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
-    rank = ends.find_rank()
-    start_logging(quiet=options.quiet or options.json or rank not in (None, 0))
-    if rank is None:
-        signal.signal(signal.SIGTERM, _interrupt)
-    else:
-        ends.end_with_torchrun(options)
-        if os.environ.get("DMT_TRACEBACK") != "1":
-            hush_engines()
-    try:
-        result = finetune(options) if rank is None else finetune_over_ranks(options)
-    except DmtError as error:
-        ends.refuse(options, error)
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        refusal = DmtError(
-            f"{where}{error.strerror or error}",
-            expected="files and folders that can be read and written",
-            hint="check the path, its owner and its permissions; nothing half-written was left",
-        )
-        ends.refuse(options, refusal)
-    except KeyboardInterrupt:
-        ends.interrupt(options)
-    except RuntimeError as error:
-        if rank is None:
-            raise
-        ends.lose(options, error) if ends.is_loss(error) else ends.fail(error)
-    except Exception as error:
-        if rank is None:
-            raise
-        ends.fail(error)
-    ends.say_done(options, result)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    """Run the recipe; errors become one message and an exit code."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    timeout = options.timeout or RunConfig.model_fields["timeout"].default
+    with cluster.training_process(
+        json_errors=options.json, quiet=options.quiet or options.json, timeout=timeout
+    ):
+        config = parse_arguments(RunConfig, vars(options))
+        if config.out is None:
+            config = config.replace(out=cluster.default_out(options.bundle))
+        if config.model is not None:
+            load_adapter(config.model)
+        alone = cluster.current_rank() is None
+        summary = (finetune_alone if alone else finetune_over_ranks)(options, config)
+    if options.json and summary is not None:
+        print(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The converted model over many ranks: TorchRec's towers, mended, with SPTT's exchanges."""
+"""The converted model over many ranks: TorchRec's towers with SPTT's exchanges."""
 
 import lazy_loader
 

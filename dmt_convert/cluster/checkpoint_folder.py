@@ -1,13 +1,17 @@
-"""The folder of training checkpoints as one process sees it: what comes, what goes. No torch.
+"""The folder of training checkpoints as one process sees it. No torch.
 
 ```
 CHECKPOINTS/
-  .lock                     held by the training that writes here
-  .step_000000200-partial/  being written; left behind by a killed run, removed by the next
-  step_000000100/           see saved_checkpoint.py
+  .lock                            held by the training that writes here
+  .launch                          which launch trains, see `is_continuing`
+  .step_000000200-partial/         being written; if a run was killed, the next one removes it
+  step_000000100/
+    manifest.json                  every other file and its size; written last
+    progress.json                  what the training loop keeps beside its tensors
+    .metadata, __0_0.distcp, ...   written by torch.distributed.checkpoint
 ```
 
-A checkpoint gets its name by one rename, once all its files are on the disk.
+A checkpoint gets its name by one rename, after all its files are on the disk.
 """
 
 from __future__ import annotations
@@ -20,38 +24,174 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint import FlatCheckpoint
-from dmt_convert.cluster.saved_checkpoint import (
-    MANIFEST,
-    PROGRESS,
-    STEP_NAME,
-    VERSION,
-    SavedCheckpoint,
-    is_complete,
-    read_payload,
-    read_saved,
-    refuse_os_errors,
-    step_name,
-)
+from dmt_convert.checkpoint import DcpReader, FlatCheckpoint
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files import exchange_folders, sync_folder
 
 logger = logging.getLogger(__name__)
 
+_MANIFEST: Final = "manifest.json"
+_PROGRESS: Final = "progress.json"
+_VERSION: Final = 1
+"""Of the layout."""
+_STEP_NAME: Final = re.compile(r"step_(\d{9,})")
 _LEFTOVER: Final = re.compile(r"\.step_\d{9,}-(partial|removed)")
+_MARK: Final = ".launch"
 _LOCK_SECONDS: Final = 10.0
 """How long to wait for the lock: processes of a killed run take a moment to go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCheckpoint:
+    """A whole training checkpoint."""
+
+    path: Path
+    """Its folder."""
+    step: int
+    """Training steps done when it was saved."""
+    num_ranks: int
+    """By how many ranks it was saved; any number can load it."""
+    progress: Mapping[str, Any]
+    """What the training loop kept beside its tensors."""
+
+
+def _step_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step_{step:09d}"
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether a checkpoint's files have the sizes that its manifest lists."""
+    try:
+        _check_sizes(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def read_saved(path: Path) -> SavedCheckpoint:
+    """Describe a whole checkpoint.
+
+    Raises:
+        CheckpointError: It is not whole.
+    """
+    manifest = _check_sizes(path)
+    read_payload(path)
+    return SavedCheckpoint(
+        path=path,
+        step=int(manifest["step"]),
+        num_ranks=int(manifest["num_ranks"]),
+        progress=_read_json(path / _PROGRESS),
+    )
+
+
+def read_payload(path: Path) -> FlatCheckpoint:
+    """Read where a checkpoint's tensors lie; runs nothing that the file holds.
+
+    Raises:
+        CheckpointError: It is damaged, or holds more than tensors.
+    """
+    checkpoint = DcpReader().read(path)
+    if checkpoint.unread:
+        raise CheckpointError(
+            f"{path} holds pickled values ({', '.join(sorted(checkpoint.unread)[:5])})",
+            expected="tensors only, as this program writes them",
+            hint="it was written by another program; use a checkpoint of this training",
+        )
+    return checkpoint
+
+
+@contextmanager
+def refuse_os_errors(folder: Path, done: str) -> Iterator[None]:
+    """Turn an error of the file system into one that names the folder.
+
+    Args:
+        folder: Of the checkpoints.
+        done: What could not be done with it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise os_refusal(error, folder, done) from None
+
+
+def os_refusal(error: OSError, folder: Path, done: str, *, where: str = "") -> CheckpointError:
+    """Describe an error of the file system.
+
+    Args:
+        error: The error.
+        folder: Of the checkpoints.
+        done: What could not be done with it.
+        where: On which rank, if that matters.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CheckpointError(
+            f"the disk of {folder} is full{where} ({reason})",
+            expected="room for one more training checkpoint than are kept",
+            hint="free space, keep fewer checkpoints, or give another folder; the last whole "
+            "checkpoint is still there",
+        )
+    name = error.filename or folder
+    return CheckpointError(
+        f"{folder} cannot be {done}{where} ({name}: {reason})",
+        expected="a folder that every rank may read and write",
+        hint="check its owner and permissions, or give another folder for checkpoints",
+    )
+
+
+def _check_sizes(path: Path) -> Mapping[str, Any]:
+    manifest = _read_json(path / _MANIFEST)
+    sizes = manifest.get("files")
+    if manifest.get("version") != _VERSION or not isinstance(sizes, dict):
+        raise _damaged(path, f"{_MANIFEST} is of an unknown version")
+    missing = []
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            missing.append(
+                f"{name}: {'missing' if found is None else f'{found} bytes'}, not {size}"
+            )
+    if missing or not {_PROGRESS, ".metadata"} <= set(sizes):
+        raise _damaged(path, f"{len(missing)} of {len(sizes)} files are not as written", missing)
+    match = _STEP_NAME.fullmatch(path.name)
+    step, num_ranks = manifest.get("step"), manifest.get("num_ranks")
+    if match is None or step != int(match[1]) or not isinstance(num_ranks, int):
+        raise _damaged(path, f"{_MANIFEST} is of step {step}")
+    return manifest
+
+
+def _damaged(path: Path, found: str, details: list[str] | None = None) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {found}",
+        expected="a whole training checkpoint",
+        hint="remove it; training resumes from the one before",
+        details=details or (),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path.parent, f"{path.name} holds no object")
+    return value
 
 
 class CheckpointFolder:
     """A folder of checkpoints, for the one process that writes names into it.
 
     Args:
-        path: The folder; made where it is missing.
+        path: The folder; it is made if it is missing.
 
     Raises:
         CheckpointError: It cannot be written to, or another training writes to it.
@@ -76,7 +216,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: There is a later checkpoint, or nothing can be written.
         """
-        later = [path for other, path in self._named() if other > step and is_complete(path)]
+        later = [path for other, path in self._named() if other > step and _is_complete(path)]
         if later:
             raise CheckpointError(
                 f"{self.path} holds {later[-1].name}, which is later than step {step}",
@@ -100,13 +240,13 @@ class CheckpointFolder:
         Raises:
             CheckpointError: A file is not there, or the disk is full.
         """
-        partial, final = self._partial(step), self.path / step_name(step)
+        partial, final = self._partial(step), self.path / _step_name(step)
         with refuse_os_errors(self.path, "written to"):
-            _write_json(partial / PROGRESS, dict(progress))
+            _write_json(partial / _PROGRESS, dict(progress))
             files = [path.name for path in _check_payload(partial).files]
-            sizes = {name: (partial / name).stat().st_size for name in sorted([*files, PROGRESS])}
-            manifest = {"version": VERSION, "step": step, "num_ranks": num_ranks, "files": sizes}
-            _write_json(partial / MANIFEST, manifest)
+            sizes = {name: (partial / name).stat().st_size for name in sorted([*files, _PROGRESS])}
+            manifest = {"version": _VERSION, "step": step, "num_ranks": num_ranks, "files": sizes}
+            _write_json(partial / _MANIFEST, manifest)
             sync_folder(partial)
             if final.exists():
                 self._replace(partial, final)
@@ -116,7 +256,7 @@ class CheckpointFolder:
         return final
 
     def newest(self, *, before: int | None = None) -> SavedCheckpoint | None:
-        """Return the newest checkpoint that is whole; says which ones are not.
+        """Return the newest whole checkpoint; logs which ones are damaged.
 
         Args:
             before: Only one of an earlier step.
@@ -133,11 +273,11 @@ class CheckpointFolder:
                 with refuse_os_errors(path, "read"):
                     return read_saved(path)
             except CheckpointError as error:
-                logger.warning("%s is passed over: %s", path, error.found)
+                logger.warning("%s is skipped: %s", path, error.found)
         return None
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> None:
-        """Keep the newest `keep` checkpoints that are whole; what is older goes.
+        """Keep the newest `keep` whole checkpoints, and remove older ones.
 
         Args:
             keep: How many stay.
@@ -148,7 +288,7 @@ class CheckpointFolder:
         """
         with refuse_os_errors(self.path, "written to"):
             named = self._named()
-            whole = [step for step, path in named if is_complete(path)]
+            whole = [step for step, path in named if _is_complete(path)]
             if len(whole) >= keep:
                 for step, path in named:
                     if step < whole[-keep] and step not in protect:
@@ -169,13 +309,13 @@ class CheckpointFolder:
         """All checkpoints, whole or damaged, oldest first."""
         found = []
         for path in self.path.iterdir():
-            match = STEP_NAME.fullmatch(path.name)
+            match = _STEP_NAME.fullmatch(path.name)
             if match and path.is_dir() and not path.is_symlink():
                 found.append((int(match[1]), path))
         return sorted(found)
 
     def _partial(self, step: int) -> Path:
-        return self.path / f".{step_name(step)}-partial"
+        return self.path / f".{_step_name(step)}-partial"
 
     def _remove(self, path: Path) -> None:
         """Remove a checkpoint; it loses its name first, so that no half of one is ever seen."""
@@ -186,7 +326,7 @@ class CheckpointFolder:
         shutil.rmtree(removed)
 
     def _replace(self, partial: Path, final: Path) -> None:
-        """Put a checkpoint in the place of an earlier one of the same step."""
+        """Replace an earlier checkpoint of the same step."""
         try:
             exchange_folders(partial, final)
             shutil.rmtree(partial)
@@ -210,7 +350,7 @@ def _take_lock(folder: Path) -> int:
                 raise CheckpointError(
                     f"another training writes its checkpoints to {folder}",
                     expected="one training per folder",
-                    hint="wait for it, end it, or give another folder",
+                    hint="wait until it ends, stop it, or give another folder",
                 ) from None
             time.sleep(0.1)
         except OSError as error:
@@ -238,3 +378,46 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_continuing(folder: Path) -> bool:
+    """Whether this launch had begun to train before its ranks were started again.
+
+    torchrun starts all ranks again after any of them failed, also after a refusal. Training goes
+    on from checkpoints, or replaces a bundle, without the user saying so only if this launch made
+    them. So the first rank leaves the launch's name beside them (`mark_begun`) when nothing stands
+    in the way of training any more.
+
+    Args:
+        folder: Of the checkpoints; perhaps not there.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    mark = folder / _MARK
+    with refuse_os_errors(folder, "read"):
+        return mark.is_file() and mark.read_text(encoding="utf-8") == _launch_name()
+
+
+def mark_begun(folder: Path) -> None:
+    """Note that this launch begins to train.
+
+    Args:
+        folder: Of the checkpoints.
+
+    Raises:
+        CheckpointError: The folder cannot be written to.
+    """
+    with refuse_os_errors(folder, "written to"):
+        (folder / _MARK).write_text(_launch_name(), encoding="utf-8")
+
+
+def _launch_name() -> str:
+    """Name the launch: torchrun's name for it, which may occur again, and its process."""
+    parent = os.getppid()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8")
+        started = stat.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {parent} {started}"

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster.jagged import JaggedBatch
+from dmt_convert.cluster.index_route import JaggedBatch
 from dmt_convert.cluster.padding import Width, find_widths, trim_shards
 from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor

@@ -1,28 +1,94 @@
-"""The exchange of indices in one hop: every id goes straight to the rank that looks it up.
+"""Ids on their way to the ranks that look them up.
 
 TorchRec sends ids to the peer in the tower's group of hosts first, and from there on to the rank
 that holds the table. Here one AlltoAll over all ranks does both, and leaves the samples in peer
 order (SPTT's permutation), which is what the lookup inside the group expects.
 
-Letters: W ranks, P groups of hosts, L ranks per group (W = P * L), B samples of one rank.
+Letters: W ranks, P groups of hosts, L ranks per group (W = P * L), B samples of one rank, F
+features that a rank looks up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.dist_data import KJTAllToAll
 from torchrec.distributed.embedding_sharding import bucketize_kjt_before_all2all
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import Awaitable, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster.packed_ids import PackedExchange
+from dmt_convert.arrays import Float32Array
+from dmt_convert.cluster.exchange import all_to_all
+from dmt_convert.data import Bag, Batch
+from dmt_convert.model import to_tensor
+from dmt_convert.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JaggedBatch:
+    """B rows of input on a rank's device."""
+
+    dense: Tensor
+    """Dense inputs, shape (B, D), float32."""
+    sparse: KeyedJaggedTensor
+    """Ids of all features."""
+    labels: Tensor | None
+    """0 or 1 per row, shape (B,), float32."""
+
+
+def carries_weights(spec: ModelSpec) -> bool:
+    """Whether ids have weights whatever the data holds: a mean is a weighted sum.
+
+    TorchRec has one pooling per table, and divides on the rank that has the samples. A weight of
+    one over the bag's length works wherever the table's rows lie.
+    """
+    return any(feature.pooling == "mean" for feature in spec.features)
+
+
+def to_jagged(
+    batch: Batch, spec: ModelSpec, device: torch.device, *, weighted: bool
+) -> JaggedBatch:
+    """Put a batch on a device.
+
+    Args:
+        batch: Bags of the model's features, in its order.
+        spec: The flat model.
+        device: Where.
+        weighted: Whether ids have weights; 1 if the data has none.
+    """
+    lengths = [np.diff(bag.offsets).astype(np.int32) for bag in batch.bags]
+    weights = None
+    if weighted:
+        parts = [
+            _id_weights(bag, count, mean=feature.pooling == "mean")
+            for bag, count, feature in zip(batch.bags, lengths, spec.features, strict=True)
+        ]
+        weights = torch.from_numpy(np.concatenate(parts)).to(device)
+    sparse = KeyedJaggedTensor(
+        keys=list(batch.feature_names),
+        values=torch.from_numpy(np.concatenate([bag.values for bag in batch.bags])).to(device),
+        lengths=torch.from_numpy(np.concatenate(lengths)).to(device),
+        weights=weights,
+        stride=batch.num_rows,
+    )
+    labels = None if batch.labels is None else to_tensor(batch.labels).to(device)
+    return JaggedBatch(dense=to_tensor(batch.dense).to(device), sparse=sparse, labels=labels)
+
+
+def _id_weights(bag: Bag, lengths: npt.NDArray[np.int32], *, mean: bool) -> Float32Array:
+    given = np.ones(len(bag.values), dtype=np.float32) if bag.weights is None else bag.weights
+    if not mean:
+        return given
+    divided: Float32Array = (given / np.repeat(lengths, lengths)).astype(np.float32)
+    return divided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +98,7 @@ class Lookup:
     by_rank: tuple[tuple[str, ...], ...]
     """Features that each of the L ranks looks up, in its order; row-wise all the same."""
     block_rows: tuple[int, ...] = ()
-    """Row-wise: rows of a block, for every feature; empty where tables are cut by columns."""
+    """Row-wise: rows of a block, for every feature; empty if tables are cut by columns."""
 
     @property
     def is_row_wise(self) -> bool:
@@ -170,7 +236,7 @@ class _Order:
     def __init__(self, names: list[str]) -> None:
         self._names = names
         self._indices: list[int] | None = None
-        self._tensor: torch.Tensor | None = None
+        self._tensor: Tensor | None = None
 
     def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         if self._indices is None:
@@ -181,7 +247,7 @@ class _Order:
 
 
 def _make_exchange(counts: list[int], groups: int) -> Callable[[KeyedJaggedTensor], Any]:
-    """Make the exchange: TorchRec's, but for gloo."""
+    """Make the exchange: ours over gloo, else TorchRec's."""
     world = dist.group.WORLD
     assert world is not None
     if dist.get_backend(world) == "gloo":
@@ -200,7 +266,7 @@ def _widen(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     return _with_values(features, features.values().to(torch.int64))
 
 
-def _with_values(features: KeyedJaggedTensor, values: torch.Tensor) -> KeyedJaggedTensor:
+def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=values,
@@ -208,3 +274,153 @@ def _with_values(features: KeyedJaggedTensor, values: torch.Tensor) -> KeyedJagg
         lengths=features.lengths(),
         stride=features.stride(),
     )
+
+
+class PackedExchange:
+    """Sends features to the ranks that look them up, with one message per pair.
+
+    TorchRec's exchange of jagged tensors sends how many ids will come, then the lengths of the
+    bags, then the ids. Here the lengths and the first ids, one per bag, travel together: with one
+    id per bag nothing is left. What is left goes in a second message, whose size the receiver
+    knows from the lengths. For gloo, where a message costs more than its bytes. All ranks have the
+    same number of samples.
+
+    Args:
+        group: All ranks.
+        counts: Features that go to each of the W ranks; the input has them in this order.
+        stride: W over the number of groups of hosts: samples arrive rank 0 of all groups first.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, counts: Sequence[int], stride: int) -> None:
+        self.group, self.counts = group, list(counts)
+        self.rank, self.size = dist.get_rank(group), len(self.counts)
+        # rank i of every group, then rank i + 1: SPTT's peer order
+        self.order = sorted(range(self.size), key=lambda rank: (rank % stride, rank))
+        own = self.counts[self.rank]
+        self.recat = torch.tensor(
+            [place * own + feature for feature in range(own) for place in range(self.size)],
+            dtype=torch.int32,
+        )
+        self.starts = [0, *accumulate(self.counts)]
+
+    def __call__(self, features: KeyedJaggedTensor) -> Awaitable[Any]:
+        """Start the exchange; ids are int32, weights float32."""
+        return _Numbers(self, features)
+
+
+class _Numbers(Awaitable[Any]):  # type: ignore[misc]
+    """The first message: lengths, and as many ids as there are bags."""
+
+    def __init__(self, exchange: PackedExchange, features: KeyedJaggedTensor) -> None:
+        super().__init__()
+        self._exchange, self._batch = exchange, features.stride()
+        self._keys = features.keys()[
+            exchange.starts[exchange.rank] : exchange.starts[exchange.rank + 1]
+        ]
+        weights = features.weights_or_none()
+        self._streams = 1 if weights is None else 2
+        values = [features.values()]
+        if weights is not None:
+            values.append(weights.view(torch.int32))
+        self._pack(features.lengths().to(torch.int32), values)
+        self._receive()
+
+    def _pack(self, lengths: Tensor, values: list[Tensor]) -> None:
+        """Cut what every rank gets into the first message and the rest."""
+        batch, starts = self._batch, self._exchange.starts
+        sums = lengths.view(-1, batch).sum(dim=1).tolist() if lengths.numel() else []
+        self._heads: list[Tensor] = []
+        self._rests: list[Tensor] = []
+        at = 0
+        for first, last in pairwise(starts):
+            count = int(sum(sums[first:last]))
+            room = (last - first) * batch
+            head = lengths.new_empty(room * (1 + self._streams))
+            head[:room] = lengths[first * batch : last * batch]
+            fits = min(room, count)
+            for stream, ids in enumerate(values, start=1):
+                head[room * stream : room * stream + fits] = ids[at : at + fits]
+            self._heads.append(head)
+            self._rests.append(torch.cat([ids[at + fits : at + count] for ids in values]))
+            at += count
+
+    def _receive(self) -> None:
+        own = self._exchange.counts[self._exchange.rank] * self._batch * (1 + self._streams)
+        sizes = [own] * self._exchange.size
+        self._received, self._works = all_to_all(self._exchange.group, self._heads, sizes)
+
+    def _wait_impl(self) -> _Ids:
+        for work in self._works:
+            work.wait()
+        room = self._exchange.counts[self._exchange.rank] * self._batch
+        lengths = [head[:room] for head in self._received]
+        counts = [int(each.sum()) for each in lengths]
+        rest = [self._streams * max(0, count - room) for count in counts]
+        return _Ids(
+            exchange=self._exchange,
+            keys=self._keys,
+            heads=self._received,
+            counts=counts,
+            rests=all_to_all(self._exchange.group, self._rests, rest),
+            batch=self._batch,
+            streams=self._streams,
+        )
+
+
+class _Ids(Awaitable[KeyedJaggedTensor]):  # type: ignore[misc]
+    """The second message, which is empty if every bag holds one id."""
+
+    def __init__(
+        self,
+        *,
+        exchange: PackedExchange,
+        keys: list[str],
+        heads: list[Tensor],
+        counts: list[int],
+        rests: tuple[list[Tensor], list[Any]],
+        batch: int,
+        streams: int,
+    ) -> None:
+        super().__init__()
+        self._exchange, self._keys, self._heads, self._counts = exchange, keys, heads, counts
+        (self._rests, self._works), self._batch, self._streams = rests, batch, streams
+
+    def _wait_impl(self) -> KeyedJaggedTensor:
+        for work in self._works:
+            work.wait()
+        order, own = self._exchange.order, len(self._keys)
+        room = own * self._batch
+        lengths = torch.cat([self._heads[rank][:room] for rank in order])
+        streams = [
+            torch.cat([part for rank in order for part in self._stream(rank, stream)])
+            for stream in range(self._streams)
+        ]
+        weights = streams[1].view(torch.float32) if self._streams == 2 else None
+        if own:
+            lengths, values, weights = torch.ops.fbgemm.permute_2D_sparse_data(
+                self._exchange.recat,
+                lengths.view(own * len(order), self._batch),
+                streams[0],
+                weights,
+                streams[0].numel(),
+            )
+        else:
+            values = streams[0]
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=values,
+            weights=weights,
+            lengths=lengths.view(-1),
+            stride=self._batch * len(order),
+        )
+
+    def _stream(self, rank: int, stream: int) -> tuple[Tensor, Tensor]:
+        """Ids, or weights, of one rank: those of the first message, those of the second."""
+        room = len(self._keys) * self._batch
+        start = room * (1 + stream)
+        rest = self._rests[rank]
+        length = rest.numel() // self._streams
+        return (
+            self._heads[rank][start : start + min(room, self._counts[rank])],
+            rest[length * stream : length * (stream + 1)],
+        )

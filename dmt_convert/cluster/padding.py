@@ -1,12 +1,12 @@
-"""Tables of any width in kernels that take multiples of four columns: columns of zeros beside them.
+"""Columns of zeros beside tables: kernels take multiples of four columns, tables have any number.
 
-Only here and in the lookup are they seen. What the lookup gives is cut to the true width; so are
+Only this module and the lookup see them. What the lookup returns is cut to the true width; so are
 the shards that others load, save and count. The added columns get no gradient and stay zero.
 
-Row-wise Adagrad divides a row's squares by the columns that the kernel sees, P, where the table
-has N. The gradient that enters the kernel is therefore multiplied by sqrt(P / N): then the mean
-over P is that of the plain gradient over N, which is what is summed, saved and handed on. The step
-is made plain again by a learning rate that is divided by the same root.
+Row-wise Adagrad divides a row's squares by the number of columns that the kernel sees, P, but the
+table has N. The gradient that enters the kernel is therefore multiplied by sqrt(P / N): then the
+mean over P is that of the plain gradient over N, which is what is summed and saved. To leave the
+step as it was, the learning rate is divided by the same root.
 
 Letters: B samples, N columns of a table, P those in memory.
 """
@@ -95,7 +95,7 @@ class Trim:
 
 
 def make_trim(widths: Sequence[Width]) -> Trim | None:
-    """Make a `Trim`; None where there is nothing to cut."""
+    """Make a `Trim`; None if there is nothing to cut."""
     return Trim(widths) if any(width.is_padded for width in widths) else None
 
 

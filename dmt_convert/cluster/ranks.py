@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, how they find each other.
+"""The processes that train together: who they are, how they meet, what they do as one.
 
 Letters: H hosts, R ranks per host, W = H * R world size.
 """
@@ -6,14 +6,30 @@ Letters: H hosts, R ranks per host, W = H * R world size.
 from __future__ import annotations
 
 import os
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
-from dmt_convert.errors import ConfigError
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from dmt_convert.errors import ConfigError, DmtError
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
+"""How long a rank waits for the others before it gives up."""
 _NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _POD: Final = "TORCHREC_RESOLVED_POD_SIZE"
+_POLL_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +46,9 @@ class RankLayout:
     """R."""
     backend: Literal["nccl", "gloo"]
     """How ranks talk."""
+
+    def __str__(self) -> str:
+        return f"{self.hosts} hosts x {self.ranks_per_host} ranks, {self.backend}"
 
     @property
     def hosts(self) -> int:
@@ -71,8 +90,6 @@ def read_layout(backend: Literal["nccl", "gloo"] | None = None) -> RankLayout:
             hint="start it with torchrun, or with `dmt finetune`",
         )
     if backend is None:
-        import torch
-
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     layout = RankLayout(
         rank=values["RANK"],
@@ -97,8 +114,6 @@ def _check(layout: RankLayout) -> None:
             hint="give torchrun the same --nproc-per-node everywhere",
         )
     if layout.backend == "nccl":
-        import torch
-
         found = torch.cuda.device_count()
         if layout.local_rank >= found:
             raise ConfigError(
@@ -109,41 +124,39 @@ def _check(layout: RankLayout) -> None:
             )
 
 
-def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout_seconds: float) -> None:
-    """Let the ranks find each other; all ranks at once.
+def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta) -> Ranks:
+    """Let the ranks find each other, and make their process groups; all ranks at once.
 
     Args:
         layout: This rank.
         hosts_per_tower: Hosts that share a tower (the plan's).
-        timeout_seconds: How long to wait for ranks, here and in every later exchange.
+        timeout: How long to wait for ranks, here and in every later exchange.
+
+    Returns:
+        All ranks, for what they do together beside training.
 
     Raises:
         ConfigError: A rank did not come.
     """
-    import torch
-    import torch.distributed as dist
-
-    from dmt_convert.cluster.meeting import open_store
-
     os.environ[_POD] = str(hosts_per_tower)  # TorchRec reads it when it makes its groups
     if layout.backend == "nccl":
         torch.cuda.set_device(layout.local_rank)
-    limit = timedelta(seconds=timeout_seconds)
     try:
         dist.init_process_group(
             layout.backend,
-            timeout=limit,
-            store=open_store(layout.rank, layout.world_size, limit),
+            timeout=timeout,
+            store=_open_store(layout.rank, layout.world_size, timeout),
             rank=layout.rank,
             world_size=layout.world_size,
         )
-        dist.monitored_barrier(timeout=limit) if layout.backend == "gloo" else dist.barrier()
-        _make_groups(limit)
+        dist.monitored_barrier(timeout=timeout) if layout.backend == "gloo" else dist.barrier()
+        _make_groups(timeout)
+        return Ranks(timeout=timeout)
     except (dist.DistError, RuntimeError, TimeoutError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"the {layout.world_size} ranks did not all come within {timeout_seconds:g} s "
-            f"({reason})",
+            f"the {layout.world_size} ranks did not all come within "
+            f"{timeout.total_seconds():g} s ({reason})",
             expected="every rank to be started, and its host to reach "
             f"{os.environ.get('MASTER_ADDR', 'the master')}",
             hint="look at the other hosts' output; on hosts with several networks set "
@@ -151,9 +164,11 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout_seconds: fl
         ) from None
 
 
-def _make_groups(limit: timedelta) -> None:
-    """Make the groups that TorchRec would make, which gives them half an hour to answer."""
-    import torch.distributed as dist
+def _make_groups(timeout: timedelta) -> None:
+    """Make the groups that TorchRec would make, with our timeout: its own is half an hour.
+
+    Every rank makes every group, in one order: `new_group` is collective over all ranks.
+    """
     from torchrec.distributed import comm
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -161,15 +176,195 @@ def _make_groups(limit: timedelta) -> None:
     inside = [list(range(first, first + size)) for first in range(0, world_size, size)]
     across = [list(range(first, world_size, size)) for first in range(size)]
     for name, groups in (("_INTRA_PG", inside), ("_CROSS_PG", across)):
-        made = {tuple(ranks): dist.new_group(ranks, timeout=limit) for ranks in groups}
+        made = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups}
         setattr(comm, name, next(group for ranks, group in made.items() if rank in ranks))
 
 
 def stop_ranks() -> None:
-    """Take leave of the other ranks."""
-    import torch.distributed as dist
+    """Destroy all process groups."""
     from torchrec.distributed import comm
 
     if dist.is_initialized():
         dist.destroy_process_group()
     comm._INTRA_PG = comm._CROSS_PG = None
+
+
+# torchrun (2.13) keeps its store when it starts the ranks again, and gloo finds the addresses of
+# the ranks before them there: the new ones would never meet. So the ranks agree on a name for this
+# rendezvous first, and use the part of the store under that name. The number of restarts would not
+# do for a name: every host counts its own.
+
+
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Open a store in which nothing is left of ranks that were lost; all ranks at once.
+
+    Raises:
+        DistStoreError: A rank did not come (torch's).
+        TimeoutError: A rank did not come.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    shared = PrefixStore("dmt", store)
+    name = _name_rendezvous(shared, world_size, timeout) if rank == 0 else _learn_name(shared, rank)
+    return PrefixStore(name, store)
+
+
+def _name_rendezvous(store: Store, world_size: int, timeout: timedelta) -> str:
+    """As rank 0, name the rendezvous, and wait until all other ranks know the name."""
+    name, answered = uuid.uuid4().hex, set()
+    keys = [f"arrived/{rank}" for rank in range(1, world_size)]
+    if not keys:
+        return name
+    store.wait(keys)
+    end = time.monotonic() + timeout.total_seconds()
+    while store.add(f"joined/{name}", 0) < len(keys):
+        for process in store.multi_get(keys):  # perhaps of a rank that is gone; a new one follows
+            if process not in answered:
+                answered.add(process)
+                store.set(f"name for/{process.decode()}", name)
+        if time.monotonic() > end:
+            raise TimeoutError("some of the ranks did not come")
+        time.sleep(_POLL_SECONDS)
+    return name
+
+
+def _learn_name(store: Store, rank: int) -> str:
+    """As another rank, learn the rendezvous's name."""
+    process = uuid.uuid4().hex
+    store.set(f"arrived/{rank}", process)
+    name: str = store.get(f"name for/{process}").decode()  # waits for it
+    store.add(f"joined/{name}", 1)
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What came of some work on one rank; crosses to others."""
+
+    value: Any = None
+    """What it gave."""
+    refusal: DmtError | None = None
+    """Something that the user can mend."""
+    fault: str | None = None
+    """The traceback of anything else."""
+
+    def unwrap(self, rank: int) -> Any:
+        """Return the value, or raise what was raised on `rank`."""
+        if self.refusal is not None:
+            raise self.refusal
+        if self.fault is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{self.fault}")
+        return self.value
+
+
+class Ranks:
+    """Ranks that succeed or fail together: what goes wrong on one is raised on all.
+
+    Objects travel over a gloo group of their own, on the CPU, so that they neither mix with the
+    training's collectives nor need a GPU. Making one is collective over all ranks of the group.
+
+    Args:
+        group: Which ranks; None: all.
+        timeout: How long a rank waits for the others before it gives up with a RuntimeError.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> None:
+        members = None if group is None else dist.get_process_group_ranks(group)
+        self.group = dist.new_group(
+            members,
+            backend="gloo",
+            timeout=timeout,
+            use_local_synchronization=group is not None,
+        )
+        self.timeout = timeout
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and prints for all."""
+        return self.rank == 0
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank only; all get its result.
+
+        Raises:
+            DmtError: It was raised there; on all ranks alike.
+            RuntimeError: Anything else was raised there, or a rank is lost.
+        """
+        error: Exception | None = None
+        boxes: list[_Outcome | None] = [None]
+        if self.is_first:
+            boxes[0], error = _attempt(work)
+        first = dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(boxes, src=first, group=self.group)
+        if error is not None:
+            raise error
+        assert boxes[0] is not None
+        result: T = boxes[0].unwrap(0)
+        return result
+
+    def on_first_slowly(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank that may take longer than ranks wait for each other.
+
+        Meanwhile, a thread of the first rank sends a heartbeat to the others.
+
+        Raises:
+            DmtError: It was raised there; on all ranks alike.
+            RuntimeError: Anything else was raised there, or a rank is lost.
+        """
+        if not self.is_first:
+            while not self.on_first(lambda: True):
+                pass
+            return self.on_first(work)
+        done = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="heartbeat") as pool:
+            heartbeat = pool.submit(self._send_heartbeats, done)
+            found, error = _attempt(work)
+            done.set()
+            heartbeat.result()
+
+        def give() -> T:
+            if error is not None:
+                raise error
+            value: T = found.value
+            return value
+
+        return self.on_first(give)
+
+    def _send_heartbeats(self, done: threading.Event) -> None:
+        while not done.wait(self.timeout.total_seconds() / 4):
+            self.on_first(lambda: False)
+        self.on_first(lambda: True)
+
+    def on_all(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank; all get the results, in the order of ranks.
+
+        Raises:
+            DmtError: It was raised on some rank; the first such rank's, on all alike.
+            RuntimeError: Anything else was raised on some rank, or a rank is lost.
+        """
+        mine, error = _attempt(work)
+        found: list[_Outcome | None] = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.group)
+        outcomes = [outcome for outcome in found if outcome is not None]
+        for rank, outcome in enumerate(outcomes):
+            if rank == self.rank and error is not None:
+                raise error
+            outcome.unwrap(rank)
+        return [outcome.value for outcome in outcomes]
+
+    def close(self) -> None:
+        """Destroy the group; nothing can be done together afterwards."""
+        dist.destroy_process_group(self.group)
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
+    try:
+        return _Outcome(value=work()), None
+    except DmtError as error:
+        return _Outcome(refusal=error), error
+    except Exception as error:
+        return _Outcome(fault=traceback.format_exc()), error

@@ -1,10 +1,10 @@
-"""TorchRec's sharded towers, mended.
+"""TorchRec's sharded towers, with what they lack.
 
 What `ShardedEmbeddingTowerCollection` of torchrec 1.8.0 lacks, and gets here:
 - it runs on CPUs (DistributedDataParallel is given no device ids there);
 - ids reach their rank in one exchange, which can be started a step ahead;
 - tower outputs cross hosts full duplex, in a precision of their own;
-- all towers of a host look up at once, and where their modules allow it, compress before they
+- all towers of a host look up at once and, if their modules allow it, compress before they
   exchange (`tower_run`);
 - weights can be loaded with `load_state_dict`;
 - the plan that it is given stays as it is.
@@ -98,14 +98,14 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         self._ahead.append((features, context, self.input_dist(context, features)))
 
     def advance_input(self) -> None:
-        """Let ids follow where their number has arrived: the second part of `start_input`."""
+        """Send the ids whose number has arrived: the second part of `start_input`."""
         self._ahead = deque(
             (features, context, started.wait() if _announces(started) else started)
             for features, context, started in self._ahead
         )
 
     def forget_input(self) -> None:
-        """Wait for what was started and is not wanted any more."""
+        """Wait for what was started and is no longer needed."""
         self.advance_input()
         while self._ahead:
             self._ahead.popleft()[2].wait()
@@ -198,7 +198,7 @@ class TowersSharder(stock.EmbeddingTowerCollectionSharder):  # type: ignore[misc
 
 @contextmanager
 def _data_parallel_on(device: torch.device | None) -> Iterator[None]:
-    """Let TorchRec's towers be data-parallel on a CPU, where there are no device ids."""
+    """Let TorchRec's towers be data-parallel on a CPU, which has no device ids."""
     if device is None or device.type != "cpu":
         yield
         return

@@ -1,7 +1,7 @@
-"""The loop: batches through a model, one optimizer per part, measured now and then.
+"""The loop in one process, and what every loop keeps: evaluations, progress, a schedule.
 
-Nothing here knows how many processes there are or where tables live: the model, the optimizers,
-the batches, the measurement and the best state come from whoever holds them.
+Nothing here knows where tables live: the step, the measurement and the best state come from
+whoever holds them. The loop over ranks is `recipes/finetune_dmt.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.documents import EvaluationRecord
 from dmt_convert.errors import ConfigError
 from dmt_convert.metrics import Accuracy
-from dmt_convert.training.finetune_config import FinetuneConfig
 from dmt_convert.training.optimizers import PartOptimizer
 
 
@@ -31,9 +31,9 @@ class Evaluation:
     step: int
     """Steps taken; 0 is the start."""
     auc: float | None
-    """Area under the ROC curve; None where only one class occurs."""
+    """Area under the ROC curve; None if only one class occurs."""
     ne: float | None
-    """Normalised entropy; None where only one class occurs."""
+    """Normalised entropy; None if only one class occurs."""
     log_loss: float
     """Mean negative log likelihood, in nats."""
     train_loss: float | None
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """What decides, lower is better: NE, or the log loss where there is none."""
+        """What decides, lower is better: NE, or the log loss if it is None."""
         return self.log_loss if self.ne is None else self.ne
 
     @property
@@ -56,12 +56,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What came of training; the model is in its best state."""
+    """The outcome of training; the model is in its best state."""
 
     history: tuple[Evaluation, ...]
     """All evaluations; the first is of the start."""
     best: Evaluation
-    """The one whose state the model has; the start's, where nothing beat it."""
+    """The one whose state the model has; the start's, if nothing beat it."""
     steps: int
     """Steps taken."""
     seconds: float
@@ -92,10 +92,10 @@ class BestState(Protocol):
     """Holds on to the best state of a model while it is trained on."""
 
     def keep(self) -> None:
-        """Take the present state for the best."""
+        """Remember the present state as the best."""
 
     def restore(self) -> None:
-        """Bring the best state back."""
+        """Return to the best state."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,19 +115,53 @@ class Progress:
 
     @property
     def best(self) -> Evaluation:
-        """The best evaluation so far."""
+        """The best evaluation so far; of equal ones, the first."""
         return self.history[self.best_index]
 
-    def note(self, evaluation: Evaluation) -> bool:
-        """Take an evaluation; returns whether it is the best so far."""
+    def note_loss(self, loss: float) -> None:
+        """Take the loss of a step.
+
+        Raises:
+            ConfigError: It is not finite.
+        """
+        if not math.isfinite(loss):
+            raise _diverged("loss", loss, self.step)
+        self.losses.append(loss)
+
+    def note_accuracy(self, accuracy: Accuracy, train_loss: float | None) -> bool:
+        """Take a measurement; returns whether the model is the best so far, as it is at the start.
+
+        Args:
+            accuracy: On the validation rows.
+            train_loss: Mean loss of the steps since the evaluation before, over all processes.
+
+        Raises:
+            ConfigError: The validation loss is not finite.
+        """
+        if not math.isfinite(accuracy.log_loss):
+            raise _diverged("validation loss", accuracy.log_loss, self.step)
+        evaluation = Evaluation(
+            step=self.step,
+            auc=accuracy.auc,
+            ne=accuracy.ne,
+            log_loss=accuracy.log_loss,
+            train_loss=train_loss,
+        )
+        self.losses.clear()
         self.history.append(evaluation)
         is_best = len(self.history) == 1 or evaluation.score < self.best.score
         if is_best:
             self.best_index = len(self.history) - 1
         return is_best
 
+    def result(self) -> TrainResult:
+        """Return what came of training."""
+        return TrainResult(
+            history=tuple(self.history), best=self.best, steps=self.step, seconds=self.seconds
+        )
+
     def is_over(self, patience: int | None) -> bool:
-        """Whether patience, in evaluations without improvement, is at an end."""
+        """Whether so many evaluations in a row brought no improvement; None: never."""
         return patience is not None and len(self.history) - 1 - self.best_index >= patience
 
     def to_json(self) -> dict[str, Any]:
@@ -156,6 +190,20 @@ class Schedule:
     stop_at: Callable[[Evaluation], bool] = lambda evaluation: False
     """Ends training when an evaluation is good enough."""
 
+    @classmethod
+    def of(cls, config: TrainingConfig, num_rows: int) -> Schedule:
+        """Make the schedule that a config asks for.
+
+        Args:
+            config: Steps, evaluations, checkpoints.
+            num_rows: Training rows.
+        """
+        return cls(
+            total_steps=config.total_steps(num_rows),
+            eval_every=config.steps_between_evaluations(num_rows),
+            save_every=config.checkpoint_every,
+        )
+
     def measures(self, step: int) -> bool:
         """Whether a step, from 1, is followed by an evaluation."""
         return step % self.eval_every == 0 or step in self.eval_at or step == self.total_steps
@@ -167,33 +215,24 @@ class Schedule:
         )
 
 
-def _mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingParts:
-    """What the loop works with; another engine brings its own."""
+    """What the loop works with."""
 
     step: Callable[[float], float]
-    """Takes a step on the next batch, given what learning rates are multiplied by; returns this
-    process's loss before it."""
+    """Takes a step on the next batch, given what learning rates are multiplied by; returns the
+    loss before it."""
     measure: Callable[[], Accuracy]
     """Measures the model on the validation rows."""
     best_state: BestState
     """Holds on to the best state."""
-    mean_loss: Callable[[Sequence[float]], float] = _mean
-    """Mean of losses, over all processes."""
-    save: Callable[[Progress], None] | None = None
-    """Writes a checkpoint; None where there are none."""
 
 
 def run_loop(
     parts: TrainingParts,
-    config: FinetuneConfig,
+    config: TrainingConfig,
     schedule: Schedule,
     *,
-    progress: Progress | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> TrainResult:
@@ -203,66 +242,40 @@ def run_loop(
     was before.
 
     Args:
-        parts: Step, measurement, best state, checkpoints.
+        parts: Step, measurement, best state.
         config: Learning rates over time, patience.
-        schedule: When to measure, when to save, when to end.
-        progress: Where to go on, from a checkpoint; None for the start.
-        on_step: Told of every step, from 1, and its loss.
-        on_evaluation: Told of every evaluation.
+        schedule: When to measure, and when to end.
+        on_step: Called after every step, from 1, with its loss.
+        on_evaluation: Called after every evaluation.
 
     Raises:
         ConfigError: The loss is no longer finite.
         DataError: A row is not what the format promises.
     """
-    now = Progress() if progress is None else progress
-    if not now.history:
-        _evaluate(parts, now, on_evaluation)
-    total = schedule.total_steps
-    begin = time.perf_counter()
+    now, total = Progress(), schedule.total_steps
+
+    def evaluate() -> None:
+        train_loss = sum(now.losses) / len(now.losses) if now.losses else None
+        if now.note_accuracy(parts.measure(), train_loss):
+            parts.best_state.keep()
+        on_evaluation(now.history[-1])
+
+    evaluate()
     while (
         now.step < total
         and not now.is_over(config.patience)
         and not schedule.stop_at(now.history[-1])
     ):
+        begin = time.perf_counter()
         now.step += 1
         loss = parts.step(config.lr_factor(now.step, total))
-        if not math.isfinite(loss):
-            raise _diverged("loss", loss, now.step)
-        now.losses.append(loss)
+        now.note_loss(loss)
+        now.seconds += time.perf_counter() - begin
         on_step(now.step, loss)
-        measures, saves = schedule.measures(now.step), schedule.saves(now.step)
-        if measures or saves:
-            now.seconds += time.perf_counter() - begin
-            improved = measures and _evaluate(parts, now, on_evaluation)
-            if parts.save is not None and (improved or saves):
-                parts.save(now)
-            begin = time.perf_counter()
+        if schedule.measures(now.step):
+            evaluate()
     parts.best_state.restore()
-    return TrainResult(
-        history=tuple(now.history), best=now.best, steps=now.step, seconds=now.seconds
-    )
-
-
-def _evaluate(
-    parts: TrainingParts, now: Progress, on_evaluation: Callable[[Evaluation], None]
-) -> bool:
-    """Measure, and keep the state where it is the best so far; returns whether it is."""
-    accuracy = parts.measure()
-    if not math.isfinite(accuracy.log_loss):
-        raise _diverged("validation loss", accuracy.log_loss, now.step)
-    evaluation = Evaluation(
-        step=now.step,
-        auc=accuracy.auc,
-        ne=accuracy.ne,
-        log_loss=accuracy.log_loss,
-        train_loss=parts.mean_loss(now.losses) if now.losses else None,
-    )
-    now.losses.clear()
-    is_best = now.note(evaluation)
-    if is_best:
-        parts.best_state.keep()
-    on_evaluation(evaluation)
-    return is_best
+    return now.result()
 
 
 def take_step(
@@ -280,8 +293,8 @@ def take_step(
         lr_factor: What learning rates are multiplied by.
 
     Returns:
-        Mean binary cross entropy before the step, in nats. Where it is not finite, no weight
-        was changed.
+        Mean binary cross entropy before the step, in nats. If it is not finite, no weight was
+        changed.
     """
     assert batch.labels is not None
     labels = torch.from_numpy(np.require(batch.labels, requirements=["C", "W"]))

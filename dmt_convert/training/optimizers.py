@@ -11,11 +11,13 @@ from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
-from dmt_convert.training.accumulators import load_sums
-from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.table_store import TableGroup, TableStore
+from dmt_convert.bundle import find_damage, read_rows
+from dmt_convert.checkpoint import TensorInfo, stream_tensor
+from dmt_convert.config import TrainingConfig
+from dmt_convert.errors import BundleError
+from dmt_convert.training.tables import TableGroup, TableStore
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class PartOptimizer(Protocol):
     """Moves one part of a model; parts of a distributed model have others of this kind."""
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
 
     def step(self, lr_factor: float) -> None:
         """Move the weights by their gradients.
@@ -47,7 +49,7 @@ class DenseOptimizer:
         config: Kind, learning rate and norm.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainingConfig) -> None:
         self._parameters = list(parameters)
         self._lr, self._clip_norm = config.dense_lr, config.clip_norm
         for parameter in self._parameters:
@@ -59,7 +61,7 @@ class DenseOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
         self._inner.zero_grad()
 
     def step(self, lr_factor: float) -> None:
@@ -95,12 +97,12 @@ class TableOptimizer:
         config: Kind of optimizer and learning rate.
     """
 
-    def __init__(self, store: TableStore, config: FinetuneConfig) -> None:
+    def __init__(self, store: TableStore, config: TrainingConfig) -> None:
         self._store, self._lr = store, config.table_lr
         self._rule = make_rule(store, config)
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to zero."""
         self._store.forget_gradients()
 
     def step(self, lr_factor: float) -> None:
@@ -114,7 +116,7 @@ class TableOptimizer:
                 self._rule.update(index, weight, rows, gradient, self._lr * lr_factor)
 
 
-def make_rule(store: TableStore, config: FinetuneConfig) -> RowRule:
+def make_rule(store: TableStore, config: TrainingConfig) -> RowRule:
     """Make the rule that a config names; what an earlier one summed is forgotten."""
     store.forget_sums()
     kind = config.table_optimizer
@@ -230,7 +232,7 @@ class Adam:
         _subtract(weight, rows, scale * mean / square.sqrt().add_(EPSILON))
 
 
-def state_bytes(config: FinetuneConfig, rows: int, elements: int) -> int:
+def state_bytes(config: TrainingConfig, rows: int, elements: int) -> int:
     """Bytes of the state that a config's table optimizer keeps, wherever it starts from.
 
     Args:
@@ -242,3 +244,27 @@ def state_bytes(config: FinetuneConfig, rows: int, elements: int) -> int:
     per_element = {"rowwise-adagrad": 0, "adagrad": 4, "sgd": 0, "adam": 8}
     kind = config.table_optimizer
     return rows * per_row[kind] + elements * per_element[kind]
+
+
+def load_sums(info: TensorInfo, target: Tensor) -> None:
+    """Read the accumulator of a table.
+
+    Args:
+        info: The accumulator, shape (R, 1).
+        target: Where to, shape (R, 1), or (R, N): then every element of a row takes the row's.
+
+    Raises:
+        BundleError: It holds what no sum of squares can be.
+    """
+    done = 0
+    for piece in read_rows(info, stream_tensor(info)):
+        damage = find_damage(piece)
+        if damage is not None:
+            raise BundleError(
+                f"{info.name} in {info.pieces[0].path} holds {damage}",
+                expected="sums of squared gradients, as `dmt convert` checked them",
+                hint="copy the bundle again, or start without it: --initial-accumulator 0",
+            )
+        target[done : done + len(piece)] = from_numpy(piece)
+        done += len(piece)
+    assert done == len(target), (info.name, done, len(target))

@@ -15,7 +15,7 @@ from dmt_convert.data import Batch
 from dmt_convert.errors import ConfigError
 from dmt_convert.model import DmtModel, FlatModel, TrainableTables, to_tensor
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training.table_store import TableStore
+from dmt_convert.training.tables import TableStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

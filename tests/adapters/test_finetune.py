@@ -9,7 +9,7 @@ import dmt_convert as dmt
 from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.recipes.finetune_dmt import main
-from dmt_convert.training import finetuned_bundle
+from dmt_convert.training import finetuned
 
 CHANGED = "self.norm = nn.LayerNorm(width)"
 NORM = """self.norm = nn.LayerNorm(width)
@@ -40,7 +40,7 @@ def test_a_network_is_tuned_but_for_its_statistics(
     before = dmt.convert(
         checkpoint, tmp_path / "bundle", towers=2, affinity="cosine", model=model, distill_steps=0
     )
-    monkeypatch.setattr(finetuned_bundle, "describe_bundle", lambda *_, **__: {})
+    monkeypatch.setattr(finetuned, "describe_bundle", lambda *_, **__: {})
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",
         "--model": model, "--max-steps": 20, "--dense-lr": 0.01,

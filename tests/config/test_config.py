@@ -249,3 +249,24 @@ def test_a_setting_is_declared_once(name: str) -> None:
         and "setting(" in line
     ]
     assert declared == ["dmt_convert/config.py"]
+
+
+def test_every_shipped_recipe_loads() -> None:
+    files = sorted((REPOSITORY / "recipes" / "configs").glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        settings = read_settings(file, TrainingConfig)
+        assert TrainingConfig(**settings) != TrainingConfig(), file
+        first = file.read_text("utf-8").splitlines()[0]
+        assert first.startswith("# python -m dmt_convert.recipes.finetune_dmt"), file
+        assert f"--config recipes/configs/{file.name}" in first, file
+
+
+def test_passes_and_steps_replace_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_steps: 4\ndense_lr: 0.5\n")
+    assert make_config(TrainingConfig, {}, path).total_steps(10**6) == 4
+    made = make_config(TrainingConfig, {"epochs": 2}, path)
+    assert (made.max_steps, made.epochs, made.dense_lr) == (None, 2, 0.5)
+    with pytest.raises(UsageError, match="--epochs and --max-steps together"):
+        make_config(TrainingConfig, {"epochs": 2, "max_steps": 3}, None)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmt_convert.cluster.wire import Wire
+from dmt_convert.cluster.exchange import Wire
 from dmt_convert.spec import COMM_DTYPES
 from support.cluster.client import RunRanks
 

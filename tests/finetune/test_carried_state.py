@@ -21,27 +21,27 @@ from torch import nn
 import dmt_convert as dmt
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.checkpoint import gather_rows, open_checkpoint, read_tensor
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import BundleError
 from dmt_convert.families import infer_model
 from dmt_convert.model import FlatModel
 from dmt_convert.training import (
-    FinetuneConfig,
     TrainableModel,
     load_bundle,
     open_training_data,
     train,
     write_finetuned,
 )
-from dmt_convert.training.finetuned_bundle import Finetuned
+from dmt_convert.training.data import training_batches
+from dmt_convert.training.finetuned import Finetuned
 from dmt_convert.training.optimizers import TableOptimizer
-from dmt_convert.training.training_data import training_batches
 from support.checkpoints.flat import make_flat
 from support.rows import write_clicks
 
 LR, STEPS = 0.1, 12
-CONFIG = FinetuneConfig(
+CONFIG = TrainingConfig(
     max_steps=STEPS, batch_size=64, eval_every=STEPS, dense_lr=0, table_lr=LR, lr_decay="constant"
 )
 # gradients of rows that several samples share are summed in another order: a few 1e-7 per step
@@ -125,12 +125,12 @@ def convert(tmp_path, few_rows, no_report) -> Callable[..., Bundle]:
     return run
 
 
-def go_on(bundle: Bundle, rows: Path, config: FinetuneConfig = CONFIG) -> Any:
+def go_on(bundle: Bundle, rows: Path, config: TrainingConfig = CONFIG) -> Any:
     data, model = open_training_data(rows), load_bundle(bundle)
     return model, train(model, data.train, data.valid, config)
 
 
-def tune(bundle: Bundle, rows: Path, out: Path, config: FinetuneConfig = CONFIG) -> Finetuned:
+def tune(bundle: Bundle, rows: Path, out: Path, config: TrainingConfig = CONFIG) -> Finetuned:
     model, result = go_on(bundle, rows, config)
     data = open_training_data(rows)
     return write_finetuned(bundle, out, model, result, config=config, data=data)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, gather_rows, read_tensor
-from dmt_convert.cluster.checkpoint_tables import open_tables, table_source
+from dmt_convert.cluster.checkpoint_tensors import open_tables, table_source
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.safetensors_writer import write_safetensors
 from dmt_convert.spec import TableSpec

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.cluster.cluster_job import choose_plan
 from dmt_convert.cluster.ranks import RankLayout
+from dmt_convert.cluster.sharding import choose_plan
 from dmt_convert.errors import PlanError
 from dmt_convert.placement import plan_towers
 from dmt_convert.placement.cluster import Cluster

@@ -16,30 +16,30 @@ import pytest
 import torch
 
 from dmt_convert.bundle import check_digests, open_bundle, open_bundle_model
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import adapt_batches, open_data
 from dmt_convert.documents import ParentRecord, QualityRow
 from dmt_convert.errors import BundleError, CheckpointError, ConfigError
 from dmt_convert.metrics import measure_accuracy
 from dmt_convert.scoring import open_model, score_data
 from dmt_convert.training import (
-    FinetuneConfig,
     check_memory,
+    in_memory,
     load_bundle,
     load_tables,
-    loading,
     open_training_data,
     train,
     write_finetuned,
 )
-from dmt_convert.training.finetuned_bundle import Finetuned, bundle_digest
-from dmt_convert.training.loading import available_bytes, needed_bytes, table_infos
+from dmt_convert.training.finetuned import Finetuned, bundle_digest
+from dmt_convert.training.in_memory import available_bytes, needed_bytes, table_infos
 from support.bundles import make_bundle
 
-CONFIG = FinetuneConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
-SPOIL = FinetuneConfig(max_steps=4, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=1)
+CONFIG = TrainingConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
+SPOIL = TrainingConfig(max_steps=4, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=1)
 
 
-def tune(path: Path, clicks: Path, out: Path, config: FinetuneConfig = CONFIG, **options: Any):
+def tune(path: Path, clicks: Path, out: Path, config: TrainingConfig = CONFIG, **options: Any):
     parent = open_bundle(path)
     data = open_training_data(clicks)
     model = load_bundle(parent)
@@ -234,10 +234,10 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
     wide = needed_bytes(spec, replace(CONFIG, table_optimizer="adagrad"), 10_000)
     assert wide["optimizer state"] == rows * 8 * 4
     assert wide["best rows"] == 2 * rows * 8 * 4
-    few = needed_bytes(spec, FinetuneConfig(max_steps=1, batch_size=2), 10_000)
+    few = needed_bytes(spec, TrainingConfig(max_steps=1, batch_size=2), 10_000)
     assert few["best rows"] == 4 * 2 * (8 + 1) * 4
     total = sum(needed.values())
-    module = "dmt_convert.training.loading.available_bytes"
+    module = "dmt_convert.training.in_memory.available_bytes"
     monkeypatch.setattr(module, lambda: total)
     check_memory(spec, CONFIG, 10_000)
     monkeypatch.setattr(module, lambda: total - 1)
@@ -248,8 +248,8 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
 def test_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    monkeypatch.setattr(loading, "_MEMINFO", meminfo)
-    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+    monkeypatch.setattr(in_memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(in_memory, "_CGROUP", tmp_path)
     assert available_bytes() == 800 * 1024
     (tmp_path / "memory.max").write_text("500000\n")
     (tmp_path / "memory.current").write_text("200000\n")

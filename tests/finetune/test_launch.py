@@ -21,20 +21,25 @@ from dmt_convert.cluster.launcher import (
     Launched,
     default_out,
     launch,
-    recipe_path,
     torchrun_command,
 )
-from dmt_convert.cluster.outcome import FOLDER_VARIABLE, read_outcomes, write_outcome
+from dmt_convert.cluster.rank_process import (
+    ERROR_FILE,
+    LostRankError,
+    read_error,
+    training_process,
+    write_error,
+)
 from dmt_convert.errors import BundleError, ConfigError, DmtError
 
 pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
 
 
 RECIPE = """
-    import os, signal, sys, time
+    import json, os, signal, sys, time
     from pathlib import Path
     from dmt_convert.errors import BundleError
-    from dmt_convert.cluster.outcome import die_with_parent, write_outcome
+    from dmt_convert.cluster.rank_process import die_with_parent, write_error
 
     die_with_parent()
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -43,9 +48,12 @@ RECIPE = """
 
     def refuse(name, code=3):
         error = BundleError(f"rank {rank} found {name}", expected="none", hint="mend it")
-        if not write_outcome(code, error=error):
+        if not write_error(error):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
+
+    def done(**result):
+        print(json.dumps(result, indent=1), flush=True)
 
     def interrupted(*_):
         (folder / f"interrupted-{rank}").touch()
@@ -59,8 +67,8 @@ RECIPE = """
     what = arguments[0]
     if what == "done":
         if rank == 0:
-            print("printed by rank 0")
-            write_outcome(0, result={"steps": 3, "arguments": arguments})
+            print("printed by rank 0", flush=True)
+            done(steps=3, arguments=arguments)
     elif what == "print":
         if rank == 0:
             print('{"steps": 4}')
@@ -78,7 +86,7 @@ RECIPE = """
         if attempt == 0:
             os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else wait_long()
         elif rank == 0:
-            write_outcome(0, result={"attempt": attempt})
+            done(attempt=attempt)
     elif what == "one host is lost once":
         import torch, torch.distributed as dist
         dist.init_process_group("gloo")
@@ -89,7 +97,7 @@ RECIPE = """
         dist.barrier()
         dist.destroy_process_group()
         if rank == 0:
-            write_outcome(0, result={"world": int(os.environ["WORLD_SIZE"])})
+            done(world=int(os.environ["WORLD_SIZE"]))
     elif what == "wait":
         wait_long()
     elif what == "deaf":
@@ -129,16 +137,18 @@ def alive(pid: int) -> bool:
 def test_ranks_run_to_their_end(
     start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    done = start("done", "--batch-size", "3")
-    assert done == Launched(
-        code=0, error=None, result={"steps": 3, "arguments": ["done", "--batch-size", "3"]}
-    )
+    assert start("done", "--batch-size", "3") == Launched(code=0, error=None, result=None)
     assert names(tmp_path) == ["started-0-0", "started-1-0"]
-    assert capfd.readouterr() == ("printed by rank 0\n", "")
+    printed = capfd.readouterr()
+    assert printed.out.startswith("printed by rank 0\n{")
+    assert printed.err == ""
 
 
 def test_a_captured_recipe_prints_nothing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    assert start("done", capture=True).result is not None
+    done = start("done", "--batch-size", "3", capture=True)
+    assert done == Launched(
+        code=0, error=None, result={"steps": 3, "arguments": ["done", "--batch-size", "3"]}
+    )
     assert start("print", capture=True).result == {"steps": 4}
     assert capfd.readouterr() == ("", "")
 
@@ -179,7 +189,7 @@ def test_a_killed_rank_is_told(start: Start, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_killed_rank_is_started_again(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    done = start("killed once", max_restarts=2)
+    done = start("killed once", max_restarts=2, capture=True)
     assert (done.code, done.result) == (0, {"attempt": 1})
     assert capfd.readouterr().err == (
         "note: rank 1 was killed (SIGKILL); starting the ranks of this host again (2 more times "
@@ -274,7 +284,7 @@ def start_two_hosts(
         "import json, sys\nfrom pathlib import Path\n"
         "from dmt_convert.cluster.launcher import LaunchConfig, launch\n"
         f"config = LaunchConfig(node_rank=int(sys.argv[2]), local_addr='127.0.0.1', **{settings})\n"
-        "done = launch(config, sys.argv[3:], recipe=Path(sys.argv[1]))\n"
+        "done = launch(config, sys.argv[3:], recipe=Path(sys.argv[1]), capture=True)\n"
         "print(json.dumps([done.code, done.result, done.error and done.error.found]))"
     )
     hosts = [
@@ -327,7 +337,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], found
 
 
 def test_the_command_is_torchruns_own(tmp_path: Path) -> None:
-    command = torchrun_command(LaunchConfig(nproc=4), recipe_path(), ["--bundle", "b"])
+    command = torchrun_command(LaunchConfig(nproc=4), ["--bundle", "b"])
     assert command[1:3] == ("-m", "torch.distributed.run")
     assert command[3:7] == (
         "--standalone",
@@ -335,8 +345,9 @@ def test_the_command_is_torchruns_own(tmp_path: Path) -> None:
         "--max-restarts=0",
         "--shutdown-timeout=30",
     )
-    assert Path(command[7]).name == "finetune_dmt.py"
-    assert command[8:] == ("--bundle", "b")
+    assert command[7:] == ("-m", "dmt_convert.recipes.finetune_dmt", "--bundle", "b")
+    copied = torchrun_command(LaunchConfig(), ["--bundle", "b"], Path("mine.py"))
+    assert copied[-3:] == ("mine.py", "--bundle", "b")
 
 
 def test_the_tuned_bundle_lies_beside_the_old_one(
@@ -348,22 +359,47 @@ def test_the_tuned_bundle_lies_beside_the_old_one(
     assert default_out(Path("models/..")) == tmp_path.with_name(f"{tmp_path.name}-tuned")
 
 
-def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the last attempt, refusals first; without a launcher the caller has to speak."""
-    error = DmtError("found", expected="expected", hint="hint", details=["a"])
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    assert not write_outcome(3, error=error)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "gone"))
-    assert not write_outcome(3, error=error)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    for rank, attempt, code in [(0, 0, 3), (0, 1, 130), (2, 1, 3), (10, 1, 3), (1, 1, 1)]:
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        assert write_outcome(code, error=error)
-    assert [(found.rank, found.code) for found in read_outcomes(tmp_path)] == [
-        (2, 3),
-        (10, 3),
-        (1, 1),
-        (0, 130),
-    ]
-    assert json.loads((tmp_path / "1-2.json").read_text())["error"] == error.to_json()
+def test_errors_travel_in_torchelastics_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    error = BundleError("found", expected="expected", hint="hint", details=["a"])
+    monkeypatch.delenv(ERROR_FILE, raising=False)
+    assert not write_error(error)
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "gone" / "error.json"))
+    assert not write_error(error)
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    assert write_error(error)
+    failure = ProcessFailure(0, 1, 3, str(tmp_path / "error.json"))
+    read = read_error(failure.error_file_data)
+    assert type(read) is BundleError
+    assert str(read) == str(error)
+    assert read_error({"message": "of another program"}) is None
+    for lost in (DmtError("found"), LostRankError("found")):
+        assert write_error(lost)
+        read = read_error(json.loads((tmp_path / "error.json").read_text()))
+        assert (type(read), read and read.exit_code) == (type(lost), lost.exit_code)
+
+
+@pytest.mark.parametrize("asks_first", [0, 1])
+def test_one_rank_of_a_host_prints_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asks_first: int,
+) -> None:
+    """Under plain torchrun, whose summary no user reads."""
+    codes = []
+    monkeypatch.setattr("dmt_convert.cluster.rank_process._ABORT_SECONDS", 0)
+    monkeypatch.setattr("dmt_convert.cluster.rank_process._on_signals", lambda end: None)
+    monkeypatch.setattr("dmt_convert.cluster.rank_process.os._exit", codes.append)
+    for rank in (asks_first, 1 - asks_first):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, str(rank))
+        with training_process(json_errors=False, quiet=False, timeout=1):
+            raise BundleError(f"found by rank {rank}")
+    assert codes == [3, 3]
+    assert capsys.readouterr().err == f"error: found by rank {asks_first}\n"

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.errors import ConfigError
 from dmt_convert.model import FlatModel
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import FinetuneConfig, make_trainable, table_store
+from dmt_convert.training import make_trainable, tables
 from dmt_convert.training.loop import take_step
 from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer
-from dmt_convert.training.table_store import sum_by_row
+from dmt_convert.training.tables import sum_by_row
 from support.models import build_model
 from support.rows import build_batch
 from support.specs import build_spec, click_spec
@@ -56,7 +57,7 @@ def run_reference(model: Any, batches: list[Batch], kind: str, start: float) -> 
         next(stepped) if kind == "rowwise-adagrad" else stepped.step()
 
 
-def train_tables(model: Any, batches: list[Batch], config: FinetuneConfig) -> None:
+def train_tables(model: Any, batches: list[Batch], config: TrainingConfig) -> None:
     trained = make_trainable(model)
     optimizers = (
         DenseOptimizer(trained.dense_parameters().values(), config),
@@ -88,7 +89,7 @@ def test_tables_move_as_with_dense_gradients(
     batches = [build_batch(spec, seed=seed, **bags) for seed in range(STEPS)]
     expected, model = build_model(spec), build_model(spec)
     run_reference(expected, batches, kind, start=0.01)
-    config = FinetuneConfig(table_optimizer=kind, table_lr=LR, dense_lr=0, initial_accumulator=0.01)
+    config = TrainingConfig(table_optimizer=kind, table_lr=LR, dense_lr=0, initial_accumulator=0.01)
     before = [table.clone() for table in tables_of(model)]
     train_tables(model, batches, config)
     for ours, theirs, old in zip(tables_of(model), tables_of(expected), before, strict=True):
@@ -98,14 +99,14 @@ def test_tables_move_as_with_dense_gradients(
 
 def test_adam_moves_touched_rows_as_sparse_adam() -> None:
     from dmt_convert.training.optimizers import make_rule
-    from dmt_convert.training.table_store import TableStore
+    from dmt_convert.training.tables import TableStore
 
     rng = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(20, 8, generator=rng))
     reference = torch.optim.SparseAdam([weight], lr=LR)
     store = TableStore(one_table(20))
     store.groups[0].weight.copy_(weight.detach())
-    rule = make_rule(store, FinetuneConfig(table_optimizer="adam"))
+    rule = make_rule(store, TrainingConfig(table_optimizer="adam"))
     for step in range(STEPS):
         rows = torch.randperm(20, generator=rng)[: 5 + step]
         gradient = torch.randn(len(rows), 8, generator=rng)
@@ -137,7 +138,7 @@ def test_unsummed_duplicates_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -
         rows, firsts = np.unique(ids, return_index=True)
         return torch.from_numpy(rows), gradients[torch.from_numpy(firsts)]
 
-    monkeypatch.setattr(table_store, "sum_by_row", last_only)
+    monkeypatch.setattr(tables, "sum_by_row", last_only)
     with pytest.raises(AssertionError, match="not close"):
         test_tables_move_as_with_dense_gradients("rowwise-adagrad", "sum", {})
 
@@ -151,7 +152,7 @@ def test_a_shared_table_exists_once_and_gets_all_gradients() -> None:
     model = FlatModel(spec)
     assert make_trainable(model).store.groups[0].weight.shape == (10, 8)
     run_reference(expected, batches, "rowwise-adagrad", start=0.01)
-    config = FinetuneConfig(table_lr=LR, dense_lr=0, initial_accumulator=0.01)
+    config = TrainingConfig(table_lr=LR, dense_lr=0, initial_accumulator=0.01)
     train_tables(model, batches, config)
     torch.testing.assert_close(tables_of(model)[0], tables_of(expected)[0], rtol=1e-5, atol=2e-6)
 
@@ -161,7 +162,7 @@ def test_rows_that_no_batch_touches_stay() -> None:
     model = build_model(spec)
     before = [table.clone() for table in tables_of(model)]
     batch = build_batch(spec)
-    train_tables(model, [batch] * 3, FinetuneConfig())
+    train_tables(model, [batch] * 3, TrainingConfig())
     names = [name for tower in model.tower_list for name in tower.features]
     for name, old, new in zip(names, before, tables_of(model), strict=True):
         touched = np.unique(batch.bags[spec.feature_names.index(name)].values)
@@ -190,7 +191,7 @@ ROW_OPS = {"index_select", "index_copy_", "index_fill_"}
 def test_a_step_costs_the_rows_it_touches(kind: Any) -> None:
     spec = click_spec(rows=(7, 1_000_000, 11, 6))
     trained = make_trainable(build_model(spec))
-    config = FinetuneConfig(table_optimizer=kind)
+    config = TrainingConfig(table_optimizer=kind)
     optimizers = (TableOptimizer(trained.store, config),)
     take_step(trained, optimizers, build_batch(spec))  # the first one fills accumulators
     with WholeTableOps(1_000_000) as ops:
@@ -204,7 +205,7 @@ def test_a_step_costs_the_rows_it_touches(kind: Any) -> None:
 def test_accumulators_start_at_what_the_first_batch_shows():
     spec = click_spec()
     trained = make_trainable(build_model(spec))
-    optimizer = TableOptimizer(trained.store, FinetuneConfig(table_lr=LR))
+    optimizer = TableOptimizer(trained.store, TrainingConfig(table_lr=LR))
     batch = build_batch(spec)
     trained.store.forget_gradients()
     trained(batch).sum().backward()
@@ -227,7 +228,7 @@ def test_accumulators_start_at_what_the_first_batch_shows():
 def test_the_journal_brings_the_kept_state_back() -> None:
     spec = click_spec()
     trained = make_trainable(build_model(spec))
-    store, optimizers = trained.store, (TableOptimizer(trained.store, FinetuneConfig()),)
+    store, optimizers = trained.store, (TableOptimizer(trained.store, TrainingConfig()),)
     for seed in range(3):
         take_step(trained, optimizers, build_batch(spec, seed=seed))
     store.keep()

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, open_data
 from dmt_convert.errors import ConfigError, DataError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.model import FlatModel
-from dmt_convert.training import FinetuneConfig, make_trainable, measure_rows, train
+from dmt_convert.training import make_trainable, measure_rows, train
+from dmt_convert.training.data import open_training_data, training_batches, training_shares
 from dmt_convert.training.loop import Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.training.optimizers import DenseOptimizer
-from dmt_convert.training.training_data import open_training_data, training_batches, training_shares
 from support.models import build_model
 from support.rows import build_batch, write_clicks
 from support.specs import click_spec
@@ -37,7 +38,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-SETTINGS = FinetuneConfig(epochs=4, batch_size=64, dense_lr=3e-3, table_lr=0.05, eval_every=16)
+SETTINGS = TrainingConfig(epochs=4, batch_size=64, dense_lr=3e-3, table_lr=0.05, eval_every=16)
 
 
 def test_training_from_scratch_learns(rows) -> None:
@@ -58,7 +59,7 @@ def test_the_same_seed_gives_the_same_bits(rows) -> None:
     states = []
     for seed in (3, 3, 4):
         model = build_model()
-        train(model, *rows, FinetuneConfig(max_steps=20, batch_size=64, seed=seed))
+        train(model, *rows, TrainingConfig(max_steps=20, batch_size=64, seed=seed))
         states.append(state_of(model))
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
@@ -68,7 +69,7 @@ def test_what_only_gets_worse_ends_as_it_began(rows) -> None:
     model = build_model()
     train(model, *rows, SETTINGS)
     before = state_of(model)
-    spoil = FinetuneConfig(
+    spoil = TrainingConfig(
         epochs=9, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=2, patience=3
     )
     result = train(model, *rows, spoil)
@@ -89,7 +90,7 @@ def test_frozen_parts_stay(rows) -> None:
     for frozen in ("dense_lr", "table_lr"):
         model = build_model()
         before = state_of(model)
-        train(model, *rows, FinetuneConfig(max_steps=10, batch_size=64, **{frozen: 0}))
+        train(model, *rows, TrainingConfig(max_steps=10, batch_size=64, **{frozen: 0}))
         after = state_of(model)
         moved = {".tables." in n for n in after if not torch.equal(before[n], after[n])}
         assert moved == {frozen == "dense_lr"}
@@ -120,7 +121,7 @@ class Fakes:
         self.factors.append(lr_factor)
 
 
-def run_fakes(fakes: Fakes, config: FinetuneConfig, clicks: Path, **schedule: Any) -> Any:
+def run_fakes(fakes: Fakes, config: TrainingConfig, clicks: Path, **schedule: Any) -> Any:
     data = open_data(clicks / "train.npz")
     model = make_trainable(build_model())
     batches = training_batches(data, model.spec, config)
@@ -134,7 +135,7 @@ def run_fakes(fakes: Fakes, config: FinetuneConfig, clicks: Path, **schedule: An
 
 def test_patience_counts_evaluations_since_the_best(clicks) -> None:
     fakes = Fakes([0.9, 0.95, 0.8, 0.85, 0.8, 0.81, 0.1])
-    config = FinetuneConfig(batch_size=8, patience=3)
+    config = TrainingConfig(batch_size=8, patience=3)
     result = run_fakes(fakes, config, clicks)
     assert (result.steps, result.best_step, result.best.ne) == (5, 2, 0.8)
     assert fakes.log == ["keep", "step", "step", "keep", "step", "step", "step", "restore"]
@@ -142,18 +143,18 @@ def test_patience_counts_evaluations_since_the_best(clicks) -> None:
 
 def test_without_ne_the_log_loss_decides(clicks) -> None:
     fakes = Fakes([None, None])
-    config = FinetuneConfig(batch_size=8, patience=1)
+    config = TrainingConfig(batch_size=8, patience=1)
     assert run_fakes(fakes, config, clicks).best_step == 0
 
 
 def test_no_patience_means_all_steps(clicks) -> None:
-    config = FinetuneConfig(batch_size=8, patience=None)
+    config = TrainingConfig(batch_size=8, patience=None)
     fakes = Fakes([0.5] * 100)
     assert run_fakes(fakes, config, clicks).steps == 50
 
 
 def test_evaluations_come_when_asked_for(clicks) -> None:
-    config = FinetuneConfig(batch_size=8, patience=None)
+    config = TrainingConfig(batch_size=8, patience=None)
     steps = {"eval_every": 20, "eval_at": frozenset({3, 7}), "total_steps": 45}
     result = run_fakes(Fakes([0.9] * 9), config, clicks, **steps)
     assert [found.step for found in result.history] == [0, 3, 7, 20, 40, 45]
@@ -169,7 +170,7 @@ def test_learning_rates_rise_and_fall(clicks) -> None:
         ("cosine", 0.0, 0.5),
     ):
         fakes = Fakes([0.9] * 99)
-        config = FinetuneConfig(batch_size=8, warmup_steps=10, lr_decay=decay, patience=None)
+        config = TrainingConfig(batch_size=8, warmup_steps=10, lr_decay=decay, patience=None)
         run_fakes(fakes, config, clicks)
         assert fakes.factors[:10] == pytest.approx(np.arange(1, 11) / 10)
         assert fakes.factors[30] == pytest.approx(middle, abs=0.05)
@@ -180,7 +181,7 @@ def test_learning_rates_rise_and_fall(clicks) -> None:
 def test_a_loss_that_is_not_finite_ends_training(rows) -> None:
     model = build_model()
     with pytest.raises(ConfigError, match=r"diverged: the .*loss is (nan|inf)") as refused:
-        train(model, *rows, FinetuneConfig(max_steps=50, dense_lr=1e30, batch_size=64))
+        train(model, *rows, TrainingConfig(max_steps=50, dense_lr=1e30, batch_size=64))
     assert "nothing was written" in refused.value.expected
     trained = make_trainable(build_model())
     trained.store.groups[0].weight.fill_(float("nan"))
@@ -192,7 +193,7 @@ def test_a_loss_that_is_not_finite_ends_training(rows) -> None:
 def test_gradients_are_clipped() -> None:
     trained = make_trainable(build_model())
     parameters = list(trained.dense_parameters().values())
-    optimizer = DenseOptimizer(parameters, FinetuneConfig(clip_norm=1e-3))
+    optimizer = DenseOptimizer(parameters, TrainingConfig(clip_norm=1e-3))
     (trained(build_batch(click_spec())) * 1e3).sum().backward()
     optimizer.step(1.0)
     norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
@@ -203,7 +204,7 @@ def test_every_pass_has_an_order_of_its_own_and_all_rows(clicks) -> None:
     data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
 
     def dense(seed: int) -> Iterator[np.ndarray]:
-        config = FinetuneConfig(batch_size=500, seed=seed)
+        config = TrainingConfig(batch_size=500, seed=seed)
         batches = itertools.islice(training_batches(data, spec, config), 8)
         parts = [batch.dense[:, 0] for batch in batches]
         return np.concatenate(parts[:4]), np.concatenate(parts[4:])
@@ -217,7 +218,7 @@ def test_every_pass_has_an_order_of_its_own_and_all_rows(clicks) -> None:
 
 def test_ranks_share_the_rows_of_a_step(clicks) -> None:
     data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
-    config = FinetuneConfig(batch_size=500)
+    config = TrainingConfig(batch_size=500)
     parts = [
         next(training_shares(data, spec, config, rank=rank, world_size=3)) for rank in range(3)
     ]
@@ -229,7 +230,7 @@ def test_ranks_share_the_rows_of_a_step(clicks) -> None:
 
 def test_shares_go_on_where_batches_were(clicks) -> None:
     data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
-    config = FinetuneConfig(batch_size=300)
+    config = TrainingConfig(batch_size=300)
     whole = training_shares(data, spec, config, rank=1, world_size=2)
     later = training_shares(data, spec, config, rank=1, world_size=2, start_step=9)
     for expected, found in zip(itertools.islice(whole, 9, 16), later, strict=False):

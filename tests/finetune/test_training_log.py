@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.errors import DmtError
-from dmt_convert.training import training_log
-from dmt_convert.training.training_log import METRICS, TENSORBOARD, TrainingLog, read_log
+from dmt_convert.training import log
+from dmt_convert.training.log import METRICS, TENSORBOARD, TrainingLog, read_log
 
 needs_tensorboard = pytest.mark.skipif(
     find_spec("tensorboard") is None, reason="tensorboard is not installed"
@@ -84,7 +84,7 @@ def test_a_line_that_was_cut_is_dropped(tmp_path: Path, rest: bytes) -> None:
 def test_what_a_killed_training_logged_is_there(tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from dmt_convert.training.training_log import TrainingLog\n"
+        "from dmt_convert.training.log import TrainingLog\n"
         "log = TrainingLog(Path(sys.argv[1]), tensorboard=False)\n"
         "for step in range(1, 101):\n    log.write(step, {'loss': 1 / step})\n"
         "os.kill(os.getpid(), 9)"
@@ -120,7 +120,7 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_without_tensorboard_a_note_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(training_log, "find_spec", lambda name: None)
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, logger="dmt_convert"):
         write(tmp_path, range(1, 3))
     assert "pip install tensorboard" in caplog.text

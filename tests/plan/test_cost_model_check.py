@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.cluster.results import Row
+from benchmarks.cluster.settings import Settings, parse_topology
 from dmt_convert.errors import DataError
-from dmt_convert.recipes.cluster_bench.results import Row
-from dmt_convert.recipes.cluster_bench.settings import Settings, parse_topology
 from support.paths import REPOSITORY
 
 TOPOLOGIES = ("4x2", "8x1", "2x4", "8x2")

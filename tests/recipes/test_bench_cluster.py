@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.errors import ConfigError
-from dmt_convert.recipes import bench_cluster
-from dmt_convert.recipes.cluster_bench.network import GOODPUT, parse_counters
-from dmt_convert.recipes.cluster_bench.plot import plot_speedup
-from dmt_convert.recipes.cluster_bench.results import fit_model, loss_faults, summarise
-from dmt_convert.recipes.cluster_bench.settings import (
+from benchmarks.cluster import bench
+from benchmarks.cluster.network import GOODPUT, parse_counters
+from benchmarks.cluster.plot import plot_speedup
+from benchmarks.cluster.results import fit_model, loss_faults, summarise
+from benchmarks.cluster.settings import (
     DEFAULT_VARIANTS,
     Settings,
     Topology,
@@ -23,8 +22,9 @@ from dmt_convert.recipes.cluster_bench.settings import (
     parse_topology,
     parse_variant,
 )
-from dmt_convert.recipes.cluster_bench.stage import merge_answers
-from dmt_convert.recipes.cluster_bench.table import LIMITS, render_fit, render_legend, render_table
+from benchmarks.cluster.stage import merge_answers
+from benchmarks.cluster.table import LIMITS, render_fit, render_legend, render_table
+from dmt_convert.errors import ConfigError
 
 
 def make_settings(**changes: Any) -> Settings:
@@ -125,15 +125,15 @@ def test_settings_survive_json() -> None:
 
 
 def test_options_win_over_quick() -> None:
-    options = bench_cluster.make_parser().parse_args(["--quick", "--rates", "50,75.5"])
-    settings = bench_cluster.read_settings(options)
+    options = bench.make_parser().parse_args(["--quick", "--rates", "50,75.5"])
+    settings = bench.read_settings(options)
     assert settings.rates == (50.0, 75.5)
     assert [topology.name for topology in settings.topologies] == ["2x1"]
-    assert settings.steps == bench_cluster.QUICK["steps"]
+    assert settings.steps == bench.QUICK["steps"]
 
 
 def test_defaults() -> None:
-    settings = bench_cluster.read_settings(bench_cluster.make_parser().parse_args([]))
+    settings = bench.read_settings(bench.make_parser().parse_args([]))
     assert [topology.name for topology in settings.topologies] == ["4x2", "8x1", "2x4", "8x2"]
     assert settings.rates == (50, 100, 200, 500, 1000)
     assert (settings.batch, settings.pooling, settings.features, settings.dim) == (256, 1, 26, 128)
@@ -146,7 +146,7 @@ def test_wrong_options_end_with_code_3(
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
-            bench_cluster.main([*words, "--json", "--out", str(tmp_path / "out")])
+            bench.main([*words, "--json", "--out", str(tmp_path / "out")])
     finally:
         signal.signal(signal.SIGTERM, terminate)
     assert ended.value.code == 3

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cluster import namespaces
+from benchmarks.cluster.launch import run_topology
+from benchmarks.cluster.network import GOODPUT
+from benchmarks.cluster.settings import Settings, Topology
 from dmt_convert.errors import DmtError
-from dmt_convert.recipes.cluster_bench import namespaces
-from dmt_convert.recipes.cluster_bench.launch import run_topology
-from dmt_convert.recipes.cluster_bench.network import GOODPUT
-from dmt_convert.recipes.cluster_bench.settings import Settings, Topology
+from support.paths import REPOSITORY
 
 pytestmark = pytest.mark.exhaustive  # real processes, and times that a busy machine misses
 
@@ -95,8 +96,8 @@ def running(folder: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
     assert processes() == {}
     arguments = ["--quick", "--seed", MARK, "--out", folder / "out", *words]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dmt_convert.recipes.bench_cluster", *map(str, arguments)],
-        cwd=folder,
+        [sys.executable, "-m", "benchmarks.cluster", *map(str, arguments)],
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -206,7 +207,7 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
     with endless(tmp_path) as process:
         wait_for_turns(process)
         found = processes()
-        assert sum("cluster_bench.worker" in command for command in found.values()) == 2
+        assert sum("benchmarks.cluster.worker" in command for command in found.values()) == 2
         hosts = {os.readlink(f"/proc/{rank}/ns/net") for rank in found}  # noqa: PTH115
         assert len(hosts) == 4  # ours, the bridge's, and two hosts
         process.send_signal(signal.SIGKILL)
@@ -217,7 +218,9 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
 def test_a_crashed_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
     with endless(tmp_path) as process:
         wait_for_turns(process)
-        rank = max(pid for pid, command in processes().items() if "cluster_bench.worker" in command)
+        rank = max(
+            pid for pid, command in processes().items() if "benchmarks.cluster.worker" in command
+        )
         os.kill(rank, signal.SIGKILL)
         _, progress = process.communicate(timeout=20)
         assert process.returncode == 3

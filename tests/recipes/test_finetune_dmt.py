@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.recipes.finetune_dmt import main
-from dmt_convert.training import finetuned_bundle, training
+from dmt_convert.training import finetuned, in_memory
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 from support.paths import REPOSITORY, read_files
@@ -154,13 +155,13 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(in_memory, "train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
 
 
-@pytest.mark.parametrize("where", ["training.measure_rows", "finetuned_bundle.describe_bundle"])
+@pytest.mark.parametrize("where", ["in_memory.measure_rows", "finetuned.describe_bundle"])
 def test_an_interrupt_leaves_nothing(tune, tmp_path, capsys, monkeypatch, where) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -177,7 +178,7 @@ def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 
-    monkeypatch.setattr(finetuned_bundle, "describe_bundle", fail)
+    monkeypatch.setattr(finetuned, "describe_bundle", fail)
     assert tune("--max-steps", 2, "--quiet") == 3
     printed = capsys.readouterr()
     assert printed.err.startswith("error: weights: Permission denied\nexpected: ")
@@ -195,9 +196,9 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_it_runs_as_a_file(scene, tmp_path) -> None:
+def test_a_copy_runs_as_a_file(scene, tmp_path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
-    script = REPOSITORY / "recipes" / "finetune_dmt.py"
+    script = shutil.copy(REPOSITORY / "recipes" / "finetune_dmt.py", tmp_path / "mine.py")
     done = subprocess.run(
         [
             *(sys.executable, script, "--bundle", scene / "b", "--max-steps", "2", "--quiet"),

@@ -25,9 +25,9 @@ import torch
 import torchrec  # noqa: F401
 from torch.distributed import TCPStore
 
-from dmt_convert.cluster import cluster_run, cluster_training, cluster_voice
-from dmt_convert.recipes import finetune_dmt, finetune_endings
-from dmt_convert.training import finetuned_bundle
+from dmt_convert.cluster import rank_process, trainer
+from dmt_convert.recipes import finetune_dmt
+from dmt_convert.training import finetuned
 from support.cluster import checkpoint_scenarios
 from support.cluster.forks import answer_lines, await_ranks, write_output
 
@@ -51,12 +51,12 @@ ACTS: dict[str, Callable[[], None]] = {
 }
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     **checkpoint_scenarios.MOMENTS,
-    "step": (cluster_training.ClusterTrainer, "step", False),
-    "measure": (cluster_training.ClusterTrainer, "measure", False),
-    "sums": (cluster_training.ClusterTrainer, "start_sums", False),
-    "write": (cluster_run, "write_trained", False),
-    "half written": (finetuned_bundle, "describe_bundle", False),
-    "written": (cluster_run, "write_trained", True),
+    "step": (finetune_dmt, "take_step", False),
+    "measure": (trainer.ClusterTrainer, "measure", False),
+    "sums": (trainer.ClusterTrainer, "start_sums", False),
+    "write": (finetuned, "write_trained", False),
+    "half written": (finetuned, "describe_bundle", False),
+    "written": (finetuned, "write_trained", True),
 }
 """Where a fault strikes: before a function is called, or after."""
 
@@ -168,6 +168,6 @@ def warm_up() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
-    cluster_voice._WAIT_SECONDS = 1.0  # type: ignore[misc]
-    finetune_endings._GRACE_SECONDS = 1.0  # type: ignore[misc]
+    rank_process._ABORT_SECONDS = 1.0  # type: ignore[misc]
+    rank_process._GRACE_SECONDS = 1.0  # type: ignore[misc]
     answer_lines(run_job)

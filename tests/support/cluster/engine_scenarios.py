@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
-from dmt_convert.cluster.jagged import carries_weights
+from dmt_convert.cluster.index_route import carries_weights
 from dmt_convert.placement import TowerPlan
 from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
 from support.cluster.flat_torchrec import flat_shards, shard_flat

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from dmt_convert.cluster import (
     stop_ranks,
     table_shards,
 )
-from dmt_convert.cluster.cluster_training import ClusterTrainer
 from dmt_convert.cluster.ranks import read_layout
+from dmt_convert.cluster.trainer import ClusterTrainer
+from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import ConfigError
+from dmt_convert.recipes.finetune_dmt import take_step
 from dmt_convert.training import train
-from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.training import BestInMemory
-from dmt_convert.training.training_data import open_training_data
+from dmt_convert.training.data import open_training_data
+from dmt_convert.training.in_memory import BestInMemory
 from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
 from support.cluster.sabotage import sabotage
 
@@ -43,7 +45,8 @@ def meet(
             if port:
                 os.environ["MASTER_PORT"] = str(port)
             layout = read_layout("gloo")
-            start_ranks(layout, hosts_per_tower=hosts_per_tower, timeout_seconds=timeout_seconds)
+            limit = timedelta(seconds=timeout_seconds)
+            start_ranks(layout, hosts_per_tower=hosts_per_tower, timeout=limit)
             groups = intra_and_cross_node_pg(torch.device("cpu"))
             found["groups"].append([dist.get_process_group_ranks(group) for group in groups])
             stop_ranks()
@@ -58,14 +61,14 @@ def train_with_trainer(
 ) -> dict[str, Any]:
     """Train with a `ClusterTrainer`; return losses and a digest of the tables."""
     case = Case.from_json(options)
-    sharded, trainer = _trainer(case, data, FinetuneConfig(**config))
+    sharded, trainer = _trainer(case, data, TrainingConfig(**config))
     trainer.finish()  # nothing to forget yet
     trainer.start_at(0, case.steps)
     losses, measured = [], []
     for step in range(case.steps):
         if step == restart_at:
             trainer.start_at(step, case.steps)
-        losses.append(trainer.step(1.0))
+        losses.append(take_step(trainer, 1.0))
         if measure_every and step % measure_every == 0:
             measured.append(trainer.measure().log_loss)
     trainer.finish()
@@ -78,17 +81,18 @@ def trainer_against_one_process(
     data: str, config: dict[str, Any], broken: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Train over the ranks, and in one process by the same settings."""
-    case, settings = Case.from_json(options), FinetuneConfig(**config)
+    case, settings = Case.from_json(options), TrainingConfig(**config)
     sharded, trainer = _trainer(case, data, settings)
     rows = open_training_data(Path(data))
     total = settings.total_steps(rows.train.num_rows)
     with sabotage(broken):
-        trainer.rehearse()
+        trainer.warm_up()
         trainer.start_sums({})
         trainer.start_at(0, total)
-        mine = [trainer.step(settings.lr_factor(step, total)) for step in range(1, total + 1)]
+        factors = [settings.lr_factor(step, total) for step in range(1, total + 1)]
+        mine = [take_step(trainer, factor) for factor in factors]
         trainer.finish()
-    mine = trainer.agree_losses(mine)
+    mine = trainer.mean_losses(mine)
     ended = trainer.measure()
     plain, theirs, evaluations = case.model(), [], []
     BestInMemory.restore = lambda best: None  # compared is the last state, not the best
@@ -108,7 +112,7 @@ def trainer_against_one_process(
     }
 
 
-def _trainer(case: Case, data: str, config: FinetuneConfig) -> tuple[ShardedModel, ClusterTrainer]:
+def _trainer(case: Case, data: str, config: TrainingConfig) -> tuple[ShardedModel, ClusterTrainer]:
     layout = read_layout("gloo")
     plan = case.plan(layout.hosts, layout.ranks_per_host)
     os.environ["TORCHREC_RESOLVED_POD_SIZE"] = str(plan.hosts_per_tower)

@@ -1,11 +1,11 @@
 """Flat TorchRec, TorchRec's towers and ours, on a cluster emulated on this machine.
 
-    python -m dmt_convert.recipes.bench_cluster --out cluster-bench
-    python -m dmt_convert.recipes.bench_cluster --topologies 4x2 --rates 200 --compute-ms 150
-    python -m dmt_convert.recipes.bench_cluster --quick
+    python -m benchmarks.cluster --out cluster-bench
+    python -m benchmarks.cluster --topologies 4x2 --rates 200 --compute-ms 150
+    python -m benchmarks.cluster --quick
 
 Hosts are Linux network namespaces on a bridge, each behind a link of limited rate; ranks are
-processes in them. It takes root or user namespaces, and leaves nothing behind however it ends. In
+processes in them. It needs root or user namespaces, and leaves nothing behind however it ends. In
 one launch per topology, all variants take turns at every link rate. OUT gets `report.md`,
 `speedup.svg`, `speedup.png`, `results.json` and the ranks' logs.
 
@@ -13,7 +13,7 @@ results.json, written anew after every link rate:
 
     schema_version   1
     machine          mode (root or rootless), cores, cpu, kernel, python, torch, torchrec
-    settings         as `cluster_bench.settings.Settings`, whose fields are documented there
+    settings         as `settings.Settings`, whose fields are documented there
     topologies       one per launch that has begun:
       topology       such as "4x2", hosts x ranks per host
       first_losses   loss of the first step of every variant; null until they are built
@@ -26,7 +26,7 @@ results.json, written anew after every link rate:
         hosts        per host, all these steps together: link_rx_bytes, link_tx_bytes (the limited
                      link), loopback_bytes (between its own ranks)
       fit            a_ms, k, mean_error, max_error of the model, or null
-      rows           as `cluster_bench.results.Row`, whose fields are documented there
+      rows           as `results.Row`, whose fields are documented there
 
 Exit codes: 0 done, 1 bug, 2 usage, 3 something you can mend, 130 interrupted (what was measured
 until then is written).
@@ -47,17 +47,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NoReturn
 
-if not __package__:  # run by its path
-    __package__ = "dmt_convert.recipes"
-
 from dmt_convert.errors import ConfigError, DmtError
 
-from .cluster_bench.launch import run_topology
-from .cluster_bench.namespaces import Mode, find_mode
-from .cluster_bench.plot import plot_speedup
-from .cluster_bench.results import Fit, Row, loss_faults, summarise
-from .cluster_bench.settings import DEFAULT_VARIANTS, Settings, parse_topology
-from .cluster_bench.table import LIMITS, render_fit, render_legend, render_table
+from .launch import run_topology
+from .namespaces import Mode, find_mode
+from .plot import plot_speedup
+from .results import Fit, Row, loss_faults, summarise
+from .settings import DEFAULT_VARIANTS, Settings, parse_topology
+from .table import LIMITS, render_fit, render_legend, render_table
 
 SCHEMA_VERSION: Final = 1
 _INTERRUPT_CODE: Final = 130
@@ -292,7 +289,3 @@ def fail(options: argparse.Namespace, error: DmtError, *, code: int) -> NoReturn
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from dmt_convert.bundle import (
     DENSE_FILE,
+    AccumulatorSource,
     Bundle,
     Documents,
+    FloatRows,
     Manifest,
     StreamedWeights,
+    accumulator_file,
     open_bundle_model,
+    read_rows,
     split_state,
     tower_file,
     write_bundle,
 )
 from dmt_convert.checkpoint import CHUNK_BYTES, ByteRows, TensorInfo, stream_tensor
-from dmt_convert.documents import FinetuneRecord, ParentRecord, Quality, QualityRow, Tool
+from dmt_convert.config import TrainingConfig
+from dmt_convert.documents import (
+    FinetuneRecord,
+    OptimizerState,
+    ParentRecord,
+    Quality,
+    QualityRow,
+    Tool,
+)
 from dmt_convert.errors import BundleError
 from dmt_convert.files import TensorSource, check_space, check_target, digest_names
 from dmt_convert.metrics import Accuracy
 from dmt_convert.model import DmtModel
 from dmt_convert.placement import TowerPlan
 from dmt_convert.report import describe_bundle
-from dmt_convert.training.accumulators import (
-    GetSums,
-    Pieces,
-    describe_tuned,
-    dropping_notes,
-    plan_tuned_accumulators,
-    tensor_pieces,
-)
-from dmt_convert.training.finetune_config import FinetuneConfig
-from dmt_convert.training.loading import table_infos
+from dmt_convert.training.data import TrainingData
+from dmt_convert.training.in_memory import measure_rows, table_infos
 from dmt_convert.training.loop import Evaluation, TrainResult
 from dmt_convert.training.trainable_model import TrainableModel
-from dmt_convert.training.training import measure_rows
-from dmt_convert.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ ROW_NAME: Final = "fine-tuned"
 """Name of the quality row."""
 TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+Pieces = Callable[[], Iterator[FloatRows]]
+"""Gives the sums of squared gradients of a table, some rows at a time: shape (n, 1) or (n, N)."""
+GetSums = Callable[[str], Pieces | None]
+"""Gives the sums of a table by its name; None if there are none."""
 GetTable = Callable[[str], Tensor | TensorInfo]
 
 
@@ -66,6 +72,25 @@ class Finetuned:
     """The new bundle, as stored, on the same rows."""
     notes: tuple[str, ...]
     """What a user should know, one line each."""
+
+
+def summarise(
+    parent: Bundle, written: Finetuned, result: TrainResult, data: TrainingData
+) -> dict[str, Any]:
+    """Return what `--json` prints of a training."""
+    return {
+        "bundle": str(written.bundle.path),
+        "parent": str(parent.path),
+        "steps": result.steps,
+        "best_step": written.after.step,
+        "improved": written.after.step > 0,
+        "ms_per_step": result.ms_per_step,
+        "before": written.before.to_json(),
+        "after": written.after.to_json(),
+        "history": [evaluation.to_json() for evaluation in result.history],
+        "data": data.to_json(),
+        "notes": list(written.notes),
+    }
 
 
 def check_out(parent: Bundle, out: Path, *, force: bool) -> None:
@@ -99,14 +124,14 @@ def write_finetuned(
     model: TrainableModel,
     result: TrainResult,
     *,
-    config: FinetuneConfig,
+    config: TrainingConfig,
     data: TrainingData,
     force: bool = False,
 ) -> Finetuned:
     """Write a trained model as a bundle of the same layout as the one that it came from.
 
     Tables go back into the type in which they were stored; what that rounding costs is measured,
-    and where it makes the model worse than the start, the start is written. Adagrad's sums of
+    and if it makes the model worse than the start, the start is written. Adagrad's sums of
     squared gradients go with the tables that they belong to.
 
     Args:
@@ -127,7 +152,7 @@ def write_finetuned(
     after, notes = _settle(parent, model, result, data)
     table: GetTable | None = model.store.table
     module: DmtModel = model.module
-    if after is result.start and result.improved:  # rounding spoilt it
+    if after is result.start and result.improved:  # rounding made it worse
         table, module = None, open_bundle_model(parent)
     trained = TrainedModel(
         result=result,
@@ -152,7 +177,7 @@ class TrainedModel:
     result: TrainResult
     """What came of training."""
     after: Evaluation
-    """What the new bundle is worth, as stored."""
+    """How good the new bundle is, as stored."""
     notes: tuple[str, ...]
     """What a user should know, one line each."""
     module: DmtModel
@@ -160,7 +185,7 @@ class TrainedModel:
     table: GetTable | None
     """Tables; None takes those of the bundle that was fine-tuned."""
     sums: GetSums = lambda table: None
-    """Adagrad's sums of squared gradients, where it moved the tables and they are at hand."""
+    """Adagrad's sums of squared gradients, if it moved the tables and they are known."""
 
 
 def write_trained(
@@ -168,7 +193,7 @@ def write_trained(
     out: Path,
     trained: TrainedModel,
     *,
-    config: FinetuneConfig,
+    config: TrainingConfig,
     data: TrainingData,
     force: bool = False,
 ) -> Finetuned:
@@ -177,7 +202,7 @@ def write_trained(
     Args:
         parent: The bundle that was fine-tuned.
         out: The new bundle's folder.
-        trained: The weights, and what they are worth.
+        trained: The weights, and how good they are.
         config: With which settings they were trained.
         data: On which rows.
         force: Replace a bundle that is there.
@@ -216,7 +241,7 @@ def write_trained(
 def _settle(
     parent: Bundle, model: TrainableModel, result: TrainResult, data: TrainingData
 ) -> tuple[Evaluation, tuple[str, ...]]:
-    """Round what is stored in fewer bits; say what will be written, and what it is worth."""
+    """Round what is stored in fewer bits; decide what is written, and how good it is."""
     infos = table_infos(parent)
     rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
     if result.improved:
@@ -229,11 +254,11 @@ def _settle(
 def judge(
     result: TrainResult, rounded: Mapping[str, str], measure: Callable[[], Accuracy]
 ) -> tuple[Evaluation, tuple[str, ...]]:
-    """Say what will be written, and what it is worth.
+    """Decide what is written, and how good it is.
 
     Args:
         result: What came of training.
-        rounded: Table -> the type in which it is stored, where that is not float32.
+        rounded: Table -> the type in which it is stored, if that is not float32.
         measure: Measures the best state with its tables rounded so.
     """
     if not result.improved:
@@ -258,12 +283,12 @@ def judge(
 
 
 def table_sources(parent: Bundle, table: GetTable | None) -> dict[str, list[TensorSource]]:
-    """List the tables of every weights file, out of memory, or where `table` is None the parent's.
+    """List the tables of every weights file, from memory, or if `table` is None the parent's.
 
     Args:
         parent: Says which table lies in which file, and in what type.
         table: Gives the rows of a table by its name, float32: a tensor of shape (rows, N), or
-            where they lie in a file.
+            their tensor in a file.
     """
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, tensors in enumerate(parent.towers):
@@ -311,14 +336,14 @@ def _record(
     after: Evaluation,
     notes: tuple[str, ...],
     *,
-    config: FinetuneConfig,
+    config: TrainingConfig,
     data: TrainingData,
 ) -> FinetuneRecord:
     """Say how the bundle came to be, for the manifest."""
     return FinetuneRecord(
         parent=ParentRecord(name=parent.path.resolve().name, digest=bundle_digest(parent)),
         data=data.record,
-        settings=asdict(config),
+        settings={name: getattr(config, name) for name in TrainingConfig.model_fields},
         steps=result.steps,
         best_step=after.step,
         before=result.start.record,
@@ -367,3 +392,102 @@ def _read_figure(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return text[text.index("<svg") :] if "<svg" in text else None
+
+
+def plan_tuned_accumulators(
+    parent: Bundle, sums: GetSums | None
+) -> dict[str, list[AccumulatorSource]]:
+    """List what a fine-tuned bundle holds of the tables' optimizer, by file.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        sums: Those of the trained tables; None if tables and sums are the parent's.
+    """
+    get = _stored_sums(parent) if sums is None else sums
+    when = "" if sums is None else " after training"
+    flat, files = parent.manifest.model.flat, {}
+    for t, tower in enumerate(parent.manifest.model.towers):
+        tables = dict.fromkeys(flat.table_of(feature).name for feature in tower.features)
+        sources = [
+            AccumulatorSource(
+                table=name,
+                rows=flat.table(name).rows,
+                pieces=pieces,
+                origin=f"the accumulator of table {name!r}{when}",
+            )
+            for name in tables
+            if (pieces := get(name)) is not None
+        ]
+        if sources:
+            files[accumulator_file(t)] = sources
+    return files
+
+
+def describe_tuned(
+    parent: Bundle,
+    files: Mapping[str, Sequence[AccumulatorSource]],
+    config: TrainingConfig,
+    *,
+    moved: bool,
+) -> OptimizerState:
+    """Describe for the manifest what a fine-tuned bundle holds of the tables' optimizer.
+
+    Args:
+        parent: The bundle that was fine-tuned.
+        files: What was written.
+        config: How it was trained.
+        moved: Whether the tables differ from the parent's.
+    """
+    if not moved:
+        return parent.manifest.optimizer_state
+    sources = {source.table: source for group in files.values() for source in group}
+    kept = [source for source in sources.values() if source.damage is None]
+    notes = [f"as it was after training with {config.table_optimizer}"] if kept else []
+    if config.table_optimizer == "adagrad" and kept:
+        notes.append("of a number per element, the row's mean is kept")
+    notes += [
+        f"{source.origin} holds {source.damage}, so it is left out"
+        for source in sources.values()
+        if source.damage is not None
+    ]
+    return OptimizerState(
+        accumulators=len(kept),
+        averaged=len(kept) if config.table_optimizer == "adagrad" else 0,
+        notes=(*notes, *dropping_notes(parent, files, moved=moved)),
+    )
+
+
+def dropping_notes(
+    parent: Bundle, files: Mapping[str, Sequence[AccumulatorSource]], *, moved: bool
+) -> tuple[str, ...]:
+    """Say that accumulators of the parent were dropped, if they were."""
+    if files or not moved or not parent.accumulators:
+        return ()
+    return (_DROPPED,)
+
+
+_DROPPED: Final = (
+    "training kept no sums of squared gradients: those of the bundle that was fine-tuned no longer "
+    "fit the rows, and were dropped"
+)
+
+
+def tensor_pieces(sums: Tensor) -> Pieces:
+    """Give sums that are in memory, shape (R, 1) or (R, N)."""
+    step = max(1, CHUNK_BYTES // (4 * sums.shape[1]))
+
+    def pieces() -> Iterator[FloatRows]:
+        for first in range(0, len(sums), step):
+            yield sums[first : first + step].numpy()
+
+    return pieces
+
+
+def stored_pieces(info: TensorInfo) -> Pieces:
+    """Give sums that lie in a file, shape (R,), (R, 1) or (R, N)."""
+    return lambda: read_rows(info, stream_tensor(info))
+
+
+def _stored_sums(bundle: Bundle) -> GetSums:
+    given = {name: stored_pieces(info) for name, info in bundle.accumulators.items()}
+    return given.get

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dmt_convert.errors import DmtError
 
 from .namespaces import Mode, seal
 from .settings import Settings
+
+_ROOT: Final = Path(__file__).parents[2]
+"""Of the repository."""
 
 
 def run_topology(settings: Settings, mode: Mode, logs: Path) -> Generator[dict[str, Any]]:
@@ -37,18 +40,14 @@ def run_topology(settings: Settings, mode: Mode, logs: Path) -> Generator[dict[s
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        cwd=_ROOT,  # `-m` finds this package there
     )
     assert process.stdin is not None and process.stdout is not None
     try:
         for line in process.stdout:
             event = json.loads(line)
             if event["event"] == "error":
-                raise DmtError(
-                    event["found"],
-                    expected=event["expected"],
-                    hint=event["hint"],
-                    details=event["details"],
-                )
+                raise DmtError.from_json(event)
             yield event
     finally:
         process.stdin.close()

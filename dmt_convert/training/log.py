@@ -1,9 +1,9 @@
-"""Metrics as training goes: one JSON object per line, and TensorBoard's event files beside it.
+"""What is shown and logged as training goes: lines, a bar, and metrics on the disk.
 
 ```
 LOG/
   metrics.jsonl            {"step": 100, "time": 1767225600.0, "loss": 0.52, "rows_per_s": 81000.0}
-  tensorboard/events...    where the package `tensorboard` is installed
+  tensorboard/events...    if the package `tensorboard` is installed
 ```
 
 The first rank of a training writes; the others have a log without a folder.
@@ -15,8 +15,9 @@ import json
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from io import FileIO
@@ -24,10 +25,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import DmtError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
+
+    from dmt_convert.training.data import TrainingData
+    from dmt_convert.training.finetuned import Finetuned
+    from dmt_convert.training.loop import Evaluation, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,8 @@ METRICS: Final = "metrics.jsonl"
 """File of metrics, one JSON object per line."""
 TENSORBOARD: Final = "tensorboard"
 """Folder for TensorBoard: `tensorboard --logdir LOG/tensorboard`."""
+_STEPS_PER_LINE: Final = 10
+"""Steps between metrics of steps."""
 _FLUSH_SECONDS: Final = 10
 """How much of TensorBoard's events a killed training may lose; of the JSON lines, nothing."""
 
@@ -43,10 +52,11 @@ class TrainingLog:
     """What a training measures, on the disk as soon as it is measured.
 
     Args:
-        folder: Where to; made where it is missing. None writes nothing, for all ranks but one.
+        folder: Folder to write to; it is made. None writes nothing: for all ranks but one.
         resumed_step: The step of the checkpoint that training goes on from: what was logged of
-            later steps goes, as they are done again. None: a new training, an old log goes.
-        tensorboard: Whether TensorBoard's files are written; only where it is installed.
+            later steps is removed, as they are done again. None: a new training; an old log is
+            removed.
+        tensorboard: Whether TensorBoard's files are written; only if it is installed.
 
     Raises:
         DmtError: The folder cannot be written to.
@@ -109,6 +119,128 @@ class TrainingLog:
         self.close()
 
 
+class Monitor:
+    """Shows how training goes: lines for people, a bar on a terminal, metrics on the disk.
+
+    Args:
+        config: Settings; learning rates follow from the step.
+        data: What is trained on.
+        say: Prints a line; None: nothing is shown.
+        log: Folder for metrics; None: none are logged.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        data: TrainingData,
+        *,
+        say: Callable[[str], object] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self._config, self._data, self._folder = config, data, log
+        self._total = config.total_steps(data.train.num_rows)
+        self.say = say or (lambda line: None)
+        self._log: TrainingLog | None = None
+        self._bar = _make_bar(self._total) if say and sys.stderr.isatty() else None
+        self._last = (0.0, 0)
+
+    def __enter__(self) -> Monitor:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def start(self, step: int = 0) -> None:
+        """Say what is trained on; open the log, and remove what it holds of later steps.
+
+        Args:
+            step: Where training starts; above 0 if it goes on from a checkpoint.
+        """
+        data = self._data
+        self.say(
+            f"{data.train.num_rows:,} rows to train on ({data.train_name}), "
+            f"{data.valid.num_rows:,} to measure on ({data.valid_name}); at most {self._total:,} "
+            f"steps of {self._config.batch_size} rows"
+        )
+        if step:
+            self.say(f"going on from the checkpoint of step {step:,}")
+        self._log = TrainingLog(self._folder, resumed_step=step or None)
+        self._last = (time.perf_counter(), step)
+
+    def on_step(self, step: int, loss: float) -> None:
+        """Show a step; every tenth is logged, with this process's loss."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, loss=loss)
+        if self._log is None or (step % _STEPS_PER_LINE and step != self._total):
+            return
+        now, (then, before) = time.perf_counter(), self._last
+        factor = self._config.lr_factor(step, self._total)
+        values = {
+            "train/loss": loss,
+            "train/rows_per_s": (step - before) * self._config.batch_size / max(1e-9, now - then),
+            "lr/dense": self._config.dense_lr * factor,
+            "lr/tables": self._config.table_lr * factor,
+        }
+        self._log.write(step, values)
+        self._last = (now, step)
+
+    def on_evaluation(self, found: Evaluation) -> None:
+        """Show an evaluation; the time that it took is left out of rows per second."""
+        loss = "" if found.train_loss is None else f"; training loss {found.train_loss:.5f}"
+        self.say(
+            f"step {found.step:>6}: AUC {_show(found.auc)}, NE {_show(found.ne)}, log loss "
+            f"{found.log_loss:.5f}{loss}"
+        )
+        if self._log is None:
+            return
+        values = {
+            "valid/auc": found.auc,
+            "valid/ne": found.ne,
+            "valid/log_loss": found.log_loss,
+            "train/mean_loss": found.train_loss,
+        }
+        self._log.write(found.step, values)
+        self._last = (time.perf_counter(), found.step)
+
+    def finish(self, result: TrainResult, written: Finetuned) -> None:
+        """Show what came of training, and what was written."""
+        before, after = written.before, written.after
+        for note in written.notes:
+            self.say(f"note: {note}")
+        self.say(
+            f"{result.steps:,} steps at {result.ms_per_step:.1f} ms, best after {after.step:,}: "
+            f"validation AUC {_show(before.auc)} -> {_show(after.auc)}, NE {_show(before.ne)} -> "
+            f"{_show(after.ne)}"
+        )
+        self.say(f"wrote {written.bundle.path}")
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
+def _make_bar(total: int) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("Fine-tuning"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # lines meant for a pipe go there
+    )
+    bar.add_task("steps", total=total, loss=0.0)
+    return bar
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Read the metrics of a training; a last line that is not whole is left out.
 
@@ -140,7 +272,7 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 
 def _records(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield where each line ends, and what it holds, up to the first that is none of ours."""
+    """Yield where each line ends, and what it holds, up to the first that another program wrote."""
     end = 0
     for line in data.splitlines(keepends=True):
         end += len(line)

@@ -1,4 +1,4 @@
-"""Train a model that is spread over ranks: the parts that the loop works with.
+"""What the loop over ranks works with: batches, the loss, optimizers, the measurement.
 
 Letters: B rows of one rank, G rows of a global batch, W ranks.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -14,28 +15,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmt_convert.arrays import FloatArray
 from dmt_convert.checkpoint import TensorInfo
-from dmt_convert.cluster.cluster_accumulators import (
+from dmt_convert.cluster.cluster_model import ShardedModel
+from dmt_convert.cluster.index_route import JaggedBatch, to_jagged
+from dmt_convert.cluster.optimizers import (
+    ClusterDenseOptimizer,
+    FusedTables,
     carry_sums,
     count_touched,
     fill_sums,
     fill_sums_by_mean,
 )
-from dmt_convert.cluster.cluster_model import ShardedModel
-from dmt_convert.cluster.cluster_optimizers import ClusterDenseOptimizer, ClusterTableOptimizer
-from dmt_convert.cluster.jagged import JaggedBatch, to_jagged
 from dmt_convert.cluster.ranks import RankLayout
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import FinetuneConfig, training_shares
+from dmt_convert.training import training_shares
 
 _EVALUATION_ROWS: Final = 4096
 """Rows of one rank that are measured at once."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankBatch:
+    """This rank's rows of a global batch."""
+
+    inputs: JaggedBatch
+    """What the model takes, on this rank's device."""
+    share: Share
+    """Which rows they are, and how many of them count."""
+
+
 class ClusterTrainer:
     """A sharded model, its optimizers and its rows.
+
+    `recipes/finetune_dmt.py` takes a step with it.
 
     Args:
         model: The sharded model, with its weights.
@@ -51,7 +67,7 @@ class ClusterTrainer:
         model: ShardedModel,
         spec: ModelSpec,
         layout: RankLayout,
-        config: FinetuneConfig,
+        config: TrainingConfig,
         *,
         train_rows: Dataset,
         valid_rows: Dataset,
@@ -60,9 +76,9 @@ class ClusterTrainer:
         self._train_rows, self._valid_rows = train_rows, valid_rows
         self._device = torch.device(layout.device)
         self.dense = ClusterDenseOptimizer(model, config)
-        self.tables = ClusterTableOptimizer(model, config)
+        self.tables = FusedTables(model)
         self._shares: Iterator[Share] = iter(())
-        self._next: tuple[JaggedBatch, Share] | None = None
+        self._next: RankBatch | None = None
         self._left = 0
 
     def start_at(self, step: int, total: int) -> None:
@@ -71,7 +87,7 @@ class ClusterTrainer:
         self._shares, self._left = self._open_shares(step), total - step
 
     def finish(self) -> None:
-        """Wait for ids that were sent ahead and are not wanted any more."""
+        """Wait for ids that were sent ahead and are no longer needed."""
         self.model.towers.forget_input()
         self._next = None
 
@@ -86,70 +102,71 @@ class ClusterTrainer:
             start_step=step,
         )
 
-    def step(self, lr_factor: float) -> float:
-        """Take one step.
-
-        Returns:
-            This rank's part of the mean loss over the global batch, in nats, times W.
-        """
-        batch, share = self._next or self._load()
-        self.dense.zero_grad()
-        self.tables.begin(lr_factor)
+    def next_batch(self) -> RankBatch:
+        """Return the next batch; its ids may be on their way already."""
+        batch, self._next = self._next or self._load(next(self._shares)), None
         self._left -= 1
-        self._next = self._load() if self.config.prefetch and self._left > 0 else None
-        if self._next is not None:
-            self.model.towers.start_input(self._next[0].sparse)
-        loss = self._loss(batch, share)
+        return batch
+
+    def send_next_ids(self) -> None:
+        """Start to send the ids of the batch after this one, unless prefetching is off."""
+        if self.config.prefetch and self._left > 0:
+            self._next = self._load(next(self._shares))
+            self.model.towers.start_input(self._next.inputs.sparse)
+
+    def advance_next_ids(self) -> None:
+        """Let the ids follow their numbers, which every rank has by now.
+
+        Between the forward and the backward pass: all ranks queue collectives in the same order.
+        """
         if self._next is not None:
             self.model.towers.advance_input()
-        value = float(loss.detach())
-        if math.isfinite(value):
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.dense.step(lr_factor)
-        return value
 
-    def _load(self) -> tuple[JaggedBatch, Share]:
-        share = next(self._shares)
-        return self._put(share), share
+    def _load(self, share: Share) -> RankBatch:
+        inputs = to_jagged(share.batch, self.spec, self._device, weighted=self.model.weighted)
+        return RankBatch(inputs=inputs, share=share)
 
-    def _put(self, share: Share) -> JaggedBatch:
-        return to_jagged(share.batch, self.spec, self._device, weighted=self.model.weighted)
+    def loss(self, logits: Tensor, batch: RankBatch) -> Tensor:
+        """Return the loss of this rank: its mean over ranks is the mean over the global batch.
 
-    def _loss(self, batch: JaggedBatch, share: Share) -> Tensor:
-        """The mean over ranks of this is the mean over the global batch; copies do not count."""
-        assert batch.labels is not None
-        logits = self.model(batch)
+        Args:
+            logits: Shape (B,).
+            batch: The rows. If a rank has fewer than the others, copies fill it up: these do not
+                count.
+        """
+        labels, share = batch.inputs.labels, batch.share
+        assert labels is not None
         if share.counted == len(logits) and share.total == len(logits) * self.layout.world_size:
-            return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
-        each = nn.functional.binary_cross_entropy_with_logits(
-            logits, batch.labels, reduction="none"
-        )
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         counts = torch.arange(len(logits), device=logits.device) < share.counted
         return (each * counts).sum() * (self.layout.world_size / share.total)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Run the first batch forward and back twice, with a learning rate of 0.
 
-        DistributedDataParallel orders its buckets anew before the third forward pass, and with them
-        the sums over more than two ranks: a training that goes on would differ in the last bit from
-        one that was not interrupted. And Adagrad's sums are now the squared gradients.
+        DistributedDataParallel orders its buckets anew before the third forward pass, and with
+        them the sums over more than two ranks: a training that was resumed would differ in the
+        last bit from one that was not interrupted. Afterwards Adagrad's sums are the squared
+        gradients of the first batch, see `start_sums`.
         """
         if self.config.table_optimizer == "adam":
             return  # it would count the steps
-        share = next(self._open_shares(0))
-        self.tables.begin(0.0)
+        batch = self._load(next(self._open_shares(0)))
+        self.tables.set_lr(0.0)
         for _ in range(2):
-            fill_sums(self.tables.fused, self.spec, 0.0)
-            self._loss(self._put(share), share).backward()  # type: ignore[no-untyped-call]
+            fill_sums(self.tables, self.spec, 0.0)
+            loss = self.loss(self.model(batch.inputs), batch)
+            loss.backward()  # type: ignore[no-untyped-call]
         self.dense.zero_grad()
 
     def start_sums(self, carried: Mapping[str, TensorInfo]) -> None:
-        """Set what Adagrad's sums of squared gradients start from, after `rehearse`.
+        """Set what Adagrad's sums of squared gradients start from, after `warm_up`.
 
         Args:
             carried: Table -> those that the bundle has, in its files.
         """
-        fused, spec = self.tables.fused, self.spec
+        fused, spec = self.tables, self.spec
         if "adagrad" not in self.config.table_optimizer:
             return
         if self.config.initial_accumulator is not None:
@@ -157,7 +174,7 @@ class ClusterTrainer:
             return
         if any(table.name not in carried for table in spec.tables):
             whole = next(self._open_shares(0, whole=True)).batch
-            fill_sums_by_mean(fused, spec, count_touched(spec, whole))
+            fill_sums_by_mean(fused, spec, count_touched(spec, whole), self._device)
         if carried:
             carry_sums(fused, spec, carried)
 
@@ -167,12 +184,12 @@ class ClusterTrainer:
         logits, labels = [], []
         with torch.no_grad():
             for share in self._valid_shares():
-                batch = self._put(share)
-                assert batch.labels is not None
-                logits.append(self.model(batch)[: share.counted])
-                labels.append(batch.labels[: share.counted])
+                inputs = self._load(share).inputs
+                assert inputs.labels is not None
+                logits.append(self.model(inputs)[: share.counted])
+                labels.append(inputs.labels[: share.counted])
         self.model.parallel.train()
-        return self._agree(torch.cat(logits), torch.cat(labels))
+        return self._measure_all(torch.cat(logits), torch.cat(labels))
 
     def _valid_shares(self) -> Iterator[Share]:
         world_size = self.layout.world_size
@@ -184,8 +201,8 @@ class ClusterTrainer:
         )
         return adapt_shares(self._valid_rows, self.spec, shares)
 
-    def _agree(self, logits: Tensor, labels: Tensor) -> Accuracy:
-        """Bring all ranks' rows to rank 0, measure there, tell all."""
+    def _measure_all(self, logits: Tensor, labels: Tensor) -> Accuracy:
+        """Gather all ranks' rows on rank 0, measure there, and broadcast the result."""
         counts = [0] * self.layout.world_size
         dist.all_gather_object(counts, len(logits))
         most = max(counts)
@@ -209,8 +226,8 @@ class ClusterTrainer:
         dist.all_reduce(total)
         return float(total) / (len(losses) * self.layout.world_size)
 
-    def agree_losses(self, losses: Sequence[float]) -> list[float]:
-        """Mean of every loss over all ranks, so that any of them can go on from it."""
+    def mean_losses(self, losses: Sequence[float]) -> list[float]:
+        """Mean of every loss over all ranks, so that a checkpoint suits any number of them."""
         if not losses:
             return []
         each = torch.tensor(losses, dtype=torch.float64, device=self._device)
@@ -219,15 +236,15 @@ class ClusterTrainer:
         return means
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint holds of the model and its optimizers; shares memory."""
+        """What a checkpoint holds of the model and its optimizers; shares memory."""
         return {
             "model": self.model.state_dict(),
             "dense_optimizer": self.dense.state(),
-            "table_optimizer": dict(self.tables.state()),
+            "table_optimizer": self.tables.state_dict(),
         }
 
 
-def _measure(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Accuracy:
+def _measure(logits: FloatArray, labels: FloatArray) -> Accuracy:
     if not np.isfinite(logits).all():
         return Accuracy(auc=None, log_loss=math.nan, ne=None)
     return measure_accuracy(logits, labels)

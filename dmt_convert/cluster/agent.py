@@ -1,10 +1,10 @@
 """torchrun, ending with one clear error instead of its own traceback.
 
-    python -m dmt_convert.cluster.torchrun_agent TORCHRUN_ARGUMENTS RECIPE RECIPE_ARGUMENTS
+    python -m dmt_convert.cluster.agent TORCHRUN_ARGUMENTS RECIPE RECIPE_ARGUMENTS
 
 takes what `python -m torch.distributed.run` takes. Ranks that refuse (exit codes 2 and 3) are not
-started again. The exit code is that of the rank that failed first. What became of ranks that
-were killed and cannot say so is left for the launcher (`outcome.py`), or printed.
+started again. Of all ranks that failed, the one behind it gives the exit code and the error, which
+is left in the agent's own error file for the launcher.
 """
 
 from __future__ import annotations
@@ -24,27 +24,35 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
-from dmt_convert.cluster.outcome import FINAL_CODES, die_with_parent, write_outcome
+from dmt_convert.cluster.rank_process import (
+    INTERRUPT_CODE,
+    die_with_parent,
+    read_error,
+    write_error,
+)
 from dmt_convert.errors import ConfigError, DmtError
 
-_REFUSAL_CODE: Final = 3
-_TOLD_TO_END: Final = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT})
-"""Exit codes of ranks that did what the agent told them."""
+_FINAL_CODES: Final = frozenset({2, 3})
+"""Exit codes after which a new start cannot help: usage, and what the user has to mend."""
+_ENDED_BY_AGENT: Final = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM, INTERRUPT_CODE})
+"""Exit codes of ranks that the agent ended."""
 
 
 class _Agent(LocalElasticAgent):
-    """Starts ranks again only where that can help, and says so."""
+    """Starts ranks again only if that can help, and says so."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if any(failure.exitcode in FINAL_CODES for failure in result.failures.values()):
+            if any(failure.exitcode in _FINAL_CODES for failure in result.failures.values()):
                 self._remaining_restarts = 0
             elif self._remaining_restarts:
-                _say(
+                note = (
                     f"note: {_describe(*_cause(result.failures))}; starting the ranks of this "
-                    f"host again ({self._remaining_restarts} more times at most)"
+                    f"host again ({self._remaining_restarts} more times at most)\n"
                 )
+                sys.stderr.write(note)
+                sys.stderr.flush()
         return result
 
 
@@ -52,49 +60,51 @@ def main(arguments: list[str]) -> int:
     """Run the ranks; returns the exit code."""
     die_with_parent(signal.SIGTERM)
     if os.environ.get("DMT_TRACEBACK") != "1":
-        logging.disable(logging.CRITICAL)  # torchrun's own account of what is said below
+        logging.disable(logging.CRITICAL)  # torchrun's own account of the same failure
     setattr(import_module("torch.distributed.launcher.api"), "LocalElasticAgent", _Agent)  # noqa: B010
     run = import_module("torch.distributed.run")  # neither module has types
     options = run.parse_args(arguments)
     try:
         run.run(options)
     except ChildFailedError as error:
-        return _conclude(error)
+        return _conclude(*_cause(error.failures))
     except (RendezvousError, DistError) as error:
-        return _refuse(_missed(options, error))
+        return _hand_on(_rendezvous_error(options, error))
     except SignalException as stop:
         return 128 + int(stop.sigval)
     return 0
 
 
-def _conclude(error: ChildFailedError) -> int:
-    """Return the exit code of the rank whose failure is behind it all."""
-    rank, failure = _cause(error.failures)
-    if failure.exitcode > 0:
-        return int(failure.exitcode)
-    return _refuse(
-        DmtError(
-            _describe(rank, failure),
-            expected="every rank to run to its end",
-            hint="look into the system's log (out of memory?); --max-restarts 3 goes on from the "
-            "last checkpoint when a rank is lost",
-        )
-    )
-
-
 def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Pick the failure to tell: a refusal, else a rank that was killed, else any error.
+    """Pick the failure behind the others: a refusal, else a rank that was killed, else any error.
 
-    Ranks that the agent itself told to end come last.
+    torchelastic itself takes the earliest, but ranks that only lost another may be as early.
     """
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         rank, code = item[0], item[1].exitcode
-        if code in _TOLD_TO_END:
+        if code in _ENDED_BY_AGENT:
             return 3, rank
-        return (0 if code in FINAL_CODES else 1 if code < 0 else 2), rank
+        return (0 if code in _FINAL_CODES else 1 if code < 0 else 2), rank
 
     return min(failures.items(), key=order)
+
+
+def _conclude(rank: int, failure: ProcessFailure) -> int:
+    """Hand on what a rank wrote, or say what became of it; returns the exit code."""
+    if failure.exitcode < 0:
+        return _hand_on(
+            DmtError(
+                _describe(rank, failure),
+                expected="every rank to run to its end",
+                hint="look into the system's log (out of memory?); --max-restarts 3 goes on from "
+                "the last checkpoint when a rank is lost",
+            )
+        )
+    error = read_error(failure.error_file_data)
+    if error is not None and failure.exitcode != INTERRUPT_CODE:
+        write_error(error)
+    return int(failure.exitcode)
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
@@ -103,7 +113,7 @@ def _describe(rank: int, failure: ProcessFailure) -> str:
     return f"rank {rank} ended with exit code {failure.exitcode}"
 
 
-def _missed(options: Any, error: Exception) -> DmtError:
+def _rendezvous_error(options: Any, error: Exception) -> DmtError:
     """Say that hosts did not meet, or parted."""
     if isinstance(error, RendezvousClosedError):
         return DmtError(
@@ -120,15 +130,9 @@ def _missed(options: Any, error: Exception) -> DmtError:
     )
 
 
-def _refuse(error: DmtError) -> int:
-    if not write_outcome(_REFUSAL_CODE, error=error):
-        _say(f"error: {error}")
-    return _REFUSAL_CODE
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+def _hand_on(error: DmtError) -> int:
+    write_error(error)
+    return error.exit_code
 
 
 if __name__ == "__main__":

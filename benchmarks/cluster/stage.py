@@ -1,6 +1,6 @@
 """The first process of the sealed namespaces: builds the hosts, launches the ranks, runs turns.
 
-    python -m ...cluster_bench.stage SETTINGS_JSON LOG_FOLDER
+    python -m benchmarks.cluster.stage SETTINGS_JSON LOG_FOLDER
 
 It prints one JSON document per line: `built` (the first loss of every variant), `turn` (one turn
 of one variant at one rate), `error` (a DmtError). It ends when its stdin does, so that nothing

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.checkpoint import TensorInfo
-from dmt_convert.data import Bag, Batch, IntArray
+from dmt_convert.data import Bag, Batch
 from dmt_convert.model import to_tensor
 from dmt_convert.spec import FeatureSpec, ModelSpec
 
@@ -36,13 +37,13 @@ class TableGroup:
     looked_up: list[_Lookup] = field(default_factory=list)
     """Lookups since `forget_gradients`, with gradients once there are any."""
     slots: npt.NDArray[np.int32]
-    """Scratch, shape (R,): where in a batch a row was seen last."""
+    """Scratch, shape (R,): the place in a batch at which a row was seen last."""
     saved: Tensor
     """Whether a row's values at the last `keep` are in `journal`, shape (R,), bool."""
     journal: list[_Change] = field(default_factory=list)
     """What changed since the last `keep`."""
     sums: Tensor | None = None
-    """Sums of squared gradients, where the tables' optimizer is Adagrad, shape (R, 1) or (R, N)."""
+    """Sums of squared gradients, if the tables' optimizer is Adagrad, shape (R, 1) or (R, N)."""
     summed: frozenset[str] = frozenset()
     """Tables whose part of `sums` is known; of others it is once a batch has shown gradients."""
     kept_summed: frozenset[str] = frozenset()
@@ -58,7 +59,7 @@ class _Change:
     weight: Tensor
     """Their values, shape (U, N)."""
     sums: Tensor | None
-    """Their sums of squared gradients, where there were any, shape (U, 1) or (U, N)."""
+    """Their sums of squared gradients, if there were any, shape (U, 1) or (U, N)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,7 +123,7 @@ class TableStore:
     def sums(self, name: str) -> Tensor | None:
         """Return the sums of squared gradients of a table, shape (rows, 1) or (rows, N).
 
-        They belong to the rows as they are now, and share memory. None where nothing kept any.
+        They belong to the rows as they are now, and share memory. None if nothing kept them.
         """
         group = next(group for group in self.groups if name in group.starts)
         if group.sums is None or name not in group.summed:
@@ -168,12 +169,12 @@ class TableStore:
             yield index, *sum_by_row(ids, gradients, group.slots)
 
     def forget_gradients(self) -> None:
-        """Start anew, as `zero_grad` does."""
+        """Drop all gradients, as `zero_grad` does."""
         for group in self.groups:
             group.looked_up.clear()
 
     def note_update(self, index: int, rows: Tensor) -> None:
-        """Be told, before rows are changed, which: what they hold is kept for `restore`.
+        """Keep what rows hold for `restore`; to be called before they are changed.
 
         Args:
             index: The group.
@@ -276,7 +277,7 @@ def _hold_one_id_each(bags: Sequence[Bag]) -> bool:
 
 
 def _scales(features: Sequence[FeatureSpec], bags: Sequence[Bag]) -> Tensor | None:
-    """Weight of every id, over the length of its bag where the mean is taken; None: all 1."""
+    """Weight of every id, over the length of its bag if the mean is taken; None: all 1."""
     if all(bag.weights is None for bag in bags) and all(f.pooling == "sum" for f in features):
         return None
     parts = []

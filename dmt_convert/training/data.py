@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.arrays import IntArray
+from dmt_convert.config import TrainingConfig
 from dmt_convert.data import (
     Batch,
     Dataset,
-    IntArray,
     RowBatches,
     Share,
     adapt_batches,
@@ -25,7 +26,6 @@ from dmt_convert.data import (
 from dmt_convert.documents import TrainingDataRecord, to_json
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training.finetune_config import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ def open_training_data(data: Path, valid: Path | None = None) -> TrainingData:
     """Open training and validation rows.
 
     Args:
-        data: A data set, or a folder with `train.npz` and, where `valid` is not given,
+        data: A data set, or a folder with `train.npz` and, if `valid` is not given,
             `valid.npz`.
-        valid: Validation rows. Where neither they nor a `valid.npz` are there, the last tenth of
-            the data (at most 100,000 rows) is held out.
+        valid: Validation rows. Without them and without a `valid.npz`, the last tenth of the data
+            (at most 100,000 rows) is held out.
 
     Raises:
         DataError: The data cannot be read, has no labels, or too few rows.
@@ -119,12 +119,12 @@ def _check_labels(dataset: Dataset) -> None:
         raise DataError(
             f"{dataset.path} has no labels",
             expected="a label of 0 or 1 for every row",
-            hint="training needs labels; to imitate a flat model without any, use "
+            hint="training needs labels; to imitate a flat model without labels, use "
             "`dmt convert --distill-steps`",
         )
 
 
-def training_batches(dataset: Dataset, spec: ModelSpec, config: FinetuneConfig) -> Iterator[Batch]:
+def training_batches(dataset: Dataset, spec: ModelSpec, config: TrainingConfig) -> Iterator[Batch]:
     """Yield batches, pass after pass without end, each pass in an order of its own.
 
     Args:
@@ -138,7 +138,7 @@ def training_batches(dataset: Dataset, spec: ModelSpec, config: FinetuneConfig) 
     return adapt_batches(dataset, spec, RowBatches(_passes(dataset, config)))
 
 
-def _passes(dataset: Dataset, config: FinetuneConfig) -> Iterator[tuple[Batch, IntArray]]:
+def _passes(dataset: Dataset, config: TrainingConfig) -> Iterator[tuple[Batch, IntArray]]:
     for epoch in itertools.count():
         batches = dataset.batches(config.batch_size, shuffle_seed=_seed(config, epoch))
         assert isinstance(batches, RowBatches)
@@ -149,7 +149,7 @@ def _passes(dataset: Dataset, config: FinetuneConfig) -> Iterator[tuple[Batch, I
 def training_shares(
     dataset: Dataset,
     spec: ModelSpec,
-    config: FinetuneConfig,
+    config: TrainingConfig,
     *,
     rank: int,
     world_size: int,
@@ -184,5 +184,5 @@ def training_shares(
     return adapt_shares(dataset, spec, shares())
 
 
-def _seed(config: FinetuneConfig, epoch: int) -> int:
+def _seed(config: TrainingConfig, epoch: int) -> int:
     return config.seed * _SEED_STRIDE + epoch

@@ -1,0 +1,1 @@
+"""Flat TorchRec, its towers and ours on an emulated cluster; needs root or user namespaces."""

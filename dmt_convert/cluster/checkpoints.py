@@ -1,0 +1,551 @@
+"""Checkpoints of a training over many ranks: whole or not there, whatever is killed when.
+
+All methods but `poll` are collective: every rank calls them, in the same order. What goes wrong on
+one rank is raised on all, so that none waits for another.
+
+Letters: R rows of a table, k column shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from dmt_convert.bundle import Bundle, open_bundle_model
+from dmt_convert.checkpoint import TensorInfo, read_tensor
+from dmt_convert.cluster.checkpoint_folder import (
+    CheckpointFolder,
+    SavedCheckpoint,
+    is_continuing,
+    mark_begun,
+    os_refusal,
+    read_payload,
+)
+from dmt_convert.cluster.checkpoint_tensors import (
+    CheckedReader,
+    StagedPlanner,
+    SyncedWriter,
+    describe_misfits,
+    flatten_tensors,
+    make_planner,
+    open_tables,
+)
+from dmt_convert.cluster.optimizers import SUFFIX, mean_sums, saved_sums
+from dmt_convert.cluster.ranks import DEFAULT_TIMEOUT, Ranks
+from dmt_convert.cluster.sharding import table_shards
+from dmt_convert.cluster.trainer import ClusterTrainer
+from dmt_convert.config import TrainingConfig
+from dmt_convert.errors import CheckpointError
+from dmt_convert.metrics import Accuracy
+from dmt_convert.placement import TowerPlan
+from dmt_convert.training import (
+    TORCH_DTYPES,
+    Progress,
+    TrainedModel,
+    TrainingData,
+    TrainResult,
+    bundle_digest,
+    judge,
+    table_infos,
+)
+
+_MAX_DETAILS: Final = 10
+_HEAD: Final = "model.head."
+_TOWER: Final = re.compile(r"(\btowers\.towers\.)(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterJob:
+    """What is to be trained over ranks, and what may be replaced."""
+
+    bundle: Bundle
+    """What training starts from."""
+    plan: TowerPlan
+    """Where its towers go."""
+    data: TrainingData
+    """Rows to train on and to measure on."""
+    config: TrainingConfig
+    """Settings."""
+    out: Path
+    """Where the new bundle goes."""
+    checkpoints: Path
+    """Folder of the training checkpoints; all hosts reach it."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint, if there is one."""
+    force: bool = False
+    """Replace an existing bundle, and remove checkpoints unless training goes on from them."""
+
+    def after_restart(self, ranks: Ranks) -> ClusterJob:
+        """Resume, and replace, what this very launch made before its ranks were started again."""
+        if not ranks.on_first(lambda: is_continuing(self.checkpoints)):
+            return self
+        return replace(self, resume=True, force=True)
+
+    def must_match(self) -> dict[str, Any]:
+        """Return what has to be the same for a checkpoint to be resumed."""
+        return {
+            "bundle": bundle_digest(self.bundle),
+            "training rows": self.data.train.num_rows,
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "table_optimizer": self.config.table_optimizer,
+            "dense_optimizer": self.config.dense_optimizer,
+        }
+
+
+class CheckpointStore:
+    """Training checkpoints in a folder that all ranks reach.
+
+    Opening one is collective, makes the folder if it is missing, and removes what a killed
+    training left half-written.
+
+    Args:
+        folder: The folder, as the first rank sees it; every host has to have it under this path.
+        keep: How many whole checkpoints stay, at least 1.
+        group: The ranks that train; None: all.
+        timeout: How long a rank waits for the slowest one to write before it gives up.
+
+    Raises:
+        CheckpointError: The folder cannot be written to, or another training writes to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        assert keep >= 1
+        self._keep = keep
+        self._ranks = Ranks(group, timeout=timeout)
+        self._folder: CheckpointFolder | None = None
+        self._path = self._ranks.on_first(lambda: self._open(folder))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        progress: Mapping[str, Any],
+        *,
+        asynchronous: bool = False,
+        protect: Collection[int] = (),
+    ) -> None:
+        """Save a checkpoint, and remove the oldest if there are more than are kept.
+
+        Args:
+            step: Training steps done; above that of every whole checkpoint, or equal to the last.
+            state: Nested dicts of tensors: plain ones (the same on all ranks that have them),
+                DTensor or ShardedTensor.
+            progress: What else training needs to go on, JSON-able; the first rank's is kept.
+            protect: Steps whose checkpoints stay, however many are newer.
+            asynchronous: Return once the tensors are copied to CPU memory, and write in the
+                background. What goes wrong there is raised by the next `save` or `wait`.
+
+        Raises:
+            CheckpointError: The disk is full or cannot be written to, or the folder has a later
+                checkpoint. Earlier ones are still there.
+            TypeError: The state holds something else than tensors.
+            RuntimeError: A rank is lost.
+        """
+        self.wait()
+        tensors = flatten_tensors(state)
+        kept = dict(progress)
+        partial = self._ranks.on_first(lambda: self._first.begin(step))
+        if not asynchronous:
+            self._write(step, partial, tensors, make_planner(), kept, protect)
+            return
+        staged: list[StagedPlanner] = []
+        self._ranks.on_all(lambda: staged.append(StagedPlanner(tensors)))
+        self._pending = self._writer.submit(
+            self._write, step, partial, tensors, staged.pop(), kept, tuple(protect)
+        )
+
+    def poll(self) -> bool:
+        """Tell whether this rank is done with writing; raises nothing, and waits for nobody."""
+        return self._pending is None or self._pending.done()
+
+    def wait(self) -> None:
+        """Wait for what is written in the background.
+
+        Raises:
+            CheckpointError: It could not be written.
+            RuntimeError: A rank is lost.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest(self, *, before: int | None = None) -> SavedCheckpoint | None:
+        """Return the newest whole checkpoint, or None; damaged ones are logged.
+
+        Args:
+            before: Only one of an earlier step.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        self.wait()
+        return self._ranks.on_first(lambda: self._first.newest(before=before))
+
+    def load(self, saved: SavedCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Load into tensors in place, however they are sharded now.
+
+        Args:
+            saved: A checkpoint of this folder, by any number of ranks.
+            state: As for `save`; may hold fewer tensors than were saved.
+
+        Returns:
+            What was given to `save` as progress.
+
+        Raises:
+            CheckpointError: It is damaged, or has not these tensors in these shapes and types.
+            RuntimeError: A rank is lost.
+        """
+        self.wait()
+        tensors = flatten_tensors(state)
+        readers: list[CheckedReader] = []
+        self._ranks.on_all(lambda: readers.append(_open_checked(saved, tensors)))
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        try:
+            state_dict_loader.load(
+                dict(tensors),
+                storage_reader=readers.pop(),
+                planner=planner,
+                process_group=self._ranks.group,
+            )
+        except CheckpointException as error:
+            raise _explain(error, saved.path, "read") from None
+        return dict(saved.progress)
+
+    def prune(self) -> None:
+        """Remove all but the newest whole checkpoints that are kept; `save` does it as well."""
+        self.wait()
+        self._ranks.on_first(lambda: self._first.prune(self._keep))
+
+    def discard_after(self, step: int) -> None:
+        """Remove all checkpoints of later steps, when training goes on from an earlier one."""
+        self.wait()
+        self._ranks.on_first(lambda: self._first.discard_after(step))
+
+    def close(self) -> None:
+        """Finish what is being written, and let others write to the folder.
+
+        Raises:
+            CheckpointError: What was written in the background could not be.
+        """
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._folder is not None:
+                self._folder.close()
+            self._ranks.close()
+
+    @property
+    def _first(self) -> CheckpointFolder:
+        assert self._folder is not None, "only the first rank names checkpoints"
+        return self._folder
+
+    def _open(self, folder: Path) -> Path:
+        self._folder = CheckpointFolder(folder)
+        return self._folder.path
+
+    def _write(
+        self,
+        step: int,
+        partial: Path,
+        tensors: Mapping[str, Tensor],
+        planner: DefaultSavePlanner,
+        progress: Mapping[str, Any],
+        protect: Collection[int],
+    ) -> None:
+        """Write a rank's part; the first rank then gives the checkpoint its name."""
+        try:
+            state_dict_saver.save(
+                dict(tensors),
+                storage_writer=SyncedWriter(partial),
+                planner=planner,
+                process_group=self._ranks.group,
+            )
+        except CheckpointException as error:
+            self._ranks.on_first(lambda: self._first.abandon(step))
+            raise _explain(error, self._path, "written to") from None
+        self._ranks.on_first(self._named(step, progress, protect))
+
+    def _named(
+        self, step: int, progress: Mapping[str, Any], protect: Collection[int]
+    ) -> Callable[[], None]:
+        def name() -> None:
+            try:
+                self._first.complete(step, progress, num_ranks=self._ranks.size)
+            except CheckpointError:
+                self._first.abandon(step)
+                raise
+            self._first.prune(self._keep, protect)
+
+        return name
+
+
+def _open_checked(saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> CheckedReader:
+    """Open a checkpoint as data, and refuse one that has not these tensors."""
+    checkpoint = read_payload(saved.path)
+    misfits = describe_misfits(tensors, checkpoint)
+    if misfits:
+        more = len(misfits) - _MAX_DETAILS
+        raise CheckpointError(
+            f"{saved.path} lacks {len(misfits)} of the {len(tensors)} tensors to load",
+            expected="a checkpoint of this model, with these optimizers",
+            hint="resume with the model and the settings that it was saved with, or start again "
+            "in another folder",
+            details=[*misfits[:_MAX_DETAILS], *([f"and {more} more"] if more > 0 else [])],
+        )
+    return CheckedReader(checkpoint)
+
+
+def _explain(error: CheckpointException, folder: Path, done: str) -> BaseException:
+    """Say what went wrong on the ranks, in the words of the first one that has any."""
+    causes = {rank: failure[0] for rank, failure in sorted(error.failures.items())}
+    for cause in causes.values():
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+    for rank, cause in causes.items():
+        if isinstance(cause, OSError):
+            return os_refusal(cause, folder, done, where=f" on rank {rank}")
+    if done == "read":
+        rank, cause = next(iter(causes.items()))
+        return CheckpointError(
+            f"{folder} cannot be loaded on rank {rank} ({type(cause).__name__}: {cause})",
+            expected="files as they were written",
+            hint="the checkpoint is damaged: remove it, and training resumes from the one before",
+        )
+    return RuntimeError(str(error))
+
+
+class TrainingCheckpoints:
+    """What one training saves, resumes from and takes its result from.
+
+    Args:
+        job: What is trained.
+        ranks: All ranks.
+
+    Raises:
+        CheckpointError: The folder holds checkpoints that neither `job.resume` nor `job.force`
+            covers, or they are of another training, or it cannot be written to.
+    """
+
+    def __init__(self, job: ClusterJob, ranks: Ranks) -> None:
+        self.job = job
+        self._store = CheckpointStore(
+            job.checkpoints, keep=job.config.keep_checkpoints, timeout=ranks.timeout
+        )
+        self._rows = {table.name: table.rows for table in job.bundle.manifest.model.flat.tables}
+        self._must_match = ranks.on_first(job.must_match)
+        self._found = self._choose()
+        ranks.on_first(lambda: mark_begun(job.checkpoints))
+
+    def _choose(self) -> SavedCheckpoint | None:
+        """Find the checkpoint to go on from, and remove what stands in the way."""
+        found = self._store.newest()
+        if found is None:
+            return None
+        if not self.job.resume:
+            if not self.job.force:
+                raise CheckpointError(
+                    f"{self.job.checkpoints} holds checkpoints of a training, up to step "
+                    f"{found.step}",
+                    expected="--resume, to go on from there; or an empty folder",
+                    hint="add --resume; or --force, to remove them and start again",
+                )
+            self._store.discard_after(-1)
+            return None
+        theirs = found.progress.get("training", {})
+        different = [
+            f"{name}: {theirs.get(name)!r} there, {value!r} here"
+            for name, value in self._must_match.items()
+            if theirs.get(name) != value
+        ]
+        if different:
+            raise CheckpointError(
+                f"{found.path} is of another training",
+                expected="the same bundle, rows, batch size, seed and optimizers",
+                hint="give the settings that it was started with, or another --checkpoints folder",
+                details=different,
+            )
+        self._store.discard_after(found.step)
+        return found
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._found is not None
+
+    def resume(self, trainer: ClusterTrainer) -> Progress:
+        """Load the checkpoint to go on from."""
+        assert self._found is not None
+        values = self._load(self._found, trainer)
+        values.pop("training")
+        return Progress.from_json(values)
+
+    def save(self, trainer: ClusterTrainer, progress: Progress) -> None:
+        """Save the present state; that of the best step stays, too."""
+        progress.losses[:] = trainer.mean_losses(progress.losses)
+        self._store.save(
+            progress.step,
+            self._state(trainer),
+            {"training": self._must_match, **progress.to_json()},
+            asynchronous=self.job.config.async_checkpoints,
+            protect=(progress.best.step,),
+        )
+
+    def result(self, trainer: ClusterTrainer, progress: Progress) -> TrainedModel:
+        """Return what is to be written: the best state as it will be stored, or the start."""
+        trainer.finish()
+        self._store.wait()
+        bundle, result = self.job.bundle, progress.result()
+        infos = table_infos(bundle)
+        rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
+        after, notes = judge(
+            result, rounded, lambda: self._measure_rounded(trainer, result, rounded)
+        )
+        module = open_bundle_model(bundle)
+        if after is result.start:
+            return TrainedModel(result=result, after=after, notes=notes, module=module, table=None)
+        path = self._saved(result.best_step).path
+        stored = {info.path: info for info in read_payload(path).tensors}
+        _load_dense(module, stored, len(self.job.plan.tower_hosts))
+        flat = bundle.manifest.model.flat
+        return TrainedModel(
+            result=result,
+            after=after,
+            notes=notes,
+            module=module,
+            table=open_tables(path, flat.tables).__getitem__,
+            sums=saved_sums(stored, flat),
+        )
+
+    def _measure_rounded(
+        self, trainer: ClusterTrainer, result: TrainResult, rounded: Mapping[str, str]
+    ) -> Accuracy:
+        """Measure the best state as its tables will be stored."""
+        if result.best_step != result.steps:
+            self._load(self._saved(result.best_step), trainer)
+        with torch.no_grad():
+            for table, _, _, part in table_shards(trainer.model):
+                if table in rounded:
+                    part.copy_(part.to(TORCH_DTYPES[rounded[table]]))
+        return trainer.measure()
+
+    def close(self) -> None:
+        """Finish what is being written, and let others write to the folder."""
+        self._store.close()
+
+    def _saved(self, step: int) -> SavedCheckpoint:
+        found = self._store.newest(before=step + 1)
+        if found is None or found.step != step:
+            raise CheckpointError(
+                f"the best state, of step {step}, is no longer in {self.job.checkpoints}",
+                expected="its checkpoint, whole",
+                hint="resume from an earlier checkpoint, or train again",
+            )
+        return found
+
+    def _state(self, trainer: ClusterTrainer) -> dict[str, Tensor]:
+        """The trainer's state; towers are named by their index, whatever the order of hosts."""
+        order = self.job.plan.tower_order
+        return {
+            _TOWER.sub(lambda found: f"{found[1]}{order[int(found[2])]}.", name): tensor
+            for name, tensor in flatten_tensors(trainer.state()).items()
+        }
+
+    def _load(self, saved: SavedCheckpoint, trainer: ClusterTrainer) -> dict[str, Any]:
+        return load_resharded(self._store, saved, self._state(trainer), self._rows)
+
+
+def _load_dense(module: torch.nn.Module, stored: Mapping[str, TensorInfo], towers: int) -> None:
+    """Load the dense parts of a model from a checkpoint."""
+    prefixes = {_HEAD: ""} | {
+        f"model.towers.towers.{tower}.interaction.module.": f"towers.{tower}.tower_module."
+        for tower in range(towers)
+    }
+    state = {
+        into + name.removeprefix(prefix): torch.from_numpy(read_tensor(info).copy())
+        for name, info in stored.items()
+        for prefix, into in prefixes.items()
+        if name.startswith(prefix)
+    }
+    module.load_state_dict(state)
+
+
+def load_resharded(
+    store: CheckpointStore,
+    saved: SavedCheckpoint,
+    state: Mapping[str, Any],
+    rows: Mapping[str, int],
+) -> dict[str, Any]:
+    """Load a checkpoint into a model that may be cut in another way; all ranks at once.
+
+    DCP takes shards of tables from wherever they lie. Row-wise Adagrad's sums of squared gradients
+    are another matter: TorchRec keeps one number per row and column shard, side by side in one
+    vector, so that its length depends on how a table was cut. If the cut changed, every shard takes
+    the mean over the old ones: each is the mean of squares over its own columns, and all have the
+    same width.
+
+    Args:
+        store: The checkpoints.
+        saved: The one to load.
+        state: Nested dicts of tensors, as they were saved; perhaps cut in another way.
+        rows: Table -> R.
+
+    Returns:
+        What was saved as progress.
+
+    Raises:
+        CheckpointError: It is damaged, or of another model.
+    """
+    tensors = flatten_tensors(state)
+    stored = {info.path: info for info in read_payload(saved.path).tensors}
+    names = {f".{t}.weight.{t}{SUFFIX}": count for t, count in rows.items()}
+    recut = {
+        name: (tensor, stored[name], names[_tail(name)])
+        for name, tensor in tensors.items()
+        if name.endswith(SUFFIX)
+        and name in stored
+        and len(stored[name].shape) == 1
+        and stored[name].shape != tuple(tensor.shape)
+    }
+    progress = store.load(saved, {n: t for n, t in tensors.items() if n not in recut})
+    for tensor, info, count in recut.values():
+        _average(tensor, info, count)
+    return progress
+
+
+def _tail(name: str) -> str:
+    return "." + name.split(".embedding_bags.", 1)[1]
+
+
+def _average(tensor: Any, info: TensorInfo, rows: int) -> None:
+    """Fill this rank's shards with the mean over the old column shards."""
+    parts = tensor.local_shards()
+    if not parts:
+        return
+    mean = torch.from_numpy(mean_sums(info, rows).reshape(-1))
+    for part in parts:
+        (start,) = part.metadata.shard_offsets
+        first = int(start) % rows
+        part.tensor.copy_(mean[first : first + len(part.tensor)])

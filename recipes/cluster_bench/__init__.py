@@ -1,1 +1,0 @@
-"""What `bench_cluster` is made of: settings, hosts, ranks, variants, results."""
