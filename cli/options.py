@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -72,12 +72,8 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
         extra, choices = extra_of(field), literals(field.annotation)
         option = option_name(key_of(name, field))
         plain = base_type(field.annotation)
-        if plain is list:
-            type_: Any = list[str]
-        elif choices and not extra["metavar"]:
-            type_ = Literal[choices]
-        else:
-            type_ = str if plain is Path else plain
+        # what a value must be is checked by the settings, with the same words for every source
+        type_ = list[str] if plain is list else (str if plain is Path else plain)
         switch = plain is bool and (field.default is not False)
         yield _option(
             _PREFIX + name,  # an argument may be called like a setting: MODEL and --model
@@ -85,7 +81,9 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
             typer.Option(
                 f"{option}/--no-{option[2:]}" if switch else option,
                 help=_help(field),
-                metavar=extra["metavar"] or ("PATH" if plain is Path else None),
+                metavar=extra["metavar"]
+                or "|".join(choices)
+                or ("PATH" if plain is Path else None),
                 rich_help_panel=extra["panel"],
                 show_default=False,
             ),

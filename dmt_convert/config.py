@@ -1018,7 +1018,7 @@ def describe_settings(kind: type[Config]) -> list[tuple[str, str, str, str]]:
 def base_type(annotation: Any) -> type:
     """Return the plain type of a setting: bool, int, float, Path, str; list for several values."""
     members = set(_members(annotation))
-    if members & {tuple, dict}:
+    if members & {tuple, dict} and Path not in members:  # a file may also be given as its content
         return list
     kinds: tuple[type, ...] = (bool, int, float, Path)
     return next((kind for kind in kinds if kind in members), str)
