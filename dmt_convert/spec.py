@@ -314,7 +314,7 @@ class TowerAssignment:
                 + (f", empty: {', '.join(empty)}" if empty else "")
                 + (f", in two towers: {', '.join(repeated)}" if repeated else ""),
                 expected="at least one tower, none empty, every feature in exactly one",
-                hint="lower --towers, or mend the partition file",
+                hint="lower --towers, or correct the partition file",
             )
 
     def check_covers(self, features: Sequence[str]) -> None:
@@ -330,7 +330,7 @@ class TowerAssignment:
             raise PartitionError(
                 f"the towers do not hold the model's {len(features)} features",
                 expected="every feature of the model in exactly one tower",
-                hint="list the features with `dmt inspect` and mend the partition file",
+                hint="list the features with `dmt inspect` and correct the partition file",
                 details=details,
             )
 
