@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,7 @@ def run(
     from dmt_convert.conversion import draw_sample
     from dmt_convert.conversion.partition import plot_partition
     from dmt_convert.convert import partition_sample
+    from dmt_convert.documents import to_json
     from dmt_convert.families import infer_model
     from dmt_convert.report import describe_partition
 
@@ -87,7 +89,8 @@ def run(
     if plot is not None:
         with staged_file(plot) as staged:
             plot_partition(info.spec, found, staged)
-    value = {"towers": assignment, **describe_partition(found), "sample": sample.description}
+    record = replace(describe_partition(found), groups=dict(request.groups))
+    value = {"towers": assignment, **to_json(record), "sample": sample.description}
     value["files"] = [str(path) for path in (out, plot) if path is not None]
     rows = [
         [
