@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,12 +28,14 @@ def run(
 
     Example: `dmt partition ckpt.pt --towers 4 --out towers.json --plot towers.png`
     """
+    from dmt_convert.documents import to_json
     from dmt_convert.report import describe_partition
 
     with output.progress() as progress:
         found = dmt.partition(source, config=config, progress=progress)
     assignment = found.assignment.towers
-    value = {"towers": assignment, **describe_partition(found), "sample": found.sample}
+    record = replace(describe_partition(found), groups=dict(config.group))
+    value = {"towers": assignment, **to_json(record), "sample": found.sample}
     value["files"] = [str(path) for path in (config.out, config.plot) if path is not None]
     rows = [
         [

@@ -5,6 +5,7 @@ Letters: B batch, F features, N embedding dim, D tower output dim, T towers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal, cast, get_args
@@ -191,8 +192,8 @@ class ModelSpec:
     def _problems(self) -> list[str]:
         problems = []
         tables = {table.name for table in self.tables}
-        names = [feature.name for feature in self.features]
-        problems += [f"feature {n!r} appears twice" for n in set(names) if names.count(n) > 1]
+        counts = Counter(feature.name for feature in self.features)
+        problems += [f"feature {n!r} appears twice" for n, count in counts.items() if count > 1]
         problems += [
             f"feature {f.name!r} uses table {f.table!r}, which does not exist"
             for f in self.features
@@ -302,11 +303,7 @@ class TowerAssignment:
 
     def __post_init__(self) -> None:
         names = [name for tower in self.towers for name in tower]
-        repeated = (
-            sorted({name for name in names if names.count(name) > 1})
-            if len(set(names)) != len(names)
-            else []
-        )
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         empty = [str(t) for t, tower in enumerate(self.towers) if not tower]
         if repeated or empty or not self.towers:
             raise PartitionError(
@@ -314,7 +311,7 @@ class TowerAssignment:
                 + (f", empty: {', '.join(empty)}" if empty else "")
                 + (f", in two towers: {', '.join(repeated)}" if repeated else ""),
                 expected="at least one tower, none empty, every feature in exactly one",
-                hint="lower --towers, or mend the partition file",
+                hint="lower --towers, or correct the partition file",
             )
 
     def check_covers(self, features: Sequence[str]) -> None:
@@ -330,7 +327,7 @@ class TowerAssignment:
             raise PartitionError(
                 f"the towers do not hold the model's {len(features)} features",
                 expected="every feature of the model in exactly one tower",
-                hint="list the features with `dmt inspect` and mend the partition file",
+                hint="list the features with `dmt inspect` and correct the partition file",
                 details=details,
             )
 

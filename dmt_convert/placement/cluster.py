@@ -14,14 +14,15 @@ from pydantic import Field, PositiveInt
 from dmt_convert.errors import ConfigError
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""A number of bytes or ids per sample, where a file states one."""
+"""A number of bytes, or of ids, per sample; checked when a file is read."""
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Speed of a link in gigabit/s; checked when a file is read."""
 
 GIB: Final = 1024**3
 
 HBM_RESERVE: Final = 0.15
-"""Share of every rank's memory that no table may use: dense parameters with their optimizer
-state, activations, communication buffers, and the allocator's fragments live there."""
+"""Share of every rank's memory that is kept free of tables. It holds dense parameters with their
+optimizer state, activations, communication buffers, and the allocator's fragments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,8 @@ class Cluster:
         ]
         if problems:
             raise ConfigError(
-                "no cluster has these numbers: " + ", ".join(problems),
-                expected="positive whole hosts, ranks and bytes; positive finite link speeds",
+                "invalid cluster: " + ", ".join(problems),
+                expected="positive integers for hosts, ranks and bytes, positive finite speeds",
                 hint="check --hosts, --ranks-per-host, --hbm-gib, --intra-gbps and --inter-gbps",
             )
 
@@ -77,7 +78,7 @@ class Cluster:
 
 
 def default_cluster(num_towers: int) -> Cluster:
-    """Return the cluster assumed where none is given: a host per tower, 8 ranks of 80 GiB.
+    """Return the cluster that is assumed if none is given: a host per tower, 8 ranks of 80 GiB.
 
     Args:
         num_towers: T, at least 1.
@@ -86,7 +87,7 @@ def default_cluster(num_towers: int) -> Cluster:
 
 
 def show_bytes(count: float) -> str:
-    """Write a number of bytes in the largest unit that leaves at least one."""
+    """Write a number of bytes in the largest unit of which it has at least one."""
     units = (("GiB", GIB), ("MiB", 1024**2), ("KiB", 1024))
     for unit, size in units:
         if count >= size:

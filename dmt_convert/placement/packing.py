@@ -39,7 +39,7 @@ MIN_SHARD_COLS: Final = 32
 DOMINANCE: Final = 2.0
 """A table of this many times the mean bytes per rank is cut into columns to balance memory..."""
 DOMINANCE_FLOOR: Final = 1 / 16
-"""...where it also takes this share of a rank's usable memory. Below that an uneven host costs
+"""...if it also takes this share of a rank's usable memory. Below that an uneven host costs
 nothing, and every column shard costs one more copy of the ids."""
 
 IN_A_ROW_TOLERANCE: Final = np.array([1.5, 1.1, 1.1])
@@ -67,7 +67,7 @@ class TableLoad:
     """Ids looked up per sample, of all those features."""
 
     def nbytes(self, column_shards: int = 1) -> int:
-        """Size in memory with optimizer state when cut into so many column shards, in bytes."""
+        """Size in memory in bytes, with optimizer state, as that number of column shards."""
         state = OPTIMIZER_BYTES_PER_ROW * column_shards
         return self.rows * (padded_dim(self.dim) * self.element_bytes + state)
 
@@ -90,7 +90,7 @@ class Bins:
         """
         self.used: Float64Array = np.zeros((count, loads.shape[1]))
         self._mean = np.maximum(loads.sum(axis=0) / count, 1e-300)
-        if np.isfinite(limit):  # bytes that are few beside the memory cost no time
+        if np.isfinite(limit):  # bytes cost no time while memory is plentiful
             self._mean[0] = max(self._mean[0], DOMINANCE_FLOOR * limit)
         self._limit = limit
 
@@ -105,7 +105,7 @@ class Bins:
         return scores
 
     def best(self, item: Float64Array, count: int = 1) -> list[int] | None:
-        """Return the `count` bins that the item burdens least, or None where it fits fewer."""
+        """Return the `count` bins that the item burdens least; None if it fits into fewer."""
         scores = self.scores(item)
         chosen = np.argsort(scores, kind="stable")[:count]
         return [int(i) for i in chosen] if np.isfinite(scores[chosen]).all() else None
@@ -124,7 +124,7 @@ def longest_first(loads: Float64Array) -> list[int]:
 def spread_towers(loads: Float64Array, hosts: int, limit: float) -> tuple[int, ...]:
     """Put at least as many towers as hosts onto hosts, every host with one at least.
 
-    Towers in a row share a host where that is nearly as even as any other choice: then the
+    Neighbouring towers share a host if that is nearly as even as any other choice: then the
     order of TorchRec's outputs is the order of the towers.
 
     Args:
@@ -160,7 +160,7 @@ def _peaks(loads: Float64Array, host_of: Sequence[int], hosts: int) -> Float64Ar
 
 
 def _cut_in_a_row(loads: Float64Array, hosts: int, limit: float) -> tuple[int, ...] | None:
-    """Cut towers into runs with the least peak, by bisection; None where one exceeds `limit`."""
+    """Cut towers into runs with the least peak, by bisection; None if one exceeds `limit`."""
     mean = np.maximum(loads.sum(axis=0) / hosts, 1e-300)
     low, high = 0.0, float(len(loads) * hosts)
     best: tuple[int, ...] | None = None
@@ -195,9 +195,9 @@ def pack_tables(
 ) -> list[TablePlacement] | None:
     """Put the tables of one group of hosts onto its ranks.
 
-    A table stays whole where it fits, is cut into columns where it does not or where it
-    dominates the host, and into rows where that does not help. Where whole tables leave gaps
-    that nothing fits into, ever more of the largest tables are cut into rows.
+    A table stays whole if it fits. It is cut into columns if it does not fit or dominates the
+    host, and into rows if columns do not help. If whole tables leave gaps that no other table
+    fits into, more and more of the largest tables are cut into rows.
 
     Args:
         tables: All tables of the group's towers.
@@ -205,7 +205,7 @@ def pack_tables(
         limit: What tables may use of one rank, in bytes.
 
     Returns:
-        One placement per table in the order given, or None where they do not fit.
+        One placement per table in the order given; None if they do not fit.
     """
     largest = sorted(range(len(tables)), key=lambda i: -tables[i].nbytes())
     in_rows = 0
@@ -312,7 +312,7 @@ def plan_towers(
         assignment: Its features by tower.
         cluster: Where it shall run.
         tower_widths: Elements that each tower emits per sample, K_t * D.
-        ids_per_bag: Mean number of ids per sample of each feature; 1 where it is not named.
+        ids_per_bag: Mean number of ids per sample of each feature; 1 if it is not named.
 
     Raises:
         PartitionError: The towers do not hold the model's features.
@@ -352,13 +352,13 @@ def tower_loads(
     """Return the tables of every tower, in the model's order.
 
     Raises:
-        PlanError: A table serves features of several towers, or an id count is no count.
+        PlanError: A table serves features of several towers, or an id count is not positive.
     """
     unknown = sorted(set(ids_per_bag) - set(spec.feature_names))
     wrong = [n for n, ids in ids_per_bag.items() if not (math.isfinite(ids) and ids > 0)]
     if unknown or wrong:
         raise PlanError(
-            f"ids per bag of unknown features {unknown}, no positive number for {wrong}",
+            f"ids per bag of unknown features {unknown}, not positive for {wrong}",
             expected="a positive mean number of ids for features of the model",
             hint="leave out features that the data does not hold",
         )
@@ -371,7 +371,7 @@ def tower_loads(
         features = next(iter(split.values()))
         raise PlanError(
             f"{len(split)} table(s) serve features of several towers",
-            expected="all features of a shared table in one tower, for a table is placed once",
+            expected="all features of a shared table in one tower, because a table is placed once",
             hint=f"keep them together, such as --together {','.join(features[:8])}",
             details=shorten(
                 [
@@ -543,8 +543,8 @@ def measure_ranks(
 def check_plan(plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment) -> None:
     """Refuse unless the plan places exactly this model's tables, by these towers.
 
-    That shards tile their table inside their tower's hosts and memory is what every
-    `TowerPlan` checks by itself; here it is held against the model.
+    Every `TowerPlan` has already checked that shards tile their table, inside their tower's hosts
+    and memory. This compares it with the model.
 
     Raises:
         PlanError: A table is missing, unknown, of another shape or in another tower, or the
@@ -578,8 +578,8 @@ def check_plan(plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment) ->
         ]
     if problems:
         raise PlanError(
-            f"the plan is not of this model: {len(problems)} problem(s)",
+            f"the plan does not fit this model: {len(problems)} problem(s)",
             expected="every table of the model once, in the tower of its features",
-            hint="make the plan anew with `dmt plan`",
+            hint="make the plan again with `dmt plan`",
             details=shorten(sorted(problems)),
         )

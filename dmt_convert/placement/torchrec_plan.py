@@ -55,7 +55,7 @@ def to_sharding_plan(
         assignment: Its features by tower.
         device: Kind of device that the shards lie on.
         module_path: Path of the `EmbeddingTowerCollection` in the module that
-            `DistributedModelParallel` wraps; empty where it is that module.
+            `DistributedModelParallel` wraps; empty if it is that module itself.
         pad: Whether the collection's tables have `padded_dim` columns, so that those of any dim
             can be placed.
 
@@ -293,7 +293,7 @@ def _shard_problems(name: str, sharding: ParameterSharding, shape: tuple[int, ..
         min(top, left) >= 0 and top + rows <= shape[0] and left + cols <= shape[1]
         for top, left, rows, cols in boxes
     )
-    # Disjoint, for each begins where the one before ends, or after, in one same direction.
+    # Disjoint: along one direction, each begins where the one before ends, or later.
     apart = any(all(a[d] + a[d + 2] <= b[d] for a, b in pairwise(boxes)) for d in (0, 1))
     if not (inside and apart and area == shape[0] * shape[1]):
         problems.append(f"the shards {boxes} do not tile table {name!r} of shape {shape}")

@@ -55,7 +55,7 @@ class Shard:
     col_offset: NonNegativeInt
     """First column."""
     rows: NonNegativeInt
-    """Number of rows; 0 where a row-wise table has fewer rows than ranks."""
+    """Number of rows; 0 if a row-wise table has fewer rows than ranks."""
     cols: NonNegativeInt
     """Number of columns."""
 
@@ -101,7 +101,7 @@ class TablePlacement:
             ranks: The L ranks of the tower's hosts, ascending.
 
         Returns:
-            One line per problem, empty when there is none.
+            One line per problem.
         """
         name = f"table {self.table!r}"
         if not self.shards:
@@ -152,13 +152,13 @@ class TowerPlan:
     """A placement of towers on hosts and of tables on ranks.
 
     Every table lies once, inside the hosts of its tower, and no rank holds more than its
-    cluster's `usable_bytes`; a plan that says otherwise cannot be made.
+    cluster's `usable_bytes`; a plan that says otherwise is refused.
     """
 
     cluster: Cluster
     """The machines."""
     tower_hosts: tuple[tuple[NonNegativeInt, ...], ...]
-    """Hosts of every tower: one, or k consecutive ones where there are fewer towers than
+    """Hosts of every tower: one, or k consecutive ones if there are fewer towers than
     hosts (k = H / T, the same for all)."""
     tables: tuple[TablePlacement, ...]
     """All tables, in the model's order."""
@@ -174,9 +174,9 @@ class TowerPlan:
         problems = self._problems()
         if problems:
             raise PlanError(
-                f"this plan cannot be carried out: {len(problems)} problem(s)",
+                f"an impossible plan: {len(problems)} problem(s)",
                 expected="every table once, whole, inside its tower's hosts and their memory",
-                hint="make it anew with `dmt plan`",
+                hint="make it again with `dmt plan`",
                 details=shorten(problems),
             )
 
@@ -185,7 +185,7 @@ class TowerPlan:
         """Tower indices in the order in which TorchRec puts their outputs side by side.
 
         It concatenates by host, then by position in the module, whatever the order of the
-        towers: `tower_order[i]` is the tower whose output is the i-th block. Where this is not
+        towers: `tower_order[i]` is the tower whose output is the i-th block. If this is not
         (0, 1, ...), give the towers to TorchRec in this order, so that the sharded module and
         the unsharded one agree, and permute the blocks back.
         """
@@ -194,7 +194,7 @@ class TowerPlan:
 
     @property
     def hosts_per_tower(self) -> int:
-        """k; what TORCHREC_RESOLVED_POD_SIZE must be set to where it is above 1."""
+        """k; if it is above 1, TORCHREC_RESOLVED_POD_SIZE must be set to it."""
         return len(self.tower_hosts[0])
 
     @property

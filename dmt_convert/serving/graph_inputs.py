@@ -5,6 +5,7 @@ Letters: B batch, D dense inputs, L ids per bag, nnz ids of a batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -132,8 +133,8 @@ class GraphInputs:
     """Request batching: whether the dense inputs come once per request as well."""
 
     def __post_init__(self) -> None:
-        names = [name for feature in self.features for name in feature.names]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(name for feature in self.features for name in feature.names)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ExportError(
                 f"two inputs of the graph would be called {', '.join(map(repr, twice))}",

@@ -115,7 +115,7 @@ def test_missing_and_truncated_files(bundle: Path) -> None:
 def test_a_newer_schema(bundle: Path) -> None:
     manifest = json.loads((bundle / "dmt.json").read_text())
     (bundle / "dmt.json").write_text(json.dumps({**manifest, "schema_version": 2}))
-    assert "version of dmt-convert" in refuse(bundle, "has schema version 2").hint
+    assert "upgrade dmt-convert" in refuse(bundle, "has schema version 2").hint
 
 
 @pytest.mark.parametrize("there", ["a file", "a folder", "an export", "a dangling link"])

@@ -73,7 +73,7 @@ def test_torchrec_may_spoil_its_plan_without_spoiling_the_next(
 
 
 def test_a_plan_of_another_model_is_refused(plan: TowerPlan) -> None:
-    with pytest.raises(PlanError, match="not of this model"):
+    with pytest.raises(PlanError, match="does not fit this model"):
         to_sharding_plan(plan, *spec_of_towers([[(600, 64)], [(10, 8)]]))
 
 

@@ -192,7 +192,7 @@ class StepLoad:
 def planned_load(
     model: DmtSpec, plan: TowerPlan, ids_per_bag: float, *, even_ranks: bool = False
 ) -> StepLoad:
-    """Describe a model where a plan puts it.
+    """Describe a model as a plan places it.
 
     Args:
         model: The converted model; its passthrough twin gives SPTT alone.
@@ -243,7 +243,7 @@ def planned_load(
 
 
 def _even_out(per_rank: Sequence[float], size: int) -> list[float]:
-    """Give every rank of a group of so many the group's mean."""
+    """Give every rank of a group of `size` ranks the group's mean."""
     means: list[float] = []
     for first in range(0, len(per_rank), size):
         means += [math.fsum(per_rank[first : first + size]) / size] * size
@@ -278,7 +278,7 @@ def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
 
 
 def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: float) -> Traffic:
-    """Return what `measure_traffic` gives where every rank holds the same."""
+    """Return what `measure_traffic` gives if every rank holds the same."""
     hosts, ranks, world = cluster.hosts, cluster.ranks_per_host, cluster.world_size
     group_hosts = hosts // groups
     group_ranks = group_hosts * ranks

@@ -40,7 +40,7 @@ class Gpu:
     """What `--gpu` calls it."""
     flops_per_s: float
     """Peak of dense float32 matrix products as trainers run them by default, in FLOP/s: TF32
-    where the hardware has it, without sparsity."""
+    if the hardware has it, without sparsity."""
     hbm_bytes: int
     """Memory, in bytes."""
     hbm_bytes_per_s: float
@@ -83,7 +83,7 @@ def find_gpu(name: str) -> Gpu:
     """Return the preset of that name, in whatever case.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such preset.
     """
     for gpu in GPUS:
         if gpu.name == name.lower():
@@ -106,7 +106,7 @@ _SHARES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:
-    """What a step reaches of the peaks, and what it pays besides bytes and FLOPs."""
+    """Shares of the peaks that a step reaches, and costs that do not depend on its size."""
 
     compute_efficiency: float = 0.4
     """Share of the peak FLOP/s that MLPs, interaction and tower modules reach."""
@@ -148,7 +148,7 @@ class Assumptions:
         ]
         if wrong:
             raise ConfigError(
-                "no step has these constants: " + ", ".join(wrong),
+                "invalid constants: " + ", ".join(wrong),
                 expected="efficiencies above 0 and at most 1, prefetch between 0 and 1, all else "
                 "0 or more",
                 hint="check --assume",
@@ -205,7 +205,7 @@ class Peers:
 
     @classmethod
     def of_hosts(cls, cluster: Cluster, hosts: int) -> Peers:
-        """All other ranks of so many hosts."""
+        """All other ranks of that number of hosts."""
         return cls(
             cross=(hosts - 1) * cluster.ranks_per_host,
             intra=cluster.ranks_per_host - 1,
@@ -227,7 +227,7 @@ class Network:
     """Latencies and efficiencies."""
 
     def cross_seconds(self, num_bytes: float, ranks: int) -> float:
-        """Time for bytes between hosts in a collective of so many ranks, without latency."""
+        """Time for bytes between hosts in a collective of `ranks` ranks, without latency."""
         known = self.assumptions
         loss = 1 + known.scale_loss * math.log2(max(ranks, 1))
         return num_bytes * _BITS * loss / (self.cluster.inter_gbps * known.cross_efficiency)
@@ -237,7 +237,7 @@ class Network:
         return num_bytes * _BITS / (self.cluster.intra_gbps * self.assumptions.intra_efficiency)
 
     def all_to_all(self, exchange: Exchange, samples: int, peers: Peers) -> float:
-        """Time of one AlltoAll, in seconds; 0 where there is nobody to exchange with.
+        """Time of one AlltoAll, in seconds; 0 if there is nobody to exchange with.
 
         Args:
             exchange: What the busiest rank moves per sample.
@@ -256,7 +256,7 @@ class Network:
         return known.launch_us * _US + max(cross, intra)
 
     def all_reduce(self, num_bytes: float, hosts: int) -> float:
-        """Time to sum so many bytes over all ranks of so many hosts, in seconds."""
+        """Time to sum bytes over all ranks of `hosts` hosts, in seconds."""
         ranks = self.cluster.ranks_per_host
         if hosts * ranks == 1 or num_bytes == 0:
             return 0.0
@@ -306,16 +306,16 @@ class Machine:
         )
 
     def compute_seconds(self, flops: float) -> float:
-        """Time for so many FLOPs."""
+        """Time for a number of FLOPs."""
         return flops / (self.gpu.flops_per_s * self.network.assumptions.compute_efficiency)
 
     def memory_seconds(self, num_bytes: float) -> float:
-        """Time to read or write so many bytes in random rows."""
+        """Time to read or write bytes in random rows."""
         share = self.network.assumptions.lookup_efficiency
         return num_bytes / (self.gpu.hbm_bytes_per_s * share)
 
     def copy_seconds(self, num_bytes: float) -> float:
-        """Time to read or write so many bytes in whole vectors."""
+        """Time to read or write bytes in whole vectors."""
         return num_bytes / (self.gpu.hbm_bytes_per_s * self.network.assumptions.copy_efficiency)
 
     def vectors_seconds(self, exchange: Exchange, peers: Peers) -> float:

@@ -1,6 +1,7 @@
 """Step times on a cluster that is not here: of a bundle, of other towers, of other sizes.
 
-- `predict_plan`: flat, SPTT and DMT beside each other, and `predict_placement`: as a plan has it;
+- `predict_plan`: flat, SPTT and DMT side by side;
+- `predict_placement`: DMT with every table on exactly the ranks that a plan names;
 - `suggest`: the number of towers and the compression that would be fastest. The model's quality is
   not predicted: a suggestion is where to start measuring it;
 - `predict_scaling`: how steps grow with the cluster while the batch per rank stays the same (weak
@@ -45,7 +46,7 @@ MAX_TOWERS_PER_HOST: Final = 4
 """More towers than these on one host save nothing that fewer do not."""
 TOLERANCE: Final = 0.03
 """The suggestion compresses as little as any candidate whose step is at most this much longer than
-the fastest one's: compression costs quality, and the model is no more exact than that."""
+the fastest one's: compression costs quality, and the model is not more exact than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ class PredictedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the cost model says of a model in towers beside the flat one."""
+    """Predicted steps of a model in towers and of the flat one."""
 
     flat: PredictedStep
     """Flat hybrid parallelism, its tables spread evenly over all ranks."""
@@ -90,7 +91,7 @@ class Prediction:
 
 
 def check_ids_per_bag(ids_per_bag: float) -> None:
-    """Refuse what is no mean number of ids.
+    """Refuse a mean number of ids that is not positive and finite.
 
     Raises:
         ConfigError: It is not positive and finite.
@@ -129,7 +130,7 @@ def predict_plan(
         ids_per_bag: Mean number of ids per sample and feature.
 
     Raises:
-        ConfigError: The cluster is too large, or the number of ids is none.
+        ConfigError: The cluster is too large, or the number of ids is not positive.
     """
     check_ids_per_bag(ids_per_bag)
     check_size(plan.cluster.world_size)
@@ -254,7 +255,7 @@ def suggest(flat: ModelSpec, machine: Machine, *, ids_per_bag: float = 1.0) -> S
 
     Raises:
         PlanError: No number of towers fits.
-        ConfigError: The cluster is too large, or the number of ids is none.
+        ConfigError: The cluster is too large, or the number of ids is not positive.
     """
     check_ids_per_bag(ids_per_bag)
     cluster = machine.network.cluster
@@ -292,7 +293,7 @@ def suggest(flat: ModelSpec, machine: Machine, *, ids_per_bag: float = 1.0) -> S
 def tower_counts(cluster: Cluster, most: int) -> list[int]:
     """Return numbers of towers worth trying: the largest divisors of H, and small multiples.
 
-    One tower over several hosts compresses nothing that crosses them, so it is tried only where
+    One tower over several hosts compresses nothing that crosses them, so it is tried only if
     there is no other number.
 
     Args:
@@ -338,7 +339,7 @@ def dealt_model(flat: ModelSpec, towers: int, compression: float) -> DmtSpec | N
         compression: At least this much; 1 for none.
 
     Returns:
-        None where the embeddings are too narrow for that compression.
+        None if the embeddings are too narrow for that compression.
     """
     if compression > 1:
         try:
@@ -383,7 +384,7 @@ class ScalePoint:
     ranks: int
     """H * R."""
     towers: int
-    """T: as many as hosts, or where the tables are too few for that, as many as divide them."""
+    """T: the largest divisor of H that is not above the number of tables."""
     compression: float
     """Of the towers."""
     prediction: Prediction
@@ -420,7 +421,7 @@ def predict_scaling(
         ids_per_bag: Mean number of ids per sample and feature.
 
     Raises:
-        ConfigError: No such cluster has so many ranks per host, or the number of ids is none.
+        ConfigError: There are too many ranks per host, or the number of ids is not positive.
     """
     check_ids_per_bag(ids_per_bag)
     ranks_per_host = machine.network.cluster.ranks_per_host
