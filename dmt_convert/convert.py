@@ -23,25 +23,26 @@ from dmt_convert.bundle import (
     write_bundle,
 )
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.conversion import Sample, draw_sample
+from dmt_convert.conversion import (
+    Sample,
+    choose_modules,
+    default_strategy,
+    draw_sample,
+    may_allot,
+)
 from dmt_convert.conversion.partition import (
     Partition,
     PartitionConfig,
     figure_svg,
     measure_affinity,
     partition_features,
+    tells_pairs,
 )
 from dmt_convert.convert_config import ConvertConfig
-from dmt_convert.errors import BundleError, ConfigError, DataError, PlanError
+from dmt_convert.errors import BundleError, DataError, PlanError
 from dmt_convert.families import FlatModelInfo, infer_model
 from dmt_convert.files import check_checksums, check_space, check_target
-from dmt_convert.model import (
-    DmtSpec,
-    TowerModuleSpec,
-    alternative_modules,
-    converted_spec,
-    module_spec,
-)
+from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
 from dmt_convert.placement import Cluster, TowerPlan, default_cluster, plan_towers
 
 if TYPE_CHECKING:
@@ -139,12 +140,20 @@ def preview_conversion(source: Path, out: Path, config: ConvertConfig) -> Previe
         )
         sizes = partition_features(info.spec, round_robin).assignment.towers
     towers = sizes if partition is None else partition.assignment.towers
-    module = _module(info, config, len(towers))
+    module, alternatives = choose_modules(
+        info,
+        len(towers),
+        tower_module=config.tower_module,
+        c=config.c,
+        p=config.p,
+        dim=config.dim,
+        compression=config.compression,
+    )
     return Preview(
         info=info,
         out=out,
         module=module,
-        alternatives=_alternatives(info, config, module, len(towers)),
+        alternatives=alternatives,
         num_towers=len(towers),
         compression=converted_spec(info.spec, towers, module).compression,
         table_bytes=size,
@@ -203,11 +212,10 @@ def _set_on_error(event: threading.Event) -> Iterator[None]:
 
 
 def _strategy(config: ConvertConfig, preview: Preview) -> PartitionConfig:
-    module = preview.module
-    combines = module.kind == "dlrm" and (module.c == 0 or bool(preview.alternatives))
-    if config.own_strategy or not combines or preview.info.spec.interaction.kind != "dot":
+    if config.own_strategy:
         return config.partition
-    return replace(config.partition, strategy="diverse")
+    chosen = default_strategy(preview.info.spec, preview.module, preview.alternatives)
+    return replace(config.partition, strategy=chosen) if chosen == "diverse" else config.partition
 
 
 def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfig) -> Partition:
@@ -216,8 +224,8 @@ def partition_sample(info: FlatModelInfo, sample: Sample, config: PartitionConfi
     Raises:
         PartitionError: The request cannot be met.
     """
-    if info.spec.interaction.network is not None and config.affinity == "weights":
-        config = replace(config, affinity="cosine")  # a network does not tell, see `affinity`
+    if config.affinity == "weights" and not tells_pairs(info.spec):
+        config = replace(config, affinity="cosine")
     affinity = measure_affinity(info, sample, config.affinity)
     return partition_features(info.spec, config, affinity)
 
@@ -239,37 +247,6 @@ def _check_out(source: Path, out: Path, *, force: bool) -> None:
             expected="a path outside the checkpoint",
             hint="choose another --out; the checkpoint is never changed",
         )
-
-
-def _module(info: FlatModelInfo, config: ConvertConfig, num_towers: int) -> TowerModuleSpec:
-    sizes = {"--c": config.c, "--p": config.p, "--dim": config.dim}
-    negative = [f"{name} {value}" for name, value in sizes.items() if (value or 0) < 0]
-    if negative:
-        raise ConfigError(
-            ", ".join(negative),
-            expected="numbers of vectors and a dim that are not negative",
-            hint="the default is --c 1 --p 0 and half the embedding dim",
-        )
-    return module_spec(
-        info.spec,
-        config.tower_module,
-        num_towers=num_towers,
-        c=config.c,
-        p=config.p,
-        dim=config.dim,
-        compression=config.compression,
-    )
-
-
-def _alternatives(
-    info: FlatModelInfo, config: ConvertConfig, module: TowerModuleSpec, num_towers: int
-) -> tuple[TowerModuleSpec, ...]:
-    """Other modules that reach the compression, where it is all that the user asked for."""
-    if config.compression is None or config.c is not None or config.p is not None:
-        return ()
-    return alternative_modules(
-        info.spec, module, num_towers=num_towers, compression=config.compression
-    )
 
 
 def _plan(
@@ -317,7 +294,7 @@ def _start(
         specs[0],
         sample,
         alternatives=specs[1:],
-        allot=config.compression is not None or specs[0].kind == "linear",
+        allot=may_allot(specs[0].towers[0].module, config.compression),
         distill_steps=config.distill_steps,
         stored_as=config.dtype,
         seed=config.seed,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dmt_convert import adapter
-from dmt_convert.model.networks import network_size
+from dmt_convert.model import count_parameters
 
 ROWS = {"t_user": 60, "t_item": 40, "t_shop": 9}
 FEATURES = {
@@ -119,4 +119,4 @@ def example(tmp_path_factory, repository) -> Example:
 def _forget(monkeypatch) -> None:
     """What one test loaded, another has not."""
     monkeypatch.setattr(adapter, "_loaded", {})
-    network_size.cache_clear()
+    count_parameters.cache_clear()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch  # noqa: F401  imported once, for all children
 
 import dmt_convert.conversion.sample
-import dmt_convert.conversion.started_model
+import dmt_convert.conversion.start
 import dmt_convert.report.documents
 from dmt_convert.bundle import check_digests, open_bundle
 from dmt_convert.conversion.partition import PartitionConfig

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.conversion.quality_table import Quality, QualityRow
+from dmt_convert.conversion.quality import Quality, QualityRow
 from dmt_convert.convert import Conversion, convert_checkpoint, default_out
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.data.row_selection import take_rows
-from dmt_convert.model import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec, networks
+from dmt_convert.model import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.model.networks import registry
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import (
     FeatureSpec,
@@ -51,7 +52,7 @@ class Network(nn.Module):
         return logits.squeeze(1)
 
 
-networks.NETWORKS = {"test": Network}  # type: ignore[misc]
+registry.NETWORKS = {"test": Network}  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

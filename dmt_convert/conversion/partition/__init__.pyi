@@ -1,5 +1,6 @@
 # What other folders use.
 from .affinity import cosine_affinity as cosine_affinity
+from .affinity import tells_pairs as tells_pairs
 from .config import PartitionConfig as PartitionConfig
 from .config import needs_affinity as needs_affinity
 from .model_affinity import measure_affinity as measure_affinity

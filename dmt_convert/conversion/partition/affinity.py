@@ -7,7 +7,7 @@ r rank of a cross layer.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -19,6 +19,8 @@ from dmt_convert.spec import ModelSpec
 FloatArray = npt.NDArray[np.float32]
 AnyFloats = npt.NDArray[np.floating]
 
+PairUse = Callable[[ModelSpec, Mapping[str, AnyFloats], Sequence[AnyFloats]], AnyFloats]
+"""Measures the use of all pairs, shape (F, F), from canonical weights and pooled embeddings."""
 _BLOCK: Final = 2048
 """Features per side of a block: 16 MB of products; smaller ones drown in BLAS thread hand-offs."""
 _CHUNK_ELEMENTS: Final = 1 << 25
@@ -95,7 +97,7 @@ def weights_affinity(
     Raises:
         ArchitectureError: A tensor is missing or has another shape than the spec says.
         PartitionError: The features differ in their number of rows, or there are none; or the
-            dense part is a network, which does not tell.
+            interaction's weights do not tell.
     """
     _check_rows(pooled)
     if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
@@ -106,22 +108,14 @@ def weights_affinity(
             "table",
             hint="sample the embeddings from the same model",
         )
-    kind = spec.interaction.kind
-    if kind == "network":
+    if not tells_pairs(spec):
         raise PartitionError(
-            "--affinity weights for a model whose dense part is a network",
-            expected="an architecture whose weights tell what each pair of features is used for",
+            f"--affinity weights for a model with {spec.interaction.kind} interaction",
+            expected="an interaction whose weights tell how much each pair of features is used: "
+            + ", ".join(_PAIR_USES),
             hint="use --affinity cosine, the default",
         )
-    if kind == "dot":
-        use = _dot_use(spec, weights, pooled)
-    elif kind == "dcn":
-        use = _cross_use(spec, weights, pooled)
-    elif kind == "cat":
-        use = _shared_unit_use(spec, (_tensor(weights, "over_arch.0.weight", spec),), pooled)
-    else:
-        branches = [_tensor(weights, f"branch{k}.0.weight", spec) for k in (1, 2)]
-        use = _shared_unit_use(spec, branches, pooled)
+    use = _PAIR_USES[spec.interaction.kind](spec, weights, pooled)
     np.fill_diagonal(use, 0)
     affinity = use / (float(use.max(initial=0.0)) or 1.0)
     np.fill_diagonal(affinity, 1)
@@ -197,9 +191,12 @@ def _block_norms(w: AnyFloats, v: AnyFloats, bounds: Sequence[int]) -> AnyFloats
 
 
 def _shared_unit_use(
-    spec: ModelSpec, layers: Sequence[AnyFloats], pooled: Sequence[AnyFloats]
+    spec: ModelSpec, weights: Mapping[str, AnyFloats], pooled: Sequence[AnyFloats]
 ) -> AnyFloats:
     bounds = _bounds(spec)
+    layers = [
+        _tensor(weights, f"{name}.weight", spec) for name in spec.interaction.rules.input_layers
+    ]
     layer = np.concatenate(layers).astype(np.float64)
     moved = np.stack(
         [
@@ -208,6 +205,20 @@ def _shared_unit_use(
         ]
     )
     return np.asarray(moved @ moved.T)
+
+
+_PAIR_USES: Final[Mapping[str, PairUse]] = {
+    "dot": _dot_use,
+    "dcn": _cross_use,
+    "cat": _shared_unit_use,
+    "projection": _shared_unit_use,
+}
+"""Interactions whose weights tell how much each pair of features is used."""
+
+
+def tells_pairs(spec: ModelSpec) -> bool:
+    """Whether `weights_affinity` can be measured on a model."""
+    return spec.interaction.kind in _PAIR_USES
 
 
 def _bounds(spec: ModelSpec) -> list[int]:

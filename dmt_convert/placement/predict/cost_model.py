@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from dmt_convert.errors import ConfigError
+from dmt_convert.interactions import DenseWork
 from dmt_convert.placement import ELEMENT_BYTES, Exchange
 from dmt_convert.placement.predict.collectives import Network, Peers
-from dmt_convert.placement.predict.model_work import BACKWARD, DenseWork
+from dmt_convert.placement.predict.model_work import BACKWARD
 from dmt_convert.placement.predict.presets import Gpu
 from dmt_convert.placement.predict.step_load import Lookup, StepLoad
 from dmt_convert.spec import COMM_DTYPES, CommDtype

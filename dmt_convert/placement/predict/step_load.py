@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.interactions import NO_WORK, DenseWork
+from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec, one_tower
 from dmt_convert.placement import (
     ELEMENT_BYTES,
     ID_BYTES,
@@ -25,7 +26,7 @@ from dmt_convert.placement import (
     measure_traffic,
     tower_loads,
 )
-from dmt_convert.placement.predict.model_work import NO_WORK, DenseWork, ModelWork, count_work
+from dmt_convert.placement.predict.model_work import ModelWork, count_work
 from dmt_convert.spec import DTYPE_BYTES, ModelSpec
 
 
@@ -181,14 +182,12 @@ def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: 
 def as_passthrough(model: DmtSpec) -> DmtSpec:
     """Return the model with the same towers and no compression: SPTT alone."""
     bare = TowerModuleSpec(kind="passthrough")
-    towers = tuple(TowerSpec(features=tower.features, module=bare) for tower in model.towers)
-    return DmtSpec(flat=model.flat, towers=towers)
+    return converted_spec(model.flat, model.assignment.towers, bare)
 
 
 def as_flat(flat: ModelSpec) -> DmtSpec:
     """Return a flat model as one tower."""
-    bare = TowerModuleSpec(kind="passthrough")
-    return DmtSpec(flat=flat, towers=(TowerSpec(features=flat.feature_names, module=bare),))
+    return one_tower(flat)
 
 
 class _Group:
