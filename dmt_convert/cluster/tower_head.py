@@ -45,8 +45,7 @@ class TowerHead(nn.Module):
         has_none = not any(True for _ in module.parameters())
         self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
         self._start, self._width = columns
-        is_featurewise = isinstance(module, FeatureWise)
-        self._feature_widths = module.feature_widths if is_featurewise else None
+        self._feature_widths = module.feature_widths if isinstance(module, FeatureWise) else None
 
     @property
     def maps_features(self) -> bool:
