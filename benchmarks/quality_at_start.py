@@ -15,14 +15,14 @@ from shared_projection import convert_shared
 from dmt_convert.config import PartitionConfig, Strategy
 from dmt_convert.conversion import Sample
 from dmt_convert.conversion.initialisation import initialise
-from dmt_convert.conversion.started_model import Starter
+from dmt_convert.conversion.module_choice import alternative_modules
+from dmt_convert.conversion.start import Starter
 from dmt_convert.flow import find_towers
 from dmt_convert.model import (
     DmtModel,
     DmtSpec,
     TowerModuleSpec,
     TowerSpec,
-    alternative_modules,
     module_spec,
 )
 from dmt_convert.spec import ModelSpec

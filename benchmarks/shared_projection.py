@@ -12,8 +12,7 @@ import torch
 
 from dmt_convert.conversion import Sample
 from dmt_convert.conversion.initialisation import initialise
-from dmt_convert.model import DmtModel, DmtSpec, FlatModel
-from dmt_convert.model.dense_parts import pair_indices
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel, pair_indices
 
 
 def convert_shared(flat: FlatModel, spec: DmtSpec, sample: Sample) -> DmtModel:
@@ -51,10 +50,11 @@ def _carry(flat: FlatModel, spec: DmtSpec) -> torch.Tensor:
     """over_arch's first weight with its pairs in the order of the towers' vectors."""
     weight, dense = flat.state_dict()["over_arch.0.weight"], spec.flat.input_dims[0]
     count = len(spec.flat.input_dims)
-    left, right = pair_indices(count, spec.flat.interaction)
+    flat_pairs = spec.flat.interaction
+    left, right = pair_indices(count, flat_pairs.pair_order, self_pairs=flat_pairs.self_pairs)
     pairs = torch.zeros(len(weight), count, count)
     pairs[:, left, right] = pairs[:, right, left] = weight[:, dense:]
     position = {name: i + 1 for i, name in enumerate(spec.flat.feature_names)}
     order = torch.tensor([0, *(position[name] for tower in spec.towers for name in tower.features)])
-    left, right = pair_indices(count, spec.interaction)
+    # the converted model pairs its vectors in the same order
     return torch.cat([weight[:, :dense], pairs[:, order[left], order[right]]], dim=1)

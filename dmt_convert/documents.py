@@ -36,6 +36,8 @@ Content = TypeVar("Content")
 
 OMITTED_IF_NONE: Final[Mapping[str, bool]] = {"omitted_if_none": True}
 """Metadata of a field whose key is left out while its value is None."""
+OMITTED_IF_EMPTY: Final[Mapping[str, bool]] = {"omitted_if_empty": True}
+"""Metadata of a field whose key is left out while its value is empty."""
 MODEL_CONFIG: Final[Mapping[str, str]] = {"extra": "forbid"}
 """`__pydantic_config__` of data in which an unknown key cannot be ignored."""
 
@@ -270,14 +272,19 @@ def _plain(value: Any) -> Any:
         return {
             part.name: _plain(found)
             for part in fields(value)
-            if (found := getattr(value, part.name)) is not None
-            or "omitted_if_none" not in part.metadata
+            if not _is_omitted(found := getattr(value, part.name), part.metadata)
         }
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_omitted(value: object, metadata: Mapping[Any, Any]) -> bool:
+    return (value is None and "omitted_if_none" in metadata) or (
+        not value and "omitted_if_empty" in metadata
+    )
 
 
 def from_json(

@@ -29,12 +29,19 @@ from dmt_convert.config import (
     PartitionOptions,
     PlanConfig,
 )
-from dmt_convert.conversion import Sample, draw_sample
+from dmt_convert.conversion import (
+    Sample,
+    choose_modules,
+    default_strategy,
+    draw_sample,
+    may_allot,
+)
 from dmt_convert.conversion.partition import (
     Partition,
     measure_affinity,
     partition_features,
     plot_partition,
+    tells_pairs,
 )
 from dmt_convert.errors import BundleError, DataError, PlanError
 from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
@@ -45,13 +52,7 @@ from dmt_convert.files import (
     staged_file,
     write_text,
 )
-from dmt_convert.model import (
-    DmtSpec,
-    TowerModuleSpec,
-    alternative_modules,
-    converted_spec,
-    module_spec,
-)
+from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
 from dmt_convert.placement import (
     Cluster,
     TowerPlan,
@@ -92,7 +93,7 @@ def convert_checkpoint(
     progress("sampling", 0, 0)
     sample = draw_rows(flat, config)
     progress("partitioning", 0, 0)
-    candidates = choose_modules(flat, config)
+    candidates = candidate_modules(flat, config)
     partition = find_towers(flat, sample, config, candidates)
     specs = [converted_spec(flat.spec, partition.assignment.towers, m) for m in candidates]
     # that the cluster can hold the tables is known before anything is written
@@ -149,7 +150,7 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
     dealt = partition_features(
         flat.spec, config if known else config.replace(partition="round-robin")
     )
-    modules = choose_modules(flat, config)
+    modules = candidate_modules(flat, config)
     towers = dealt.assignment.towers
     return Preview(
         flat=flat,
@@ -239,38 +240,21 @@ def find_towers(
     Raises:
         PartitionError: The request cannot be met.
     """
-    combines = any(module.kind == "dlrm" and module.c == 0 for module in modules)
-    combines |= len(modules) > 1 and modules[0].kind == "dlrm"
-    if options.partition is None and combines and flat.spec.interaction.kind == "dot":
-        options = options.replace(partition="diverse")
-    if flat.spec.interaction.network is not None and options.affinity == "weights":
-        options = options.replace(affinity="cosine")  # a network does not say what it pairs
+    if options.partition is None:
+        options = options.replace(partition=default_strategy(flat.spec, modules))
+    if options.affinity == "weights" and not tells_pairs(flat.spec):
+        options = options.replace(affinity="cosine")
     affinity = measure_affinity(flat, sample, options.affinity)
     return replace(partition_features(flat.spec, options, affinity), sample=sample.description)
 
 
-def choose_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:
+def candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:
     """Return the tower module that is asked for, and others that emit as little.
 
     Raises:
         ConfigError: The settings contradict each other, or the model cannot have such a module.
     """
-    num_towers = config.towers or _towers_in_file(flat, config)
-    module = module_spec(
-        flat.spec,
-        config.tower_module,
-        num_towers=num_towers,
-        c=config.c,
-        p=config.p,
-        dim=config.dim,
-        compression=config.compression,
-    )
-    if config.compression is None or config.c is not None or config.p is not None:
-        return (module,)
-    others = alternative_modules(
-        flat.spec, module, num_towers=num_towers, compression=config.compression
-    )
-    return (module, *others)
+    return choose_modules(flat, config, config.towers or _towers_in_file(flat, config))
 
 
 def _towers_in_file(flat: FlatModelInfo, config: ConvertConfig) -> int:
@@ -337,7 +321,7 @@ def _start(
         specs[0],
         sample,
         alternatives=specs[1:],
-        allot=config.compression is not None or specs[0].kind == "linear",
+        allot=may_allot(specs[0].towers[0].module, config.compression),
         distill_steps=config.distill_steps,
         stored_as=config.dtype,
         seed=config.seed,

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, cast, get_args
 
-from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_NONE, from_json, to_json
+from dmt_convert.documents import MODEL_CONFIG, from_json, to_json
 from dmt_convert.errors import ArchitectureError, PartitionError
+from dmt_convert.interactions import InteractionSpec as InteractionSpec
+from dmt_convert.interactions import MlpSpec as MlpSpec
+from dmt_convert.interactions import NetworkSpec as NetworkSpec
+from dmt_convert.interactions import PairOrder as PairOrder
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -19,7 +23,7 @@ COMM_DTYPES: Final[tuple[str, ...]] = get_args(CommDtype)
 """Precisions in which embeddings and tower outputs may cross hosts."""
 Pooling = Literal["sum", "mean"]
 InteractionKind = Literal["dot", "cat", "dcn", "projection", "network"]
-PairOrder = Literal["tril", "triu"]
+"""Interactions that trainers' checkpoints are known to have; see `interactions` for all."""
 
 DTYPE_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -61,96 +65,6 @@ class FeatureSpec:
     """Name of the table that it is looked up in (a table may serve several features)."""
     pooling: Pooling = "sum"
     """How the rows of one bag become one vector; an empty bag gives zeros."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlpSpec:
-    """A stack of linear layers with ReLU between them; without a layer, the identity."""
-
-    widths: tuple[int, ...]
-    """Input width, then the output width of each layer, in elements."""
-    final_relu: bool
-    """Whether the last layer is followed by a ReLU as well."""
-
-    def __post_init__(self) -> None:
-        layers = len(self.widths) > 1
-        if not self.widths or min(self.widths) < (1 if layers else 0):
-            raise ArchitectureError(
-                f"an MLP with widths {list(self.widths)}",
-                expected="an input width, and the positive widths of its layers",
-                hint="check that the checkpoint was saved whole",
-            )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of linear layers."""
-        return len(self.widths) - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkSpec:
-    """Any torch module over the dense inputs and the pooled embeddings, as data.
-
-    It is built by a factory of `dmt_convert.model.networks`, or by a user's adapter file.
-    """
-
-    name: str
-    """Name of the factory; `user` for an adapter's."""
-    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What the factory is told: JSON-able, lists instead of tuples."""
-    file: str = ""
-    """Adapter only: the file's name."""
-    sha256: str = ""
-    """Adapter only: hex digest of the file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InteractionSpec:
-    """How the dense vector and the pooled embeddings meet.
-
-    The inputs stand in the order [dense, feature 0, feature 1, ...].
-    """
-
-    kind: InteractionKind
-    """dot: [dense, pairwise dots]; cat: all inputs side by side; dcn: low-rank cross network
-    over cat; projection: [dense, branch1 x branch2] over cat; network: a module of its own that
-    gives the logit."""
-    self_pairs: bool = False
-    """dot only: whether a vector is also paired with itself."""
-    pair_order: PairOrder = "triu"
-    """dot only: row-major order of the lower (tril) or upper (triu) triangle."""
-    cross_layers: int = 0
-    """dcn only: number of cross layers."""
-    cross_rank: int = 0
-    """dcn only: rank of each cross layer."""
-    branch1: MlpSpec | None = None
-    """projection only: the MLP whose output is split into vectors of N."""
-    branch2: MlpSpec | None = None
-    """projection only: the MLP whose output is split into N vectors."""
-    network: NetworkSpec | None = field(default=None, metadata=OMITTED_IF_NONE)
-    """network only: the module. Versions that knew no networks wrote no such key."""
-
-    def __post_init__(self) -> None:
-        assert (self.network is not None) == (self.kind == "network")
-
-    def output_width(self, dims: Sequence[int]) -> int:
-        """Width of the interaction's output.
-
-        Args:
-            dims: Widths of the inputs, the dense vector first.
-        """
-        if self.kind == "network":
-            return 1
-        if self.kind == "dot":
-            count = len(dims)
-            pairs = count * (count + 1) // 2 if self.self_pairs else count * (count - 1) // 2
-            return dims[0] + pairs
-        if self.kind == "projection":
-            assert self.branch1 is not None and self.branch2 is not None
-            return dims[0] + (self.branch1.widths[-1] // dims[0]) * (
-                self.branch2.widths[-1] // dims[0]
-            )
-        return sum(dims)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +118,7 @@ class ModelSpec:
         if problems:
             return problems
         dims = self.input_dims
-        if self.interaction.kind in ("dot", "projection") and len(set(dims)) > 1:
+        if self.interaction.rules.one_width and len(set(dims)) > 1:
             problems.append(
                 f"{self.interaction.kind} interaction of vectors of different widths "
                 f"{sorted(set(dims))}"
@@ -238,6 +152,15 @@ class ModelSpec:
         """Embedding dim N_f of every feature, in interaction order."""
         dims = {table.name: table.dim for table in self.tables}
         return tuple(dims[feature.table] for feature in self.features)
+
+    @property
+    def feature_columns(self) -> dict[str, range]:
+        """Columns of every feature among all pooled embeddings side by side."""
+        columns, begin = {}, 0
+        for name, dim in zip(self.feature_names, self.feature_dims, strict=True):
+            columns[name] = range(begin, begin + dim)
+            begin += dim
+        return columns
 
     def table(self, name: str) -> TableSpec:
         """Return the table of that name."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmt_convert.model import DmtSpec, Interaction, Mlp, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.model import DmtSpec, Head, TowerModuleSpec, TowerSpec, module_spec
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import (
     FeatureSpec,
@@ -98,29 +98,17 @@ def place_towers(settings: Settings, spec: DmtSpec) -> TowerPlan:
     return plan
 
 
-class DensePart(nn.Module):
+class DensePart(Head):
     """All but the tables and the tower modules: dense_arch, interaction, over_arch."""
-
-    def __init__(self, spec: DmtSpec) -> None:
-        super().__init__()
-        self.dense_arch = Mlp(spec.flat.dense_arch)
-        width = spec.flat.input_dims[0]
-        self.dense_projection = (
-            nn.Linear(width, spec.dense_dim) if spec.dense_dim != width else None
-        )
-        self.interaction = Interaction(spec.interaction, spec.interaction_dims)
-        self.over_arch = Mlp(spec.over_arch)
 
     def forward(self, dense_BN: Tensor, emitted_BO: Tensor) -> Tensor:
         """Return logits, shape (B,).
 
         Args:
-            dense_BN: What dense_arch gave.
+            dense_BN: The output of dense_arch.
             emitted_BO: The towers' outputs, or the flat model's pooled embeddings.
         """
-        part = dense_BN if self.dense_projection is None else self.dense_projection(dense_BN)
-        logits: Tensor = self.over_arch(self.interaction(part, emitted_BO, dense_BN))
-        return logits.squeeze(1)
+        return self.finish(dense_BN, emitted_BO)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -24,7 +24,7 @@ from dmt_convert.cluster.index_route import JaggedBatch
 from dmt_convert.cluster.padding import Width, find_widths, trim_shards
 from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor
-from dmt_convert.model import DmtModel, DmtSpec
+from dmt_convert.model import DmtModel, DmtSpec, Head
 from dmt_convert.placement import TowerPlan, to_sharding_plan
 from dmt_convert.spec import CommDtype
 
@@ -43,8 +43,6 @@ class ClusterModel(nn.Module):
         lr: The tables' learning rate.
     """
 
-    order: Tensor
-
     def __init__(
         self,
         model: DmtModel,
@@ -62,30 +60,10 @@ class ClusterModel(nn.Module):
             device=torch.device("meta"),
         )
         model.towers = nn.ModuleList()
-        self.head = model
-        # the head's own order of columns is merged into that of `settle_order`
-        self.register_buffer("order", model.arrange, persistent=False)
+        self.head: Head = model
         # a network may hold parameters that it does not use; data-parallel waits for all
         network = spec.interaction.network is not None
         self._anchored = tuple(model.interaction.parameters()) if network else ()
-        self._merges = spec.is_passthrough
-        if self._merges:
-            model.arrange = torch.empty(0, dtype=torch.int64)
-        else:
-            self.order = torch.empty(0, dtype=torch.int64)
-
-    def settle_order(self, columns: Sequence[int]) -> None:
-        """Be told in which order columns of the towers' joint output arrive.
-
-        Args:
-            columns: Column of the joint output, towers and their vectors in the spec's order, for
-                every column that arrives.
-        """
-        places = torch.argsort(torch.tensor(columns)).to(self.order.device)
-        if self._merges and self.order.numel():
-            places = places[self.order]
-        is_same = bool((places == torch.arange(len(places), device=places.device)).all())
-        self.order = places[:0] if is_same else places
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Return logits.
@@ -99,13 +77,8 @@ class ClusterModel(nn.Module):
         """
         coming = self.towers(sparse)
         dense_BN = self.head.dense_arch(dense)
-        emitted_BO = coming.wait()
-        if self.order.numel():
-            emitted_BO = emitted_BO.index_select(1, self.order)
-        logits: Tensor = self.head.over_arch(self.head.interact(dense_BN, emitted_BO))
-        if self._anchored:
-            logits = anchor(logits, *self._anchored)
-        return logits.squeeze(1)
+        logits = self.head.finish(dense_BN, coming.wait())
+        return anchor(logits, *self._anchored) if self._anchored else logits
 
 
 def _build_tower(
@@ -240,7 +213,7 @@ def shard_model(
     core = parallel.module
     towers = core.towers
     assert isinstance(core, ClusterModel) and isinstance(towers, ShardedTowers)
-    core.settle_order(towers.arriving_columns())
+    core.head.expect_columns(towers.arriving_columns())
     _clear_padding(towers, widths)
     return ShardedModel(parallel=parallel, towers=towers, widths=widths, weighted=weighted)
 
@@ -255,5 +228,4 @@ def _clear_padding(towers: ShardedTowers, widths: Mapping[str, Width]) -> None:
 
 def _vector_dim(spec: DmtSpec) -> int:
     """Elements of the largest vector that every tower emits whole."""
-    dims = spec.flat.feature_dims if spec.is_passthrough else spec.emitted_dims
-    return math.gcd(*dims)
+    return math.gcd(*spec.emitted_dims)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dmt_convert.cluster.padding import Width, make_trim
-from dmt_convert.model import DlrmTowerModule, Passthrough
+from dmt_convert.model import FeatureWise, map_features
 
 
 class TowerHead(nn.Module):
@@ -45,19 +45,17 @@ class TowerHead(nn.Module):
         has_none = not any(True for _ in module.parameters())
         self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
         self._start, self._width = columns
+        self._feature_widths = module.feature_widths if isinstance(module, FeatureWise) else None
 
     @property
     def maps_features(self) -> bool:
         """Whether every feature is mapped by itself."""
-        if isinstance(self.module, DlrmTowerModule):
-            return self.module.spec.p == 0
-        return isinstance(self.module, Passthrough)
+        return self._feature_widths is not None
 
     def widths(self) -> list[int]:
-        """Elements that every feature emits, where it is mapped by itself."""
-        if isinstance(self.module, DlrmTowerModule):
-            return [self.module.spec.c * self.module.spec.dim] * len(self.features)
-        return self.dims
+        """Elements that every feature emits, if each is mapped by itself."""
+        assert self._feature_widths is not None
+        return list(self._feature_widths)
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Columns of the joint output that some features emit, in their order."""
@@ -124,30 +122,18 @@ class LocalPart:
         """Map the features as looked up, sum of N columns, to (B, features * c * D)."""
         if self._trim is not None:
             pooled = self._trim(pooled)
-        if not isinstance(module, DlrmTowerModule):
+        assert isinstance(module, FeatureWise)
+        maps = module.feature_maps()
+        if maps is None:
             return pooled
         # The gradient of a weight comes from this rank alone, over the samples of all L ranks;
         # data-parallel takes the mean over L.
-        weight = _scale(module.feature_weight, self.sharers).index_select(
-            0, self._on(self.rows, pooled)
-        )
-        bias = _scale(module.feature_bias, self.sharers).index_select(
-            0, self._on(self.features, pooled)
-        )
+        weight, bias = (_scale(value, self.sharers) for value in maps)
+        weight = weight.index_select(0, self._on(self.rows, pooled))
+        bias = bias.index_select(0, self._on(self.features, pooled))
         if not self.dims:
             return pooled + 0 * (weight.sum() + bias.sum())
-        if len(set(self.dims)) == 1:
-            count, dim = len(self.dims), self.dims[0]
-            x_FBN = pooled.view(-1, count, dim).transpose(0, 1)
-            y_FBW = torch.baddbmm(bias.unsqueeze(1), x_FBN, weight.view(count, dim, -1))
-            return y_FBW.transpose(0, 1).flatten(1)
-        parts = zip(
-            torch.split(pooled, self.dims, dim=1),
-            torch.split(weight, self.dims, dim=0),
-            bias,
-            strict=True,
-        )
-        return torch.cat([x @ w + b for x, w, b in parts], dim=1)
+        return map_features(pooled, weight, bias, self.dims)
 
     def _on(self, index: Tensor, like: Tensor) -> Tensor:
         return index.to(like.device)

@@ -1,11 +1,10 @@
-"""Inputs on which a model is looked at: calibration rows, or rows drawn from its tables.
+"""Inputs on which towers are fitted and measured: calibration rows, or rows drawn from tables.
 
 Letters: n sampled rows, D dense inputs, F features, M widths' sum of all pooled embeddings.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -13,9 +12,9 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dmt_convert.arrays import Float32Array
 from dmt_convert.checkpoint import gather_rows
-from dmt_convert.conversion.dense_inputs import draw_dense, estimate_scale
-from dmt_convert.conversion.row_frequency import draw_rows
+from dmt_convert.conversion.drawn_inputs import draw_dense, draw_rows, estimate_scale
 from dmt_convert.data import (
     Bag,
     Batch,
@@ -29,9 +28,6 @@ from dmt_convert.errors import CheckpointError, DataError
 from dmt_convert.families import FlatModelInfo, read_initial_value
 from dmt_convert.spec import FeatureSpec, ModelSpec
 
-logger = logging.getLogger(__name__)
-
-FloatArray = npt.NDArray[np.float32]
 _POOLED_BYTES: Final = 64 << 20
 
 
@@ -41,19 +37,19 @@ class Sample:
 
     batch: Batch
     """The rows, bags in the model's feature order."""
-    pooled: FloatArray
+    pooled: Float32Array
     """Pooled embeddings side by side in feature order, shape (n, M), float32."""
     source: Literal["calibration", "tables"]
-    """Where the rows come from."""
+    """Origin of the rows."""
     description: str
-    """How they were drawn, one line."""
+    """How they were drawn, in one line."""
 
     def split(self, fraction: float) -> tuple[Sample, Sample]:
         """Split off the last `fraction` of the rows, as held-out rows."""
         cut = max(1, int(self.batch.num_rows * (1 - fraction)))
         return self._rows(0, cut), self._rows(cut, self.batch.num_rows)
 
-    def per_feature(self, spec: ModelSpec) -> list[FloatArray]:
+    def per_feature(self, spec: ModelSpec) -> list[Float32Array]:
         """Pooled embeddings of every feature, each (n, N_f)."""
         cuts = np.cumsum(spec.feature_dims)[:-1]
         return list(np.split(self.pooled, cuts, axis=1))
@@ -78,15 +74,15 @@ def draw_sample(
 ) -> Sample:
     """Draw input rows and pool the model's embeddings for them.
 
-    With calibration data the rows are a random choice of its rows. Without, every feature draws
-    one id on its own: rows by how often they were trained, and dense inputs as large as training
-    saw them, where the checkpoint holds optimizer state that tells; else rows uniformly, and
-    dense inputs in the form in which click models are commonly fed.
+    With calibration data, the rows are a random choice of its rows. Without, every feature draws
+    one id on its own. If the checkpoint holds optimizer state that tells, rows are drawn by how
+    often they were trained, and dense inputs are as large as in training; otherwise rows are drawn
+    uniformly, and dense inputs in the form in which click models are commonly fed.
 
     Args:
         info: The flat model.
         calibration: Data set to draw from.
-        rows: n; by default as many as `sample_size` says.
+        rows: n; by default `sample_size`.
         seed: Seed of the draw.
 
     Raises:
@@ -142,7 +138,7 @@ def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
     )
 
 
-def pool_batch(info: FlatModelInfo, batch: Batch) -> FloatArray:
+def pool_batch(info: FlatModelInfo, batch: Batch) -> Float32Array:
     """Pool the embeddings of all features from disk.
 
     Returns:
@@ -171,7 +167,11 @@ def pool_batch(info: FlatModelInfo, batch: Batch) -> FloatArray:
 
 
 def _pool(
-    rows: FloatArray, inverse: npt.NDArray[np.intp], bag: Bag, feature: FeatureSpec, out: FloatArray
+    rows: Float32Array,
+    inverse: npt.NDArray[np.intp],
+    bag: Bag,
+    feature: FeatureSpec,
+    out: Float32Array,
 ) -> None:
     lengths = np.diff(bag.offsets)
     filled = np.flatnonzero(lengths)

@@ -1,4 +1,4 @@
-"""The converted model: towers, their modules, and how they start from the flat model's weights.
+"""What is computed: lookup, tower module, head; flat and converted models as plain torch modules.
 
 Specs are plain data; everything that needs torch is imported when it is first asked for.
 """

@@ -7,63 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from dmt_convert.documents import MODEL_CONFIG, from_json, to_json
 from dmt_convert.errors import ConfigError
+from dmt_convert.model.tower_kinds import TowerModule, TowerModuleSpec
 from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
-
-TowerModuleKind = Literal["passthrough", "dlrm", "dcn", "linear"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TowerModuleSpec:
-    """What stands between a tower's lookup and the network."""
-
-    kind: TowerModuleKind
-    """passthrough: identity; dlrm: two linear maps; dcn: a cross network, then a linear map;
-    linear: one linear map, which the receiver undoes as well as it can."""
-    c: int = 0
-    """dlrm: vectors emitted per feature."""
-    p: int = 0
-    """dlrm: vectors emitted per tower beside those."""
-    dim: int = 0
-    """Output dim D of every emitted vector; 0 for passthrough; linear: all that the tower emits."""
-    cross_layers: int = 0
-    """dcn: layers of the tower's own cross network."""
-    cross_rank: int = 0
-    """dcn: their rank."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(TowerModuleKind):
-            raise ConfigError(
-                f"tower module {self.kind!r}",
-                expected="one of " + ", ".join(get_args(TowerModuleKind)),
-                hint="leave --tower-module at auto",
-            )
-        bad = self.kind == "dlrm" and (min(self.c, self.p) < 0 or self.c + self.p < 1)
-        if bad or (self.kind != "passthrough" and self.dim < 1):
-            raise ConfigError(
-                f"a {self.kind} tower module with c={self.c}, p={self.p}, D={self.dim}",
-                expected="c >= 0, p >= 0, c + p >= 1, D >= 1",
-                hint="the default is --c 1 --p 0 and half the embedding dim",
-            )
-
-    def num_vectors(self, num_features: int) -> int:
-        """K_t: vectors that a tower of that many features emits (not for passthrough)."""
-        if self.kind == "linear":
-            return 1
-        return self.c * num_features + self.p if self.kind == "dlrm" else num_features
-
-    def width(self, dims: Sequence[int]) -> int:
-        """Elements that a tower emits per sample.
-
-        Args:
-            dims: Embedding dims of its features.
-        """
-        if self.kind == "passthrough":
-            return sum(dims)
-        return self.num_vectors(len(dims)) * self.dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +53,24 @@ class DmtSpec:
         return TowerAssignment(towers=tuple(tower.features for tower in self.towers))
 
     @property
-    def kind(self) -> TowerModuleKind:
+    def kind(self) -> str:
         """Kind of all tower modules."""
         return self.towers[0].module.kind
 
     @property
+    def rules(self) -> TowerModule:
+        """What follows from the kind of the tower modules."""
+        return self.towers[0].module.rules
+
+    @property
     def is_passthrough(self) -> bool:
         """Whether the model computes exactly what the flat one does."""
-        return self.kind == "passthrough"
+        return self.rules.exact
 
     @property
     def keeps_network(self) -> bool:
         """Whether all that stands behind the towers is the flat model's, fed in its order."""
-        return self.kind in ("passthrough", "linear")
+        return self.rules.keeps_network
 
     def tower_dims(self, tower: int) -> tuple[int, ...]:
         """Embedding dims of a tower's features."""
@@ -140,20 +94,28 @@ class DmtSpec:
         return sum(self.flat.feature_dims) / sum(self.tower_widths)
 
     @property
+    def columns_by_tower(self) -> tuple[tuple[int, ...], ...]:
+        """Columns of all pooled embeddings in flat order that every tower holds, in its order."""
+        columns = self.flat.feature_columns
+        return tuple(
+            tuple(column for name in tower.features for column in columns[name])
+            for tower in self.towers
+        )
+
+    @property
     def dense_dim(self) -> int:
         """Width at which the dense vector takes part in the interaction."""
-        dense = self.flat.input_dims[0]
-        if self.keeps_network or self.flat.interaction.kind != "dot":
-            return dense
-        return max(tower.module.dim for tower in self.towers)
+        if self.keeps_network or not self.flat.interaction.rules.pairs_vectors:
+            return self.flat.input_dims[0]
+        return max(self.emitted_dims)
 
     @property
     def emitted_dims(self) -> tuple[int, ...]:
-        """Widths of all vectors that the towers emit, in their order (not for passthrough)."""
+        """Widths of all vectors that the towers emit, in their order."""
         return tuple(
-            tower.module.dim
-            for tower in self.towers
-            for _ in range(tower.module.num_vectors(len(tower.features)))
+            width
+            for tower, dims in zip(self.towers, self.dims_by_tower, strict=True)
+            for width in tower.module.vector_dims(dims)
         )
 
     @property
@@ -165,7 +127,7 @@ class DmtSpec:
         """
         if self.keeps_network:
             return self.flat.input_dims
-        if self.flat.interaction.kind == "dot":
+        if self.flat.interaction.rules.pairs_vectors:
             return (self.dense_dim,) * (1 + len(self.emitted_dims))
         return (self.dense_dim, *self.emitted_dims)
 
@@ -173,27 +135,17 @@ class DmtSpec:
     def interaction(self) -> InteractionSpec:
         """The converted interaction."""
         flat = self.flat.interaction
-        if self.keeps_network or flat.kind != "projection":
-            return flat
-        assert flat.branch1 is not None and flat.branch2 is not None
-        width = sum(self.interaction_dims)
-        branch1, branch2 = (
-            MlpSpec(widths=(width, *branch.widths[1:]), final_relu=branch.final_relu)
-            for branch in (flat.branch1, flat.branch2)
-        )
-        return InteractionSpec(kind="projection", branch1=branch1, branch2=branch2)
+        return flat if self.keeps_network else flat.rules.converted(flat, self.interaction_dims)
 
     @property
     def over_arch(self) -> MlpSpec:
         """The converted over_arch: only its input width may differ from the flat one's."""
-        flat = self.flat
-        if self.keeps_network or flat.interaction.kind == "projection":
-            return flat.over_arch
+        if self.keeps_network:
+            return self.flat.over_arch
         dims = self.interaction_dims
-        width = self.interaction.output_width(dims) + flat.input_dims[0] - dims[0]
-        return MlpSpec(
-            widths=(width, *flat.over_arch.widths[1:]), final_relu=flat.over_arch.final_relu
-        )
+        # the dense vector that is passed on beside the interaction keeps its width
+        passed = self.flat.input_dims[0] - dims[0]
+        return self.flat.over_arch.with_input(self.interaction.output_width(dims) + passed)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; `from_json` reads it back."""
@@ -207,3 +159,26 @@ class DmtSpec:
             BundleError: It does not describe a model.
         """
         return from_json(cls, value)
+
+
+def converted_spec(
+    flat: ModelSpec, towers: Sequence[tuple[str, ...]], module: TowerModuleSpec
+) -> DmtSpec:
+    """Put a module over every tower.
+
+    Args:
+        flat: The flat model.
+        towers: Features of every tower.
+        module: What `module_spec` chose; the D of a linear one is the mean over the towers.
+    """
+    width = dict(zip(flat.feature_names, flat.feature_dims, strict=True))
+    modules = module.rules.spread(module, [[width[name] for name in names] for names in towers])
+    pairs = zip(towers, modules, strict=True)
+    return DmtSpec(
+        flat=flat, towers=tuple(TowerSpec(features=names, module=own) for names, own in pairs)
+    )
+
+
+def one_tower(flat: ModelSpec) -> DmtSpec:
+    """Describe a flat model as one passthrough tower."""
+    return converted_spec(flat, [flat.feature_names], TowerModuleSpec(kind="passthrough"))

@@ -1,14 +1,9 @@
-"""A model and its tables in memory, ready to be trained.
-
-Letters: B batch, N embedding dim, M widths' sum.
-"""
+"""A model and its tables in memory, ready to be trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from dmt_convert.data import Batch
@@ -23,7 +18,7 @@ class TrainableModel:
     """A converted or flat model whose lookups come from a store."""
 
     module: DmtModel | FlatModel
-    """Gives everything but the lookups."""
+    """Computes everything but the lookups."""
     store: TableStore
     """The tables."""
 
@@ -34,14 +29,7 @@ class TrainableModel:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return logits, shape (B,)."""
-        pooled = self.store.pool(batch)
-        dense = to_tensor(batch.dense)
-        if isinstance(self.module, FlatModel):
-            return self.module.forward_pooled(dense, _join(pooled, self.spec.feature_names))
-        emitted = [
-            tower.tower_module(_join(pooled, tower.features)) for tower in self.module.tower_list
-        ]
-        return self.module.forward_emitted(dense, torch.cat(emitted, dim=1))
+        return self.module.forward_vectors(to_tensor(batch.dense), self.store.pool(batch))
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained beside the tables, by name."""
@@ -53,16 +41,11 @@ class TrainableModel:
         }
 
 
-def _join(pooled: dict[str, Tensor], features: Iterable[str]) -> Tensor:
-    """Pooled embeddings side by side, shape (B, M)."""
-    return torch.cat([pooled[name] for name in features], dim=1)
-
-
 def make_trainable(module: DmtModel | FlatModel) -> TrainableModel:
-    """Take over a model whose tables are in memory; it stays usable, and changes as it is trained.
+    """Take over a model whose tables are in memory. It stays usable and changes during training.
 
-    The tables move into a store, and the model's `TrainableTables` become views of it. Where two
-    towers have a copy each of a table that they share, the first is taken for both.
+    The tables move into a store, and the model's `TrainableTables` become views of it. If two
+    towers share a table and each has a copy, both get the first copy.
 
     Args:
         module: The model.

@@ -13,7 +13,7 @@ from torch import nn
 
 from dmt_convert import adapter
 from dmt_convert.data import Bag
-from dmt_convert.model.networks import network_size
+from dmt_convert.model import count_parameters
 from support.paths import REPOSITORY
 from support.rows import random_bag, write_probe, write_schema
 
@@ -111,4 +111,4 @@ def example(tmp_path_factory) -> Example:
 def _forget(monkeypatch) -> None:
     """What one test loaded, another has not."""
     monkeypatch.setattr(adapter, "_loaded", {})
-    network_size.cache_clear()
+    count_parameters.cache_clear()

@@ -75,7 +75,7 @@ def test_the_report_names_the_file_in_its_commands(bundle, monkeypatch):
 
 def test_a_bundle_wants_its_file(example, call_dmt, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
-    from dmt_convert.model import networks
+    from dmt_convert.model import count_parameters
 
     def score(*more):
         monkeypatch.setattr(adapter, "_loaded", {})
@@ -91,7 +91,7 @@ def test_a_bundle_wants_its_file(example, call_dmt, bundle, tmp_path, monkeypatc
     assert score("--model", example.model).code == 0
     for command in (["finetune", "--data", example.clicks], ["plan", "--hosts", 1]):
         monkeypatch.setattr(adapter, "_loaded", {})
-        networks.network_size.cache_clear()
+        count_parameters.cache_clear()
         more = ["--ranks-per-host", 2, "--predict", "--gpu", "h100"] if command[0] == "plan" else []
         run = call_dmt(command[0], bundle, *command[1:], *more)
         assert run.code == 3 and "--model xlrm.py" in run.stderr, run.stderr

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import dmt_convert as dmt
-from dmt_convert.conversion.quality_table import Quality, QualityRow
+from dmt_convert.documents import Quality, QualityRow
 from dmt_convert.errors import ConfigError
 from dmt_convert.flow import default_out
 from dmt_convert.scoring import open_model

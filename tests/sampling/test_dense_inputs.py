@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion import draw_sample
-from dmt_convert.conversion.dense_inputs import draw_dense, estimate_scale
+from dmt_convert.conversion.drawn_inputs import draw_dense, estimate_scale
 from dmt_convert.families import infer_model
 from support.sampled import flat_info
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dmt_convert.checkpoint import CHUNK_BYTES, Piece, TensorInfo, gather_rows, open_checkpoint
-from dmt_convert.conversion import draw_rows, row_frequency
+from dmt_convert.conversion import draw_rows, drawn_inputs
 from support.sampled import saved_vector
 
 MATRIX = ["vector", "column", "matrix"]
@@ -116,16 +116,16 @@ def test_tables_that_are_scanned(tmp_path, monkeypatch, shape, dtype):
         tmp_path, torch.as_tensor(_shaped(weight.double().numpy(), shape)).to(dtype)
     )
     weight = weight.double().numpy()
-    whole, item = b"".join(raw.tobytes() for raw in row_frequency.stream_tensor(state)), 1000
+    whole, item = b"".join(raw.tobytes() for raw in drawn_inputs.stream_tensor(state)), 1000
     item *= state.nbytes // weight.size // (2 if shape == "matrix" else 1)
     pieces = [np.frombuffer(whole[i : i + item], np.uint8) for i in range(0, len(whole), item)]
-    monkeypatch.setattr(row_frequency, "stream_tensor", lambda info: iter(pieces))
-    monkeypatch.setattr(row_frequency, "_draw_candidates", None)
+    monkeypatch.setattr(drawn_inputs, "stream_tensor", lambda info: iter(pieces))
+    monkeypatch.setattr(drawn_inputs, "_draw_candidates", None)
     drawn = draw_rows(len(weight), state, 20_000, _rng())
     _check_proportional(drawn, weight)
     # in no order: held-out rows are the last of a sample
     assert abs(np.corrcoef(np.arange(20_000), drawn)[0, 1]) < 0.04
-    monkeypatch.setattr(row_frequency, "_KEPT_ROWS", 0)
+    monkeypatch.setattr(drawn_inputs, "_KEPT_ROWS", 0)
     assert np.array_equal(draw_rows(len(weight), state, 20_000, _rng()), drawn)
 
 
@@ -143,11 +143,11 @@ def test_chunks_that_end_within_a_row(tmp_path):
 def test_a_chunk_without_weight_is_never_drawn_from(tmp_path, monkeypatch, last):
     weight = np.ones(20_000, dtype=np.float32)
     weight[10_000:] = last
-    monkeypatch.setattr(row_frequency, "_KEPT_ROWS", 0)
+    monkeypatch.setattr(drawn_inputs, "_KEPT_ROWS", 0)
     state = saved_vector(tmp_path, weight)
     raw = weight.view(np.uint8)
     monkeypatch.setattr(
-        row_frequency, "stream_tensor", lambda info: iter([raw[:40_000], raw[40_000:]])
+        drawn_inputs, "stream_tensor", lambda info: iter([raw[:40_000], raw[40_000:]])
     )
     assert draw_rows(20_000, state, 5000, _rng()).max() < 10_000
 
@@ -155,7 +155,7 @@ def test_a_chunk_without_weight_is_never_drawn_from(tmp_path, monkeypatch, last)
 @pytest.mark.parametrize("shape", MATRIX)
 def test_behind_the_head_a_row_stands_for_many(tmp_path, monkeypatch, shape):
     """The tail is looked at in part, and yet drawn from as often as the whole weighs."""
-    monkeypatch.setattr(row_frequency, "_SCANNED_BYTES", 0)
+    monkeypatch.setattr(drawn_inputs, "_SCANNED_BYTES", 0)
     weight = np.full(100_000, 1.0, dtype=np.float32)
     weight[:8192] = 4
     state = saved_vector(tmp_path, _shaped(weight, shape))
@@ -167,9 +167,9 @@ def test_behind_the_head_a_row_stands_for_many(tmp_path, monkeypatch, shape):
 
 def test_the_head_and_tail_are_as_likely_as_the_whole_says(tmp_path, monkeypatch):
     """Over many draws, every part of a table that is looked at in part gets its share."""
-    monkeypatch.setattr(row_frequency, "_SCANNED_BYTES", 0)
-    monkeypatch.setattr(row_frequency, "_MAX_CANDIDATES", 160)
-    monkeypatch.setattr(row_frequency, "_HEAD_ROWS", 160)
+    monkeypatch.setattr(drawn_inputs, "_SCANNED_BYTES", 0)
+    monkeypatch.setattr(drawn_inputs, "_MAX_CANDIDATES", 160)
+    monkeypatch.setattr(drawn_inputs, "_HEAD_ROWS", 160)
     weight = np.ones(1000, dtype=np.float32)
     state = saved_vector(tmp_path, weight)
     drawn = np.concatenate([draw_rows(1000, state, 200, _rng(seed)) for seed in range(1500)])
@@ -182,17 +182,17 @@ def test_the_head_and_tail_are_as_likely_as_the_whole_says(tmp_path, monkeypatch
 
 def test_large_tables_are_weighed_on_candidates_only(tmp_path, monkeypatch):
     """Of what would take long to scan, only the candidates' elements are read."""
-    monkeypatch.setattr(row_frequency, "_SCANNED_BYTES", 0)
-    monkeypatch.setattr(row_frequency, "_MAX_CANDIDATES", 50)
-    monkeypatch.setattr(row_frequency, "_HEAD_ROWS", 30)
-    monkeypatch.setattr(row_frequency, "stream_tensor", None)
+    monkeypatch.setattr(drawn_inputs, "_SCANNED_BYTES", 0)
+    monkeypatch.setattr(drawn_inputs, "_MAX_CANDIDATES", 50)
+    monkeypatch.setattr(drawn_inputs, "_HEAD_ROWS", 30)
+    monkeypatch.setattr(drawn_inputs, "stream_tensor", None)
     asked = []
 
     def spy(info, rows):
         asked.append(len(rows))
         return gather_rows(info, rows)
 
-    monkeypatch.setattr(row_frequency, "gather_rows", spy)
+    monkeypatch.setattr(drawn_inputs, "gather_rows", spy)
     weight = np.zeros(10_000, dtype=np.float32)
     weight[5000:] = 1
     drawn = draw_rows(10_000, saved_vector(tmp_path, weight), 2_000, _rng())
@@ -207,8 +207,8 @@ def test_a_slice_of_a_long_tensor_is_not_read_whole(tmp_path, monkeypatch):
     state = open_checkpoint(tmp_path / "state.pt").tensors[0]
     assert state.pieces[0].strides is not None
     assert draw_rows(20_000, state, 500, _rng()).max() < 100
-    monkeypatch.setattr(row_frequency, "_SCANNED_BYTES", 1 << 20)
-    monkeypatch.setattr(row_frequency, "stream_tensor", None)
+    monkeypatch.setattr(drawn_inputs, "_SCANNED_BYTES", 1 << 20)
+    monkeypatch.setattr(drawn_inputs, "stream_tensor", None)
     assert draw_rows(20_000, state, 500, _rng()).max() < 100
 
 
@@ -259,8 +259,8 @@ def test_one_damaged_number_spoils_its_row_only(tmp_path, rows, bad):
 @pytest.mark.parametrize("shape", MATRIX)
 def test_long_accumulators_that_tell_nothing(tmp_path, monkeypatch, fill, shape):
     state = saved_vector(tmp_path, _shaped(np.full(50_000, fill, dtype=np.float32), shape))
-    for limit in (row_frequency._SCANNED_BYTES, 0):
-        monkeypatch.setattr(row_frequency, "_SCANNED_BYTES", limit)
+    for limit in (drawn_inputs._SCANNED_BYTES, 0):
+        monkeypatch.setattr(drawn_inputs, "_SCANNED_BYTES", limit)
         drawn = draw_rows(50_000, state, 5000, _rng())
         assert (np.abs(np.bincount(drawn // 10_000, minlength=5) - 1000) < 400).all()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.conversion import draw_sample, started_model
-from dmt_convert.conversion.started_model import start_model
+from dmt_convert.conversion import draw_sample, start
+from dmt_convert.conversion.start import start_model
 from dmt_convert.families import infer_model
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
 from support.scored import write_model
@@ -40,10 +40,10 @@ def test_distillation_is_kept_only_where_it_is_better(info, monkeypatch):
     assert _r2(started)["distilled"] > _r2(started)["closed form"]
 
     def spoil(flat, model, fit, **options):
-        worse, _ = started_model.initialise(flat, model.spec, None, method="random")
+        worse, _ = start.initialise(flat, model.spec, None, method="random")
         return worse, "distilled"
 
-    monkeypatch.setattr(started_model, "distill", spoil)
+    monkeypatch.setattr(start, "distill", spoil)
     spoilt = _start(info, _spec(info, c=1, dim=2), distill_steps=300)
     assert spoilt.method == "closed form" and "distilled" not in _r2(spoilt)
     assert any("did not beat the closed form" in note for note in spoilt.notes)
@@ -60,7 +60,7 @@ def test_unasked_it_distils_where_there_is_something_to_gain(info):
 
 
 def test_large_models_are_not_distilled_unasked(info, monkeypatch):
-    monkeypatch.setattr(started_model, "default_steps", lambda spec: 0)
+    monkeypatch.setattr(start, "default_steps", lambda spec: 0)
     started = _start(info, _spec(info, c=1, dim=2))
     assert any("--distill-steps" in note for note in started.notes)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.conversion.initialisation import allot_dims, initialise, trace_flat
-from dmt_convert.conversion.initialisation import allotment as allotment_module
-from dmt_convert.model import DmtModel, TowerModuleSpec, alternative_modules, module_spec
+from dmt_convert.conversion.initialisation import allot_dims, closed_form, initialise, trace_flat
+from dmt_convert.conversion.module_choice import alternative_modules
+from dmt_convert.model import DmtModel, TowerModuleSpec, module_spec
 from support.models import build_flat, build_sample, split_towers
 from support.specs import build_spec
 
@@ -112,7 +112,7 @@ def test_no_other_dims_lose_less_by_the_same_measure(seed):
     def loss(dims):
         return float(sum(curve[d] for curve, d in zip(curves, dims, strict=True)))
 
-    found = allotment_module._take_dims(loss, [1, 1, 1], [6, 6, 6], 9)
+    found = closed_form._take_dims(loss, [1, 1, 1], [6, 6, 6], 9)
     best = min(loss(d) for d in itertools.product(range(1, 7), repeat=3) if sum(d) <= 9)
     assert sum(found) == 9 and loss(found) == pytest.approx(best)
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_allotted_stays():
         split_towers(flat.spec, 1, _module(flat, 4)),
     ):
         assert allot_dims(trace, spec) is spec
-    assert allotment_module._take_dims(lambda dims: 0.0, [2, 2], [4, 4], 3) is None
+    assert closed_form._take_dims(lambda dims: 0.0, [2, 2], [4, 4], 3) is None
 
 
 @pytest.mark.parametrize("compression", [2.0, 3.0, 4.0, 8.0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmt_convert.conversion.initialisation import initialise, ridge
-from dmt_convert.conversion.initialisation.dot_start import second_moments
+from dmt_convert.conversion.initialisation.dot import second_moments
 from dmt_convert.model import TowerModuleSpec, module_spec
 from support.models import build_flat, build_sample, split_towers
 from support.specs import build_spec

@@ -19,7 +19,7 @@ from dmt_convert.data import Bag, Batch, uniform_offsets
 from dmt_convert.conversion import Sample
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from dmt_convert.model import DmtSpec, FlatModel, TowerSpec, module_spec
-from dmt_convert.model.initialisation import initialise
+from dmt_convert.conversion.initialisation import initialise
 
 torch.set_num_threads(2)
 F, N, n = 26, 128, 4915

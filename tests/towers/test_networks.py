@@ -11,11 +11,12 @@ from dmt_convert.conversion.initialisation import (
     allot_dims,
     distill,
     initialise,
-    restored_start,
+    restored,
     trace_flat,
 )
 from dmt_convert.errors import ArchitectureError, ConfigError
-from dmt_convert.model import FlatModel, TowerModuleSpec, load_dense, networks
+from dmt_convert.model import FlatModel, TowerModuleSpec, load_dense
+from dmt_convert.model.networks import registry
 from dmt_convert.spec import FeatureSpec, ModelSpec, NetworkSpec, TableSpec, network_model
 from support.models import build_flat, build_sample, split_towers
 from support.rows import build_batch
@@ -41,7 +42,7 @@ class Wide(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
-    monkeypatch.setattr(networks, "NETWORKS", {"wide": Wide})
+    monkeypatch.setattr(registry, "NETWORKS", {"wide": Wide})
 
 
 def _spec(num_dense=4, name="wide"):
@@ -193,7 +194,7 @@ def test_wide_towers_are_solved_in_blocks(monkeypatch):
     spec = _spec()
     flat = _low_rank(spec, 2)
     sample = build_sample(flat, 1200)
-    monkeypatch.setattr(restored_start, "_MAX_WIDTH", 5)
+    monkeypatch.setattr(restored, "_MAX_WIDTH", 5)
     model, _ = initialise(flat, split_towers(spec, 1, _linear(8)), sample, method="closed-form")
     assert _r2(model, flat, build_sample(flat, 400, seed=1)) > 0.98
 

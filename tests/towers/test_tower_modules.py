@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmt_convert.model import TowerModuleSpec
-from dmt_convert.model.tower_module import build_tower_module
+from dmt_convert.model.tower_modules import build_tower_module
 
 # float32 sums of a dozen products against float64
 TOLERANCE = 2e-6

@@ -1,122 +1,149 @@
-"""Initialise a converted model from the flat one: exactly, in closed form, or at random."""
+"""What a closed form is: how the weights of a converted model follow from the flat one's.
+
+It also allots output dims: every tower starts with all its dims; one dim at a time is then taken
+from the tower that loses least by it, per element saved, until the model emits no more than its
+budget.
+
+Letters: T towers, N embedding dim, K_t vectors that tower t emits, D_t its output dim.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import nn
+import numpy.typing as npt
 
-from dmt_convert.conversion import Sample
-from dmt_convert.conversion.initialisation.dcn_conversion import start_dcn
-from dmt_convert.conversion.initialisation.dot_conversion import start_dot
-from dmt_convert.conversion.initialisation.flat_trace import FlatTrace, trace_flat
-from dmt_convert.conversion.initialisation.linear_conversion import start_linear
-from dmt_convert.conversion.initialisation.restored_start import start_restored
-from dmt_convert.conversion.initialisation.ridge import refit_linear
-from dmt_convert.conversion.initialisation.start import Start
-from dmt_convert.model import DmtModel, DmtSpec, FlatModel, state_name, to_tensor
+from dmt_convert.arrays import Float64Array, FloatArray
+from dmt_convert.conversion.initialisation.flat_trace import FlatTrace
+from dmt_convert.model import DmtModel, DmtSpec
 
-Method = Literal["exact", "closed-form", "random"]
+Indices = npt.NDArray[np.intp]
+"""Columns of a matrix."""
+Loss = Callable[[Sequence[int]], float]
+"""Estimates what the logit loses by given output dims, one per tower."""
 
 
-def initialise(
-    flat: FlatModel,
-    spec: DmtSpec,
-    sample: Sample | None,
-    *,
-    method: Method,
-    tables: nn.Module | None = None,
-    seed: int = 0,
-    trace: FlatTrace | None = None,
-) -> tuple[DmtModel, tuple[str, ...]]:
-    """Build a converted model over the flat model's tables.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Weights that differ from the flat model's."""
 
-    Args:
-        flat: The flat model.
-        spec: The converted model.
-        sample: Rows to fit on; needed for the closed form.
-        method: exact: every weight is the flat model's (passthrough only). closed-form: DESIGN
-            section 4. random: tower modules and layers whose inputs change are drawn as
-            `torch.nn.Linear` draws them, all else is the flat model's: the yardstick.
-        tables: Lookups that the towers share; by default the flat model's.
-        seed: Seed of the random method.
-        trace: What the flat model computes on the sample, where that is known already.
-
-    Returns:
-        The model in eval mode, and one line per thing that was fitted.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DmtModel(spec, [flat.tables if tables is None else tables] * len(spec.towers))
-    _copy_unchanged(flat, model)
-    model.eval()
-    if method == "exact":
-        assert spec.is_passthrough
-        return model, ("every weight is the flat model's",)
-    if method == "random":
-        return model, ("tower modules and changed layers drawn at random",)
-    assert sample is not None
-    with torch.no_grad():
-        trace = trace_flat(flat, sample) if trace is None else trace
-        if spec.keeps_network:
-            start = start_restored(flat, sample, trace, spec)
-        else:
-            start = _start(trace, spec)
-        _load(model, start)
-        notes = start.notes
-        if spec.flat.interaction.kind == "dot" and not spec.keeps_network:
-            notes = (*notes, _refit_over_arch(model, trace, start))
-    return model, notes
+    modules: Sequence[Mapping[str, FloatArray]]
+    """State of every tower's module, by name."""
+    dense: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Changed or new weights outside towers, by canonical name."""
+    notes: tuple[str, ...] = ()
+    """What was done, one line each."""
 
 
-def _start(trace: FlatTrace, spec: DmtSpec) -> Start:
-    kind = spec.flat.interaction.kind
-    if kind == "dot":
-        return start_dot(trace, spec)
-    if kind == "dcn":
-        return start_dcn(trace, spec)
-    return start_linear(trace, spec)
+class ClosedForm:
+    """The closed form of some converted models; a new one is an entry in `CLOSED_FORMS`."""
+
+    def fits(self, spec: DmtSpec) -> bool:
+        """Whether it is for this model."""
+        raise NotImplementedError
+
+    def start(self, trace: FlatTrace, spec: DmtSpec) -> Start:
+        """Solve the weights.
+
+        Args:
+            trace: Intermediate results of the flat model on sampled rows.
+            spec: The converted model.
+        """
+        raise NotImplementedError
+
+    def finish(self, model: DmtModel, trace: FlatTrace, start: Start) -> tuple[str, ...]:
+        """Fit what depends on the converted model's own outputs; one line per fit.
+
+        Args:
+            model: The model with the weights of `start`, changed in place.
+            trace: Intermediate results of the flat model on sampled rows.
+            start: What `start` returned.
+        """
+        return ()
+
+    def tower_loss(self, trace: FlatTrace, spec: DmtSpec) -> Loss | None:
+        """Return what the logit loses by given dims, as far as moments tell; None: unknown."""
+        return None
+
+    def allot(self, trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
+        """Give every tower its own D, emitting no more than `spec` does.
+
+        Returns:
+            The spec with the D that lose least; `spec` itself if one D for all loses no more.
+        """
+        loss = self.tower_loss(trace, spec)
+        if loss is None:
+            return spec
+        dims = [tower.module.dim for tower in spec.towers]
+        costs = [tower.module.num_vectors(len(tower.features)) for tower in spec.towers]
+        limits = [
+            max(1, -(-max(own) // max(1, tower.module.c)))
+            for tower, own in zip(spec.towers, spec.dims_by_tower, strict=True)
+        ]
+        budget = sum(cost * dim for cost, dim in zip(costs, dims, strict=True))
+        chosen = _take_dims(loss, costs, limits, budget)
+        return spec if chosen is None or not loss(chosen) < loss(dims) else with_dims(spec, chosen)
 
 
-def _copy_unchanged(flat: FlatModel, model: DmtModel) -> None:
-    """Copy every weight that the converted model has in the same shape and meaning."""
-    source = flat.state_dict()
-    changed = set() if model.spec.keeps_network else _changed_layers(model.spec)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name in source and not name.startswith(tuple(changed)):
-                value.copy_(source[name])
+def with_dims(spec: DmtSpec, dims: Sequence[int]) -> DmtSpec:
+    """Return a model with other output dims D_t."""
+    return replace(
+        spec,
+        towers=tuple(
+            replace(tower, module=replace(tower.module, dim=dim))
+            for tower, dim in zip(spec.towers, dims, strict=True)
+        ),
+    )
 
 
-def _changed_layers(spec: DmtSpec) -> set[str]:
-    if spec.flat.interaction.kind == "projection":
-        return {"interaction.branch1.0.", "interaction.branch2.0."}
-    return {"interaction.cross.", "over_arch.0."}
+def every_step(losses: Float64Array, step: int) -> Float64Array:
+    """Return the loss of 0, step, 2 step, ... elements; the last entry is that of all elements."""
+    is_whole = (len(losses) - 1) % step == 0
+    return losses[::step] if is_whole else np.append(losses[::step], losses[-1])
 
 
-def _load(model: DmtModel, start: Start) -> None:
-    state = {
-        f"towers.{t}.tower_module.{name}": value
-        for t, module in enumerate(start.modules)
-        for name, value in module.items()
-    }
-    for name, value in start.dense.items():
-        state[state_name(name)] = value
-    own = model.state_dict()
-    for name, value in state.items():
-        own[name].copy_(to_tensor(np.ascontiguousarray(value, dtype=np.float32)))
+def sum_of_curves(curves: Sequence[Float64Array]) -> Loss:
+    """Return the loss of a model whose towers lose independently; a curve is indexed by D_t."""
+
+    def loss(dims: Sequence[int]) -> float:
+        kept = zip(curves, dims, strict=True)
+        return float(sum(curve[min(len(curve) - 1, dim)] for curve, dim in kept))
+
+    return loss
 
 
-def _refit_over_arch(model: DmtModel, trace: FlatTrace, start: Start) -> str:
-    """Refit over_arch's first layer on what the converted interaction gives."""
-    dense = to_tensor(trace.dense)
-    inputs = model.interact(dense, model.emit(to_tensor(trace.pooled))).numpy()
-    prior = np.asarray(start.dense["over_arch.0.weight"], dtype=np.float64)
-    fit = refit_linear(inputs, trace.pre_activation, prior)
-    layer = model.over_arch[0]
-    assert isinstance(layer, nn.Linear)
-    layer.weight.copy_(to_tensor(fit.weight.astype(np.float32)))
-    layer.bias.copy_(to_tensor(fit.bias.astype(np.float32)))
-    return f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}"
+def _take_dims(
+    loss: Loss, costs: Sequence[int], limits: Sequence[int], budget: int
+) -> list[int] | None:
+    """Take dims from full towers until the budget is met; None if one each is too much."""
+    dims = list(limits)
+    if sum(costs) > budget:
+        return None
+    while sum(cost * dim for cost, dim in zip(costs, dims, strict=True)) > budget:
+        current = loss(dims)
+        options = []
+        for t, cost in enumerate(costs):
+            if dims[t] > 1:
+                fewer = [*dims[:t], dims[t] - 1, *dims[t + 1 :]]
+                options.append(((loss(fewer) - current) / cost, t))
+        dims[min(options)[1]] -= 1
+    _fill(loss, dims, costs, limits, budget)
+    return dims
+
+
+def _fill(
+    loss: Loss, dims: list[int], costs: Sequence[int], limits: Sequence[int], budget: int
+) -> None:
+    """Give back what the last dim taken left of the budget."""
+    while True:
+        left = budget - sum(cost * dim for cost, dim in zip(costs, dims, strict=True))
+        options = []
+        for t, cost in enumerate(costs):
+            if cost <= left and dims[t] < limits[t]:
+                more = [*dims[:t], dims[t] + 1, *dims[t + 1 :]]
+                options.append(((loss(more) - loss(dims)) / cost, t))
+        if not options:
+            return
+        dims[min(options)[1]] += 1

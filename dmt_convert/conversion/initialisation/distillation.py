@@ -5,7 +5,6 @@ Tables stay frozen, so pooled embeddings are computed once and training needs no
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.conversion import Sample
-from dmt_convert.model import DmtModel, DmtSpec, FlatModel, to_tensor
-from dmt_convert.model.networks import network_size
-from dmt_convert.spec import MlpSpec
+from dmt_convert.model import DmtModel, DmtSpec, FlatModel, count_parameters, to_tensor
 
 _BATCH: Final = 512
 _LEARNING_RATE: Final = 2e-3
@@ -34,9 +31,9 @@ _SMALL: Final = 1 << 20
 
 
 def default_steps(spec: DmtSpec) -> int:
-    """Steps to take where the user does not say: 500, fewer for a large model, or none.
+    """Return the default number of steps: 500, fewer for a large model, 0 for a very large one.
 
-    By the model's size alone, so that the same conversion gives the same weights anywhere.
+    It depends on the model's size alone, so that a conversion gives the same weights anywhere.
     """
     # 2 operations an element, forward and twice back
     steps = int(_BUDGET / (6 * _BATCH * _elements(spec)))
@@ -44,24 +41,14 @@ def default_steps(spec: DmtSpec) -> int:
 
 
 def _elements(spec: DmtSpec) -> int:
-    """Weights that a row meets."""
-    flat, dims = spec.flat, spec.interaction_dims
-    elements = _mlp_size(flat.dense_arch) + _mlp_size(spec.over_arch)
-    for t, width in enumerate(spec.tower_widths):
-        elements += width * sum(spec.tower_dims(t))
-    interaction = spec.interaction
-    if interaction.kind == "dot":
-        elements += len(dims) * sum(dims)
-    if interaction.network is not None:
-        elements += network_size(interaction.network, flat.feature_dims, flat.num_dense)
-    elements += 2 * interaction.cross_layers * interaction.cross_rank * sum(dims)
-    for branch in (interaction.branch1, interaction.branch2):
-        elements += 0 if branch is None else _mlp_size(branch)
-    return elements
-
-
-def _mlp_size(spec: MlpSpec) -> int:
-    return sum(a * b for a, b in itertools.pairwise(spec.widths))
+    """Weights that a row meets: multiplications, tower modules as if they were dense."""
+    flat, interaction, dims = spec.flat, spec.interaction, spec.interaction_dims
+    elements = (flat.dense_arch.work.flops + spec.over_arch.work.flops) / 2
+    work = interaction.rules.work(interaction, dims)
+    elements += count_parameters(interaction, dims) if work is None else work.flops / 2
+    for width, own in zip(spec.tower_widths, spec.dims_by_tower, strict=True):
+        elements += width * sum(own)
+    return int(elements)
 
 
 def distill(
@@ -75,9 +62,9 @@ def distill(
 ) -> tuple[DmtModel, str]:
     """Train tower modules and what changed behind them against the flat model's logits.
 
-    The mean squared error of logits on a fifth of the rows, never trained on, decides: the best
-    state is kept, training stops once it has not improved for 1,000 steps, and where nothing
-    beats the closed form there, the closed form is returned.
+    A fifth of the rows is held out, and the mean squared error of their logits decides: the best
+    state is kept, and training stops once it has not improved for 1,000 steps. If no state beats
+    the closed form, the closed form is returned.
 
     Args:
         flat: The teacher.
@@ -85,10 +72,10 @@ def distill(
         sample: Rows with their pooled embeddings.
         steps: Steps of Adam, 512 rows each.
         seed: Seed of the order of rows.
-        on_step: Told of steps done and in all.
+        on_step: Called with the steps that are done, and all steps.
 
     Returns:
-        The best model found, and one line on what came of it.
+        The best model found, and one line about the result.
     """
     dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What the flat model computes on sampled rows: the material of every closed form.
 
-Letters: n rows, N embedding dim, M widths' sum of pooled embeddings, H first layer's outputs.
+Letters: n rows, D dense inputs, N width of the dense vector, M width of all pooled embeddings, M_t
+of those of a tower, H outputs of the first layer.
 """
 
 from __future__ import annotations
@@ -8,15 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from dmt_convert.arrays import Float32Array, Float64Array
 from dmt_convert.conversion import Sample
 from dmt_convert.model import FlatModel, to_tensor
 from dmt_convert.spec import ModelSpec
 
-FloatArray = npt.NDArray[np.float32]
-Array = npt.NDArray[np.float64]
 _BATCH = 256  # what autograd keeps of a batch is many times its inputs
 
 
@@ -24,25 +23,32 @@ _BATCH = 256  # what autograd keeps of a batch is many times its inputs
 class FlatTrace:
     """Intermediate results of the flat model, row by row, and its weights."""
 
-    spec: ModelSpec
+    model: FlatModel
     """The flat model."""
-    weights: dict[str, FloatArray]
+    dense_inputs: Float32Array
+    """Dense inputs, shape (n, D)."""
+    weights: dict[str, Float32Array]
     """Its dense weights by canonical name."""
-    dense: FloatArray
+    dense: Float32Array
     """Output of dense_arch, shape (n, N)."""
-    pooled: FloatArray
+    pooled: Float32Array
     """Pooled embeddings in feature order, shape (n, M)."""
-    pre_activation: FloatArray
+    pre_activation: Float32Array
     """First over_arch layer before its ReLU, shape (n, H); a network's logit, shape (n, 1)."""
-    pooled_gradient: FloatArray
+    pooled_gradient: Float32Array
     """Gradient of the logit by the pooled embeddings, shape (n, M)."""
-    logits: FloatArray
+    logits: Float32Array
     """The logits, shape (n,)."""
-    interaction_gradient: Array
+    interaction_gradient: Float64Array
     """Mean square gradient of the logit by every input of over_arch, shape (width,)."""
 
     @property
-    def inputs(self) -> FloatArray:
+    def spec(self) -> ModelSpec:
+        """The flat model's spec."""
+        return self.model.spec
+
+    @property
+    def inputs(self) -> Float32Array:
         """The interaction's inputs side by side, the dense vector first, shape (n, N + M)."""
         return np.concatenate([self.dense, self.pooled], axis=1)
 
@@ -59,7 +65,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
     out_pre = np.empty((rows, model.spec.over_arch.widths[:2][-1]), dtype=np.float32)
     out_gradient = np.empty_like(sample.pooled)
     out_logits = np.empty(rows, dtype=np.float32)
-    squares: Array | float = 0.0
+    squares: Float64Array | float = 0.0
     for begin in range(0, rows, _BATCH):
         chosen = slice(begin, begin + _BATCH)
         pooled = to_tensor(sample.pooled[chosen]).clone().requires_grad_(True)
@@ -75,7 +81,8 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
         out_gradient[chosen] = by_pooled.numpy()
         squares = squares + by_interacted.double().square().sum(dim=0).numpy()
     return FlatTrace(
-        spec=model.spec,
+        model=model,
+        dense_inputs=sample.batch.dense,
         weights=dense_weights(model),
         dense=out_dense,
         pooled=sample.pooled,
@@ -86,10 +93,24 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
     )
 
 
-def dense_weights(model: torch.nn.Module) -> dict[str, FloatArray]:
+def dense_weights(model: torch.nn.Module) -> dict[str, Float32Array]:
     """Return a model's weights outside tables and towers, by canonical name."""
     return {
         name.removeprefix("interaction."): value.detach().numpy()
         for name, value in model.state_dict().items()
         if not name.startswith(("tables.", "towers."))
     }
+
+
+def tower_moments(
+    vectors: Float32Array, gradient: Float32Array
+) -> tuple[Float64Array, Float64Array]:
+    """Covariance of a tower's embeddings, and G = E[g g^T], each of shape (M_t, M_t).
+
+    Args:
+        vectors: The tower's embeddings on sampled rows, shape (n, M_t).
+        gradient: g, the gradient of the logit by them, shape (n, M_t).
+    """
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
+    felt = gradient.astype(np.float64)
+    return centred.T @ centred / len(vectors), felt.T @ felt / len(vectors)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Array = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.floating]
+from dmt_convert.arrays import Float64Array, FloatArray
+
 _STRENGTHS: Final = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _PATIENCE: Final = 2
 _HELD_OUT: Final = 0.25
@@ -27,9 +26,9 @@ MAX_INPUTS: Final = 6_144
 class Refit:
     """A refitted layer."""
 
-    weight: Array
+    weight: Float64Array
     """Shape (m, k)."""
-    bias: Array
+    bias: Float64Array
     """Shape (m,)."""
     prior_r2: float
     """Share of the outputs' variance that the prior weights explain on held-out rows."""
@@ -39,7 +38,7 @@ class Refit:
     """Ridge strength chosen on held-out rows; infinite where the prior was kept."""
 
 
-def refit_linear(inputs: Floats, targets: Floats, prior: Array) -> Refit:
+def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> Refit:
     """Minimise |targets - (inputs weight^T + bias)|^2 + strength |weight - prior|^2.
 
     The strength is chosen on the last quarter of the rows; the prior itself (with the best
@@ -89,10 +88,10 @@ def refit_linear(inputs: Floats, targets: Floats, prior: Array) -> Refit:
 class _Problem:
     """Standardised inputs, and what the prior leaves of the targets, in blocks of rows."""
 
-    def __init__(self, inputs: Floats, targets: Floats, prior: Array) -> None:
+    def __init__(self, inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> None:
         self._inputs, self._targets = inputs, targets
-        self.mean_x: Array = inputs.mean(axis=0, dtype=np.float64)
-        self.mean_y: Array = targets.mean(axis=0, dtype=np.float64)
+        self.mean_x: Float64Array = inputs.mean(axis=0, dtype=np.float64)
+        self.mean_y: Float64Array = targets.mean(axis=0, dtype=np.float64)
         squares = np.zeros(inputs.shape[1])
         for rows in _blocks(len(inputs)):
             squares += np.square(inputs[rows] - self.mean_x).sum(axis=0)
@@ -100,16 +99,16 @@ class _Problem:
         # what varies less than its own rounding is a constant: scaled up, it would be noise
         floor = 1e-12 * max(1.0, float(spread.max(initial=0.0)))
         live = spread > np.maximum(floor, _rounding(inputs) * np.abs(self.mean_x))
-        self.scale: Array = np.where(live, spread, 1.0)
-        self.start: Array = prior * self.scale
+        self.scale: Float64Array = np.where(live, spread, 1.0)
+        self.start: Float64Array = prior * self.scale
 
-    def design(self, rows: slice) -> tuple[Array, Array]:
+    def design(self, rows: slice) -> tuple[Float64Array, Float64Array]:
         """Return x, shape (rows, k), and the residual of the prior, shape (rows, m)."""
-        x: Array = (self._inputs[rows] - self.mean_x) / self.scale
-        residual: Array = self._targets[rows] - self.mean_y - x @ self.start.T
+        x: Float64Array = (self._inputs[rows] - self.mean_x) / self.scale
+        residual: Float64Array = self._targets[rows] - self.mean_y - x @ self.start.T
         return x, residual
 
-    def moments(self, count: int) -> tuple[Array, Array]:
+    def moments(self, count: int) -> tuple[Float64Array, Float64Array]:
         """Return x^T x and x^T residual over the first rows, shapes (k, k) and (k, m)."""
         width = self._inputs.shape[1]
         gram, cross = np.zeros((width, width)), np.zeros((width, self._targets.shape[1]))
@@ -124,13 +123,13 @@ def _blocks(count: int) -> list[slice]:
     return [slice(a, min(a + _BLOCK_ROWS, count)) for a in range(0, count, _BLOCK_ROWS)]
 
 
-def _rounding(values: Floats) -> float:
+def _rounding(values: FloatArray) -> float:
     return float(np.finfo(values.dtype).eps)
 
 
-def _solve(gram: Array, cross: Array, diagonal: Array) -> Array:
+def _solve(gram: Float64Array, cross: Float64Array, diagonal: Float64Array) -> Float64Array:
     """Solve with the given diagonal in place of the matrix's own (which is overwritten)."""
     np.fill_diagonal(gram, diagonal)
     factor = torch.linalg.cholesky(torch.from_numpy(gram))
-    solution: Array = torch.cholesky_solve(torch.from_numpy(cross), factor).numpy()
+    solution: Float64Array = torch.cholesky_solve(torch.from_numpy(cross), factor).numpy()
     return solution

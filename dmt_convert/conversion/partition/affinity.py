@@ -7,7 +7,7 @@ r rank of a cross layer.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -20,6 +20,8 @@ from dmt_convert.errors import ArchitectureError, PartitionError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.spec import ModelSpec
 
+PairUse = Callable[[ModelSpec, Mapping[str, FloatArray], Sequence[FloatArray]], FloatArray]
+"""Measures the use of all pairs, shape (F, F), from canonical weights and pooled embeddings."""
 _BLOCK: Final = 2048
 """Features per side of a block: 16 MB of products; smaller ones drown in BLAS thread hand-offs."""
 _CHUNK_ELEMENTS: Final = 1 << 25
@@ -127,8 +129,8 @@ def weights_affinity(
 
     Raises:
         ArchitectureError: A tensor is missing or has another shape than the spec says.
-        PartitionError: The features differ in their number of rows, or have no rows; or the dense
-            part is a network, whose weights do not show which pairs it uses.
+        PartitionError: The features differ in their number of rows, or have no rows; or the
+            interaction's weights do not show which pairs it uses.
     """
     _check_rows(pooled)
     if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
@@ -138,22 +140,14 @@ def weights_affinity(
             expected=f"one sample per feature ({len(spec.features)}), as wide as its table",
             hint="sample the embeddings from the same model",
         )
-    kind = spec.interaction.kind
-    if kind == "network":
+    if not tells_pairs(spec):
         raise PartitionError(
-            "--affinity weights for a model whose dense part is a network",
-            expected="an architecture whose weights show how much each pair of features is used",
+            f"--affinity weights for a model with {spec.interaction.kind} interaction",
+            expected="an interaction whose weights show how much each pair of features is used: "
+            + ", ".join(_PAIR_USES),
             hint="use --affinity cosine, the default",
         )
-    if kind == "dot":
-        use = _dot_use(spec, weights, pooled)
-    elif kind == "dcn":
-        use = _cross_use(spec, weights, pooled)
-    elif kind == "cat":
-        use = _shared_unit_use(spec, (_tensor(weights, "over_arch.0.weight", spec),), pooled)
-    else:
-        branches = [_tensor(weights, f"branch{k}.0.weight", spec) for k in (1, 2)]
-        use = _shared_unit_use(spec, branches, pooled)
+    use = _PAIR_USES[spec.interaction.kind](spec, weights, pooled)
     np.fill_diagonal(use, 0)
     affinity = use / (float(use.max(initial=0.0)) or 1.0)
     np.fill_diagonal(affinity, 1)
@@ -229,9 +223,12 @@ def _block_norms(w: FloatArray, v: FloatArray, bounds: Sequence[int]) -> FloatAr
 
 
 def _shared_unit_use(
-    spec: ModelSpec, layers: Sequence[FloatArray], pooled: Sequence[FloatArray]
+    spec: ModelSpec, weights: Mapping[str, FloatArray], pooled: Sequence[FloatArray]
 ) -> FloatArray:
     bounds = _bounds(spec)
+    layers = [
+        _tensor(weights, f"{name}.weight", spec) for name in spec.interaction.rules.input_layers
+    ]
     layer = np.concatenate(layers).astype(np.float64)
     moved = np.stack(
         [
@@ -240,6 +237,20 @@ def _shared_unit_use(
         ]
     )
     return np.asarray(moved @ moved.T)
+
+
+_PAIR_USES: Final[Mapping[str, PairUse]] = {
+    "dot": _dot_use,
+    "dcn": _cross_use,
+    "cat": _shared_unit_use,
+    "projection": _shared_unit_use,
+}
+"""Interactions whose weights show how much each pair of features is used."""
+
+
+def tells_pairs(spec: ModelSpec) -> bool:
+    """Whether `weights_affinity` can be measured on a model."""
+    return spec.interaction.kind in _PAIR_USES
 
 
 def _bounds(spec: ModelSpec) -> list[int]:

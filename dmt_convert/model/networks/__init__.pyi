@@ -1,4 +1,3 @@
 # What other folders use.
 from .layer_graph import LayerGraph as LayerGraph
 from .registry import build_network as build_network
-from .registry import network_size as network_size

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmt_convert.model.networks.layers import CrossNet, Stack
+from dmt_convert.model.networks.layers import CrossStack, Stack
 
 
 class DeepCross(nn.Module):
@@ -24,7 +24,7 @@ class DeepCross(nn.Module):
     Args:
         config: `inputs`, a list of `["feature", i]`, `["dense", d]` and `["scaled", d, width]`
             (a dense input times a vector of its own); the stacks `backbone`, `stacked`,
-            `parallel` and `final`; `cross`, see `CrossNet`; `wide`, the features whose last
+            `parallel` and `final`; `cross`, see `CrossStack`; `wide`, the features whose last
             column is a linear term, and `wide_dense`, whether the dense inputs have one; `fm`,
             the features that factorisation machines pair; `head` and `bias`.
         dims: Widths N_f of the features, linear term included.
@@ -40,7 +40,7 @@ class DeepCross(nn.Module):
         self.scales = nn.ParameterDict({key: torch.ones(width) for key, width in scaled.items()})
         width = sum(vectors[e[1]] if e[0] == "feature" else (*e, 1)[2] for e in self.inputs)
         self.backbone, crossed = _stack(config, "backbone", width)
-        self.cross = CrossNet(config["cross"], crossed) if config["cross"] else None
+        self.cross = CrossStack(config["cross"], crossed) if config["cross"] else None
         self.stacked, crossed = _stack(config, "stacked", crossed)
         self.parallel, deep = _stack(config, "parallel", width)
         joined = (crossed if self.cross else 0) + (deep if self.parallel else 0)

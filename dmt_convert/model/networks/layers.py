@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.model.layers import CrossNet, LowRankCross
 
 ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "linear": lambda x: x,
@@ -129,21 +130,6 @@ class MatrixCross(nn.Module):
         return x0_BM * functional.linear(x_BM, self.weight, self.bias) + x_BM
 
 
-class LowRankCross(nn.Module):
-    """A cross layer of DCNv2 in low rank: x0 * (W V x + b) + x."""
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(width, rank) / rank**0.5)
-        self.v = nn.Parameter(torch.randn(rank, width) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x0_BM: Tensor, x_BM: Tensor) -> Tensor:
-        """Cross (B, M) with (B, M)."""
-        inner_BR = functional.linear(x_BM, self.v)
-        return x0_BM * functional.linear(inner_BR, self.w, self.bias) + x_BM
-
-
 class MixCross(nn.Module):
     """Experts in low rank, weighed by gates. Source: arXiv 2008.13535, equations 3 to 5."""
 
@@ -166,7 +152,7 @@ class MixCross(nn.Module):
         return x0_BM * mixed_BM + x_BM
 
 
-class CrossNet(nn.Module):
+class CrossStack(nn.Module):
     """Cross layers of one kind.
 
     Args:
@@ -178,22 +164,18 @@ class CrossNet(nn.Module):
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
         kind, rank = config["kind"], config.get("rank", 0)
-        self.gates: nn.Parameter | None = None
-        layers: list[nn.Module] = []
-        for _ in range(config["layers"]):
-            if kind == "mix":
-                layers.append(MixCross(width, rank, config["experts"]))
-            elif kind == "low-rank":
-                layers.append(LowRankCross(width, rank))
-            else:
-                layers.append(VectorCross(width) if kind == "vector" else MatrixCross(width))
-        self.layers = nn.ModuleList(layers)
-        if kind == "mix":
-            self.gates = nn.Parameter(torch.zeros(config["experts"], width))
+        make: Mapping[str, Callable[[], nn.Module]] = {
+            "mix": lambda: MixCross(width, rank, config["experts"]),
+            "low-rank": lambda: LowRankCross(width, rank),
+            "vector": lambda: VectorCross(width),
+            "matrix": lambda: MatrixCross(width),
+        }
+        self.layers = CrossNet(make[kind]() for _ in range(config["layers"]))
+        gates = torch.zeros(config["experts"], width) if kind == "mix" else None
+        self.gates = None if gates is None else nn.Parameter(gates)
 
     def forward(self, x0_BM: Tensor) -> Tensor:
         """Map (B, M) to (B, M)."""
-        x_BM = x0_BM
-        for layer in self.layers:
-            x_BM = layer(x0_BM, x_BM) if self.gates is None else layer(x0_BM, x_BM, self.gates)
-        return x_BM
+        shared = () if self.gates is None else (self.gates,)
+        crossed: Tensor = self.layers(x0_BM, *shared)
+        return crossed

@@ -8,7 +8,6 @@ sigmoid, shape (B,). Its tensors' canonical names are `network.` and their names
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -17,8 +16,8 @@ from torch import nn
 from dmt_convert.adapter import USER, build_user_network
 from dmt_convert.errors import ConfigError
 from dmt_convert.model.networks.deep_cross import DeepCross
-from dmt_convert.model.networks.dot_pairs import DotPairs
 from dmt_convert.model.networks.layer_graph import LayerGraph
+from dmt_convert.model.networks.paired_dlrm import PairedDlrm
 from dmt_convert.spec import NetworkSpec
 
 Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
@@ -26,16 +25,10 @@ Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
 
 NETWORKS: Final[Mapping[str, Factory]] = {
     "deep-cross": DeepCross,
-    "dot-pairs": DotPairs,
+    "dot-pairs": PairedDlrm,
     "layer-graph": LayerGraph,
 }
 """All built-in networks, by name."""
-
-
-@cache
-def network_size(spec: NetworkSpec, dims: tuple[int, ...], num_dense: int) -> int:
-    """Count the parameters of a network; arguments as of `build_network`."""
-    return sum(value.numel() for value in build_network(spec, dims, num_dense).parameters())
 
 
 def build_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.Module:

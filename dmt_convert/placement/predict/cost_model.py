@@ -29,7 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.interactions import NO_WORK, DenseWork, InteractionSpec, linear_work
+from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec, one_tower
 from dmt_convert.placement import (
     ELEMENT_BYTES,
     ID_BYTES,
@@ -43,32 +44,13 @@ from dmt_convert.placement import (
     tower_loads,
 )
 from dmt_convert.placement.predict.machine import Machine, Peers
-from dmt_convert.spec import DTYPE_BYTES, InteractionSpec, MlpSpec, ModelSpec, NetworkSpec
+from dmt_convert.spec import DTYPE_BYTES, ModelSpec
 
 GRADIENT_BYTES: Final = 4
 """Gradients of dense parts are summed as float32."""
 
 BACKWARD: Final = 2.0
 """The backward pass computes gradients of inputs and of weights: twice the forward pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseWork:
-    """What a part costs."""
-
-    flops: float
-    """Forward pass, per sample."""
-    parameters: int
-    """Weights and biases."""
-
-    def __add__(self, other: DenseWork) -> DenseWork:
-        """Both parts."""
-        return DenseWork(
-            flops=self.flops + other.flops, parameters=self.parameters + other.parameters
-        )
-
-
-NO_WORK = DenseWork(flops=0.0, parameters=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,79 +66,35 @@ class ModelWork:
 
 
 def count_work(model: DmtSpec) -> ModelWork:
-    """Count FLOPs and parameters; of a passthrough model they are the flat model's."""
-    over = _interaction(model.interaction, model.interaction_dims) + _mlp(model.over_arch)
-    if model.kind == "linear":  # the receiver undoes every tower's map
-        for tower, dims in zip(model.towers, model.dims_by_tower, strict=True):
-            over += _linear(tower.module.dim, sum(dims))
-    if not model.keeps_network and model.flat.interaction.kind == "dot":
-        over += _linear(model.flat.input_dims[0], model.dense_dim)
+    """Count FLOPs and parameters. Those of a passthrough model are the flat model's."""
+    flat, pairs = model.flat, list(zip(model.towers, model.dims_by_tower, strict=True))
+    over = _interaction_work(model) + model.over_arch.work
+    if model.rules.restores:
+        for width, dims in zip(model.tower_widths, model.dims_by_tower, strict=True):
+            over += linear_work(width, sum(dims))
+    if model.dense_dim != flat.input_dims[0]:
+        over += linear_work(flat.input_dims[0], model.dense_dim)
     return ModelWork(
-        dense_arch=_mlp(model.flat.dense_arch),
+        dense_arch=flat.dense_arch.work,
         over=over,
         towers=tuple(
-            _tower(tower.module, dims)
-            for tower, dims in zip(model.towers, model.dims_by_tower, strict=True)
+            tower.module.rules.work(tower.module, dims) or _built_work(tower.module, dims)
+            for tower, dims in pairs
         ),
     )
 
 
-def _linear(inputs: int, outputs: int) -> DenseWork:
-    return DenseWork(flops=2.0 * inputs * outputs, parameters=(inputs + 1) * outputs)
+def _interaction_work(model: DmtSpec) -> DenseWork:
+    spec, dims = model.interaction, model.interaction_dims
+    return spec.rules.work(spec, dims) or _built_work(spec, dims)
 
 
-def _mlp(spec: MlpSpec) -> DenseWork:
-    work = NO_WORK
-    for inputs, outputs in zip(spec.widths, spec.widths[1:], strict=False):
-        work += _linear(inputs, outputs)
-    return work
+def _built_work(spec: InteractionSpec | TowerModuleSpec, dims: tuple[int, ...]) -> DenseWork:
+    """Count a module without a formula as if all its parameters were weights of linear layers."""
+    from dmt_convert.model import count_parameters
 
-
-def _cross(width: int, rank: int, layers: int) -> DenseWork:
-    return DenseWork(
-        flops=4.0 * width * rank * layers, parameters=(2 * width * rank + width) * layers
-    )
-
-
-def _network(spec: NetworkSpec, dims: Sequence[int]) -> DenseWork:
-    """Count a network as if all of it were linear layers."""
-    from dmt_convert.model.networks import network_size
-
-    count = network_size(spec, tuple(dims[1:]), dims[0])
-    return DenseWork(flops=2.0 * count, parameters=count)
-
-
-def _interaction(spec: InteractionSpec, dims: Sequence[int]) -> DenseWork:
-    width = sum(dims)
-    if spec.network is not None:
-        return _network(spec.network, dims)
-    if spec.kind == "dot":
-        return DenseWork(flops=2.0 * len(dims) ** 2 * dims[0], parameters=0)
-    if spec.kind == "dcn":
-        return _cross(width, spec.cross_rank, spec.cross_layers)
-    if spec.kind == "projection":
-        assert spec.branch1 is not None and spec.branch2 is not None
-        product = spec.branch1.widths[-1] * spec.branch2.widths[-1] / dims[0]
-        return (
-            _mlp(spec.branch1) + _mlp(spec.branch2) + DenseWork(flops=2.0 * product, parameters=0)
-        )
-    return NO_WORK
-
-
-def _tower(module: TowerModuleSpec, dims: Sequence[int]) -> DenseWork:
-    width, out = sum(dims), module.dim
-    if module.kind == "passthrough":
-        return NO_WORK
-    if module.kind == "linear":
-        return DenseWork(flops=2.0 * width * out, parameters=width * out)
-    if module.kind == "dcn":
-        rank = min(module.cross_rank, width)
-        return _cross(width, rank, module.cross_layers) + _linear(width, len(dims) * out)
-    # c: every feature has a map of its own; p: one map of the whole tower.
-    per_feature = DenseWork(
-        flops=2.0 * width * module.c * out, parameters=(width + len(dims)) * module.c * out
-    )
-    return per_feature + _linear(width, module.p * out)
+    parameters = count_parameters(spec, dims)
+    return DenseWork(flops=2.0 * parameters, parameters=parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,14 +249,12 @@ def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: 
 def as_passthrough(model: DmtSpec) -> DmtSpec:
     """Return the model with the same towers and no compression: SPTT alone."""
     bare = TowerModuleSpec(kind="passthrough")
-    towers = tuple(TowerSpec(features=tower.features, module=bare) for tower in model.towers)
-    return DmtSpec(flat=model.flat, towers=towers)
+    return converted_spec(model.flat, model.assignment.towers, bare)
 
 
 def as_flat(flat: ModelSpec) -> DmtSpec:
     """Return a flat model as one tower."""
-    bare = TowerModuleSpec(kind="passthrough")
-    return DmtSpec(flat=flat, towers=(TowerSpec(features=flat.feature_names, module=bare),))
+    return one_tower(flat)
 
 
 class _Group:

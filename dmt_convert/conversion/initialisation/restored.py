@@ -11,20 +11,16 @@ Letters: n rows, M_t widths' sum of a tower's embeddings, D_t elements that it e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from dmt_convert.conversion import Sample
-from dmt_convert.conversion.initialisation.dcn_start import tower_moments
-from dmt_convert.conversion.initialisation.flat_trace import FlatTrace
-from dmt_convert.conversion.initialisation.start import Start
-from dmt_convert.model import DmtSpec, FlatModel, to_tensor
+from dmt_convert.arrays import Float64Array, FloatArray
+from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Indices, Start, with_dims
+from dmt_convert.conversion.initialisation.flat_trace import FlatTrace, tower_moments
+from dmt_convert.model import DmtSpec, to_tensor
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
 _MAX_WIDTH: Final = 2048
 """Columns solved together: eigenvectors of more take minutes, so wider towers are solved in
 blocks of features."""
@@ -32,7 +28,7 @@ _DAMPING: Final = 1e-3
 _FLOOR: Final = 1e-12
 _HELD_OUT: Final = 0.25
 _BATCH: Final = 256
-_METRICS: Final[dict[str, Callable[[Array], Array]]] = {
+_METRICS: Final[dict[str, Callable[[Float64Array], Float64Array]]] = {
     "what the logit feels": lambda felt: felt,
     "each element's own gradient": lambda felt: np.diag(np.diag(felt)),
     "plain variance": lambda felt: np.eye(len(felt)),
@@ -46,78 +42,69 @@ class _Block:
 
     columns: Indices
     """Columns of the flat pooled matrix."""
-    values: Array
+    values: Float64Array
     """Loss that each direction saves."""
-    emit: Array
+    emit: Float64Array
     """Emitting maps as rows, to unit variance."""
-    back: Array
+    back: Float64Array
     """What the receiver makes of them, as columns."""
 
 
-def start_restored(flat: FlatModel, sample: Sample, trace: FlatTrace, spec: DmtSpec) -> Start:
-    """Solve every tower's map and its way back.
+class RestoredForm(ClosedForm):
+    """Maps from which the receiver restores embeddings; the network stays as it is."""
 
-    Args:
-        flat: The flat model, which judges.
-        sample: The rows of the trace.
-        trace: What the flat model computes on them.
-        spec: The converted model.
-    """
-    cut = max(1, int(len(trace.pooled) * (1 - _HELD_OUT)))
-    tried = []
-    for name in _METRICS:
-        maps = _solve_towers(trace, spec, name, slice(0, cut))
-        tried.append((_lost(flat, sample, trace, spec, maps, slice(cut, None)), name))
-    loss, best = min(tried)
-    maps = _solve_towers(trace, spec, best, slice(0, None))
-    dense: dict[str, npt.NDArray[np.floating]] = {}
-    mean = trace.pooled.mean(axis=0, dtype=np.float64)
-    for t, (columns, (emit, back)) in enumerate(zip(_columns(spec), maps, strict=True)):
-        dense[f"restore.{t}.weight"] = back
-        dense[f"restore.{t}.bias"] = mean[columns] - back @ (emit @ mean[columns])
-    said = "; ".join(f"{name}: R^2 {1 - lost:.6f}" for lost, name in tried)
-    return Start(
-        modules=[{"weight": emit} for emit, _ in maps],
-        dense=dense,
-        notes=(
-            f"embeddings restored by regression, errors weighed by {best} (R^2 of logits "
-            f"{1 - loss:.6f}), the best of: {said}",
-        ),
-    )
+    def fits(self, spec: DmtSpec) -> bool:
+        """Linear tower modules, in front of anything."""
+        return spec.kind == "linear"
 
+    def start(self, trace: FlatTrace, spec: DmtSpec) -> Start:
+        """Solve every tower's map and its way back.
 
-def allot_restored(trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
-    """Give every tower its own D: the directions that save most, of all towers, one at least."""
-    curves = []
-    for columns in _columns(spec):
-        blocks = _solve(trace, columns, "what the logit feels", slice(0, None))
-        curves.append(np.sort(np.concatenate([block.values for block in blocks]))[::-1])
-    towers = np.repeat(np.arange(len(curves)), [len(curve) - 1 for curve in curves])
-    values = np.concatenate([curve[1:] for curve in curves])
-    budget = sum(spec.tower_widths) - len(curves)
-    chosen = np.argsort(-values, kind="stable")[: max(0, budget)]
-    dims = 1 + np.bincount(towers[chosen], minlength=len(curves))
-    return replace(
-        spec,
-        towers=tuple(
-            replace(tower, module=replace(tower.module, dim=int(dim)))
-            for tower, dim in zip(spec.towers, dims, strict=True)
-        ),
-    )
+        The metric is chosen on held-out rows, by the logits of the flat model.
+        """
+        cut = max(1, int(len(trace.pooled) * (1 - _HELD_OUT)))
+        tried = []
+        for name in _METRICS:
+            maps = _solve_towers(trace, spec, name, slice(0, cut))
+            tried.append((_lost(trace, spec, maps, slice(cut, None)), name))
+        loss, best = min(tried)
+        maps = _solve_towers(trace, spec, best, slice(0, None))
+        dense: dict[str, FloatArray] = {}
+        mean = trace.pooled.mean(axis=0, dtype=np.float64)
+        for t, (columns, (emit, back)) in enumerate(zip(_columns(spec), maps, strict=True)):
+            dense[f"restore.{t}.weight"] = back
+            dense[f"restore.{t}.bias"] = mean[columns] - back @ (emit @ mean[columns])
+        said = "; ".join(f"{name}: R^2 {1 - lost:.6f}" for lost, name in tried)
+        return Start(
+            modules=[{"weight": emit} for emit, _ in maps],
+            dense=dense,
+            notes=(
+                f"embeddings restored by regression, errors weighed by {best} (R^2 of logits "
+                f"{1 - loss:.6f}), the best of: {said}",
+            ),
+        )
+
+    def allot(self, trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
+        """Take the directions that save most, of all towers, at least one of each."""
+        curves = []
+        for columns in _columns(spec):
+            blocks = _solve(trace, columns, "what the logit feels", slice(0, None))
+            curves.append(np.sort(np.concatenate([block.values for block in blocks]))[::-1])
+        towers = np.repeat(np.arange(len(curves)), [len(curve) - 1 for curve in curves])
+        values = np.concatenate([curve[1:] for curve in curves])
+        budget = sum(spec.tower_widths) - len(curves)
+        chosen = np.argsort(-values, kind="stable")[: max(0, budget)]
+        dims = 1 + np.bincount(towers[chosen], minlength=len(curves))
+        return with_dims(spec, [int(dim) for dim in dims])
 
 
 def _columns(spec: DmtSpec) -> list[Indices]:
-    """Columns of the flat pooled matrix that every tower holds, in the tower's order."""
-    starts = np.cumsum([0, *spec.flat.feature_dims])
-    of = {
-        name: np.arange(starts[i], starts[i + 1]) for i, name in enumerate(spec.flat.feature_names)
-    }
-    return [np.concatenate([of[name] for name in tower.features]) for tower in spec.towers]
+    return [np.array(columns, dtype=np.intp) for columns in spec.columns_by_tower]
 
 
 def _solve_towers(
     trace: FlatTrace, spec: DmtSpec, metric: str, rows: slice
-) -> list[tuple[Array, Array]]:
+) -> list[tuple[Float64Array, Float64Array]]:
     """Per tower: the emitting map (D_t, M_t), and the way back (M_t, D_t)."""
     maps = []
     for tower, columns in zip(spec.towers, _columns(spec), strict=True):
@@ -163,25 +150,20 @@ def _solve_block(trace: FlatTrace, columns: Indices, metric: str, rows: slice) -
     return _Block(columns=columns, values=saved * max(scale, 0.0), emit=emit, back=back)
 
 
-def _root(matrix: Array) -> Array:
+def _root(matrix: Float64Array) -> Float64Array:
     values, axes = _eigen(matrix)
-    root: Array = (axes * np.sqrt(values)) @ axes.T
+    root: Float64Array = (axes * np.sqrt(values)) @ axes.T
     return root
 
 
-def _eigen(matrix: Array) -> tuple[Array, Array]:
+def _eigen(matrix: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Eigenvalues, largest first, and eigenvectors as columns."""
     values, axes = np.linalg.eigh((matrix + matrix.T) / 2)
     return np.maximum(values[::-1], 0.0), axes[:, ::-1]
 
 
 def _lost(
-    flat: FlatModel,
-    sample: Sample,
-    trace: FlatTrace,
-    spec: DmtSpec,
-    maps: Sequence[tuple[Array, Array]],
-    rows: slice,
+    trace: FlatTrace, spec: DmtSpec, maps: Sequence[tuple[Float64Array, Float64Array]], rows: slice
 ) -> float:
     """1 - R^2 of the logits that the network gives on restored embeddings."""
     pooled, restored = trace.pooled[rows], np.empty_like(trace.pooled[rows])
@@ -190,12 +172,12 @@ def _lost(
         centred = pooled[:, columns] - mean[columns]
         restored[:, columns] = (centred @ emit.T.astype(np.float32)) @ back.T.astype(np.float32)
     restored += mean
-    dense, target = sample.batch.dense[rows], trace.logits[rows].astype(np.float64)
+    dense, target = trace.dense_inputs[rows], trace.logits[rows].astype(np.float64)
+    forward = trace.model.forward_pooled
     logits = np.concatenate(
         [
-            flat.forward_pooled(to_tensor(dense[a : a + _BATCH]), to_tensor(part)).numpy()
+            forward(to_tensor(dense[a : a + _BATCH]), to_tensor(restored[a : a + _BATCH])).numpy()
             for a in range(0, len(dense), _BATCH)
-            for part in (restored[a : a + _BATCH],)
         ]
     )
     spread = float(np.square(target - target.mean()).sum())

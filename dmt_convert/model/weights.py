@@ -1,89 +1,26 @@
-"""The flat model as a plain torch module. Letters: B batch, N embedding dim, M all widths."""
+"""A model's dense weights: their names, their types, and a flat model opened from a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.arrays import AnyArray
 from dmt_convert.checkpoint import check_finite, read_tensor
-from dmt_convert.data import Batch
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import FlatModelInfo
-from dmt_convert.model.dense_parts import Interaction, Mlp
-from dmt_convert.model.table_lookup import MappedTables, TrainableTables, to_tensor
-from dmt_convert.spec import ModelSpec
+from dmt_convert.model.assembly import FlatModel
+from dmt_convert.model.table_lookup import MappedTables
 
-Stages = Iterator[tuple[str, Tensor]]
-_INNER: Final = ("cross.", "branch1.", "branch2.", "network.")
-"""Canonical names that belong to the interaction."""
+_PARTS: Final = ("dense_arch.", "dense_projection.", "restore.", "over_arch.")
+"""Parts of a head whose canonical names are those of its state dict; all others are names inside
+the interaction."""
 _MAX_WHOLE: Final = 1 << 24
 """Up to here float32 holds every whole number."""
-
-
-class FlatModel(nn.Module):
-    """dense_arch, tables, interaction, over_arch: one logit per row.
-
-    Args:
-        spec: The model.
-        tables: Pooled lookups; trainable tables in memory by default.
-    """
-
-    def __init__(self, spec: ModelSpec, tables: nn.Module | None = None) -> None:
-        super().__init__()
-        self.spec = spec
-        self.tables = TrainableTables(spec) if tables is None else tables
-        self.dense_arch = Mlp(spec.dense_arch)
-        self.interaction = Interaction(spec.interaction, spec.input_dims)
-        self.over_arch = Mlp(spec.over_arch)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return logits, shape (B,)."""
-        pooled = [
-            self.tables(name, bag)
-            for name, bag in zip(batch.feature_names, batch.bags, strict=True)
-        ]
-        return self.forward_pooled(to_tensor(batch.dense), torch.cat(pooled, dim=1))
-
-    def forward_pooled(self, dense_BD: Tensor, pooled_BM: Tensor) -> Tensor:
-        """Return logits, shape (B,), from dense inputs and pooled embeddings side by side."""
-        logits: Tensor = self.over_arch(self.interact(dense_BD, pooled_BM))
-        return logits.squeeze(1)
-
-    def interact(self, dense_BD: Tensor, pooled_BM: Tensor) -> Tensor:
-        """Return what over_arch takes, shape (B, width)."""
-        dense_BN = self.dense_arch(dense_BD)
-        interacted: Tensor = self.interaction(dense_BN, pooled_BM, dense_BN)
-        return interacted
-
-    def stages(self, batch: Batch) -> Stages:
-        """Yield every intermediate result in the order in which it comes to be."""
-        pooled = []
-        for name, bag in zip(batch.feature_names, batch.bags, strict=True):
-            pooled.append(self.tables(name, bag))
-            yield f"pooled embedding of {name}", pooled[-1]
-        yield from self._dense_stages(to_tensor(batch.dense), torch.cat(pooled, dim=1))
-
-    def _dense_stages(self, dense_BD: Tensor, pooled_BM: Tensor) -> Stages:
-        dense_BN = self.dense_arch(dense_BD)
-        yield "dense_arch", dense_BN
-        x = self.interaction(dense_BN, pooled_BM, dense_BN)
-        yield "interaction", x
-        yield from over_arch_stages(self.over_arch, x)
-
-
-def over_arch_stages(over_arch: Mlp, x: Tensor) -> Stages:
-    """Yield the pre-activations of every over_arch layer; the last one is the logit."""
-    if not len(over_arch):  # a network gives the logit itself
-        yield "logit", x.squeeze(1)
-    for i, layer in enumerate(over_arch):
-        x = layer(x)
-        last = i == len(over_arch) - 1
-        yield "logit" if last else f"over_arch layer {i}", x.squeeze(1) if last else x
-        x = torch.relu(x)
 
 
 def open_flat_model(info: FlatModelInfo) -> FlatModel:
@@ -103,7 +40,7 @@ def open_flat_model(info: FlatModelInfo) -> FlatModel:
 
 def load_dense(
     model: nn.Module,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, AnyArray],
     origins: Mapping[str, str] | None = None,
 ) -> None:
     """Give a model's dense parts their weights, as float32 (integer buffers keep their type).
@@ -132,7 +69,7 @@ def load_dense(
     assert not tables and not unexpected, (tables, unexpected)
 
 
-def _check_whole_numbers(array: np.ndarray, origin: str) -> None:
+def _check_whole_numbers(array: AnyArray, origin: str) -> None:
     """Refuse whole numbers that would be changed: bundles keep all dense tensors in float32."""
     if array.dtype.kind not in "iu" or not array.size or origin.endswith(".num_batches_tracked"):
         return
@@ -147,10 +84,10 @@ def _check_whole_numbers(array: np.ndarray, origin: str) -> None:
 
 def state_name(canonical: str) -> str:
     """Name of a dense tensor in a model's state dict."""
-    return f"interaction.{canonical}" if canonical.startswith(_INNER) else canonical
+    return canonical if canonical.startswith(_PARTS) else f"interaction.{canonical}"
 
 
-def as_state(array: np.ndarray, like: Tensor | None) -> Tensor:
+def as_state(array: AnyArray, like: Tensor | None) -> Tensor:
     """Make a tensor of an array, of the type that the model computes with.
 
     Args:

@@ -1,4 +1,4 @@
-"""The converted model as it starts, and what that start is worth."""
+"""The converted model as it starts, and how well it agrees with the flat model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from dmt_convert.conversion.initialisation import (
     initialise,
     trace_flat,
 )
-from dmt_convert.conversion.quality import compare_models
-from dmt_convert.conversion.quality_table import Quality
+from dmt_convert.conversion.quality import Quality, compare_models
 from dmt_convert.conversion.sample import Sample
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model, to_tensor
@@ -36,15 +35,15 @@ class StartedModel:
     """A converted model before any fine-tuning."""
 
     spec: DmtSpec
-    """What it is: the spec that was asked for, or a better one that emits no more."""
+    """Its spec: the one that was asked for, or a better one that emits no more."""
     weights: SmallWeights
-    """All its weights beside tables."""
+    """All its weights except the tables."""
     method: str
     """How they were found."""
     notes: tuple[str, ...]
     """What was fitted, one line each."""
     quality: Quality
-    """How well it agrees with the flat model, beside its yardsticks."""
+    """How well it agrees with the flat model, and how well its yardsticks do."""
 
 
 def start_model(
@@ -67,11 +66,11 @@ def start_model(
         sample: Rows; the last quarter is held out.
         alternatives: Further specs; the one whose closed form is best on held-out rows is taken.
         allot: Whether towers may have output dims of their own.
-        distill_steps: Steps of distillation after the closed form; None: as many as cost little,
-            where the closed form leaves something to gain.
+        distill_steps: Steps of distillation after the closed form. None: up to 500, if the closed
+            form leaves something to gain and the model is not large.
         stored_as: Type in which the tables will be stored.
         seed: Seed of everything random.
-        on_step: Told of distillation steps done and in all.
+        on_step: Called with the steps of distillation that are done, and all steps.
 
     Raises:
         CheckpointError: A weight is NaN or Inf.
@@ -128,7 +127,7 @@ class Starter:
         """Solve the closed form of every spec, and keep the best.
 
         Args:
-            specs: Models to try; the first one is taken where no other is better.
+            specs: Models to try; the first is taken unless another is better.
             allot: Try each with output dims per tower as well.
 
         Returns:
@@ -164,13 +163,13 @@ class Starter:
 
         Args:
             model: The closed form.
-            steps: Steps to take; None: as many as cost little, where there is much to gain.
+            steps: Steps to take; None: up to 500, if there is something to gain.
             seed: Seed of the order of rows.
-            on_step: Told of steps done and in all.
+            on_step: Called with the steps that are done, and all steps.
 
         Returns:
-            The distilled model, or None where it is not needed or no better on the rows to judge
-            by; and one line on what came of it.
+            The distilled model, or None if it is not needed or not better on the rows to judge by;
+            and one line about the result.
         """
         before = self._lost(model)
         if steps is None:
@@ -207,8 +206,5 @@ def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
 
 
 def _say(spec: DmtSpec) -> str:
-    module = spec.towers[0].module
-    dims = [tower.module.dim for tower in spec.towers]
-    shown = str(dims[0]) if len(set(dims)) == 1 else "/".join(str(dim) for dim in dims)
-    counts = f"c={module.c} p={module.p} " if module.kind == "dlrm" else ""
-    return f"{module.kind} {counts}D={shown}"
+    said = dict.fromkeys(tower.module.describe() for tower in spec.towers)
+    return " | ".join(said)

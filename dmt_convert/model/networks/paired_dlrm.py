@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.model.layers import DotPairs
 from dmt_convert.model.networks.layers import Stack
 
 
-class DotPairs(nn.Module):
+class PairedDlrm(nn.Module):
     """logit = top([pairs or vectors, what is appended]).
 
     Args:
@@ -29,8 +30,6 @@ class DotPairs(nn.Module):
         num_dense: D.
     """
 
-    cells: Tensor
-
     def __init__(self, config: Mapping[str, Any], dims: Sequence[int], num_dense: int) -> None:
         super().__init__()
         self.dense_first, self.append = bool(config["dense_first"]), list(config["append"])
@@ -41,23 +40,16 @@ class DotPairs(nn.Module):
         width = count * (count - 1) // 2 if self.pairs else sum((*own, *dims))
         width += sum(own) * ("dense" in self.append) + sum(dims) * ("sparse" in self.append)
         self.top = Stack(config["top"], width)
-        left, right = torch.triu_indices(count, count, 1)
-        self.register_buffer("cells", left * count + right, persistent=False)
+        self.dots = DotPairs(count)
 
     def forward(self, dense_BD: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """Return the logit, shape (B,), of dense inputs and one tensor (B, N_f) per feature."""
         dense = [] if self.bottom is None else [self.bottom(dense_BD)]
         vectors = [*dense, *pooled] if self.dense_first else [*pooled, *dense]
-        parts = [self._pair_up(vectors)] if self.pairs else list(vectors)
+        parts = [self.dots(torch.stack(vectors, dim=1))] if self.pairs else list(vectors)
         if "dense" in self.append:
             parts += dense
         if "sparse" in self.append:
             parts += pooled
         logit: Tensor = self.top(torch.cat(parts, dim=1))
         return logit.squeeze(1)
-
-    def _pair_up(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Dot products of all pairs, shape (B, pairs)."""
-        vectors_BKN = torch.stack(list(vectors), dim=1)
-        gram_BKK = torch.bmm(vectors_BKN, vectors_BKN.transpose(1, 2))
-        return gram_BKK.flatten(1).index_select(1, self.cells)

@@ -1,0 +1,131 @@
+"""Layers that several parts of a model share.
+
+Letters: B batch, F features, K vectors, N their width, M sum of widths, R rank, W emitted width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.spec import MlpSpec, PairOrder
+
+
+class Mlp(nn.ModuleList):
+    """Linear layers with ReLU between them (and behind the last, if the spec says so)."""
+
+    def __init__(self, spec: MlpSpec) -> None:
+        super().__init__(
+            nn.Linear(fan_in, fan_out)
+            for fan_in, fan_out in zip(spec.widths[:-1], spec.widths[1:], strict=True)
+        )
+        self.final_relu = spec.final_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in) to (B, out)."""
+        for i, layer in enumerate(self):
+            x = layer(x)
+            if self.final_relu or i < len(self) - 1:
+                x = torch.relu(x)
+        return x
+
+
+class LowRankCross(nn.Module):
+    """A cross layer of DCNv2 in low rank: x0 * (W V x + b) + x."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(nn.init.xavier_normal_(torch.empty(width, rank)))
+        self.v = nn.Parameter(nn.init.xavier_normal_(torch.empty(rank, width)))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x0_BM: Tensor, x_BM: Tensor) -> Tensor:
+        """Cross (B, M) with (B, M)."""
+        inner_BR = nn.functional.linear(x_BM, self.v)
+        return x0_BM * nn.functional.linear(inner_BR, self.w, self.bias) + x_BM
+
+
+class CrossNet(nn.ModuleList):
+    """Cross layers one behind the other; each takes the first input and the last output.
+
+    Source: arXiv 2008.13535, equation 2.
+    """
+
+    @classmethod
+    def low_rank(cls, width: int, rank: int, layers: int) -> CrossNet:
+        """Make a network of `LowRankCross` layers."""
+        return cls(LowRankCross(width, rank) for _ in range(layers))
+
+    def forward(self, x0_BM: Tensor, *shared: Tensor) -> Tensor:
+        """Map (B, M) to (B, M).
+
+        Args:
+            x0_BM: The input.
+            shared: Weights that all layers share.
+        """
+        x_BM = x0_BM
+        for layer in self:
+            x_BM = layer(x0_BM, x_BM, *shared)
+        return x_BM
+
+
+def pair_indices(
+    count: int, order: PairOrder = "triu", *, self_pairs: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Row and column of every pair of `count` vectors, in row-major order of a triangle.
+
+    Returns:
+        Two int64 tensors of shape (number of pairs,), on the CPU.
+    """
+    if order == "tril":
+        pairs = torch.tril_indices(count, count, 0 if self_pairs else -1, device="cpu")
+    else:
+        pairs = torch.triu_indices(count, count, 0 if self_pairs else 1, device="cpu")
+    return pairs[0], pairs[1]
+
+
+class DotPairs(nn.Module):
+    """All pairwise dot products among K vectors of the same width; arguments of `pair_indices`."""
+
+    cells: Tensor
+
+    def __init__(self, count: int, order: PairOrder = "triu", *, self_pairs: bool = False) -> None:
+        super().__init__()
+        left, right = pair_indices(count, order, self_pairs=self_pairs)
+        self.register_buffer("cells", left * count + right, persistent=False)
+
+    def forward(self, vectors_BKN: Tensor) -> Tensor:
+        """Map (B, K, N) to (B, pairs)."""
+        gram_BKK = torch.bmm(vectors_BKN, vectors_BKN.transpose(1, 2))
+        # [:, left, right] is the same, and several times as slow in both directions
+        return gram_BKK.flatten(1).index_select(1, self.cells)
+
+
+def map_features(
+    pooled_BM: Tensor, weight_MW: Tensor, bias_FW: Tensor, dims: Sequence[int]
+) -> Tensor:
+    """Apply a linear map of its own to every feature.
+
+    Args:
+        pooled_BM: Pooled embeddings side by side.
+        weight_MW: The maps, one below the other: the rows of a feature are its dims.
+        bias_FW: A bias for each.
+        dims: Embedding dim of every feature.
+
+    Returns:
+        Shape (B, F * W), feature by feature.
+    """
+    if len(set(dims)) == 1:
+        count, dim = len(dims), dims[0]
+        x_FBN = pooled_BM.reshape(-1, count, dim).transpose(0, 1)
+        y_FBW = torch.baddbmm(bias_FW.unsqueeze(1), x_FBN, weight_MW.reshape(count, dim, -1))
+        return y_FBW.transpose(0, 1).flatten(1)
+    parts = zip(
+        torch.split(pooled_BM, list(dims), dim=1),
+        torch.split(weight_MW, list(dims), dim=0),
+        bias_FW,
+        strict=True,
+    )
+    return torch.cat([x @ weight + bias for x, weight, bias in parts], dim=1)
