@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.bundle import FloatRows, find_damage
 from dmt_convert.checkpoint import TensorInfo, gather_rows, read_tensor
 from dmt_convert.cluster.table_optimizer import FusedTables
-from dmt_convert.data import Batch, IntArray
+from dmt_convert.data import Batch
 from dmt_convert.errors import BundleError
 from dmt_convert.spec import ModelSpec
 from dmt_convert.training import GetSums, Pieces, stored_pieces

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.data import Bag, Batch, FloatArray
+from dmt_convert.arrays import Float32Array
+from dmt_convert.data import Bag, Batch
 from dmt_convert.model import to_tensor
 from dmt_convert.spec import ModelSpec
 
@@ -69,9 +70,9 @@ def to_jagged(
     return JaggedBatch(dense=to_tensor(batch.dense).to(device), sparse=sparse, labels=labels)
 
 
-def _weights(bag: Bag, lengths: npt.NDArray[np.int32], *, mean: bool) -> FloatArray:
+def _weights(bag: Bag, lengths: npt.NDArray[np.int32], *, mean: bool) -> Float32Array:
     given = np.ones(len(bag.values), dtype=np.float32) if bag.weights is None else bag.weights
     if not mean:
         return given
-    divided: FloatArray = (given / np.repeat(lengths, lengths)).astype(np.float32)
+    divided: Float32Array = (given / np.repeat(lengths, lengths)).astype(np.float32)
     return divided

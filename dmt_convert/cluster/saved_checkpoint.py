@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint import DcpReader, FlatCheckpoint
+from dmt_convert.checkpoint import FlatCheckpoint, read_dcp
 from dmt_convert.errors import CheckpointError
 
 MANIFEST: Final = "manifest.json"
@@ -82,7 +82,7 @@ def read_payload(path: Path) -> FlatCheckpoint:
     Raises:
         CheckpointError: It is damaged, or holds more than tensors.
     """
-    checkpoint = DcpReader().read(path)
+    checkpoint = read_dcp(path)
     if checkpoint.unread:
         raise CheckpointError(
             f"{path} holds pickled values ({', '.join(sorted(checkpoint.unread)[:5])})",

@@ -17,7 +17,7 @@ from dmt_convert.checkpoint import (
     ITEM_BYTES,
     TensorInfo,
     gather_rows,
-    resolve_segments,
+    resolve_pieces,
     stream_tensor,
     to_fp32,
 )
@@ -119,7 +119,7 @@ def _may_scan(state: TensorInfo) -> bool:
     """Tell whether the whole accumulator is soon read: a sliced view lies in a longer file."""
     extents = [
         1 + sum((n - 1) * stride for n, stride in zip(part.sizes, part.strides, strict=True))
-        for part in resolve_segments(state)
+        for part in resolve_pieces(state)
         if part.strides is not None
     ]
     return max(state.nbytes, sum(extents) * ITEM_BYTES[state.dtype]) <= _SCANNED_BYTES

@@ -1,7 +1,7 @@
 # What other folders use.
 from .aligned_writer import AlignedWriter as AlignedWriter
-from .checksums import check_checksums as check_checksums
-from .checksums import stream_checked as stream_checked
+from .digest import check_checksums as check_checksums
+from .digest import stream_checked as stream_checked
 from .digest import TreeDigest as TreeDigest
 from .digest import digest_names as digest_names
 from .digest import digest_of as digest_of

@@ -24,7 +24,7 @@ from dmt_convert.checkpoint import (
 )
 from dmt_convert.errors import CheckpointError, ConfigError, ExportError
 from dmt_convert.files.aligned_writer import AlignedWriter
-from dmt_convert.files.checksums import stream_checked
+from dmt_convert.files.digest import stream_checked
 from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.files.staging import glob_escape, sync_folder
 

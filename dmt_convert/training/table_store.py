@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.checkpoint import TensorInfo
-from dmt_convert.data import Bag, Batch, IntArray
+from dmt_convert.data import Bag, Batch
 from dmt_convert.model import to_tensor
 from dmt_convert.spec import FeatureSpec, ModelSpec
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.data import (
     Batch,
     Dataset,
-    IntArray,
     RowBatches,
     Share,
     adapt_batches,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmt_convert.data import Batch, Dataset, array_blocks, criteo_tsv_reader, open_data
+from dmt_convert.data import Batch, Dataset, criteo_readers, open_data, stored_arrays
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 NUM_ROWS = 11
@@ -166,8 +166,8 @@ VARIANTS = (
 def datasets(writers: Mapping[str, Writer]) -> Iterator[dict[str, Dataset]]:
     """Eleven rows in every format, in blocks of at most four where it has any."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
-        patch.setattr(array_blocks, "BLOCK_ROWS", 4)
+        patch.setattr(criteo_readers, "BLOCK_ROWS", 3)
+        patch.setattr(stored_arrays, "BLOCK_ROWS", 4)
         opened = {}
         for variant in VARIANTS:
             parent = Path(folder) / variant

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
@@ -131,7 +131,7 @@ def test_holes_are_copied_as_holes(
     os.truncate(path, len(header) + hole.nbytes)
     digest = TreeDigest()
     digest.update(np.zeros(hole.nbytes, dtype=np.uint8))
-    tensors = {info.name: info for info in SafetensorsReader().read(path).tensors}
+    tensors = {info.name: info for info in read_safetensors(path).tensors}
     entry = {"bytes": path.stat().st_size, "digests": {name: digest.finish()}}
     altered = replace(
         bundle,
