@@ -1,22 +1,25 @@
 # What other folders use.
 from .aligned_writer import AlignedWriter as AlignedWriter
-from .digest import check_checksums as check_checksums
-from .digest import stream_checked as stream_checked
 from .digest import TreeDigest as TreeDigest
+from .digest import check_checksums as check_checksums
 from .digest import digest_names as digest_names
 from .digest import digest_of as digest_of
+from .digest import stream_checked as stream_checked
 from .safetensors_writer import StreamedFile as StreamedFile
 from .safetensors_writer import TensorSource as TensorSource
 from .safetensors_writer import array_source as array_source
 from .safetensors_writer import safetensors_header as safetensors_header
+from .staging import EXPORT as EXPORT
 from .staging import MANIFEST_NAME as MANIFEST_NAME
 from .staging import check_free as check_free
 from .staging import check_space as check_space
 from .staging import check_target as check_target
 from .staging import exchange_folders as exchange_folders
 from .staging import make_folder as make_folder
+from .staging import staged_file as staged_file
 from .staging import staged_folder as staged_folder
 from .staging import sync_folder as sync_folder
+from .staging import write_text as write_text
 from .unshard import Unsharded as Unsharded
 from .unshard import unshard_checkpoint as unshard_checkpoint
 from .versioned_document import read_versioned as read_versioned
