@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import os
 import pickletools
 import random
 import shutil
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from trainer_seeds import write_trainer_seeds
 
-TESTS = Path(__file__).parents[1] / "tests" / "checkpoint"
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the writers in tests/support
+
 INTERESTING = (b"\x00", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x80\x02", b".", b"PK\x03\x04")
 GLOBALS = (
     "os system",
@@ -54,15 +54,6 @@ VALUES = (
 )
 
 
-def load_module(name: str) -> ModuleType:
-    """Load one of the writers beside the tests."""
-    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Hostile:
     """Runs a command where it is unpickled."""
 
@@ -87,15 +78,24 @@ def write_seeds(folder: Path) -> dict[str, Path]:
 def _write_seeds(folder: Path) -> dict[str, Path]:
     import torch
 
-    conftest, ranks, snapshots = map(load_module, ("conftest", "rank_save", "snapshot_save"))
-    state = conftest.tiny_state()
+    from support.checkpoints.containers import (
+        SAVES,
+        save_dcp,
+        save_indexed,
+        save_torch,
+        tiny_state,
+    )
+    from support.checkpoints.rank_files import save_ranks
+    from support.checkpoints.torchsnapshot_files import Snapshot
+
+    state = tiny_state()
     seeds: dict[str, Path] = {}
 
     def place(kind: str) -> Path:
         (folder / kind).mkdir()
         return folder / kind
 
-    for kind, save in conftest.SAVES.items():
+    for kind, save in SAVES.items():
         seeds[kind] = save(state, place(kind))
     nn = torch.nn
     tables = nn.ModuleList([nn.EmbeddingBag(rows, 4) for rows in (5, 1, 9)])
@@ -111,26 +111,25 @@ def _write_seeds(folder: Path) -> dict[str, Path]:
     blocks = [(0, 0, 5, 4, 0), (5, 0, 4, 4, 1)]
     table = {"emb_l.2.weight": (state["emb_l.2.weight"], blocks)}
     dense = {name: tensor for name, tensor in state.items() if name not in table}
-    seeds["ranks"] = ranks.save_ranks(place("ranks"), table, dense)[0]
+    seeds["ranks"] = save_ranks(place("ranks"), table, dense)[0]
     for kind in ("snapshot", "snapshot-yaml"):
-        snapshot = snapshots.Snapshot(place(kind), batched=True)
+        snapshot = Snapshot(place(kind), batched=True)
         snapshot.keys("model", list(state))
         for name, tensor in dense.items():
             snapshot.dense(f"model/{name}", tensor, saved=name.endswith("bias"))
         snapshot.sharded("model/emb_l.2.weight", state["emb_l.2.weight"], blocks)
         snapshot.pickled("model/x", 3)
         seeds[kind] = snapshot.finish(as_yaml=kind.endswith("yaml"))
-    folders = load_module("test_folders")
     for kind in ("safetensors", "bin"):
-        seeds[f"indexed-{kind}"] = folders.split(state, place(f"indexed-{kind}"), kind)
+        seeds[f"indexed-{kind}"] = save_indexed(state, place(f"indexed-{kind}"), kind)
     pair = place("pair")
     sums = {"state": {name: {"sum": tensor} for name, tensor in state.items()}}
     for name, value in (("model", state), ("optimizer", sums)):
-        conftest.save_dcp(value, place(f"pair-{name}")).rename(pair / name)
+        save_dcp(value, place(f"pair-{name}")).rename(pair / name)
     seeds["dcp-pair"] = pair
     parts = {name: tensor for name, tensor in state.items() if name != "emb_l.1.weight"}
     parts |= {f"emb_l.1.weight_{part}": torch.ones(2, 4) for part in "qr"}
-    seeds["quotient-remainder"] = conftest.save_torch(parts, place("quotient-remainder"))
+    seeds["quotient-remainder"] = save_torch(parts, place("quotient-remainder"))
     seeds["nvidia"] = write_nvidia(place("nvidia"), state)
     return seeds | write_trainer_seeds(place)
 

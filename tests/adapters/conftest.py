@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,10 @@ import torch
 from torch import nn
 
 from dmt_convert import adapter
+from dmt_convert.data import Bag
 from dmt_convert.model.networks import network_size
+from support.paths import REPOSITORY
+from support.rows import random_bag, write_probe, write_schema
 
 ROWS = {"t_user": 60, "t_item": 40, "t_shop": 9}
 FEATURES = {
@@ -36,8 +38,8 @@ class Example:
     """Labelled rows."""
 
 
-def adapter_text(repository: Path) -> str:
-    text = (repository / "docs/adapters.md").read_text(encoding="utf-8")
+def adapter_text() -> str:
+    text = (REPOSITORY / "docs/adapters.md").read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
 
 
@@ -58,9 +60,9 @@ class Original(nn.Module):
     def forward(self, dense, bags):
         pooled = [
             nn.functional.embedding_bag(
-                torch.from_numpy(bags[name][0]),
+                torch.from_numpy(bags[name].values),
                 self.ebc["embedding_bags"][table].weight,
-                torch.from_numpy(bags[name][1]),
+                torch.from_numpy(bags[name].offsets),
                 mode=mode,
                 include_last_offset=True,
             )
@@ -69,27 +71,18 @@ class Original(nn.Module):
         return self.dense_part(torch.from_numpy(dense), pooled)
 
 
-def draw_bags(rng, rows):
-    bags = {}
-    for name, (table, mode) in FEATURES.items():
-        lengths = rng.integers(0, 4, rows) if mode == "mean" else np.ones(rows, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        bags[name] = (rng.integers(0, ROWS[table], offsets[-1]), offsets)
-    return bags
-
-
-def save_probe(path, dense, bags, **more):
-    arrays = {}
-    for i, (values, offsets) in enumerate(bags.values()):
-        arrays |= {f"values_{i}": values, f"offsets_{i}": offsets}
-    np.savez(path, dense=dense, feature_names=np.array(list(bags)), **arrays, **more)
+def draw_bags(rng: np.random.Generator, rows: int) -> dict[str, Bag]:
+    return {
+        name: random_bag(rng, ROWS[table], rows, most=3 if mode == "mean" else 1)
+        for name, (table, mode) in FEATURES.items()
+    }
 
 
 @pytest.fixture(scope="session")
-def example(tmp_path_factory, repository) -> Example:
+def example(tmp_path_factory) -> Example:
     folder = tmp_path_factory.mktemp("xlrm")
     model = folder / "xlrm.py"
-    model.write_text(adapter_text(repository), encoding="utf-8")
+    model.write_text(adapter_text(), encoding="utf-8")
     loaded = adapter.load_adapter(model)
     torch.manual_seed(0)
     original = Original(loaded.adapter.network([16] * 4, 6)).eval()
@@ -98,15 +91,14 @@ def example(tmp_path_factory, repository) -> Example:
     dense, bags = rng.random((64, 6), dtype=np.float32), draw_bags(rng, 64)
     with torch.no_grad():
         logits = original(dense, bags).numpy()
-    save_probe(folder / "probe.npz", dense, bags, logits=logits)
+    write_probe(folder / "probe.npz", dense, bags, logits=logits)
     dense = rng.random((600, 6), dtype=np.float32)
     ids = [rng.integers(0, ROWS[table], 600) for table, _ in FEATURES.values()]
     label = (dense[:, 0] + ids[0] % 2 > 1).astype(np.uint8)
     np.savez(
         folder / "train.npz", dense=dense, sparse=np.stack(ids, 1).astype(np.int32), label=label
     )
-    schema = {"sparse_features": [{"name": name} for name in FEATURES]}
-    (folder / "schema.json").write_text(json.dumps(schema))
+    write_schema(folder, list(FEATURES))
     return Example(
         model=model,
         checkpoint=folder / "ckpt.pt",

@@ -13,7 +13,8 @@ from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError, ExportError
 from dmt_convert.families import ModelConfig
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
-from dmt_convert.serving.check_process import run_checks
+from support.exports import checks_of
+from support.shortcuts import skip_export_checks
 
 GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
@@ -31,19 +32,19 @@ def bundle(example, tmp_path, few_rows, no_report):
 @pytest.fixture
 def failed_checks(bundle, tmp_path, monkeypatch):
     """Export, run the graphs, and return what differs from the model."""
-    monkeypatch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
+    skip_export_checks(monkeypatch)
 
     def export(name, **options):
         out = tmp_path / name
         export_bundle(bundle, out, ExportConfig(format="onnx", **options))
-        with torch.inference_mode():
-            checks = list(run_checks(ExportedModel(out), open_bundle_model(bundle), None))
+        checks = checks_of(ExportedModel(out), bundle)
         assert checks
         return {check.part for check in checks if not check.passed}
 
     return export
 
 
+@pytest.mark.slow
 def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     from dmt_convert.serving import onnx_over_arch
 
@@ -60,7 +61,7 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
 
 def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     """All but the compiler: traced graphs, of another batch size, with the weights named."""
-    from dmt_convert.serving import exporter, pt2_compile, pt2_writer
+    from dmt_convert.serving import pt2_compile, pt2_writer
 
     programs = {}
 
@@ -72,7 +73,7 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pt2_writer, "_compile", trace)
     monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
-    monkeypatch.setattr(exporter, "check_graphs", lambda *_: ())
+    skip_export_checks(monkeypatch)
     export_bundle(bundle, tmp_path / "pt2", ExportConfig(format="pt2"))
     model = open_bundle_model(bundle)
     emitted = [torch.randn(9, width) for width in model.spec.tower_widths]

@@ -12,6 +12,7 @@ from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.families import ModelConfig
 from dmt_convert.recipes.finetune_dmt import main
+from dmt_convert.training import finetuned_bundle
 
 CHANGED = "self.norm = nn.LayerNorm(width)"
 NORM = """self.norm = nn.LayerNorm(width)
@@ -45,9 +46,7 @@ def test_a_network_is_tuned_but_for_its_statistics(
         distill_steps=0,
     )
     before = convert_checkpoint(checkpoint, tmp_path / "bundle", config=config).bundle
-    monkeypatch.setattr(
-        "dmt_convert.training.finetuned_bundle.describe_bundle", lambda *_, **__: {}
-    )
+    monkeypatch.setattr(finetuned_bundle, "describe_bundle", lambda *_, **__: {})
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",
         "--model": model, "--max-steps": 20, "--dense-lr": 0.01,

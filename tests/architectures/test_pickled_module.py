@@ -9,6 +9,7 @@ import pytest
 
 from dmt_convert.checkpoint import FlatCheckpoint, TableConfig, open_checkpoint
 from dmt_convert.families import ModelConfig, infer_model
+from support.checkpoints.flat import make_flat
 
 
 def told(flat: FlatCheckpoint, *configs: tuple[str, tuple[str, ...], str]) -> FlatCheckpoint:
@@ -29,7 +30,7 @@ CONFIGS = (
 
 
 @pytest.fixture
-def flat(tmp_path: Path, make_flat) -> FlatCheckpoint:
+def flat(tmp_path: Path) -> FlatCheckpoint:
     """A model of three tables and four features: two share a table."""
 
     def drop(state) -> None:

@@ -12,12 +12,13 @@ from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.families import FlatModelInfo, infer_model
 from dmt_convert.model import DmtSpec, MappedTables, TowerModuleSpec, TowerSpec, open_flat_model
 from dmt_convert.placement import Cluster, plan_towers
+from support.checkpoints.flat import make_flat
 
 TOWERS = (("cat_0", "cat_2"), ("cat_1", "cat_3"))
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flat(tmp_path_factory.mktemp("flat") / "ckpt.pt")
 
 

@@ -15,8 +15,9 @@ import pytest
 
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.errors import BundleError, ConfigError
-from dmt_convert.files import check_target
+from dmt_convert.files import check_target, staging
 from dmt_convert.files.staging import staged_file, staged_folder, write_text
+from support.checkpoints.flat import make_flat
 
 Writer = Callable[..., Bundle]
 
@@ -44,9 +45,7 @@ def test_an_existing_bundle_stays_without_force(tmp_path: Path, write: Writer) -
     assert content(tmp_path) == before
 
 
-def test_force_replaces_a_bundle(
-    tmp_path: Path, write: Writer, make_flat: Callable[..., Path]
-) -> None:
+def test_force_replaces_a_bundle(tmp_path: Path, write: Writer) -> None:
     old = write(tmp_path / "out")
     source = make_flat(tmp_path / "other.pt", seed=1)
     new = write(tmp_path / "out", source=source, force=True)
@@ -157,8 +156,8 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_any_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
-        with staged_folder(tmp_path / "out", force=False, needed_bytes=0) as staging:
-            make_folder(staging / "weights")
+        with staged_folder(tmp_path / "out", force=False, needed_bytes=0) as folder:
+            make_folder(folder / "weights")
             raise error
 
     with pytest.raises(error):
@@ -228,11 +227,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full(
-    tiny_disk: Path,
-    write: Writer,
-    tmp_path: Path,
-    make_flat: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_disk: Path, write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_flat(tmp_path / "large.pt", rows=(5000, 50, 11, 6))
     with pytest.raises(BundleError, match="left"):
@@ -317,7 +312,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr("dmt_convert.files.staging.make_folder", refuse)
+    monkeypatch.setattr(staging, "make_folder", refuse)
     target = staged_folder(tmp_path / "out", force=False, needed_bytes=1)
     with pytest.raises(BundleError, match="nothing can be written to") as caught, target:
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
@@ -22,6 +21,9 @@ from dmt_convert.checkpoint import (
     read_tensor,
     stream_tensor,
 )
+from support.checkpoints.containers import SAVES
+from support.cluster import sharded_dcp
+from support.cluster.client import serve_ranks
 
 
 def by_path(checkpoint: FlatCheckpoint) -> dict[str, TensorInfo]:
@@ -62,15 +64,15 @@ def test_dtypes(save, dtype, tmp_path):
         assert_same(infos[name], tensor)
 
 
-def test_only_torch_files_keep_the_order(saves, state, tmp_path):
-    ordered = {name: open_checkpoint(save(state, tmp_path)).ordered for name, save in saves.items()}
+def test_only_torch_files_keep_the_order(state, tmp_path):
+    ordered = {name: open_checkpoint(save(state, tmp_path)).ordered for name, save in SAVES.items()}
     assert ordered == {"torch": True, "legacy": True, "safetensors": False, "dcp": False}
 
 
 @pytest.mark.parametrize("kind", ["torch", "legacy", "dcp"])
-def test_nested_dicts_keep_their_keys(saves, kind, state, tmp_path):
+def test_nested_dicts_keep_their_keys(kind, state, tmp_path):
     content = {"run": {"model": state}, "optimizer": {"state": {0: {"sum": torch.ones(5, 4)}}}}
-    infos = by_path(open_checkpoint(saves[kind](content, tmp_path)))
+    infos = by_path(open_checkpoint(SAVES[kind](content, tmp_path)))
     assert infos["run.model.bot_l.0.bias"].container == ("run", "model")
     assert infos["run.model.bot_l.0.bias"].name == "bot_l.0.bias"
     assert infos["optimizer.state.0.sum"].container == ("optimizer", "state", "0")
@@ -78,7 +80,7 @@ def test_nested_dicts_keep_their_keys(saves, kind, state, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["torch", "legacy", "dcp"])
-def test_views_and_shared_storages(saves, kind, tmp_path):
+def test_views_and_shared_storages(kind, tmp_path):
     base = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     content = {
         "base": base,
@@ -91,7 +93,7 @@ def test_views_and_shared_storages(saves, kind, tmp_path):
         "empty": torch.empty(0, 4),
         "parameter": torch.nn.Parameter(torch.ones(2, 2)),
     }
-    infos = by_path(open_checkpoint(saves[kind](content, tmp_path)))
+    infos = by_path(open_checkpoint(SAVES[kind](content, tmp_path)))
     for name, tensor in content.items():
         assert_same(infos[name], tensor)
 
@@ -176,18 +178,9 @@ def test_files_that_were_saved_on_a_gpu(legacy, state, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_shards_of_two_ranks_are_joined(tmp_path):
-    out, meet = tmp_path / "dcp", tmp_path / "meet"
-    script = Path(__file__).parent / "sharded_save.py"
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(out), str(meet), str(rank)])
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    module_spec = importlib.util.spec_from_file_location("sharded_save", script)
-    assert module_spec is not None and module_spec.loader is not None
-    sharded_save = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(sharded_save)
-    expected = sharded_save.full_state()
+    out, expected = tmp_path / "dcp", sharded_dcp.full_state()
+    with serve_ranks("sharded_dcp") as run:
+        run(2, "save", folder=out)
     checkpoint = open_checkpoint(out)
     infos = by_path(checkpoint)
     assert set(infos) == {f"model.{name}" for name in expected}
@@ -200,8 +193,8 @@ def test_shards_of_two_ranks_are_joined(tmp_path):
         open_checkpoint(out)
 
 
-def test_a_dcp_folder_is_found_by_any_of_its_files(saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_a_dcp_folder_is_found_by_any_of_its_files(state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     assert open_checkpoint(folder / "__0_0.distcp").source == folder
     assert open_checkpoint(folder / ".metadata").format == "dcp"
 
@@ -216,8 +209,8 @@ def test_hundreds_of_tables_open_fast(save, tmp_path):
     assert time.monotonic() - begin < 5
 
 
-def test_no_torch_is_imported(saves, state, tmp_path):
-    paths = [str(save(state, tmp_path)) for save in saves.values()]
+def test_no_torch_is_imported(state, tmp_path):
+    paths = [str(save(state, tmp_path)) for save in SAVES.values()]
     code = (
         "import sys; from pathlib import Path\n"
         "from dmt_convert.families import infer_model\n"

@@ -8,27 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import infer_model
-
-
-def split(state: dict[str, torch.Tensor], folder: Path, kind: str = "safetensors") -> Path:
-    """Write two shards and an index, as `save_pretrained` does."""
-    folder.mkdir(exist_ok=True)
-    stem = "model" if kind == "safetensors" else "pytorch_model"
-    weight_map = {}
-    for part, names in enumerate((list(state)[:3], list(state)[3:]), start=1):
-        shard = folder / f"{stem}-0000{part}-of-00002.{kind}"
-        tensors = {name: state[name] for name in names}
-        save_file(tensors, shard) if kind == "safetensors" else torch.save(tensors, shard)
-        weight_map.update(dict.fromkeys(names, shard.name))
-    index = {"metadata": {"total_size": 7}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
-    return folder
+from support.checkpoints.containers import SAVES, save_indexed
 
 
 def refuse(path: Path, match: str) -> CheckpointError:
@@ -48,7 +32,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_shards_with_an_index(kind, state, tmp_path):
-    folder = split(state, tmp_path / "hf", kind)
+    folder = save_indexed(state, tmp_path / "hf", kind)
     for path in (folder, *folder.iterdir()):
         checkpoint = open_checkpoint(path)
         assert (checkpoint.format, checkpoint.ordered) == ("indexed", False)
@@ -60,8 +44,8 @@ def test_shards_with_an_index(kind, state, tmp_path):
     assert infer_model(checkpoint).spec.family == "facebook-dlrm"
 
 
-def test_a_folder_with_one_file(saves, state, tmp_path):
-    saves["safetensors"](state, tmp_path)
+def test_a_folder_with_one_file(state, tmp_path):
+    SAVES["safetensors"](state, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.format, checkpoint.source.name) == ("safetensors", "model.safetensors")
@@ -69,7 +53,7 @@ def test_a_folder_with_one_file(saves, state, tmp_path):
 
 
 def test_shards_and_index_must_fit(state, tmp_path):
-    folder = split(state, tmp_path / "hf")
+    folder = save_indexed(state, tmp_path / "hf")
     index, (first, second) = folder / "model.safetensors.index.json", sorted(folder.glob("*of*"))
     text = index.read_text()
     moved = json.loads(text)
@@ -89,7 +73,7 @@ def test_shards_and_index_must_fit(state, tmp_path):
     assert refuse(first, "lacks 1 of the 2 shards").details == (second.name,)
 
 
-def test_dcp_directories_side_by_side(saves, state, tmp_path):
+def test_dcp_directories_side_by_side(state, tmp_path):
     out = tmp_path / "step-3"
     for name, content in (
         ("model", state),
@@ -98,7 +82,7 @@ def test_dcp_directories_side_by_side(saves, state, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         out.mkdir(exist_ok=True)
-        saves["dcp"](content, folder).rename(out / name)
+        SAVES["dcp"](content, folder).rename(out / name)
     checkpoint = open_checkpoint(out)
     assert checkpoint.format == "dcp-pair" and len(checkpoint.files) == 4
     found = {info.path: info for info in checkpoint.tensors}

@@ -12,6 +12,7 @@ import pytest
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import DmtError
 from dmt_convert.families import infer_model
+from support.checkpoints.containers import SAVES
 
 MUTATIONS = 150
 MAX_SECONDS = 2.0
@@ -85,8 +86,8 @@ def test_mutations(save, checksums, state, tmp_path):
     assert counts["refused"] > MUTATIONS // 4, counts
 
 
-def test_mutated_payloads(saves, state, tmp_path):
-    path = saves["dcp"](state, tmp_path)
+def test_mutated_payloads(state, tmp_path):
+    path = SAVES["dcp"](state, tmp_path)
     payload = path / "__0_0.distcp"
     raw = payload.read_bytes()
     rng = random.Random(5)

@@ -12,14 +12,15 @@ import pytest
 
 from dmt_convert.checkpoint import readers
 from dmt_convert.checkpoint.inert import unpickler
+from support.paths import REPOSITORY
 
 MUTATIONS, MAX_SECONDS = 8, 5.0
 
 
 @pytest.fixture(scope="module")
-def benchmarks(repository: Path) -> tuple[ModuleType, ModuleType]:
+def benchmarks() -> tuple[ModuleType, ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(repository / "benchmarks"))
+        patch.syspath_prepend(str(REPOSITORY / "benchmarks"))
         import fuzz_checkpoints
         import mutate_checkpoints
     return fuzz_checkpoints, mutate_checkpoints

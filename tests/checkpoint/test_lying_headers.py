@@ -14,6 +14,7 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, shards
 from dmt_convert.checkpoint.inert.sharded import ShardPlace
 from dmt_convert.errors import CheckpointError
+from support.checkpoints.containers import SAVES
 
 
 def refuse(path: Path, match: str) -> CheckpointError:
@@ -111,8 +112,8 @@ def _first_chunk(metadata: Any) -> Any:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_dcp_metadata_that_lies_in_one_field(change, match, saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_dcp_metadata_that_lies_in_one_field(change, match, state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     _mutate_metadata(folder, change)
     if match is None:
         assert len(open_checkpoint(folder).tensors) == len(state)
@@ -137,8 +138,8 @@ NESTED = b")" + b"\x85" * 200_000
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_dcp_metadata_of_other_types(change, saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_dcp_metadata_of_other_types(change, state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     (folder / "loop").symlink_to("loop")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
@@ -147,8 +148,8 @@ def test_dcp_metadata_of_other_types(change, saves, state, tmp_path):
     refuse(folder, "does not describe")
 
 
-def test_dcp_keys_that_are_no_text_count_for_nothing(saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_dcp_keys_that_are_no_text_count_for_nothing(state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     _mutate_metadata(folder, lambda m: _set(m, planner_data={"emb_l.0.weight": ("a", "NESTED")}))
     data = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
     (folder / ".metadata").write_bytes(data.replace(b"X\x06\x00\x00\x00NESTED", NESTED))
@@ -163,10 +164,10 @@ def test_shards_of_the_same_rows_are_not_compared_for_hours(monkeypatch, tmp_pat
     shards.check_tiling(tmp_path, "t", (2, 2), sharded[:2])
 
 
-def test_shards_that_overlap(saves, state, tmp_path):
+def test_shards_that_overlap(state, tmp_path):
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-    folder = saves["dcp"](state, tmp_path)
+    folder = SAVES["dcp"](state, tmp_path)
 
     def overlap(metadata: Any) -> None:
         # 20 elements in all, but row 1 twice and row 4 never

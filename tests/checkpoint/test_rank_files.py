@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,11 +10,7 @@ import torch
 
 from dmt_convert.checkpoint import FlatCheckpoint, open_checkpoint, read_tensor
 from dmt_convert.errors import CheckpointError
-
-
-@pytest.fixture
-def ranks(load_module: Callable[[str], ModuleType]) -> ModuleType:
-    return load_module("rank_save")
+from support.checkpoints.rank_files import PickledTensor, save_ranks
 
 
 def whole(rows: int, cols: int, first: float = 0.0) -> torch.Tensor:
@@ -45,9 +39,9 @@ def refuse(path: Path, match: str) -> CheckpointError:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["dmp_rank{}.pt", "{}"])
-def test_files_of_all_ranks_are_joined(ranks, name, legacy, tmp_path):
+def test_files_of_all_ranks_are_joined(name, legacy, tmp_path):
     options = {"_use_new_zipfile_serialization": not legacy}
-    paths = ranks.save_ranks(tmp_path, TABLES, DENSE, name=name, **options)
+    paths = save_ranks(tmp_path, TABLES, DENSE, name=name, **options)
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
     for path in paths:
@@ -60,8 +54,8 @@ def test_files_of_all_ranks_are_joined(ranks, name, legacy, tmp_path):
         np.testing.assert_array_equal(found["over.weight"], DENSE["over.weight"].numpy())
 
 
-def test_a_missing_rank_is_refused_with_its_rows(ranks, tmp_path):
-    paths = ranks.save_ranks(tmp_path, TABLES, DENSE)
+def test_a_missing_rank_is_refused_with_its_rows(tmp_path):
+    paths = save_ranks(tmp_path, TABLES, DENSE)
     paths[1].rename(tmp_path.parent / "elsewhere.pt")
     error = refuse(paths[0], "beside it lie 0 of the other 1 ranks' files")
     assert "missing: t.row_wise: rows 4 to 6 (rank 1)" in error.details
@@ -69,10 +63,10 @@ def test_a_missing_rank_is_refused_with_its_rows(ranks, tmp_path):
     assert "missing: t.table_wise: rows 0 to 2 (rank 1)" in error.details
 
 
-def test_files_of_two_saves_are_not_mixed(ranks, tmp_path):
-    first = ranks.save_ranks(tmp_path, TABLES, DENSE, name="step1_rank{}.pt")
+def test_files_of_two_saves_are_not_mixed(tmp_path):
+    first = save_ranks(tmp_path, TABLES, DENSE, name="step1_rank{}.pt")
     later = {name: tensor + 1 for name, tensor in DENSE.items()}
-    second = ranks.save_ranks(tmp_path, TABLES, later, name="step2_rank{}.pt")
+    second = save_ranks(tmp_path, TABLES, later, name="step2_rank{}.pt")
     assert open_checkpoint(first[1]).files == tuple(first)
     assert open_checkpoint(second[0]).files == tuple(second)
     # one rank of each save is left: the tables fit, the dense parts tell
@@ -81,37 +75,35 @@ def test_files_of_two_saves_are_not_mixed(ranks, tmp_path):
     error = refuse(first[0], "are from different saves: 3 of 3 dense tensors differ")
     assert "over.weight" in error.details
     # and where names tell nothing, it is asked for
-    ranks.save_ranks(tmp_path, TABLES, DENSE, name="step3_rank{}.pt")
+    save_ranks(tmp_path, TABLES, DENSE, name="step3_rank{}.pt")
     refuse(second[1], "holds 2 files with the shards of rank 0")
 
 
-def test_statistics_may_differ_between_ranks(ranks, tmp_path):
-    paths = ranks.save_ranks(tmp_path, TABLES, DENSE)
-    own = ranks.save_ranks(
-        tmp_path, TABLES, {**DENSE, "bn.running_mean": torch.zeros(3)}, name="x{}"
-    )
+def test_statistics_may_differ_between_ranks(tmp_path):
+    paths = save_ranks(tmp_path, TABLES, DENSE)
+    own = save_ranks(tmp_path, TABLES, {**DENSE, "bn.running_mean": torch.zeros(3)}, name="x{}")
     own[1].replace(paths[1])
     own[0].unlink()
     assert values(open_checkpoint(paths[1]))["bn.running_mean"].tolist() == [1, 1, 1]
 
 
-def test_tables_sharded_otherwise_do_not_fit(ranks, tmp_path):
-    paths = ranks.save_ranks(tmp_path, TABLES, DENSE)
+def test_tables_sharded_otherwise_do_not_fit(tmp_path):
+    paths = save_ranks(tmp_path, TABLES, DENSE)
     other = {**TABLES, "t.row_wise": (whole(7, 4), [(0, 0, 3, 4, 0), (3, 0, 4, 4, 1)])}
-    wrong = ranks.save_ranks(tmp_path, other, DENSE, name="x{}")
+    wrong = save_ranks(tmp_path, other, DENSE, name="x{}")
     wrong[1].replace(paths[1])
     wrong[0].unlink()
     refuse(paths[0], "beside it lie 0 of the other 1")
 
 
-def test_shards_that_overlap_are_refused(ranks, tmp_path):
+def test_shards_that_overlap_are_refused(tmp_path):
     table = {"t": (whole(4, 2), [(0, 0, 3, 2, 0), (2, 0, 2, 2, 1)])}
-    paths = ranks.save_ranks(tmp_path, table, DENSE)
+    paths = save_ranks(tmp_path, table, DENSE)
     refuse(paths[0], "shards of t hold 10 elements")
 
 
-def test_a_table_of_an_unknown_dtype_and_no_shards(ranks, tmp_path):
-    pickled = ranks._Pickled(torch.ones(0, 4), [], 0, 1)
+def test_a_table_of_an_unknown_dtype_and_no_shards(tmp_path):
+    pickled = PickledTensor(torch.ones(0, 4), [], 0, 1)
     pickled.state[1].tensor_properties.dtype = "fp99"
     torch.save({"t": pickled, **DENSE}, tmp_path / "a.pt")
     refuse(tmp_path / "a.pt", "t is a ShardedTensor that cannot be read")
@@ -129,12 +121,12 @@ def test_a_dtensor_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "ordered"), [("acb", True), ("abc", False)])
-def test_sorted_tables_tell_no_order(ranks, names, ordered, tmp_path):
+def test_sorted_tables_tell_no_order(names, ordered, tmp_path):
     """DMP sorts them, so that alphabetical order is no sign of the model's."""
     whole_table = whole(4, 2)
     tables = {
         f"ebc.embedding_bags.{name}.weight": (whole_table, [(0, 0, 4, 2, i % 2)])
         for i, name in enumerate(names)
     }
-    ranks.save_ranks(tmp_path, tables, {})
+    save_ranks(tmp_path, tables, {})
     assert open_checkpoint(next(tmp_path.iterdir())).ordered is ordered

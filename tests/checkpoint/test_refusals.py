@@ -17,6 +17,7 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, read_tensor, stream_tensor
 from dmt_convert.checkpoint.inert.objects import TENSOR_GLOBALS, StorageType
 from dmt_convert.errors import CheckpointError
+from support.checkpoints.containers import SAVES
 
 
 def refuse(path: Path, match: str) -> CheckpointError:
@@ -76,20 +77,20 @@ def test_missing_empty_and_unknown(tmp_path):
     refuse(tmp_path, "is a directory, and not a checkpoint")
 
 
-def test_a_folder_hints_at_the_checkpoint_in_it(saves, state, tmp_path):
-    saves["torch"](state, tmp_path)
+def test_a_folder_hints_at_the_checkpoint_in_it(state, tmp_path):
+    SAVES["torch"](state, tmp_path)
     assert "model.pt" in refuse(tmp_path, "is a directory").hint
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(saves, state, tmp_path):
-    path = saves["torch"](state, tmp_path)
+def test_a_file_that_may_not_be_read(state, tmp_path):
+    path = SAVES["torch"](state, tmp_path)
     path.chmod(0)
     refuse(path, "cannot be read")
 
 
-def test_an_os_error_is_the_users(saves, state, tmp_path, monkeypatch):
-    path = saves["torch"](state, tmp_path)
+def test_an_os_error_is_the_users(state, tmp_path, monkeypatch):
+    path = SAVES["torch"](state, tmp_path)
 
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -99,8 +100,8 @@ def test_an_os_error_is_the_users(saves, state, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["torch", "legacy", "safetensors"])
-def test_truncated_files(saves, kind, state, tmp_path):
-    path = saves[kind](state, tmp_path)
+def test_truncated_files(kind, state, tmp_path):
+    path = SAVES[kind](state, tmp_path)
     raw = path.read_bytes()
     for cut in sorted({1, 2, 5, 8, 9, 20, len(raw) - 1, *range(10, len(raw), len(raw) // 40)}):
         path.write_bytes(raw[:cut])
@@ -108,8 +109,8 @@ def test_truncated_files(saves, kind, state, tmp_path):
             open_checkpoint(path)
 
 
-def test_truncated_dcp(saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_truncated_dcp(state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     payload, metadata = folder / "__0_0.distcp", folder / ".metadata"
     raw = payload.read_bytes()
     payload.write_bytes(raw[:-1])
@@ -126,8 +127,8 @@ def test_truncated_dcp(saves, state, tmp_path):
     refuse(folder, r"no \.metadata")
 
 
-def test_a_dcp_payload_that_is_another_tensor(saves, state, tmp_path):
-    folder = saves["dcp"](state, tmp_path)
+def test_a_dcp_payload_that_is_another_tensor(state, tmp_path):
+    folder = SAVES["dcp"](state, tmp_path)
     payload = folder / "__0_0.distcp"
     payload.write_bytes(bytes(payload.stat().st_size))
     info = open_checkpoint(folder).tensors[0]
@@ -316,8 +317,8 @@ def test_bombs_do_not_need_address_space(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
 
 
-def test_repacked_and_mixed_archives(saves, state, tmp_path):
-    path = saves["torch"](state, tmp_path)
+def test_repacked_and_mixed_archives(state, tmp_path):
+    path = SAVES["torch"](state, tmp_path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     packed = tmp_path / "packed.pt"
@@ -337,8 +338,8 @@ def test_repacked_and_mixed_archives(saves, state, tmp_path):
     refuse(big, "big-endian")
 
 
-def test_a_directory_entry_that_points_at_another_record(saves, state, tmp_path):
-    path = saves["torch"](state, tmp_path)
+def test_a_directory_entry_that_points_at_another_record(state, tmp_path):
+    path = SAVES["torch"](state, tmp_path)
     raw = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         first, second = (archive.getinfo(f"model/data/{i}") for i in (3, 6))

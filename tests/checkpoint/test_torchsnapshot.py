@@ -13,6 +13,7 @@ import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor, stream_tensor
 from dmt_convert.errors import CheckpointError
+from support.checkpoints.torchsnapshot_files import Snapshot, raw_bytes
 
 
 def whole(rows: int, cols: int) -> torch.Tensor:
@@ -40,8 +41,8 @@ TENSORS = {
 }
 
 
-def write(load_module: Any, folder: Path, *, batched: bool = False, **options: Any) -> Path:
-    snapshot = load_module("snapshot_save").Snapshot(folder, batched=batched)
+def write(folder: Path, *, batched: bool = False, **options: Any) -> Path:
+    snapshot = Snapshot(folder, batched=batched)
     folder.mkdir(exist_ok=True)
     snapshot.keys("model", ["t_10", "t_2", "a/b%", "w", "saved", "chunked", "x", "epoch", "lr"])
     snapshot.replicated("model/w", TENSORS["model.w"])
@@ -61,8 +62,8 @@ def write(load_module: Any, folder: Path, *, batched: bool = False, **options: A
 
 @pytest.mark.parametrize("as_yaml", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
-def test_every_kind_of_entry(batched, as_yaml, load_module, tmp_path):
-    folder = write(load_module, tmp_path / "s", batched=batched, as_yaml=as_yaml)
+def test_every_kind_of_entry(batched, as_yaml, tmp_path):
+    folder = write(tmp_path / "s", batched=batched, as_yaml=as_yaml)
     for path in (folder, folder / ".snapshot_metadata"):
         checkpoint = open_checkpoint(path)
         assert (checkpoint.format, checkpoint.source) == ("torchsnapshot", folder)
@@ -73,7 +74,7 @@ def test_every_kind_of_entry(batched, as_yaml, load_module, tmp_path):
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         np.testing.assert_array_equal(read_tensor(found[name]), wide.numpy())
         raw = b"".join(chunk.tobytes() for chunk in stream_tensor(found[name]))
-        assert raw == load_module("snapshot_save").raw_bytes(tensor)
+        assert raw == raw_bytes(tensor)
     assert found["optimizer.state.t.sum"].container == ("optimizer", "state", "t")
     assert checkpoint.scalars == {"model.epoch": 3, "model.lr": "0.1"}
     assert checkpoint.unread == {"model.x": "a pickled object (Evil)"}
@@ -113,15 +114,15 @@ def change(folder: Path, key: str, **values: Any) -> None:
         ("0/model/t_10", {"dtype": "torch.int32"}, "in two dtypes"),
     ],
 )
-def test_metadata_that_lies(key, values, match, load_module, tmp_path):
-    folder = write(load_module, tmp_path / "s")
+def test_metadata_that_lies(key, values, match, tmp_path):
+    folder = write(tmp_path / "s")
     (folder / "loop").symlink_to("loop")
     change(folder, key, **values)
     refuse(folder, match)
 
 
-def test_shards_that_leave_a_hole(load_module, tmp_path):
-    folder = write(load_module, tmp_path / "s")
+def test_shards_that_leave_a_hole(tmp_path):
+    folder = write(tmp_path / "s")
     path = folder / ".snapshot_metadata"
     document = json.loads(path.read_text())
     document["manifest"]["0/model/t_10"]["shards"] = []
@@ -129,8 +130,8 @@ def test_shards_that_leave_a_hole(load_module, tmp_path):
     refuse(folder, "the 1 shards of model.t_10 hold 12 elements")
 
 
-def test_other_serializers_are_left_unread(load_module, tmp_path):
-    folder = write(load_module, tmp_path / "s")
+def test_other_serializers_are_left_unread(tmp_path):
+    folder = write(tmp_path / "s")
     change(folder, "0/model/w", serializer="per_tensor_qtensor", dtype="torch.qint8")
     change(folder, "1/model/w", serializer="per_tensor_qtensor", dtype="torch.qint8")
     checkpoint = open_checkpoint(folder)
@@ -161,9 +162,9 @@ def test_damaged_metadata(text, tmp_path):
 
 
 @pytest.mark.parametrize(("names", "ordered"), [("ba", True), ("ab", False)])
-def test_sorted_tables_tell_no_order(names, ordered, load_module, tmp_path):
+def test_sorted_tables_tell_no_order(names, ordered, tmp_path):
     """DMP sorts them, so that alphabetical order is no sign of the model's."""
-    snapshot = load_module("snapshot_save").Snapshot(tmp_path / "s")
+    snapshot = Snapshot(tmp_path / "s")
     keys = [f"ebc.embedding_bags.{name}.weight" for name in names]
     snapshot.keys("model", keys)
     for key in keys:

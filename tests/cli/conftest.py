@@ -1,6 +1,5 @@
 """A checkpoint and its bundles, converted once."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,11 @@ import pytest
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
+from support.checkpoints.flat import make_flat
 
 
 @pytest.fixture(scope="session")
-def flat(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flat(tmp_path_factory.mktemp("cli") / "ckpt.pt")
 
 

@@ -21,7 +21,7 @@ def arguments(
     return {
         "inspect": [flat],
         "inspect a bundle": [compressed],
-        "convert": [flat, "--towers", 2, "--out", tmp_path / "out"],
+        "convert": [flat, "--towers", 2, "--out", tmp_path / "out", "--distill-steps", 0],
         "convert exactly": [
             *(flat, "--towers", 2, "--out", tmp_path / "out", "--tower-module", "passthrough"),
             *("--calibration", click_data),

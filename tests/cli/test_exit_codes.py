@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmt_convert import checkpoint
 from dmt_convert.files.digest import TreeDigest
+from support.checkpoints.flat import make_flat
 
 Call = Callable[..., Any]
 
@@ -40,9 +42,7 @@ def copy(exact: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def square(
-    tmp_path: Path, make_flat: Callable[..., Path], call_dmt: Call, no_report: None, few_rows: None
-) -> tuple[Path, Path]:
+def square(tmp_path: Path, call_dmt: Call, no_report: None, few_rows: None) -> tuple[Path, Path]:
     """A model of two tables of one shape in one tower, and its exact bundle."""
     source = make_flat(tmp_path / "square.pt", rows=(9, 9))
     out = tmp_path / "square"
@@ -147,7 +147,7 @@ def test_verify_checksums_find_a_flipped_bit(flat: Path, copy: Path, call_dmt: C
 
 
 def test_models_that_cannot_be_compared(
-    flat: Path, exact: Path, tmp_path: Path, make_flat: Callable[..., Path], call_dmt: Call
+    flat: Path, exact: Path, tmp_path: Path, call_dmt: Call
 ) -> None:
     other = make_flat(tmp_path / "other.pt", rows=(7, 50), num_dense=4)
     run = call_dmt("verify", exact, other)
@@ -228,7 +228,7 @@ def test_a_bug_is_called_one(flat: Path, call_dmt: Call, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("dmt_convert.checkpoint.open_checkpoint", fail)
+    monkeypatch.setattr(checkpoint, "open_checkpoint", fail)
     run = call_dmt("inspect", flat, "--json")
     assert run.code == 1
     value = json.loads(run.stdout)
@@ -251,7 +251,7 @@ def test_what_the_system_refuses_is_no_bug(
     def fail(path: Path) -> None:
         raise OSError(code, "The system says no", str(path))
 
-    monkeypatch.setattr("dmt_convert.checkpoint.open_checkpoint", fail)
+    monkeypatch.setattr(checkpoint, "open_checkpoint", fail)
     run = call_dmt("inspect", flat, "--json")
     assert run.code == 3
     assert json.loads(run.stdout)["found"] == f"{flat}: The system says no"

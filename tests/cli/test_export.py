@@ -8,19 +8,23 @@ from typing import Any
 
 import pytest
 
+from dmt_convert.serving import onnx_over_arch
+from support.commands import run_dmt
+
 Dmt = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def served(compressed: Path, dmt: Dmt) -> Path:
+def served(compressed: Path) -> Path:
     """An ONNX export of the compressed bundle."""
     out = compressed.parent / "served"
-    done = dmt("export", compressed, "--format", "onnx", "--out", out)
+    done = run_dmt("export", compressed, "--format", "onnx", "--out", out)
     assert done.code == 0, done.stderr
     assert "Checked against the bundle" in done.stdout and "FAILED" not in done.stdout
     return out
 
 
+@pytest.mark.slow
 def test_an_export_scores_like_its_bundle(
     served: Path, compressed: Path, call_dmt: Dmt, click_data: Path
 ) -> None:
@@ -49,6 +53,7 @@ def test_a_compressed_export_differs_from_the_flat_model(
     assert "compress" in done.stdout
 
 
+@pytest.mark.slow
 def test_inspect_says_what_the_graphs_take(served: Path, call_dmt: Dmt) -> None:
     done = call_dmt("inspect", served)
     assert done.code == 0
@@ -68,11 +73,10 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmt_convert.serving import onnx_over_arch
-
     right = onnx_over_arch.pair_positions
     monkeypatch.setattr(
-        "dmt_convert.serving.onnx_over_arch.pair_positions",
+        onnx_over_arch,
+        "pair_positions",
         lambda job: tuple(side[::-1] for side in right(job)),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")
@@ -127,6 +131,7 @@ def test_a_damaged_export_is_refused(served: Path, call_dmt: Dmt, tmp_path: Path
     assert "is missing" in call_dmt("inspect", copy).stderr
 
 
+@pytest.mark.slow
 def test_quantised_tables_are_announced(
     compressed: Path, call_dmt: Dmt, click_data: Path, tmp_path: Path
 ) -> None:

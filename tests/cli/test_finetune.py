@@ -7,17 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dmt_convert.bundle import is_bundle
+from support.commands import run_dmt
 
 Call = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_a_bundle_is_tuned_beside_the_old_one(
-    tmp_path: Path, compressed: Path, click_data: Path, dmt: Call
+    tmp_path: Path, compressed: Path, click_data: Path
 ) -> None:
     bundle = tmp_path / "ckpt-dmt2"
     bundle.symlink_to(compressed)
-    run = dmt("finetune", bundle, "--data", click_data, "--max-steps", 2, "--json")
+    run = run_dmt("finetune", bundle, "--data", click_data, "--max-steps", 2, "--json")
     assert (run.code, run.stderr) == (0, "")
     value = json.loads(run.stdout)
     assert value["bundle"] == str(tmp_path / "ckpt-dmt2-tuned")
@@ -25,12 +29,13 @@ def test_a_bundle_is_tuned_beside_the_old_one(
     assert is_bundle(tmp_path / "ckpt-dmt2-tuned")
 
 
+@pytest.mark.slow
 def test_people_see_what_the_recipe_prints(
-    tmp_path: Path, compressed: Path, click_data: Path, dmt: Call
+    tmp_path: Path, compressed: Path, click_data: Path
 ) -> None:
     out = tmp_path / "tuned"
     options = ("--data", click_data, "--out", out, "--batch-size", 100, "--", "--max-steps", 3)
-    run = dmt("finetune", compressed, *options)
+    run = run_dmt("finetune", compressed, *options)
     assert run.code == 0, run.stderr
     assert "at most 3 steps of 100 rows" in run.stdout
     assert f"wrote {out}" in run.stdout
@@ -38,15 +43,16 @@ def test_people_see_what_the_recipe_prints(
     assert "OMP_NUM_THREADS" not in run.stderr
 
 
-def test_a_refusal_of_the_recipe_is_one_error(tmp_path: Path, compressed: Path, dmt: Call) -> None:
+@pytest.mark.slow
+def test_a_refusal_of_the_recipe_is_one_error(tmp_path: Path, compressed: Path) -> None:
     arguments = ("finetune", compressed, "--data", tmp_path / "gone", "--out", tmp_path / "out")
-    run = dmt(*arguments, "--max-restarts", 2)
+    run = run_dmt(*arguments, "--max-restarts", 2)
     assert run.code == 3
     assert run.stdout == ""
     assert run.stderr.count("error: ") == 1
     assert run.stderr.startswith(f"error: {tmp_path / 'gone'} does not exist")
     assert "Traceback" not in run.stderr
-    value = json.loads(dmt(*arguments, "--json").stdout)
+    value = json.loads(run_dmt(*arguments, "--json").stdout)
     assert value["found"] == f"{tmp_path / 'gone'} does not exist"
 
 

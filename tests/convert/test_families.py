@@ -18,10 +18,10 @@ from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError
 from dmt_convert.scoring import open_model
 from dmt_convert.scoring.verify import verify_models
+from support.checkpoints.flat import make_flat
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 
-Maker = Callable[..., Path]
 FAMILIES = [
     ("torchrec", "dot"),
     ("torchrec", "dcn"),
@@ -48,7 +48,7 @@ def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> Conv
     ],
 )
 def test_every_family_from_every_container(
-    tmp_path: Path, make_flat: Maker, names: str, interaction: str, container: str
+    tmp_path: Path, names: str, interaction: str, container: str
 ) -> None:
     source = make_flat(tmp_path / container, names=names, interaction=interaction)
     exact = convert(source, tmp_path / "exact", tower_module="passthrough")
@@ -59,7 +59,7 @@ def test_every_family_from_every_container(
     assert all(check.identical for check in report.checks)
     assert report.checks[-1].stage == "logit"
 
-    compressed = convert(source, tmp_path / "auto")
+    compressed = convert(source, tmp_path / "auto", distill_steps=0)
     model = compressed.bundle.manifest.model
     assert model.kind == ("dcn" if interaction == "dcn" else "dlrm")
     assert model.compression == 2
@@ -75,7 +75,7 @@ def test_every_family_from_every_container(
 @pytest.mark.parametrize("towers", [1, 3, 4])
 @pytest.mark.parametrize(("names", "interaction"), FAMILIES)
 def test_passthrough_is_exact_for_any_number_of_towers(
-    tmp_path: Path, make_flat: Maker, names: str, interaction: str, towers: int
+    tmp_path: Path, names: str, interaction: str, towers: int
 ) -> None:
     source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
     done = convert(source, tmp_path / "out", towers=towers, tower_module="passthrough")
@@ -84,6 +84,7 @@ def test_passthrough_is_exact_for_any_number_of_towers(
     assert all(check.identical for check in report.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(("names", "interaction"), FAMILIES)
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_passthrough_is_exact_for_any_number_of_towers(
     ids=str,
 )
 def test_sizes_of_tower_modules(
-    tmp_path: Path, make_flat: Maker, names: str, interaction: str, options: dict[str, Any]
+    tmp_path: Path, names: str, interaction: str, options: dict[str, Any]
 ) -> None:
     source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
     if interaction == "dcn" and {"c", "p"} & set(options):
@@ -128,9 +129,7 @@ def test_sizes_of_tower_modules(
     assert np.isfinite(report.checks[-1].max_abs_diff)
 
 
-def test_default_target_lies_beside(
-    tmp_path: Path, make_flat: Maker, call_dmt: Callable[..., Any]
-) -> None:
+def test_default_target_lies_beside(tmp_path: Path, call_dmt: Callable[..., Any]) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     assert call_dmt("convert", source, "--towers", 4).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt-dmt4", "ckpt.pt"]
@@ -154,7 +153,8 @@ def test_default_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_out(Path("m.pt"), None) == Path("m-dmt")
 
 
-def test_same_seed_same_bundle(tmp_path: Path, make_flat: Maker) -> None:
+@pytest.mark.slow
+def test_same_seed_same_bundle(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     files = []
     for name in ("a", "b"):
@@ -166,7 +166,7 @@ def test_same_seed_same_bundle(tmp_path: Path, make_flat: Maker) -> None:
     assert files[0] == files[1]
 
 
-def test_a_partition_file_decides(tmp_path: Path, make_flat: Maker) -> None:
+def test_a_partition_file_decides(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     (tmp_path / "t.json").write_text('{"towers": [["cat_3"], ["cat_1", "cat_0", "cat_2"]]}')
     config = ConvertConfig(partition=PartitionConfig(strategy=tmp_path / "t.json"))
@@ -175,11 +175,12 @@ def test_a_partition_file_decides(tmp_path: Path, make_flat: Maker) -> None:
     assert towers == {frozenset({"cat_3"}), frozenset({"cat_0", "cat_1", "cat_2"})}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_recoded_tables_are_rounded_as_torch_rounds(
-    tmp_path: Path, make_flat: Maker, dtype: str, container: str
+    tmp_path: Path, dtype: str, container: str
 ) -> None:
     source = make_flat(tmp_path / container)
     flat = torch.load(make_flat(tmp_path / "same.pt"), weights_only=True)
@@ -204,7 +205,7 @@ def test_recoded_tables_are_rounded_as_torch_rounds(
 
 
 def test_a_model_with_constant_logits_has_a_report(
-    tmp_path: Path, make_flat: Maker, call_dmt: Callable[..., Any]
+    tmp_path: Path, call_dmt: Callable[..., Any]
 ) -> None:
     """R^2 is not defined there: JSON has no -Infinity."""
 

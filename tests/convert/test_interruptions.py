@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from dmt_convert.bundle import check_digests, open_bundle
+from support.checkpoints.flat import make_flat
+from support.cluster.client import environment
 
-Maker = Callable[..., Path]
-KILL_POINTS = Path(__file__).with_name("kill_points.py")
+QUICKLY = ("--towers", 2, "--distill-steps", 0)
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_1.weight"
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 48 MiB, so that writing takes a while."""
 
     def edit(state: dict[str, Any]) -> None:
@@ -38,8 +39,17 @@ def test_kill_at_many_moments(tmp_path: Path, large: Path) -> None:
     running = {}
     for mode in ("new", "replaced"):
         (tmp_path / mode).mkdir()
-        command = [sys.executable, str(KILL_POINTS), str(large), str(tmp_path / mode), mode]
-        running[mode] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "support.kill_points",
+            str(large),
+            str(tmp_path / mode),
+            mode,
+        ]
+        running[mode] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment()
+        )
     for mode, process in running.items():
         stdout, _ = process.communicate(timeout=300)
         assert process.returncode == 0
@@ -81,9 +91,10 @@ def start(*args: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, large: Path, number: int) -> None:
-    process = start("convert", large, "--towers", 2, "--out", tmp_path / "out", "--json")
+    process = start("convert", large, *QUICKLY, "--out", tmp_path / "out", "--json")
     end = time.monotonic() + 60
     while not any(tmp_path.iterdir()):  # until the staging folder is there
         assert process.poll() is None
@@ -98,10 +109,10 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, large: Path, number: int) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_conversions_at_once(tmp_path: Path, large: Path) -> None:
     both = [
-        start("convert", large, "--towers", 2, "--out", tmp_path / "out", "--json")
-        for _ in range(2)
+        start("convert", large, *QUICKLY, "--out", tmp_path / "out", "--json") for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120) for process in both]
     codes = [process.returncode for process in both]
@@ -113,14 +124,14 @@ def test_two_conversions_at_once(tmp_path: Path, large: Path) -> None:
     check_digests(open_bundle(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes(tmp_path: Path, large: Path) -> None:
     """RLIMIT_FSIZE stops writes just as a full disk does."""
     limit = 20 << 20
     process = start(
         "convert",
         large,
-        "--towers",
-        2,
+        *QUICKLY,
         "--out",
         tmp_path / "out",
         "--json",
@@ -147,16 +158,16 @@ def as_another_user() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_rows")
-def test_a_folder_that_may_not_be_written(make_flat: Maker, call_dmt: Callable[..., Any]) -> None:
+def test_a_folder_that_may_not_be_written(call_dmt: Callable[..., Any]) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         source = make_flat(folder / "ckpt.pt")
-        assert call_dmt("convert", source, "--towers", 2).code == 0  # imports all it needs
+        assert call_dmt("convert", source, *QUICKLY).code == 0  # imports all it needs
         closed = folder / "closed"
         closed.mkdir(mode=0o555)
         with as_another_user():
-            run = call_dmt("convert", source, "--towers", 2, "--out", closed / "out", "--json")
+            run = call_dmt("convert", source, *QUICKLY, "--out", closed / "out", "--json")
         assert run.code == 3, run
         value = json.loads(run.stdout)
         assert value["found"].endswith("(Permission denied)")

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert import convert as conversion
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.checkpoint import gather_rows
 from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint, preview_conversion
+from dmt_convert.convert import preview_conversion
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import CheckpointError
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
 
 ROWS, DIM = (7, 50, 11, 6), 8
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
@@ -74,7 +77,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory, make_flat) -> Callable[..., Path]:
+def make(tmp_path_factory) -> Callable[..., Path]:
     """Write a checkpoint with optimizer state: `make(layout)` or `make(edit=...)`."""
 
     def write(layout: str = "torchrec row-wise", *, edit: Any = None) -> Path:
@@ -86,11 +89,11 @@ def make(tmp_path_factory, make_flat) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def convert(tmp_path, few_rows, no_report) -> Callable[..., Bundle]:
+def convert(tmp_path) -> Callable[..., Bundle]:
     def run(source: Path, out: str = "out", **options: Any) -> Bundle:
         partition = PartitionConfig(num_towers=2, strategy="round-robin")
-        config = ConvertConfig(partition=partition, tower_module="passthrough", **options)
-        return convert_checkpoint(source, tmp_path / out, config=config).bundle
+        options = {"partition": partition, "tower_module": "passthrough", **options}
+        return convert_quickly(source, tmp_path / out, **options)
 
     return run
 
@@ -155,7 +158,7 @@ def test_the_numbers_are_those_that_a_trainer_wrote(sample: str, shared: Path, c
         assert values.max() > 0
 
 
-def test_a_checkpoint_without_state_makes_the_bundle_of_before(make_flat, convert, tmp_path):
+def test_a_checkpoint_without_state_makes_the_bundle_of_before(convert, tmp_path):
     plain = convert(make_flat(tmp_path / "plain.pt"))
     assert plain.accumulators == {}
     assert plain.manifest.optimizer_state == {"accumulators": 0, "averaged": 0, "notes": []}
@@ -191,6 +194,7 @@ def spoil(value: float, *, tables: tuple[int, ...], width: int) -> Callable[[dic
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, DIM])
 @pytest.mark.parametrize(
     ("value", "found"),
@@ -231,6 +235,7 @@ def test_accumulators_in_other_types_become_float32(dtype, make, convert) -> Non
         assert np.array_equal(values, squares(rows, seed=i).to(dtype).float().numpy())
 
 
+@pytest.mark.slow
 def test_bytes_that_changed_on_disk_are_refused(make, convert) -> None:
     source = make()
     state = torch.load(source)["optimizer"]["state"][f"model.{EBC}.t_cat_1.weight"]
@@ -245,6 +250,7 @@ def test_bytes_that_changed_on_disk_are_refused(make, convert) -> None:
     assert convert(source, optimizer_state="drop").accumulators == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_what_is_said_before_and_after(make, call_dmt, tmp_path) -> None:
     source, out = make("torchrec adagrad"), tmp_path / "out"
@@ -272,7 +278,7 @@ def test_what_is_said_before_and_after(make, call_dmt, tmp_path) -> None:
 
 def test_the_free_space_must_hold_them_too(make, tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("dmt_convert.convert.check_space", lambda out, size: seen.append(size))
+    monkeypatch.setattr(conversion, "check_space", lambda out, size: seen.append(size))
     for state in ("keep", "drop"):
         partition = PartitionConfig(num_towers=2)
         config = ConvertConfig(partition=partition, optimizer_state=state)

@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-Arguments = Sequence[object]
+from support.checkpoints.flat import make_flat
+from support.commands import run_dmt
+from support.paths import read_files
+from support.refusals import Arguments, Scene, check_refusal
+
 Call = Callable[..., Any]
-Scene = Any  # see conftest.py
 
 
 class Payload:
@@ -25,7 +28,7 @@ class Payload:
 
 
 def dcp_without_payload(scene: Scene) -> Arguments:
-    folder = scene.make(scene.folder / "dcp")
+    folder = make_flat(scene.folder / "dcp")
     next(folder.glob("*.distcp")).unlink()
     return folder, "--towers", 2
 
@@ -36,16 +39,16 @@ def three_problems(scene: Scene) -> Arguments:
         state["over_arch.model.7.weight"] = torch.zeros(2)
         state["dense_arch.model._mlp.1._linear.bias"] = torch.zeros(3)
 
-    return scene.make(scene.folder / "broken.pt", edit=edit), "--towers", 2
+    return make_flat(scene.folder / "broken.pt", edit=edit), "--towers", 2
 
 
 def inside_the_checkpoint(scene: Scene) -> Arguments:
-    folder = scene.make(scene.folder / "dcp")
+    folder = make_flat(scene.folder / "dcp")
     return folder, "--towers", 2, "--out", folder / "out"
 
 
 def inside_by_one_of_its_files(scene: Scene) -> Arguments:
-    folder = scene.make(scene.folder / "dcp")
+    folder = make_flat(scene.folder / "dcp")
     return folder / ".metadata", "--towers", 2, "--out", folder / "out"
 
 
@@ -224,31 +227,28 @@ CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
 }
 
 
-@pytest.fixture
-def check_case(scene: Scene, check_refused: Call, listing: Call) -> Call:
-    def check(case: str, run_dmt: Call) -> None:
-        make, error, found = CASES[case]
-        arguments = make(scene)
-        before = listing(scene.folder)
-        check_refused(run_dmt("convert", *arguments, "--json"), error, found)
-        assert listing(scene.folder) == before
-        assert not any(".dmt-tmp" in path.name for path in scene.folder.rglob("*"))
-        assert not (scene.folder / "RAN").exists()
-
-    return check
+def check_case(scene: Scene, case: str, call: Call) -> None:
+    make, error, found = CASES[case]
+    arguments = make(scene)
+    before = read_files(scene.folder)
+    check_refusal(call("convert", *arguments, "--json"), error, found)
+    assert read_files(scene.folder) == before
+    assert not any(".dmt-tmp" in path.name for path in scene.folder.rglob("*"))
+    assert not (scene.folder / "RAN").exists()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_by_headers_alone(case: str, check_case: Call, call_dmt: Call) -> None:
-    check_case(case, call_dmt)
+def test_refused_by_headers_alone(case: str, scene: Scene, call_dmt: Call) -> None:
+    check_case(scene, case, call_dmt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["missing", "cut .pt", "pickle with code", "three problems", "no tower", "output exists"],
 )
-def test_refused_in_a_process_of_its_own(case: str, check_case: Call, dmt: Call) -> None:
-    check_case(case, dmt)
+def test_refused_in_a_process_of_its_own(case: str, scene: Scene) -> None:
+    check_case(scene, case, run_dmt)
 
 
 def test_every_broken_tensor_is_named(scene: Scene, call_dmt: Call) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from support.checkpoints.flat import make_flat
+from support.commands import run_dmt
+from support.paths import read_files
+from support.refusals import Arguments, Scene, check_refusal
+
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{}.weight"
+QUICKLY = ("--distill-steps", 0)
 FEATURES = ["cat_0", "cat_1", "cat_2", "cat_3"]
-Arguments = Sequence[object]
 Call = Callable[..., Any]
-Scene = Any  # see conftest.py
 
 
 def big_table_with(value: float) -> Callable[[Scene], Arguments]:
@@ -25,7 +29,7 @@ def big_table_with(value: float) -> Callable[[Scene], Arguments]:
             state[TABLE.format(1)] = torch.zeros(400_000, 8)
             state[TABLE.format(1)][399_998, 5] = value
 
-        return scene.make(scene.folder / "nan.safetensors", edit=edit), "--towers", 2
+        return make_flat(scene.folder / "nan.safetensors", edit=edit), "--towers", 2
 
     return make
 
@@ -35,7 +39,7 @@ def dense_with(value: float) -> Callable[[Scene], Arguments]:
         def edit(state: dict[str, Any]) -> None:
             state["over_arch.model.1.weight"][0, 3] = value
 
-        return scene.make(scene.folder / "nan.pt", edit=edit), "--towers", 2
+        return make_flat(scene.folder / "nan.pt", edit=edit), "--towers", 2
 
     return make
 
@@ -55,7 +59,7 @@ def flipped_in(name: str, *options: object) -> Callable[[Scene], Arguments]:
 
 
 def flipped_in_a_shard(scene: Scene) -> Arguments:
-    folder = scene.make(scene.folder / "dcp")
+    folder = make_flat(scene.folder / "dcp")
     tensor = torch.load(scene.good, weights_only=True)[TABLE.format(1)]
     path = next(folder.glob("*.distcp"))
     data = bytearray(path.read_bytes())
@@ -85,7 +89,7 @@ def fp16_overflow(scene: Scene) -> Arguments:
     def edit(state: dict[str, Any]) -> None:
         state[TABLE.format(1)][49, 7] = 70_000.0
 
-    return scene.make(scene.folder / "big.pt", edit=edit), "--towers", 2, "--dtype", "fp16"
+    return make_flat(scene.folder / "big.pt", edit=edit), "--towers", 2, "--dtype", "fp16"
 
 
 DEEP_CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
@@ -137,49 +141,44 @@ DEEP_CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
 
 @pytest.mark.usefixtures("few_rows", "no_report")
 @pytest.mark.parametrize("case", DEEP_CASES)
-def test_refused_by_content(
-    case: str, tmp_path: Path, scene: Scene, call_dmt: Call, check_refused: Call, listing: Call
-) -> None:
+def test_refused_by_content(case: str, tmp_path: Path, scene: Scene, call_dmt: Call) -> None:
     make, error, found = DEEP_CASES[case]
     arguments = make(scene)
     out = tmp_path / "out"
-    before = listing(tmp_path)
-    run = call_dmt("convert", *arguments, "--out", out, "--json")
-    check_refused(run, error, found)
-    assert listing(tmp_path) == before
+    before = read_files(tmp_path)
+    run = call_dmt("convert", *arguments, *QUICKLY, "--out", out, "--json")
+    check_refusal(run, error, found)
+    assert read_files(tmp_path) == before
     assert not out.exists()
     assert not any(".dmt-tmp" in path.name for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows", "no_report")
-def test_the_old_bundle_survives_a_refusal(
-    tmp_path: Path, scene: Scene, call_dmt: Call, check_refused: Call, listing: Call
-) -> None:
+def test_the_old_bundle_survives_a_refusal(tmp_path: Path, scene: Scene, call_dmt: Call) -> None:
     out = tmp_path / "out"
-    assert call_dmt("convert", scene.good, "--towers", 2, "--out", out).code == 0
+    assert call_dmt("convert", scene.good, "--towers", 2, *QUICKLY, "--out", out).code == 0
     arguments = big_table_with(float("nan"))(scene)
-    before = listing(tmp_path)
-    run = call_dmt("convert", *arguments, "--out", out, "--force", "--json")
-    check_refused(run, "CheckpointError", "NaN or Inf")
-    assert listing(tmp_path) == before
+    before = read_files(tmp_path)
+    run = call_dmt("convert", *arguments, *QUICKLY, "--out", out, "--force", "--json")
+    check_refusal(run, "CheckpointError", "NaN or Inf")
+    assert read_files(tmp_path) == before
 
 
-def test_a_far_nan_is_refused_in_a_process_of_its_own(
-    tmp_path: Path, scene: Scene, dmt: Call, check_refused: Call
-) -> None:
-    run = dmt("convert", *big_table_with(float("nan"))(scene), "--json")
-    check_refused(run, "CheckpointError", "NaN or Inf")
+@pytest.mark.slow
+def test_a_far_nan_is_refused_in_a_process_of_its_own(tmp_path: Path, scene: Scene) -> None:
+    run = run_dmt("convert", *big_table_with(float("nan"))(scene), *QUICKLY, "--json")
+    check_refusal(run, "CheckpointError", "NaN or Inf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "nan.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows", "no_report")
-def test_no_flipped_bit_passes_unnoticed(
-    tmp_path: Path, scene: Scene, call_dmt: Call, check_refused: Call, listing: Call
-) -> None:
+def test_no_flipped_bit_passes_unnoticed(tmp_path: Path, scene: Scene, call_dmt: Call) -> None:
     """Wherever a bit of the file flips, the conversion is refused or gives the same tables."""
     good = scene.good
     out = tmp_path / "out"
-    assert call_dmt("convert", good, "--towers", 2, "--out", out, "--json").code == 0
+    assert call_dmt("convert", good, "--towers", 2, *QUICKLY, "--out", out, "--json").code == 0
     digest = json.loads((out / "dmt.json").read_text("utf-8"))["source"]["digest"]
     shutil.rmtree(out)
     original = good.read_bytes()
@@ -188,7 +187,7 @@ def test_no_flipped_bit_passes_unnoticed(
         data = bytearray(original)
         data[position] ^= 1 << int(position) % 8
         good.write_bytes(data)
-        run = call_dmt("convert", good, "--towers", 2, "--out", out, "--json")
+        run = call_dmt("convert", good, "--towers", 2, *QUICKLY, "--out", out, "--json")
         assert run.code in (0, 3), (position, run.stderr)
         refused += run.code == 3
         if run.code == 0:

@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-Maker = Callable[..., Path]
+from support.checkpoints.flat import make_flat, make_sparse_flat
+
 GIB = 1 << 30
 LOOK = """
 import sys
@@ -48,9 +48,7 @@ def enlarge(folder: Path, rows: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def giants(
-    tmp_path_factory: pytest.TempPathFactory, make_flat: Maker, make_sparse_flat: Maker
-) -> dict[str, Path]:
+def giants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("giants")
     rows = 20 * GIB // (4 * 64 * 4)
     flat = make_sparse_flat(folder / "giant.safetensors", rows=[rows] * 4, dim=64)
@@ -60,6 +58,7 @@ def giants(
     return {"safetensors": flat, "dcp": dcp}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", ["safetensors", "dcp"])
 @pytest.mark.parametrize("command", ["inspect", "dry-run"])
 def test_headers_alone_are_read(
@@ -88,9 +87,7 @@ def test_headers_alone_are_read(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--dtype", "bf16")], ids=["as it is", "recoded"])
-def test_memory_stays_small(
-    tmp_path: Path, make_sparse_flat: Maker, options: tuple[str, ...]
-) -> None:
+def test_memory_stays_small(tmp_path: Path, options: tuple[str, ...]) -> None:
     size = 3 * GIB if not options else GIB
     rows = size // (4 * 64 * 4)
     source = make_sparse_flat(tmp_path / "ckpt.safetensors", rows=[rows] * 4, dim=64)

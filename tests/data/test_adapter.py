@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ from hypothesis import strategies as st
 from dmt_convert.data import adapt_batches, match_features, open_data
 from dmt_convert.data.column_names import are_positional, count_columns
 from dmt_convert.errors import DataError
-from dmt_convert.spec import ModelSpec
-
-Writers = Mapping[str, Callable[[Path], Path]]
-MakeSpec = Callable[..., ModelSpec]
+from support.data_files import WRITERS
+from support.specs import build_spec
 
 
 def write_npz(path: Path, num_features: int, *, num_dense: int = 1, num_rows: int = 8) -> Path:
@@ -26,14 +23,9 @@ def write_npz(path: Path, num_features: int, *, num_dense: int = 1, num_rows: in
     return path
 
 
-def test_bags_follow_the_model_by_name(
-    writers: Writers,
-    tmp_path: Path,
-    make_spec: MakeSpec,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dataset = open_data(writers["probe-npz"](tmp_path))
-    spec = make_spec(["b"], num_dense=2)
+def test_bags_follow_the_model_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_data(WRITERS["probe-npz"](tmp_path))
+    spec = build_spec(["b"], dense=(2,), rows=100)
     with caplog.at_level(logging.INFO, "dmt_convert"):
         batches = list(adapt_batches(dataset, spec, dataset.batches(4)))
     assert len(batches) == 3
@@ -47,11 +39,9 @@ def test_bags_follow_the_model_by_name(
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(order=st.permutations(["f0", "f1", "f2", "f3"]))
-def test_any_order_of_names(
-    tmp_path_factory: pytest.TempPathFactory, make_spec: MakeSpec, order: list[str]
-) -> None:
+def test_any_order_of_names(tmp_path_factory: pytest.TempPathFactory, order: list[str]) -> None:
     dataset = open_data(write_npz(tmp_path_factory.mktemp("data") / "a.npz", 4))
-    spec = make_spec(order, num_dense=1)
+    spec = build_spec(order, dense=(1,), rows=100)
     match = match_features(dataset, spec)
     assert match.by == "name"
     (batch,) = adapt_batches(dataset, spec, dataset.batches(8))
@@ -60,23 +50,21 @@ def test_any_order_of_names(
 
 @pytest.mark.parametrize("names", [["0", "1"], ["cat_0", "cat_1"], ["C1", "C2"]])
 def test_positional_model_names_match_by_position(
-    writers: Writers,
-    tmp_path: Path,
-    make_spec: MakeSpec,
-    caplog: pytest.LogCaptureFixture,
-    names: list[str],
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str]
 ) -> None:
-    dataset = open_data(writers["repository-npz"](tmp_path))
+    dataset = open_data(WRITERS["repository-npz"](tmp_path))
     assert not dataset.names_are_positional
     with caplog.at_level(logging.INFO, "dmt_convert"):
-        match = match_features(dataset, make_spec(names, num_dense=3))
+        match = match_features(dataset, build_spec(names, dense=(3,), rows=100))
     assert (match.by, match.columns) == ("position", (0, 1))
     assert len(caplog.records) == 1
 
 
-def test_positional_data_names_match_by_position(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_positional_data_names_match_by_position(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
-    assert match_features(dataset, make_spec(["user", "item"], num_dense=1)).by == "position"
+    assert (
+        match_features(dataset, build_spec(["user", "item"], dense=(1,), rows=100)).by == "position"
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,25 +76,23 @@ def test_positional_data_names_match_by_position(tmp_path: Path, make_spec: Make
         ["f1", "f0"],  # not in order
     ],
 )
-def test_missing_features_are_refused(
-    writers: Writers, tmp_path: Path, make_spec: MakeSpec, names: list[str]
-) -> None:
-    dataset = open_data(writers["repository-npz"](tmp_path))
+def test_missing_features_are_refused(tmp_path: Path, names: list[str]) -> None:
+    dataset = open_data(WRITERS["repository-npz"](tmp_path))
     with pytest.raises(DataError, match=r"lacks \d of the model's") as caught:
-        match_features(dataset, make_spec(names, num_dense=3))
+        match_features(dataset, build_spec(names, dense=(3,), rows=100))
     missing = [name for name in names if name != "user"]
     assert caught.value.details[0] == f"missing: {', '.join(missing)}"
 
 
-def test_positional_names_that_overlap_are_not_shifted(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_positional_names_that_overlap_are_not_shifted(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
     with pytest.raises(DataError, match="lacks 1 of the model's 2"):
-        match_features(dataset, make_spec(["f1", "f2"], num_dense=1))
+        match_features(dataset, build_spec(["f1", "f2"], dense=(1,), rows=100))
 
 
-def test_numbers_in_another_order_say_the_column(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_numbers_in_another_order_say_the_column(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 3))
-    match = match_features(dataset, make_spec(["t2", "t0", "t1"], num_dense=1))
+    match = match_features(dataset, build_spec(["t2", "t0", "t1"], dense=(1,), rows=100))
     assert (match.by, match.columns) == ("position", (2, 0, 1))
 
 
@@ -128,49 +114,45 @@ def test_positional_names() -> None:
     assert not are_positional([])
 
 
-def test_no_dense_inputs_feed_the_constant(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_no_dense_inputs_feed_the_constant(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2, num_dense=0))
-    spec = make_spec(["f0", "f1"], num_dense=1)
+    spec = build_spec(["f0", "f1"], dense=(1,), rows=100)
     batches = list(adapt_batches(dataset, spec, dataset.batches(5)))
     assert [batch.dense.tolist() for batch in batches] == [[[1.0]] * 5, [[1.0]] * 3]
 
 
 @pytest.mark.parametrize(("found", "taken"), [(0, 2), (1, 2), (3, 1)])
-def test_dense_width_is_checked(
-    tmp_path: Path, make_spec: MakeSpec, found: int, taken: int
-) -> None:
+def test_dense_width_is_checked(tmp_path: Path, found: int, taken: int) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2, num_dense=found))
     with pytest.raises(DataError, match=f"has {found} dense inputs, the model takes {taken}"):
-        adapt_batches(dataset, make_spec(["f0", "f1"], num_dense=taken), dataset.batches(4))
+        adapt_batches(
+            dataset, build_spec(["f0", "f1"], dense=(taken,), rows=100), dataset.batches(4)
+        )
 
 
-def test_id_past_the_table_is_refused_with_its_row(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_id_past_the_table_is_refused_with_its_row(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
-    fits = make_spec(["f0", "f1"], num_dense=1, rows=72)
+    fits = build_spec(["f0", "f1"], dense=(1,), rows=72)
     assert len(list(adapt_batches(dataset, fits, dataset.batches(3)))) == 3
-    spec = make_spec(["f0", "f1"], num_dense=1, rows=71)
+    spec = build_spec(["f0", "f1"], dense=(1,), rows=71)
     for seed in (None, 0, 1):
         adapted = adapt_batches(dataset, spec, dataset.batches(3, shuffle_seed=seed))
         with pytest.raises(DataError) as caught:
             list(adapted)
-        assert "feature 'f1', row 7 (from 0): id 71, but table 't_f1' has 71" in caught.value.found
+        assert "feature 'f1', row 7 (from 0): id 71, but table 't1' has 71" in caught.value.found
         assert caught.value.expected == "ids in [0, 71)"
 
 
-def test_row_of_a_wrapped_iterator_counts_what_was_read(
-    tmp_path: Path, make_spec: MakeSpec
-) -> None:
+def test_row_of_a_wrapped_iterator_counts_what_was_read(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
-    spec = make_spec(["f0", "f1"], num_dense=1, rows=65)
+    spec = build_spec(["f0", "f1"], dense=(1,), rows=65)
     with pytest.raises(DataError, match=r"row 7 of those read \(from 0\): id 70"):
         list(adapt_batches(dataset, spec, iter(list(dataset.batches(3)))))
 
 
-def test_hashed_ids_are_taken_modulo(
-    writers: Writers, tmp_path: Path, make_spec: MakeSpec, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = open_data(writers["criteo-tsv"](tmp_path))
-    spec = make_spec([f"cat_{i}" for i in range(26)], num_dense=13, rows=7)
+def test_hashed_ids_are_taken_modulo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_data(WRITERS["criteo-tsv"](tmp_path))
+    spec = build_spec([f"cat_{i}" for i in range(26)], dense=(13,), rows=7)
     with caplog.at_level(logging.INFO, "dmt_convert"):
         batches = list(adapt_batches(dataset, spec, dataset.batches(4)))
     assert [i for batch in batches for i in batch.bags[0].values.tolist()] == [
@@ -181,10 +163,10 @@ def test_hashed_ids_are_taken_modulo(
     assert max(bag.values.max() for batch in batches for bag in batch.bags) == 6
 
 
-def test_wrapped_hashes_become_ids(tmp_path: Path, make_spec: MakeSpec) -> None:
+def test_wrapped_hashes_become_ids(tmp_path: Path) -> None:
     np.save(tmp_path / "a_dense.npy", np.zeros((2, 1), dtype=np.float32))
     np.save(tmp_path / "a_sparse.npy", np.array([[-7], [9]], dtype=np.int32))
     dataset = open_data(tmp_path)
-    spec = make_spec(["cat_0"], num_dense=1, rows=5)
+    spec = build_spec(["cat_0"], dense=(1,), rows=5)
     (batch,) = adapt_batches(dataset, spec, dataset.batches(2))
     assert batch.bags[0].values.tolist() == [3, 4]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,10 +27,9 @@ from dmt_convert.data.batch import join_batches, take_rows
 from dmt_convert.data.dataset import RowBatches, TakeRows
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
+from support.data_files import assert_same_rows
+from support.specs import build_spec
 
-from .conftest import assert_same_rows
-
-MakeSpec = Callable[..., ModelSpec]
 VARIANTS = ("repository-npz", "probe-npz", "criteo-npy", "criteo-tsv gzip", "parquet")
 
 
@@ -91,6 +90,7 @@ def test_shares_together_are_the_batches_of_one_process(
         assert {s.total for s in shares} == {batch.num_rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(order=orders)
@@ -111,6 +111,7 @@ def test_all_ranks_have_as_many_rows_and_copies_are_copies(
         assert all(share.counted == size for share in shares[: shares[0].total // size])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(order=orders, start=st.integers(0, 12))
@@ -143,18 +144,18 @@ def test_a_number_of_ranks_is_not_seen_in_the_batches(
     assert rows(order["world_size"]) == rows(1)
 
 
-def model_of(dataset: Dataset, make_spec: MakeSpec, rows: int) -> ModelSpec:
-    return make_spec(list(reversed(dataset.feature_names)), num_dense=dataset.num_dense, rows=rows)
+def model_of(dataset: Dataset, rows: int) -> ModelSpec:
+    return build_spec(list(reversed(dataset.feature_names)), dense=(dataset.num_dense,), rows=rows)
 
 
 @settings(max_examples=20)
 @given(order=orders)
 def test_adapted_shares_are_adapted_batches(
-    datasets: dict[str, Dataset], make_spec: MakeSpec, order: dict[str, Any]
+    datasets: dict[str, Dataset], order: dict[str, Any]
 ) -> None:
     """The model has the features in another order than the data."""
     dataset = datasets["parquet"]
-    spec = model_of(dataset, make_spec, 100)
+    spec = model_of(dataset, 100)
     batches = dataset.batches(order["batch_size"], shuffle_seed=order["shuffle_seed"])
     wanted = list(adapt_batches(dataset, spec, batches))
     ranks = [
@@ -181,11 +182,11 @@ def test_adapted_shares_are_adapted_batches(
 @pytest.mark.parametrize("seed", [None, 0, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_an_id_out_of_range_is_told_with_its_row_in_the_data(
-    datasets: dict[str, Dataset], make_spec: MakeSpec, seed: int | None, world_size: int
+    datasets: dict[str, Dataset], seed: int | None, world_size: int
 ) -> None:
     """Row 10 has id 10: ranks that are dealt it say so, and when it comes."""
     dataset = datasets["parquet"]
-    spec = model_of(dataset, make_spec, 10)
+    spec = model_of(dataset, 10)
     messages = []
     for rank in range(world_size):
         shares = deal_batches(
@@ -200,11 +201,9 @@ def test_an_id_out_of_range_is_told_with_its_row_in_the_data(
     assert all("row 10 (from 0): id 10, but table" in message for message in messages)
 
 
-def test_data_that_do_not_fit_are_refused_at_once(
-    datasets: dict[str, Dataset], make_spec: MakeSpec
-) -> None:
+def test_data_that_do_not_fit_are_refused_at_once(datasets: dict[str, Dataset]) -> None:
     dataset = datasets["probe-npz"]
-    spec = make_spec(["user", "item", "shop"], num_dense=dataset.num_dense)
+    spec = build_spec(["user", "item", "shop"], dense=(dataset.num_dense,), rows=100)
     shares = deal_batches(dataset, 4, rank=0, world_size=2)
     with pytest.raises(DataError, match="lacks 3 of the model's 3 features"):
         adapt_shares(dataset, spec, shares)

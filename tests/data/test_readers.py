@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ import pytest
 
 from dmt_convert.data import READERS, Batch, Dataset, criteo_readers, open_data
 from dmt_convert.data.stored_arrays import open_npz
+from support.data_files import WRITERS
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
-Writers = Mapping[str, Callable[[Path], Path]]
 VARIANTS = (
     "repository-npz",
     "dlrm-npz",
@@ -40,14 +39,14 @@ def bag_lists(batch: Batch, feature: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(bag.values, bag.offsets[1:-1])]
 
 
-def test_every_reader_has_a_sample(writers: Writers) -> None:
-    assert tuple(writers) == VARIANTS
-    assert {name.split()[0] for name in writers} == {reader.format for reader in READERS}
+def test_every_reader_has_a_sample() -> None:
+    assert tuple(WRITERS) == VARIANTS
+    assert {name.split()[0] for name in WRITERS} == {reader.format for reader in READERS}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sample_is_known_to_one_reader(writers: Writers, tmp_path: Path, variant: str) -> None:
-    path = writers[variant](tmp_path)
+def test_sample_is_known_to_one_reader(tmp_path: Path, variant: str) -> None:
+    path = WRITERS[variant](tmp_path)
     able = [reader.format for reader in READERS if reader.can_read(path)]
     assert able == [variant.split()[0]]
     dataset = open_data(path)
@@ -57,8 +56,8 @@ def test_sample_is_known_to_one_reader(writers: Writers, tmp_path: Path, variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_batches_are_well_formed(writers: Writers, tmp_path: Path, variant: str) -> None:
-    dataset = open_data(writers[variant](tmp_path))
+def test_batches_are_well_formed(tmp_path: Path, variant: str) -> None:
+    dataset = open_data(WRITERS[variant](tmp_path))
     batches = list(dataset.batches(4))
     assert [batch.num_rows for batch in batches] == [4, 4, 3]
     for batch in batches:
@@ -76,8 +75,8 @@ def test_batches_are_well_formed(writers: Writers, tmp_path: Path, variant: str)
             assert bag.offsets[-1] == len(bag.values)
 
 
-def test_repository_npz(writers: Writers, tmp_path: Path) -> None:
-    path = writers["repository-npz"](tmp_path)
+def test_repository_npz(tmp_path: Path) -> None:
+    path = WRITERS["repository-npz"](tmp_path)
     dataset = open_data(path)
     assert dataset.feature_names == ("user", "item")
     assert not dataset.names_are_positional
@@ -88,10 +87,8 @@ def test_repository_npz(writers: Writers, tmp_path: Path) -> None:
         np.testing.assert_array_equal(batch.labels, arrays["label"])
 
 
-def test_repository_npz_without_schema_has_positional_names(
-    writers: Writers, tmp_path: Path
-) -> None:
-    path = writers["repository-npz"](tmp_path)
+def test_repository_npz_without_schema_has_positional_names(tmp_path: Path) -> None:
+    path = WRITERS["repository-npz"](tmp_path)
     (tmp_path / "schema.json").unlink()
     dataset = open_data(path)
     assert dataset.feature_names == ("f0", "f1")
@@ -108,8 +105,8 @@ def test_dlrm_npz_feeds_log1p_of_clipped_integers(tmp_path: Path) -> None:
     assert batch.bags[0].values.tolist() == [3, 4]
 
 
-def test_probe_npz(writers: Writers, tmp_path: Path) -> None:
-    dataset = open_data(writers["probe-npz"](tmp_path))
+def test_probe_npz(tmp_path: Path) -> None:
+    dataset = open_data(WRITERS["probe-npz"](tmp_path))
     assert dataset.has_logits and not dataset.has_labels
     batch = read_all(dataset)
     assert bag_lists(batch, 0)[:4] == [[], [0], [1, 2], []]
@@ -129,8 +126,8 @@ def test_probe_npz_without_dense(tmp_path: Path) -> None:
     assert read_all(dataset).dense.shape == (3, 0)
 
 
-def test_criteo_npy_joins_days_in_natural_order(writers: Writers, tmp_path: Path) -> None:
-    folder = writers["criteo-npy"](tmp_path)
+def test_criteo_npy_joins_days_in_natural_order(tmp_path: Path) -> None:
+    folder = WRITERS["criteo-npy"](tmp_path)
     dataset = open_data(folder)
     assert dataset.feature_names[:2] == ("cat_0", "cat_1")
     assert dataset.hash_ids and dataset.names_are_positional
@@ -150,15 +147,15 @@ def test_criteo_npy_keeps_wrapped_hashes_for_the_modulo(tmp_path: Path) -> None:
     assert read_all(dataset).bags[0].values.tolist() == [-7]
 
 
-def test_criteo_multi_hot(writers: Writers, tmp_path: Path) -> None:
-    batch = read_all(open_data(writers["criteo-npy multi-hot"](tmp_path)))
+def test_criteo_multi_hot(tmp_path: Path) -> None:
+    batch = read_all(open_data(WRITERS["criteo-npy multi-hot"](tmp_path)))
     assert bag_lists(batch, 2)[1] == [3, 4, 5]
     assert batch.feature_names == ("cat_0", "cat_1", "cat_2")
 
 
 @pytest.mark.parametrize("variant", ["criteo-tsv", "criteo-tsv gzip"])
-def test_criteo_tsv(writers: Writers, tmp_path: Path, variant: str) -> None:
-    dataset = open_data(writers[variant](tmp_path))
+def test_criteo_tsv(tmp_path: Path, variant: str) -> None:
+    dataset = open_data(WRITERS[variant](tmp_path))
     assert dataset.hash_ids and dataset.has_labels
     batch = read_all(dataset)
     # Row r holds r - 3 first: -3 counts as -2, so log(x + 3) begins 0, 0, log 2.
@@ -169,15 +166,15 @@ def test_criteo_tsv(writers: Writers, tmp_path: Path, variant: str) -> None:
     assert set(batch.bags[2].values.tolist()) == {2**32 - 1}
 
 
-def test_criteo_tsv_with_the_dlrm_transform(writers: Writers, tmp_path: Path) -> None:
-    path = writers["criteo-tsv"](tmp_path)
+def test_criteo_tsv_with_the_dlrm_transform(tmp_path: Path) -> None:
+    path = WRITERS["criteo-tsv"](tmp_path)
     (tmp_path / "schema.json").write_text(json.dumps({"dense_transform": "log1p"}))
     batch = read_all(open_data(path))
     np.testing.assert_allclose(batch.dense[:6, 0], np.log([1, 1, 1, 1, 2, 3]), rtol=1e-6)
 
 
-def test_criteo_tsv_without_labels(writers: Writers, tmp_path: Path) -> None:
-    path = writers["criteo-tsv"](tmp_path)
+def test_criteo_tsv_without_labels(tmp_path: Path) -> None:
+    path = WRITERS["criteo-tsv"](tmp_path)
     lines = [line.split(b"\t", 1)[1] for line in path.read_bytes().splitlines()]
     path.write_bytes(b"\r\n".join(lines))
     dataset = open_data(path)
@@ -189,16 +186,12 @@ def test_criteo_tsv_without_labels(writers: Writers, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_blocks_rows", [1, 3, 4, 11, 12])
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_criteo_tsv_in_blocks(
-    writers: Writers,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    num_blocks_rows: int,
-    chunk: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_blocks_rows: int, chunk: int
 ) -> None:
     monkeypatch.setattr(criteo_readers, "BLOCK_ROWS", num_blocks_rows)
     monkeypatch.setattr(criteo_readers, "_CHUNK_BYTES", chunk)
     for variant in ("criteo-tsv", "criteo-tsv gzip"):
-        dataset = open_data(writers[variant](tmp_path))
+        dataset = open_data(WRITERS[variant](tmp_path))
         assert dataset.num_rows == 11
         ids = [i for batch in dataset.batches(2) for i in batch.bags[0].values.tolist()]
         assert ids == list(range(11))
@@ -208,8 +201,8 @@ def test_criteo_tsv_in_blocks(
         assert sorted(shuffled) == list(range(11))
 
 
-def test_parquet(writers: Writers, tmp_path: Path) -> None:
-    dataset = open_data(writers["parquet"](tmp_path))
+def test_parquet(tmp_path: Path) -> None:
+    dataset = open_data(WRITERS["parquet"](tmp_path))
     assert dataset.feature_names == ("user", "seen")
     assert not dataset.names_are_positional
     batch = read_all(dataset)

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import pytest
 
 from dmt_convert.data import open_data
 from dmt_convert.errors import DataError
-
-Writers = Mapping[str, Callable[[Path], Path]]
+from support.data_files import WRITERS
 
 
 def refusal(path: Path) -> str:
@@ -95,37 +93,37 @@ def test_no_rows(tmp_path: Path) -> None:
     "variant", ["repository-npz", "dlrm-npz", "probe-npz", "criteo-npy multi-hot"]
 )
 @pytest.mark.parametrize("keep", [0.3, 0.9])
-def test_truncated_npz(writers: Writers, tmp_path: Path, variant: str, keep: float) -> None:
-    path = writers[variant](tmp_path)
+def test_truncated_npz(tmp_path: Path, variant: str, keep: float) -> None:
+    path = WRITERS[variant](tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     assert "whole" in refusal(path)
 
 
-def test_damaged_npz_member(writers: Writers, tmp_path: Path) -> None:
-    path = writers["repository-npz"](tmp_path)
+def test_damaged_npz_member(tmp_path: Path) -> None:
+    path = WRITERS["repository-npz"](tmp_path)
     content = bytearray(path.read_bytes())
     content[150:170] = bytes(20)
     path.write_bytes(content)
     assert "cannot be read" in refusal(path)
 
 
-def test_truncated_npy(writers: Writers, tmp_path: Path) -> None:
-    folder = writers["criteo-npy"](tmp_path)
+def test_truncated_npy(tmp_path: Path) -> None:
+    folder = WRITERS["criteo-npy"](tmp_path)
     file = folder / "day_2_sparse.npy"
     file.write_bytes(file.read_bytes()[:-8])
     assert "day_2_sparse.npy cannot be read" in refusal(folder)
 
 
-def test_truncated_parquet(writers: Writers, tmp_path: Path) -> None:
-    folder = writers["parquet"](tmp_path)
+def test_truncated_parquet(tmp_path: Path) -> None:
+    folder = WRITERS["parquet"](tmp_path)
     file = folder / "part-10.parquet"
     file.write_bytes(file.read_bytes()[:-20])
     assert "part-10.parquet cannot be read" in refusal(folder)
 
 
-def test_truncated_gzip(writers: Writers, tmp_path: Path) -> None:
-    path = writers["criteo-tsv gzip"](tmp_path)
+def test_truncated_gzip(tmp_path: Path) -> None:
+    path = WRITERS["criteo-tsv gzip"](tmp_path)
     path.write_bytes(path.read_bytes()[:-12])
     assert "cannot be read" in refusal(path)
 
@@ -193,8 +191,8 @@ def test_bad_value_is_found_under_shuffle(tmp_path: Path) -> None:
         ('{"sparse_features": ["a", "a"]}', "appear twice: a"),
     ],
 )
-def test_bad_schema(writers: Writers, tmp_path: Path, content: str, found: str) -> None:
-    path = writers["repository-npz"](tmp_path)
+def test_bad_schema(tmp_path: Path, content: str, found: str) -> None:
+    path = WRITERS["repository-npz"](tmp_path)
     (tmp_path / "schema.json").write_text(content)
     assert found in refusal(path)
 
@@ -227,8 +225,8 @@ def test_bad_probes(tmp_path: Path, changes: dict[str, Any], found: str) -> None
     assert found in refusal(probe(tmp_path / "p.npz", **changes))
 
 
-def test_criteo_npy_sets_that_do_not_fit(writers: Writers, tmp_path: Path) -> None:
-    folder = writers["criteo-npy"](tmp_path)
+def test_criteo_npy_sets_that_do_not_fit(tmp_path: Path) -> None:
+    folder = WRITERS["criteo-npy"](tmp_path)
     np.savez(folder / "day_2_sparse_multi_hot.npz", **{"0": np.zeros((4, 1), dtype=int)})
     assert "several files of ids for 'day_2'" in refusal(folder)
     chosen = open_data(folder / "day_2_sparse_multi_hot.npz")
@@ -239,8 +237,8 @@ def test_criteo_npy_sets_that_do_not_fit(writers: Writers, tmp_path: Path) -> No
     assert "arrays 1" in refusal(folder / "day_2_sparse_multi_hot.npz")
 
 
-def test_criteo_npy_lengths(writers: Writers, tmp_path: Path) -> None:
-    folder = writers["criteo-npy"](tmp_path)
+def test_criteo_npy_lengths(tmp_path: Path) -> None:
+    folder = WRITERS["criteo-npy"](tmp_path)
     np.save(folder / "day_2_labels.npy", np.zeros((3, 1)))
     assert "lengths disagree" in refusal(folder)
     np.save(folder / "day_2_labels.npy", np.full((4, 1), -1))
@@ -260,16 +258,16 @@ def test_criteo_npy_lengths(writers: Writers, tmp_path: Path) -> None:
         (b"\t00000002", b"", "row 2 (from 0) has 39 fields"),
     ],
 )
-def test_bad_lines(writers: Writers, tmp_path: Path, old: bytes, new: bytes, found: str) -> None:
-    path = writers["criteo-tsv"](tmp_path)
+def test_bad_lines(tmp_path: Path, old: bytes, new: bytes, found: str) -> None:
+    path = WRITERS["criteo-tsv"](tmp_path)
     content = path.read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
     assert found in refusal(path)
 
 
-def test_unknown_dense_transform(writers: Writers, tmp_path: Path) -> None:
-    path = writers["criteo-tsv"](tmp_path)
+def test_unknown_dense_transform(tmp_path: Path) -> None:
+    path = WRITERS["criteo-tsv"](tmp_path)
     (tmp_path / "schema.json").write_text(json.dumps({"dense_transform": "sqrt"}))
     assert "dense_transform is 'sqrt'" in refusal(path)
 
@@ -329,9 +327,7 @@ def test_an_array_that_claims_the_bytes_of_the_next_one(tmp_path: Path) -> None:
     assert "'sparse' is longer than its member" in refusal(path)
 
 
-def test_parquet_without_pyarrow(
-    writers: Writers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = writers["parquet"](tmp_path)
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = WRITERS["parquet"](tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install '.[parquet]'" in refusal(path)

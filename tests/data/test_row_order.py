@@ -10,8 +10,7 @@ from dmt_convert.data import Dataset
 from dmt_convert.data.batch import join_batches, take_rows
 from dmt_convert.data.dataset import RowBatches
 from dmt_convert.errors import ConfigError
-
-from .conftest import VARIANTS, assert_same_rows
+from support.data_files import BLOCK_VARIANTS, assert_same_rows
 
 orders = st.fixed_dictionaries(
     {
@@ -22,7 +21,7 @@ orders = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCK_VARIANTS)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(order=orders)
 def test_ranks_share_all_rows(
@@ -45,7 +44,7 @@ def test_ranks_share_all_rows(
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCK_VARIANTS)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(order=orders, start=st.integers(0, 12), limit=st.none() | st.integers(0, 12), data=st.data())
 def test_resumption_continues(
@@ -70,7 +69,7 @@ def test_resumption_continues(
     assert all(batch.num_rows == order["batch_size"] for batch in resumed[:-1])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BLOCK_VARIANTS)
 def test_shuffle_depends_on_its_seed_alone(datasets: dict[str, Dataset], variant: str) -> None:
     def rows(seed: int | None, batch_size: int) -> list[int]:
         batches = datasets[variant].batches(batch_size, shuffle_seed=seed)

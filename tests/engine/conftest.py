@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-RunRanks = Callable[..., list[dict[str, Any]]]
+from support.cluster.client import RunRanks, serve_ranks
+from support.rows import write_schema
 
 
 @pytest.fixture(scope="session")
-def run_ranks(rank_server: Callable[..., Any]) -> Iterator[RunRanks]:
+def run_ranks() -> Iterator[RunRanks]:
     """Run a scenario on hosts x ranks: `run_ranks(2, 2, "train_against_flat", towers=...)`.
 
     Returns what it gave on every rank.
     """
     pytest.importorskip("torchrec", reason="trains over ranks, which needs torchrec")
-    with rank_server(Path(__file__).with_name("engine_scenarios.py")) as run:
+    with serve_ranks("engine_scenarios") as run:
 
         def scenario(
             hosts: int, ranks_per_host: int, name: str, *, job: Any = None, **options: Any
@@ -46,6 +46,5 @@ def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sparse=sparse.astype(np.int32),
             label=(sparse[:, 0] % 2).astype(np.uint8),
         )
-    schema = {"sparse_features": [{"name": name} for name in names]}
-    (folder / "schema.json").write_text(json.dumps(schema))
+    write_schema(folder, names)
     return folder

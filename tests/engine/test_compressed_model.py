@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOLERANCE = 1e-6
 """Absolute, of logits, gradients and weights below 1: every gradient is a mean over samples, taken
@@ -96,6 +96,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_plain_model(run_ranks: RunRanks, case: str) -> None:
     hosts, ranks, options, expected = CASES[case]

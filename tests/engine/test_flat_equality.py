@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOLERANCE = 1e-6
 """Absolute, of losses and weights below 1. Towers see samples in peer order, and so add a row's
@@ -153,6 +153,7 @@ def check_premises(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", chosen(EXACT))
 def test_it_is_the_flat_model_to_the_bit(run_ranks: RunRanks, case: str) -> None:
     hosts, ranks, options, expected = EXACT[case]
@@ -161,6 +162,7 @@ def test_it_is_the_flat_model_to_the_bit(run_ranks: RunRanks, case: str) -> None
         assert (found["losses"], found["tables"], found["dense"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", chosen(CLOSE))
 def test_it_is_the_flat_model_but_for_the_order_of_sums(run_ranks: RunRanks, case: str) -> None:
     hosts, ranks, options, expected = CLOSE[case]
@@ -169,6 +171,7 @@ def test_it_is_the_flat_model_but_for_the_order_of_sums(run_ranks: RunRanks, cas
         assert max(found["losses"], found["tables"], found["dense"]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

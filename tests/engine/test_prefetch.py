@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOWERS = [[[20, 16], [30, 16], [40, 16]], [[25, 16]], [[20, 16], [31, 16]]]
 CASE = {"towers": TOWERS, "modules": [{"kind": "dlrm", "c": 1, "dim": 8}]}
@@ -23,6 +23,7 @@ def not_ahead(run_ranks: RunRanks) -> list[dict[str, Any]]:
     return run_ranks(2, 2, "send_ahead", pattern="none", steps=6, table_lr=5.0, **CASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["next", "started", "two", "measured", "forgotten", "changed"])
 def test_ids_sent_ahead_change_nothing(
     run_ranks: RunRanks, not_ahead: list[dict[str, Any]], pattern: str

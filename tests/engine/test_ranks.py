@@ -9,8 +9,7 @@ import pytest
 
 from dmt_convert.cluster.ranks import read_layout
 from dmt_convert.errors import ConfigError
-
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 TOWERS = [[[20, 16], [30, 16], [40, 16]], [[25, 16]], [[20, 16], [31, 16]]]
 CASE = {"towers": TOWERS, "modules": [{"kind": "dlrm", "c": 1, "dim": 8}]}
 
 
-@pytest.fixture(scope="module")
-def settings() -> dict[str, Any]:
-    return {
-        "batch_size": 34,  # leaves copies on some ranks, and a smaller batch at the end of a pass
-        "table_optimizer": "rowwise-adagrad",
-        "table_lr": 0.05,
-        "dense_lr": 0.01,
-        "initial_accumulator": 0.01,
-    }
+SETTINGS = {
+    "batch_size": 34,  # leaves copies on some ranks, and a smaller batch at the end of a pass
+    "table_optimizer": "rowwise-adagrad",
+    "table_lr": 0.05,
+    "dense_lr": 0.01,
+    "initial_accumulator": 0.01,
+}
 
 
 @pytest.mark.parametrize(
@@ -30,12 +28,12 @@ def settings() -> dict[str, Any]:
     ids=lambda changes: "-".join(changes),
 )
 def test_a_trainer_does_the_same_with_ids_sent_ahead(
-    run_ranks: RunRanks, clicks: Path, settings: dict[str, Any], changes: dict[str, int]
+    run_ranks: RunRanks, clicks: Path, changes: dict[str, int]
 ) -> None:
     steps = {"steps": 8, "data": str(clicks), **CASE}
-    without = run_ranks(2, 2, "train_with_trainer", config={**settings, "prefetch": False}, **steps)
+    without = run_ranks(2, 2, "train_with_trainer", config={**SETTINGS, "prefetch": False}, **steps)
     ahead = run_ranks(
-        2, 2, "train_with_trainer", config={**settings, "prefetch": True}, **changes, **steps
+        2, 2, "train_with_trainer", config={**SETTINGS, "prefetch": True}, **changes, **steps
     )
     for mine, theirs in zip(ahead, without, strict=True):
         assert (mine["losses"], mine["tables"]) == (theirs["losses"], theirs["tables"])

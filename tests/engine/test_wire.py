@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dmt_convert.cluster.wire import Wire
 from dmt_convert.spec import COMM_DTYPES
-
-from .conftest import RunRanks
+from support.cluster.client import RunRanks
 
 pytest.importorskip("fbgemm_gpu", reason="int8 is fbgemm's")
 TINY = torch.finfo(torch.float32).tiny

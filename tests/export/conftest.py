@@ -9,22 +9,20 @@ import pytest
 import torch
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
+from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.families.model_config import ModelConfig
-from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
-from dmt_convert.serving.check_process import run_checks
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
+from support.shortcuts import skip_export_checks
 
 BundleMaker = Callable[..., Bundle]
 Exporter = Callable[..., ExportedModel]
 
 
 @pytest.fixture(scope="session")
-def make_bundle(
-    tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]
-) -> BundleMaker:
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
     """Convert a tiny checkpoint: `make_bundle(module, interaction=, names=, convert=, edit=)`.
 
     Two towers of four features. The second and the fourth feature take the mean of their bags.
@@ -45,18 +43,15 @@ def make_bundle(
             source = make_flat(folder / "flat.pt", edit=edit, **options)
             prefix = "cat_" if options.get("names", "torchrec") == "torchrec" else ""
             pooling: dict[str, Any] = {f"{prefix}{i}": "mean" for i in (1, 3)} if mean else {}
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 512)
-                patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-                asked: dict[str, Any] = {
-                    "partition": PartitionConfig(num_towers=2),
-                    "tower_module": module,
-                    "model_config": ModelConfig(pooling=pooling) if pooling else None,
-                    "distill_steps": 0,
-                }
-                config = ConvertConfig(**{**asked, **(convert or {})})
-                done = convert_checkpoint(source, folder / "bundle", config=config)
-            made[key] = open_bundle(done.bundle.path)
+            asked: dict[str, Any] = {
+                "tower_module": module,
+                "model_config": ModelConfig(pooling=pooling) if pooling else None,
+                "distill_steps": 0,
+            }
+            converted = convert_quickly(
+                source, folder / "bundle", rows=512, **{**asked, **(convert or {})}
+            )
+            made[key] = open_bundle(converted.path)
         return made[key]
 
     return make
@@ -102,15 +97,14 @@ def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker
             state[f"ebc.embedding_bags.t{i}.weight"] = torch.randn(rows, 8)
         torch.save(state, folder / "ckpt.pt")
         groups = (("user", ("t0", "t1")), ("item", ("t2", "t3")))
-        config = ConvertConfig(
+        return convert_quickly(
+            folder / "ckpt.pt",
+            folder / "bundle",
+            rows=512,
             partition=PartitionConfig(num_towers=2, groups=groups, affinity="cosine"),
             model_config=ModelConfig(adapter=loaded),
             distill_steps=0,
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 512)
-            patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-            return convert_checkpoint(folder / "ckpt.pt", folder / "bundle", config=config).bundle
 
     return make
 
@@ -118,7 +112,7 @@ def make_network_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker
 @pytest.fixture
 def export_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporter:
     """Export a bundle without the process that checks it, which takes longest."""
-    monkeypatch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
+    skip_export_checks(monkeypatch)
     count = 0
 
     def export(bundle: Bundle, **options: Any) -> ExportedModel:
@@ -129,14 +123,3 @@ def export_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporte
         return ExportedModel(out)
 
     return export
-
-
-@pytest.fixture
-def checks_of() -> Callable[[ExportedModel, Bundle], list[GraphCheck]]:
-    """Run, in this process, what an export is checked by."""
-
-    def check(exported: ExportedModel, bundle: Bundle) -> list[GraphCheck]:
-        with torch.inference_mode():
-            return list(run_checks(exported, open_bundle_model(bundle), None))
-
-    return check

@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,20 @@ from typing import Any
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError, DmtError
 from dmt_convert.serving import ExportConfig, GraphCheck, export_bundle, exporter
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
 
-Maker = Callable[..., Path]
 ROWS = (20_000, 50, 11, 6)
 TOWER = "weights/tower_000.safetensors"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2), tower_module="dlrm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
-        patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-        flat = make_flat(folder / "ckpt.pt", rows=ROWS)
-        return convert_checkpoint(flat, folder / "bundle", config=config).bundle.path
+    flat = make_flat(folder / "ckpt.pt", rows=ROWS)
+    return convert_quickly(flat, folder / "bundle", tower_module="dlrm").path
 
 
 @pytest.fixture

@@ -18,17 +18,19 @@ from dmt_convert.serving import (
     pt2_compile,
     pt2_writer,
 )
+from support.exports import checks_of
 
 FEATURES = ("t0", "t1", "t2", "t3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"per_request": ("t0", "t1")}, {"format": "triton", "form": "padded"}],
     ids=["onnx", "requests", "triton"],
 )
 def test_without_dense_inputs_graphs_take_none(
-    make_network_bundle: Any, export_unchecked: Any, checks_of: Any, options: dict[str, Any]
+    make_network_bundle: Any, export_unchecked: Any, options: dict[str, Any]
 ) -> None:
     bundle = make_network_bundle(num_dense=0)
     exported: ExportedModel = export_unchecked(bundle, **options)
@@ -55,6 +57,7 @@ def test_dense_inputs_that_there_are_not_cannot_come_once(
         export_bundle(make_network_bundle(num_dense=0), tmp_path / "out", every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_dense", [pytest.param(0, marks=pytest.mark.exhaustive), 3])
 def test_constants_of_the_code_are_weights_of_pt2_graphs(
     make_network_bundle: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, num_dense: int

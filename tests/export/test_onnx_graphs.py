@@ -15,11 +15,11 @@ import torch
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError
-from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, onnx_jagged_stacked
 from dmt_convert.serving.check_batches import generate_batch
+from support.exports import checks_of
 
 Exporter = Callable[..., ExportedModel]
-Checks = Callable[[ExportedModel, Bundle], list[GraphCheck]]
 
 MODELS: tuple[dict[str, Any], ...] = (
     {"module": "passthrough"},
@@ -47,13 +47,10 @@ ONE_IN_EIGHT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "form"), ONE_IN_EIGHT)
 def test_graphs_answer_like_the_model(
-    make_bundle: Callable[..., Bundle],
-    export_unchecked: Exporter,
-    checks_of: Checks,
-    model: int,
-    form: int,
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, model: int, form: int
 ) -> None:
     bundle = make_bundle(**MODELS[model])
     checks = checks_of(export_unchecked(bundle, **FORMS[form]), bundle)
@@ -70,7 +67,7 @@ def narrow_table(state: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("module", ["passthrough", "dlrm"])
 def test_tables_of_different_widths_and_forms(
-    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, checks_of: Checks, module: str
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, module: str
 ) -> None:
     bundle = make_bundle(module, names="facebook", interaction="cat", edit=narrow_table, mean=False)
     names = bundle.manifest.model.flat.feature_names
@@ -82,7 +79,7 @@ def test_tables_of_different_widths_and_forms(
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_tables(
-    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, checks_of: Checks, dtype: str
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter, dtype: str
 ) -> None:
     bundle = make_bundle("passthrough", convert={"dtype": dtype})
     forms = dict(
@@ -96,6 +93,7 @@ def test_half_precision_tables(
     assert not [check.line for check in checks_of(exported, bundle) if not check.passed]
 
 
+@pytest.mark.slow
 def test_export_with_its_own_process(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     bundle = make_bundle("passthrough")
     export = export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx"))
@@ -182,7 +180,6 @@ def swap_pairs(model: onnx.ModelProto) -> None:
 def test_checks_notice_a_broken_graph(
     make_bundle: Callable[..., Bundle],
     export_unchecked: Exporter,
-    checks_of: Checks,
     break_it: Callable[[onnx.ModelProto], None],
 ) -> None:
     bundle = make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
@@ -217,9 +214,7 @@ LONG[1, 7], LONG[2, 299], LONG[2, 0] = 5000, 65, 9
 @pytest.fixture
 def unstacked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Read one feature after the other, however few bags there are."""
-    return lambda: monkeypatch.setattr(
-        "dmt_convert.serving.onnx_jagged_stacked._CACHED_BYTES", -1000
-    )
+    return lambda: monkeypatch.setattr(onnx_jagged_stacked, "_CACHED_BYTES", -1000)
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])

@@ -13,8 +13,9 @@ import torch
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import ExportedModel, GraphCheck
+from dmt_convert.serving import ExportedModel
 from dmt_convert.serving.check_batches import generate_batch
+from support.exports import checks_of
 
 MODELS = [("torchrec", "dot"), ("torchrec", "dcn"), ("torchrec", "projection"), ("facebook", "cat")]
 SIDES = [((0, 3), False), ((0, 2, 3), True), ((1,), True)]
@@ -49,6 +50,7 @@ def per_request(bundle: Bundle, places: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(names[i] for i in places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "interaction", "module", "places", "dense"),
     [
@@ -66,7 +68,6 @@ def per_request(bundle: Bundle, places: tuple[int, ...]) -> tuple[str, ...]:
 def test_scores_are_the_models(
     bundle_of: Callable[..., Bundle],
     export_unchecked: Exporter,
-    checks_of: Callable[[ExportedModel, Bundle], list[GraphCheck]],
     names: str,
     interaction: str,
     module: str,
@@ -94,6 +95,7 @@ def test_rows_of_several_users_are_several_requests(
     np.testing.assert_allclose(exported.score(batch), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_user_side_has_one_row(
     bundle_of: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:

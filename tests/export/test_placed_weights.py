@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,20 @@ import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError
 from dmt_convert.files.digest import TreeDigest
 from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights, place_weights
-
-Maker = Callable[..., Path]
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
 
 
 def convert(flat: Path, out: Path, **options: Any) -> Bundle:
-    config = ConvertConfig(
-        partition=PartitionConfig(num_towers=2), tower_module="passthrough", **options
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
-        patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-        return convert_checkpoint(flat, out, config=config).bundle
+    return convert_quickly(flat, out, tower_module="passthrough", **options)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     return convert(make_flat(folder / "ckpt.pt"), folder / "bundle").path
 
@@ -147,7 +138,7 @@ def test_holes_are_copied_as_holes(
 
 
 def test_a_bundle_that_is_replaced_leaves_an_export_as_it_is(
-    tmp_path: Path, make_flat: Maker, bundle: Bundle
+    tmp_path: Path, bundle: Bundle
 ) -> None:
     weights = place_weights(bundle, tmp_path / "out", lambda part: part)
     before = [(tmp_path / "out" / file.path).read_bytes() for file in files_of(weights)]

@@ -15,10 +15,13 @@ import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, exporter
 from dmt_convert.serving.check_batches import generate_batch
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_runner import Pt2Runner
+from support.exports import checks_of
+
+pytestmark = pytest.mark.slow
 
 FORMS: dict[str, Any] = {
     "forms": {"cat_0": "single", "cat_1": "padded", "cat_2": "fixed", "cat_3": "jagged"},
@@ -46,7 +49,7 @@ def exported(
 ) -> Path:
     out = tmp_path_factory.mktemp("pt2") / "served"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.serving.exporter.check_graphs", lambda *_: ())
+        patch.setattr(exporter, "check_graphs", lambda *_: ())
         export_bundle(bundle, out, ExportConfig(format="pt2", **FORMS))
     return out
 
@@ -69,9 +72,7 @@ def feeds(exported: Path, bundle: Bundle) -> Feeds:
     return {name: torch.from_numpy(array) for name, array in inputs.feeds(batch).items()}
 
 
-def test_graphs_answer_like_the_model_and_refuse_bad_ids(
-    exported: Path, bundle: Bundle, checks_of: Callable[..., list[GraphCheck]]
-) -> None:
+def test_graphs_answer_like_the_model_and_refuse_bad_ids(exported: Path, bundle: Bundle) -> None:
     threads = torch.get_num_threads()
     checks = checks_of(ExportedModel(exported), bundle)
     assert [check.line for check in checks if not check.passed] == []
@@ -81,7 +82,7 @@ def test_graphs_answer_like_the_model_and_refuse_bad_ids(
 
 
 def test_weights_are_mapped_and_a_changed_one_is_found(
-    exported: Path, bundle: Bundle, checks_of: Callable[..., list[GraphCheck]], tmp_path: Path
+    exported: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
     opened = ExportedModel(copy)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,25 @@ from safetensors.numpy import load_file
 
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Bag
 from dmt_convert.errors import BundleError, ExportError, GraphsDifferError
 from dmt_convert.files.digest import TreeDigest
 from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.model.table_codes import CodedRows, RowCode, decode_rows
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, exporter, plan_inputs
+from dmt_convert.serving import (
+    ExportConfig,
+    ExportedModel,
+    export_bundle,
+    exporter,
+    plan_inputs,
+    quantisation_cost,
+)
 from dmt_convert.serving.placed_weights import PlacedWeights, place_weights
 from dmt_convert.serving.quantisation_cost import measure_quantisation
 from dmt_convert.serving.quantised_tables import coded_bytes, write_coded
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
 
-Maker = Callable[..., Path]
 Quality = Mapping[str, Any]
 CODES: tuple[RowCode, ...] = ("fp16", "int8", "int4")
 DIM = 11
@@ -36,27 +41,21 @@ ROWS = (7, 200_000, 50, 6)
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Bundle:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with a table of two chunks, stored as fp32."""
     folder = tmp_path_factory.mktemp("large")
     return convert(make_flat(folder / "ckpt.safetensors", rows=ROWS, dim=DIM), folder / "bundle")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, make_flat: Maker) -> Bundle:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle that fits the data of `click_data`, stored as bf16."""
     folder = tmp_path_factory.mktemp("small")
     return convert(make_flat(folder / "ckpt.pt"), folder / "bundle", dtype="bf16")
 
 
 def convert(flat: Path, out: Path, **options: Any) -> Bundle:
-    config = ConvertConfig(
-        partition=PartitionConfig(num_towers=2), tower_module="passthrough", **options
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
-        patch.setattr("dmt_convert.report.documents.describe_conversion", lambda *_: {})
-        return convert_checkpoint(flat, out, config=config).bundle
+    return convert_quickly(flat, out, tower_module="passthrough", **options)
 
 
 def stored_rows(path: Path, table: str, code: RowCode) -> np.ndarray:
@@ -126,7 +125,7 @@ def bundle_digests(bundle: Bundle) -> dict[str, str]:
     return {name: digest for entry in entries for name, digest in entry["digests"].items()}
 
 
-def test_tables_already_stored_so_are_shared(tmp_path: Path, make_flat: Maker) -> None:
+def test_tables_already_stored_so_are_shared(tmp_path: Path) -> None:
     bundle = convert(make_flat(tmp_path / "ckpt.pt"), tmp_path / "bundle", dtype="fp16")
     weights = place_weights(bundle, tmp_path / "out", lambda part: part, quantize="fp16")
     assert all((tmp_path / "out" / file.path).stat().st_nlink == 2 for file in weights.towers)
@@ -157,16 +156,14 @@ def test_altered_tables_are_found(tmp_path: Path, small: Bundle) -> None:
         assert raised.value.details == (f"weights/tower_001.safetensors: {name}",)
 
 
-def test_tables_that_fp16_cannot_hold(
-    tmp_path: Path, make_flat: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_that_fp16_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(state: dict[str, Any]) -> None:
         state[next(name for name in state if "t_cat_1" in name)][199_990, 3] = -7e4
 
     flat = make_flat(tmp_path / "ckpt.safetensors", rows=ROWS, dim=DIM, edit=edit)
     bundle = convert(flat, tmp_path / "bundle")
     for looked_at in (1 << 20, 0):  # and where the row is met only when it is to be written
-        monkeypatch.setattr("dmt_convert.serving.quantisation_cost._SAMPLED_ROWS", looked_at)
+        monkeypatch.setattr(quantisation_cost, "_SAMPLED_ROWS", looked_at)
         with pytest.raises(ExportError, match="too large for fp16") as raised:
             export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx", quantize="fp16"))
         assert raised.value.found.startswith("row 199990 of table 't_cat_1'")

@@ -12,9 +12,10 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from dmt_convert.bundle import Bundle
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
+from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
 from dmt_convert.serving.graph_writer import ExportJob
 from dmt_convert.serving.triton_checks import check_inputs, check_repository
+from support.exports import checks_of
 
 Exporter = Callable[..., ExportedModel]
 
@@ -40,9 +41,7 @@ def dims(entries: Any) -> dict[str, list[int]]:
 
 
 def test_padded_models_batch_and_their_graphs_answer_like_the_model(
-    bundle: Bundle,
-    triton: Exporter,
-    checks_of: Callable[[ExportedModel, Bundle], list[GraphCheck]],
+    bundle: Bundle, triton: Exporter
 ) -> None:
     exported = triton()
     checks = checks_of(exported, bundle)

@@ -38,6 +38,8 @@ from dmt_convert.training import (
 from dmt_convert.training.finetuned_bundle import Finetuned
 from dmt_convert.training.optimizers import TableOptimizer
 from dmt_convert.training.training_data import training_batches
+from support.checkpoints.flat import make_flat
+from support.rows import write_clicks
 
 LR, STEPS = 0.1, 12
 CONFIG = FinetuneConfig(
@@ -87,14 +89,14 @@ class FlatTrainer:
 
 
 @pytest.fixture
-def rows(tmp_path, make_rows) -> Path:
-    make_rows(tmp_path / "rows", "train", 2000, seed=0)
-    make_rows(tmp_path / "rows", "valid", 500, seed=1)
+def rows(tmp_path) -> Path:
+    write_clicks(tmp_path / "rows", "train", 2000, seed=0)
+    write_clicks(tmp_path / "rows", "valid", 500, seed=1)
     return tmp_path / "rows"
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_flat, rows) -> Callable[..., FlatTrainer]:
+def make_trainer(tmp_path, rows) -> Callable[..., FlatTrainer]:
     """A flat model that was trained for a while, from a random one."""
 
     def make(**options: Any) -> FlatTrainer:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,21 +14,16 @@ from dmt_convert.cluster.checkpoint_tables import open_tables, table_source
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.safetensors_writer import write_safetensors
 from dmt_convert.spec import TableSpec
+from support.cluster.client import RunRanks, serve_ranks
 
-Run = Callable[..., list[dict[str, Any]]]
 SPECS = (TableSpec(name="t_0", rows=11, dim=6), TableSpec(name="t_7", rows=9, dim=12))
 
 
 @pytest.fixture(scope="module")
-def run(run_ranks: Callable[[str], Run]) -> Run:
-    return run_ranks("checkpoint_scenarios")
-
-
-@pytest.fixture(scope="module")
-def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Step 3, saved by four ranks: t_0 by rows, t_7 by columns, a rank without either."""
     folder = tmp_path_factory.mktemp("saved")
-    run(4, "save", folder=folder, steps=[3])
+    run_ranks(4, "save", folder=folder, steps=[3])
     return folder / "step_000000003"
 
 
@@ -79,8 +72,8 @@ def test_tables_that_are_not_there_are_refused_together(saved: Path) -> None:
     )
 
 
-def test_names_that_only_resemble_a_table_are_none(tmp_path: Path, run: Run) -> None:
-    run(1, "save_names", folder=tmp_path)
+def test_names_that_only_resemble_a_table_are_none(tmp_path: Path, run_ranks: RunRanks) -> None:
+    run_ranks(1, "save_names", folder=tmp_path)
     folder = tmp_path / "step_000000001"
     spec = TableSpec(name="a.b", rows=2, dim=3)
     assert open_tables(folder, [spec])["a.b"].path == "embedding_bags.a.b.weight"
@@ -92,8 +85,10 @@ def test_names_that_only_resemble_a_table_are_none(tmp_path: Path, run: Run) -> 
     assert " and " in refused.value.details[0]
 
 
-def test_a_table_sharded_by_columns_streams_in_little_memory(run: Run, tmp_path: Path) -> None:
-    run(2, "save_large", folder=tmp_path, rows=300_000, dim=64)
+def test_a_table_sharded_by_columns_streams_in_little_memory(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    run_ranks(2, "save_large", folder=tmp_path, rows=300_000, dim=64)
     spec = TableSpec(name="large", rows=300_000, dim=64)
     (info,) = open_tables(tmp_path / "step_000000001", [spec]).values()
     assert info.nbytes > 70 << 20
@@ -115,17 +110,17 @@ def peak_of_streaming(info: TensorInfo, dtype: str) -> int:
 
 @pytest.mark.slow
 def test_a_sharding_by_torchrec_is_loaded_into_any_other_and_read_offline(
-    run_ranks: Callable[[str], Run], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """Tables by rows, by columns, and whole; with their fused optimizer, on two ranks and one."""
     pytest.importorskip("torchrec", reason="shards by TorchRec")
-    run = run_ranks("torchrec_scenarios")
-    saved, trained = run(2, "train_and_save", folder=tmp_path, kinds="rct")[0]["result"]
-    for size, kinds in ((1, "tct"), (2, "tcr"), (2, "rct")):
-        for report in run(size, "load_and_train", folder=tmp_path, kinds=kinds):
-            before, after = report["result"]
-            assert before == saved
-            assert np.allclose(after, trained, rtol=0, atol=1e-6)
+    with serve_ranks("torchrec_scenarios") as run:
+        saved, trained = run(2, "train_and_save", folder=tmp_path, kinds="rct")[0]["result"]
+        for size, kinds in ((1, "tct"), (2, "tcr"), (2, "rct")):
+            for report in run(size, "load_and_train", folder=tmp_path, kinds=kinds):
+                before, after = report["result"]
+                assert before == saved
+                assert np.allclose(after, trained, rtol=0, atol=1e-6)
     specs = [TableSpec(name="t_0", rows=50, dim=16), TableSpec(name="t_1", rows=37, dim=32)]
     tables = open_tables(tmp_path / "step_000000002", specs)
     assert all(len(info.pieces) == 2 for info in tables.values())

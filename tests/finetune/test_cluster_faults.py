@@ -18,6 +18,10 @@ import pytest
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.placement import Cluster, plan_towers
+from support.cluster.recipe_runs import COMMON
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 Tune = Callable[..., Any]
 KILLED = -9
@@ -202,8 +206,8 @@ def test_checkpoints_and_bundles_are_not_lost(tune, whole, tmp_path) -> None:
     assert "going on" not in anew.printed and anew.files != whole.files
 
 
-def start(arguments: tuple[object, ...], repository: Path) -> subprocess.Popen[str]:
-    paths = [str(repository), *filter(None, [os.environ.get("PYTHONPATH")])]
+def start(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
@@ -243,19 +247,17 @@ def kill_rank(rank: int, out: Path, *, after: Path) -> dict[int, int]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
-def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, common, repository):
-    more = (*common, *SETTINGS, "--max-steps", 40)
+def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows):
+    more = (*COMMON, *SETTINGS, "--max-steps", 40)
     whole = tune("1x2", *SETTINGS, "--max-steps", 40, name="whole")
     out = tmp_path / "b" / "new"
     out.parent.mkdir()
-    recipe = repository / "recipes" / "finetune_dmt.py"
+    recipe = REPOSITORY / "recipes" / "finetune_dmt.py"
     process = start(
         (
             *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1),
             *(recipe, "--bundle", wide, "--data", cluster_rows, "--out", out, *more),
         ),
-        repository,
     )
     try:
         kill_rank(1, out, after=out.parent / "new.checkpoints" / "step_000000009")
@@ -271,15 +273,13 @@ def test_torchrun_starts_lost_ranks_again(tune, tmp_path, wide, cluster_rows, co
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
-def test_dmt_finetune_says_which_rank_was_lost(tmp_path, wide, cluster_rows, common, repository):
+def test_dmt_finetune_says_which_rank_was_lost(tmp_path, wide, cluster_rows):
     out = tmp_path / "new"
     process = start(
         (
             *("dmt_convert.cli.main", "finetune", wide, "--data", cluster_rows, "--out", out),
-            *("--nproc", 2, "--json", "--", *common, "--max-steps", 5000, "--patience", 5000),
+            *("--nproc", 2, "--json", "--", *COMMON, "--max-steps", 5000, "--patience", 5000),
         ),
-        repository,
     )
     try:
         kill_rank(0, out, after=tmp_path / "new.checkpoints" / "step_000000006")

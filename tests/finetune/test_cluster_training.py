@@ -19,6 +19,9 @@ from dmt_convert.bundle import open_bundle
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.recipes.finetune_dmt import main
+from support.cluster.recipe_runs import COMMON, Tuned, make_wide
+
+pytestmark = pytest.mark.slow
 
 HARD = ("--warmup-steps", 3, "--lr-decay", "cosine", "--clip-norm", 0.3, "--table-lr", 0.1)
 # sums over rows are taken rank by rank: 1e-7 per step, which Adam's first steps make larger
@@ -30,16 +33,16 @@ Tune = Callable[..., Any]
 
 
 @pytest.fixture
-def tune_alone(tmp_path: Path, wide: Path, cluster_rows: Path, common: Any, tuned: Any) -> Tune:
+def tune_alone(tmp_path: Path, wide: Path, cluster_rows: Path) -> Tune:
     """Run the recipe in this process."""
 
     def run(*options: object, bundle: Path = wide) -> Any:
         out = tmp_path / "alone" / "new"
         out.parent.mkdir()
-        ours = ("--bundle", bundle, "--data", cluster_rows, "--out", out, *common, "--quiet")
+        ours = ("--bundle", bundle, "--data", cluster_rows, "--out", out, *COMMON, "--quiet")
         torch.manual_seed(0)
         main([str(argument) for argument in (*ours, *options)])
-        return tuned(out=out)
+        return Tuned(out=out)
 
     return run
 
@@ -84,7 +87,7 @@ def test_four_ranks_give_what_one_process_gives(whole, tune_alone) -> None:
 
 
 @pytest.mark.exhaustive
-def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, make_wide) -> None:
+def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, tmp_path) -> None:
     """Of two tables the bundle has sums; the others' are measured."""
 
     def with_sums(state: dict[str, Any]) -> None:
@@ -102,7 +105,7 @@ def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, make_
         state.clear()
         state.update(model=model, optimizer={"state": sums})
 
-    bundle = make_wide(compression=4, edit=with_sums)
+    bundle = make_wide(tmp_path, compression=4, edit=with_sums)
     assert len(open_bundle(bundle).accumulators) == 2
     note = "note: Adagrad goes on from the accumulators of 2 tables\n"
     assert_alike(tune("2x2", *HARD, bundle=bundle, notes=note), tune_alone(*HARD, bundle=bundle))
@@ -141,9 +144,9 @@ def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> N
         pytest.param("sgd", marks=pytest.mark.exhaustive),
     ],
 )
-def test_tables_of_any_width_are_saved_as_they_are(tune, tune_alone, make_wide, kind) -> None:
+def test_tables_of_any_width_are_saved_as_they_are(tune, tune_alone, tmp_path, kind) -> None:
     """Killed on 2x1, ended on 1x2; of the columns of zeros nothing is in the checkpoints."""
-    bundle = make_wide(compression=1, dim=10)
+    bundle = make_wide(tmp_path, compression=1, dim=10)
     options = (*HARD, "--table-optimizer", kind)
     die = {"moment": "step", "rank": 0, "time": 8}
     stopped = tune("2x1", *options, bundle=bundle, faults=[die], ends=False)
@@ -228,9 +231,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.exhaustive
-def test_what_is_written_is_what_was_measured(tune, make_wide, call_dmt, cluster_rows) -> None:
+def test_what_is_written_is_what_was_measured(tune, tmp_path, call_dmt, cluster_rows) -> None:
     """fp16 tables; the best state is an earlier one, patience ends training."""
-    bundle = make_wide(compression=4, dtype="fp16")
+    bundle = make_wide(tmp_path, compression=4, dtype="fp16")
     found = tune(
         *("2x1", "--table-lr", 0.3, "--lr-decay", "constant", "--max-steps", 90),
         *("--patience", 3, "--eval-every", 2, "--json"),

@@ -9,6 +9,7 @@ import pytest
 
 from dmt_convert.errors import ConfigError
 from dmt_convert.training import FinetuneConfig, merge_settings, read_settings
+from support.paths import REPOSITORY
 
 WRONG = [
     ("epochs", 0),
@@ -45,8 +46,8 @@ def test_steps_follow_from_passes_or_are_given() -> None:
     assert FinetuneConfig(eval_every=3).steps_between_evaluations(10) == 3
 
 
-def test_every_shipped_config_loads(repository: Path) -> None:
-    files = sorted((repository / "recipes" / "configs").glob("*.yaml"))
+def test_every_shipped_config_loads() -> None:
+    files = sorted((REPOSITORY / "recipes" / "configs").glob("*.yaml"))
     assert len(files) >= 2
     for file in files:
         settings = read_settings(file)

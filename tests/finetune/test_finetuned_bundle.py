@@ -25,12 +25,14 @@ from dmt_convert.training import (
     check_memory,
     load_bundle,
     load_tables,
+    loading,
     open_training_data,
     train,
     write_finetuned,
 )
 from dmt_convert.training.finetuned_bundle import Finetuned, bundle_digest
 from dmt_convert.training.loading import available_bytes, needed_bytes, table_infos
+from support.bundles import make_bundle
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
 SPOIL = FinetuneConfig(max_steps=4, batch_size=64, dense_lr=1.0, table_lr=5.0, eval_every=1)
@@ -130,8 +132,8 @@ def test_the_report_shows_the_gain(tuned, bundle_path) -> None:
     assert figures[0] == figures[1]
 
 
-def test_a_fine_tuned_passthrough_is_not_called_exact(make_bundle, clicks, tmp_path) -> None:
-    path = make_bundle(tower_module="passthrough")
+def test_a_fine_tuned_passthrough_is_not_called_exact(clicks, tmp_path) -> None:
+    path = make_bundle(tmp_path, tower_module="passthrough")
     _, _, done = tune(path, clicks, tmp_path / "tuned")
     text = plain(done.bundle.path)
     assert "Exact" in plain(path)
@@ -145,9 +147,10 @@ def test_where_nothing_beats_the_start_the_start_is_written(bundle_path, clicks,
     assert bundle_digest(done.bundle) == bundle_digest(open_bundle(bundle_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_tables_in_fewer_bits_are_trained_in_fp32(make_bundle, clicks, tmp_path, dtype) -> None:
-    path = make_bundle(dtype=dtype)
+def test_tables_in_fewer_bits_are_trained_in_fp32(clicks, tmp_path, dtype) -> None:
+    path = make_bundle(tmp_path, dtype=dtype)
     _, result, done = tune(path, clicks, tmp_path / "tuned")
     tables = [i for t in done.bundle.towers for n, i in t.items() if n.startswith("tables.")]
     assert {info.dtype for info in tables} == {dtype}
@@ -160,8 +163,9 @@ def test_tables_in_fewer_bits_are_trained_in_fp32(make_bundle, clicks, tmp_path,
     assert done.after.ne < done.before.ne
 
 
-def test_rounding_that_spoils_the_gain_is_undone(make_bundle, clicks, tmp_path) -> None:
-    path = make_bundle(dtype="bf16")
+@pytest.mark.slow
+def test_rounding_that_spoils_the_gain_is_undone(clicks, tmp_path) -> None:
+    path = make_bundle(tmp_path, dtype="bf16")
     parent, data = open_bundle(path), open_training_data(clicks)
     model = load_bundle(parent)
     result = train(model, data.train, data.valid, CONFIG)
@@ -250,8 +254,8 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
 def test_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    monkeypatch.setattr("dmt_convert.training.loading._MEMINFO", meminfo)
-    monkeypatch.setattr("dmt_convert.training.loading._CGROUP", tmp_path)
+    monkeypatch.setattr(loading, "_MEMINFO", meminfo)
+    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
     assert available_bytes() == 800 * 1024
     (tmp_path / "memory.max").write_text("500000\n")
     (tmp_path / "memory.current").write_text("200000\n")

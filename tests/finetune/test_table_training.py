@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from dmt_convert.data import Batch
 from dmt_convert.errors import ConfigError
 from dmt_convert.model import FlatModel
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import FinetuneConfig, make_trainable
+from dmt_convert.training import FinetuneConfig, make_trainable, table_store
 from dmt_convert.training.loop import take_step
 from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer
 from dmt_convert.training.table_store import sum_by_row
+from support.models import build_model
+from support.rows import build_batch
+from support.specs import build_spec, click_spec
 
 STEPS = 4
 LR = 0.1
@@ -78,12 +81,12 @@ def tables_of(model: Any) -> list[torch.Tensor]:
     ],
 )
 def test_tables_move_as_with_dense_gradients(
-    make_model, make_spec, make_batch, kind: str, pooling: str, bags: dict[str, bool]
+    kind: str, pooling: str, bags: dict[str, bool]
 ) -> None:
     # sums of up to 16 gradients are taken in another order: a few 1e-7 of values of about 1
-    spec = make_spec(pooling=pooling)
-    batches = [make_batch(spec, seed=seed, **bags) for seed in range(STEPS)]
-    expected, model = make_model(spec), make_model(spec)
+    spec = click_spec(pooling=pooling)
+    batches = [build_batch(spec, seed=seed, **bags) for seed in range(STEPS)]
+    expected, model = build_model(spec), build_model(spec)
     run_reference(expected, batches, kind, start=0.01)
     config = FinetuneConfig(table_optimizer=kind, table_lr=LR, dense_lr=0, initial_accumulator=0.01)
     before = [table.clone() for table in tables_of(model)]
@@ -116,16 +119,8 @@ def test_adam_moves_touched_rows_as_sparse_adam() -> None:
 
 
 def one_table(rows: int, features: int = 1) -> ModelSpec:
-    from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, TableSpec
-
-    return ModelSpec(
-        family="torchrec-dlrm",
-        tables=(TableSpec(name="t", rows=rows, dim=8),),
-        features=tuple(FeatureSpec(name=f"f{i}", table="t") for i in range(features)),
-        dense_arch=MlpSpec(widths=(3, 8), final_relu=True),
-        interaction=InteractionSpec(kind="cat"),
-        over_arch=MlpSpec(widths=(8 + 8 * features, 1), final_relu=False),
-    )
+    shared = dict.fromkeys(range(1, features), 0)
+    return build_spec(features, rows=rows, dense=(3,), hidden=(), shared=shared)
 
 
 def test_duplicates_are_summed_before_the_update() -> None:
@@ -137,23 +132,19 @@ def test_duplicates_are_summed_before_the_update() -> None:
     assert found == {0: [8.0, 9.0], 1: [2.0, 3.0], 3: [0 + 4 + 6.0, 1 + 5 + 7.0]}
 
 
-def test_unsummed_duplicates_would_be_noticed(
-    make_model, make_spec, make_batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsummed_duplicates_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_only(ids, gradients, slots):
         rows, firsts = np.unique(ids, return_index=True)
         return torch.from_numpy(rows), gradients[torch.from_numpy(firsts)]
 
-    monkeypatch.setattr("dmt_convert.training.table_store.sum_by_row", last_only)
+    monkeypatch.setattr(table_store, "sum_by_row", last_only)
     with pytest.raises(AssertionError, match="not close"):
-        test_tables_move_as_with_dense_gradients(
-            make_model, make_spec, make_batch, "rowwise-adagrad", "sum", {}
-        )
+        test_tables_move_as_with_dense_gradients("rowwise-adagrad", "sum", {})
 
 
-def test_a_shared_table_exists_once_and_gets_all_gradients(make_batch) -> None:
+def test_a_shared_table_exists_once_and_gets_all_gradients() -> None:
     spec = one_table(10, features=3)
-    batches = [make_batch(spec, seed=seed) for seed in range(STEPS)]
+    batches = [build_batch(spec, seed=seed) for seed in range(STEPS)]
     torch.manual_seed(0)
     expected = FlatModel(spec)
     torch.manual_seed(0)
@@ -165,11 +156,11 @@ def test_a_shared_table_exists_once_and_gets_all_gradients(make_batch) -> None:
     torch.testing.assert_close(tables_of(model)[0], tables_of(expected)[0], rtol=1e-5, atol=2e-6)
 
 
-def test_rows_that_no_batch_touches_stay(make_model, make_spec, make_batch) -> None:
-    spec = make_spec(rows=(7, 5000, 11, 6))
-    model = make_model(spec)
+def test_rows_that_no_batch_touches_stay() -> None:
+    spec = click_spec(rows=(7, 5000, 11, 6))
+    model = build_model(spec)
     before = [table.clone() for table in tables_of(model)]
-    batch = make_batch(spec)
+    batch = build_batch(spec)
     train_tables(model, [batch] * 3, FinetuneConfig())
     names = [name for tower in model.tower_list for name in tower.features]
     for name, old, new in zip(names, before, tables_of(model), strict=True):
@@ -196,27 +187,25 @@ ROW_OPS = {"index_select", "index_copy_", "index_fill_"}
 
 
 @pytest.mark.parametrize("kind", ["rowwise-adagrad", "adagrad", "sgd", "adam"])
-def test_a_step_costs_the_rows_it_touches(
-    make_model: Callable[..., Any], make_spec: Any, make_batch: Any, kind: Any
-) -> None:
-    spec = make_spec(rows=(7, 1_000_000, 11, 6))
-    trained = make_trainable(make_model(spec))
+def test_a_step_costs_the_rows_it_touches(kind: Any) -> None:
+    spec = click_spec(rows=(7, 1_000_000, 11, 6))
+    trained = make_trainable(build_model(spec))
     config = FinetuneConfig(table_optimizer=kind)
     optimizers = (TableOptimizer(trained.store, config),)
-    take_step(trained, optimizers, make_batch(spec))  # the first one fills accumulators
+    take_step(trained, optimizers, build_batch(spec))  # the first one fills accumulators
     with WholeTableOps(1_000_000) as ops:
-        take_step(trained, optimizers, make_batch(spec, seed=1))
+        take_step(trained, optimizers, build_batch(spec, seed=1))
     assert {"index_select", "index_copy_"} <= ops.found <= ROW_OPS
     with WholeTableOps(1_000_000) as ops:
         trained.store.groups[0].weight.mul(2)
     assert not ops.found <= ROW_OPS
 
 
-def test_accumulators_start_at_what_the_first_batch_shows(make_model, make_spec, make_batch):
-    spec = make_spec()
-    trained = make_trainable(make_model(spec))
+def test_accumulators_start_at_what_the_first_batch_shows():
+    spec = click_spec()
+    trained = make_trainable(build_model(spec))
     optimizer = TableOptimizer(trained.store, FinetuneConfig(table_lr=LR))
-    batch = make_batch(spec)
+    batch = build_batch(spec)
     trained.store.forget_gradients()
     trained(batch).sum().backward()
     means = {}
@@ -235,29 +224,29 @@ def test_accumulators_start_at_what_the_first_batch_shows(make_model, make_spec,
             )
 
 
-def test_the_journal_brings_the_kept_state_back(make_model, make_spec, make_batch) -> None:
-    spec = make_spec()
-    trained = make_trainable(make_model(spec))
+def test_the_journal_brings_the_kept_state_back() -> None:
+    spec = click_spec()
+    trained = make_trainable(build_model(spec))
     store, optimizers = trained.store, (TableOptimizer(trained.store, FinetuneConfig()),)
     for seed in range(3):
-        take_step(trained, optimizers, make_batch(spec, seed=seed))
+        take_step(trained, optimizers, build_batch(spec, seed=seed))
     store.keep()
     kept = [group.weight.clone() for group in store.groups]
     for seed in range(3, 6):
-        take_step(trained, optimizers, make_batch(spec, seed=seed))
+        take_step(trained, optimizers, build_batch(spec, seed=seed))
     assert any(not torch.equal(a, g.weight) for a, g in zip(kept, store.groups, strict=True))
     store.restore()
     assert all(torch.equal(a, g.weight) for a, g in zip(kept, store.groups, strict=True))
-    take_step(trained, optimizers, make_batch(spec, seed=9))
+    take_step(trained, optimizers, build_batch(spec, seed=9))
     store.restore()
     assert all(torch.equal(a, g.weight) for a, g in zip(kept, store.groups, strict=True))
 
 
-def test_lookups_agree_with_the_model_to_the_bit(make_model, make_spec, make_batch) -> None:
-    spec = make_spec()
-    batch = make_batch(spec)
-    expected = make_model(spec)(batch)
-    model = make_model(spec)
+def test_lookups_agree_with_the_model_to_the_bit() -> None:
+    spec = click_spec()
+    batch = build_batch(spec)
+    expected = build_model(spec)(batch)
+    model = build_model(spec)
     assert torch.equal(make_trainable(model)(batch), expected)
     assert torch.equal(model(batch), expected)  # it stays usable
 
@@ -269,14 +258,14 @@ def test_a_model_with_tables_on_disk_is_refused(bundle_path) -> None:
         make_trainable(open_bundle_model(open_bundle(bundle_path)))
 
 
-def test_gradients_of_two_batches_add_up(make_model, make_spec, make_batch) -> None:
-    spec = make_spec()
-    trained = make_trainable(make_model(spec))
-    batches = [make_batch(spec, seed=seed) for seed in range(2)]
+def test_gradients_of_two_batches_add_up() -> None:
+    spec = click_spec()
+    trained = make_trainable(build_model(spec))
+    batches = [build_batch(spec, seed=seed) for seed in range(2)]
     for batch in batches:
         trained(batch).sum().backward()
     both = {g: (r.tolist(), v) for g, r, v in trained.store.gradients()}
-    dense = make_model(spec)
+    dense = build_model(spec)
     for batch in batches:
         dense(batch).sum().backward()
     rows, values = both[0]

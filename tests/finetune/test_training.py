@@ -19,6 +19,9 @@ from dmt_convert.training import FinetuneConfig, make_trainable, measure_rows, t
 from dmt_convert.training.loop import Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.training.optimizers import DenseOptimizer
 from dmt_convert.training.training_data import open_training_data, training_batches, training_shares
+from support.models import build_model
+from support.rows import build_batch, write_clicks
+from support.specs import click_spec
 
 
 @pytest.fixture
@@ -37,8 +40,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 SETTINGS = FinetuneConfig(epochs=4, batch_size=64, dense_lr=3e-3, table_lr=0.05, eval_every=16)
 
 
-def test_training_from_scratch_learns(make_model, rows) -> None:
-    model = make_model()
+def test_training_from_scratch_learns(rows) -> None:
+    model = build_model()
     told = []
     result = train(model, *rows, SETTINGS, on_evaluation=told.append)
     assert result.start.auc < 0.6 < 0.72 < result.best.auc
@@ -51,18 +54,18 @@ def test_training_from_scratch_learns(make_model, rows) -> None:
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_the_same_seed_gives_the_same_bits(make_model, rows) -> None:
+def test_the_same_seed_gives_the_same_bits(rows) -> None:
     states = []
     for seed in (3, 3, 4):
-        model = make_model()
+        model = build_model()
         train(model, *rows, FinetuneConfig(max_steps=20, batch_size=64, seed=seed))
         states.append(state_of(model))
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
 
 
-def test_what_only_gets_worse_ends_as_it_began(make_model, rows) -> None:
-    model = make_model()
+def test_what_only_gets_worse_ends_as_it_began(rows) -> None:
+    model = build_model()
     train(model, *rows, SETTINGS)
     before = state_of(model)
     spoil = FinetuneConfig(
@@ -76,15 +79,15 @@ def test_what_only_gets_worse_ends_as_it_began(make_model, rows) -> None:
     assert same(before, state_of(model))
 
 
-def test_a_flat_model_is_trained_as_well(make_spec, rows) -> None:
+def test_a_flat_model_is_trained_as_well(rows) -> None:
     torch.manual_seed(0)
-    result = train(FlatModel(make_spec()), *rows, SETTINGS)
+    result = train(FlatModel(click_spec()), *rows, SETTINGS)
     assert result.best.auc > 0.72
 
 
-def test_frozen_parts_stay(make_model, rows) -> None:
+def test_frozen_parts_stay(rows) -> None:
     for frozen in ("dense_lr", "table_lr"):
-        model = make_model()
+        model = build_model()
         before = state_of(model)
         train(model, *rows, FinetuneConfig(max_steps=10, batch_size=64, **{frozen: 0}))
         after = state_of(model)
@@ -117,11 +120,9 @@ class Fakes:
         self.factors.append(lr_factor)
 
 
-def run_fakes(
-    fakes: Fakes, config: FinetuneConfig, make_model: Any, clicks: Path, **schedule: Any
-) -> Any:
+def run_fakes(fakes: Fakes, config: FinetuneConfig, clicks: Path, **schedule: Any) -> Any:
     data = open_data(clicks / "train.npz")
-    model = make_trainable(make_model())
+    model = make_trainable(build_model())
     batches = training_batches(data, model.spec, config)
     parts = TrainingParts(
         step=lambda lr_factor: take_step(model, (fakes,), next(batches), lr_factor),
@@ -131,37 +132,37 @@ def run_fakes(
     return run_loop(parts, config, Schedule(**{"total_steps": 50, "eval_every": 1, **schedule}))
 
 
-def test_patience_counts_evaluations_since_the_best(make_model, clicks) -> None:
+def test_patience_counts_evaluations_since_the_best(clicks) -> None:
     fakes = Fakes([0.9, 0.95, 0.8, 0.85, 0.8, 0.81, 0.1])
     config = FinetuneConfig(batch_size=8, patience=3)
-    result = run_fakes(fakes, config, make_model, clicks)
+    result = run_fakes(fakes, config, clicks)
     assert (result.steps, result.best_step, result.best.ne) == (5, 2, 0.8)
     assert fakes.log == ["keep", "step", "step", "keep", "step", "step", "step", "restore"]
 
 
-def test_without_ne_the_log_loss_decides(make_model, clicks) -> None:
+def test_without_ne_the_log_loss_decides(clicks) -> None:
     fakes = Fakes([None, None])
     config = FinetuneConfig(batch_size=8, patience=1)
-    assert run_fakes(fakes, config, make_model, clicks).best_step == 0
+    assert run_fakes(fakes, config, clicks).best_step == 0
 
 
-def test_no_patience_means_all_steps(make_model, clicks) -> None:
+def test_no_patience_means_all_steps(clicks) -> None:
     config = FinetuneConfig(batch_size=8, patience=None)
     fakes = Fakes([0.5] * 100)
-    assert run_fakes(fakes, config, make_model, clicks).steps == 50
+    assert run_fakes(fakes, config, clicks).steps == 50
 
 
-def test_evaluations_come_when_asked_for(make_model, clicks) -> None:
+def test_evaluations_come_when_asked_for(clicks) -> None:
     config = FinetuneConfig(batch_size=8, patience=None)
     steps = {"eval_every": 20, "eval_at": frozenset({3, 7}), "total_steps": 45}
-    result = run_fakes(Fakes([0.9] * 9), config, make_model, clicks, **steps)
+    result = run_fakes(Fakes([0.9] * 9), config, clicks, **steps)
     assert [found.step for found in result.history] == [0, 3, 7, 20, 40, 45]
     until = {**steps, "stop_at": lambda found: found.ne < 0.5}
-    result = run_fakes(Fakes([0.9, 0.8, 0.4, 0.3]), config, make_model, clicks, **until)
+    result = run_fakes(Fakes([0.9, 0.8, 0.4, 0.3]), config, clicks, **until)
     assert (result.steps, result.best.ne) == (7, 0.4)
 
 
-def test_learning_rates_rise_and_fall(make_model, clicks) -> None:
+def test_learning_rates_rise_and_fall(clicks) -> None:
     for decay, last, middle in (
         ("constant", 1.0, 1.0),
         ("linear", 0.025, 0.5),
@@ -169,37 +170,37 @@ def test_learning_rates_rise_and_fall(make_model, clicks) -> None:
     ):
         fakes = Fakes([0.9] * 99)
         config = FinetuneConfig(batch_size=8, warmup_steps=10, lr_decay=decay, patience=None)
-        run_fakes(fakes, config, make_model, clicks)
+        run_fakes(fakes, config, clicks)
         assert fakes.factors[:10] == pytest.approx(np.arange(1, 11) / 10)
         assert fakes.factors[30] == pytest.approx(middle, abs=0.05)
         assert fakes.factors[-1] == pytest.approx(last, abs=0.01)
         assert sorted(fakes.factors[10:], reverse=True) == fakes.factors[10:]
 
 
-def test_a_loss_that_is_not_finite_ends_training(make_model, make_spec, make_batch, rows) -> None:
-    model = make_model()
+def test_a_loss_that_is_not_finite_ends_training(rows) -> None:
+    model = build_model()
     with pytest.raises(ConfigError, match=r"diverged: the .*loss is (nan|inf)") as refused:
         train(model, *rows, FinetuneConfig(max_steps=50, dense_lr=1e30, batch_size=64))
     assert "nothing was written" in refused.value.expected
-    trained = make_trainable(make_model())
+    trained = make_trainable(build_model())
     trained.store.groups[0].weight.fill_(float("nan"))
     fakes = Fakes([])
-    assert np.isnan(take_step(trained, (fakes,), make_batch(make_spec())))
+    assert np.isnan(take_step(trained, (fakes,), build_batch(click_spec())))
     assert fakes.log == []
 
 
-def test_gradients_are_clipped(make_model, make_spec, make_batch) -> None:
-    trained = make_trainable(make_model())
+def test_gradients_are_clipped() -> None:
+    trained = make_trainable(build_model())
     parameters = list(trained.dense_parameters().values())
     optimizer = DenseOptimizer(parameters, FinetuneConfig(clip_norm=1e-3))
-    (trained(make_batch(make_spec())) * 1e3).sum().backward()
+    (trained(build_batch(click_spec())) * 1e3).sum().backward()
     optimizer.step(1.0)
     norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_every_pass_has_an_order_of_its_own_and_all_rows(make_model, clicks) -> None:
-    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+def test_every_pass_has_an_order_of_its_own_and_all_rows(clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
 
     def dense(seed: int) -> Iterator[np.ndarray]:
         config = FinetuneConfig(batch_size=500, seed=seed)
@@ -214,8 +215,8 @@ def test_every_pass_has_an_order_of_its_own_and_all_rows(make_model, clicks) -> 
     assert not np.array_equal(dense(1)[0], second)
 
 
-def test_ranks_share_the_rows_of_a_step(make_model, clicks) -> None:
-    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+def test_ranks_share_the_rows_of_a_step(clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
     config = FinetuneConfig(batch_size=500)
     parts = [
         next(training_shares(data, spec, config, rank=rank, world_size=3)) for rank in range(3)
@@ -226,8 +227,8 @@ def test_ranks_share_the_rows_of_a_step(make_model, clicks) -> None:
     assert np.array_equal(together, next(training_batches(data, spec, config)).dense)
 
 
-def test_shares_go_on_where_batches_were(make_model, clicks) -> None:
-    data, spec = open_data(clicks / "train.npz"), make_model().spec.flat
+def test_shares_go_on_where_batches_were(clicks) -> None:
+    data, spec = open_data(clicks / "train.npz"), build_model().spec.flat
     config = FinetuneConfig(batch_size=300)
     whole = training_shares(data, spec, config, rank=1, world_size=2)
     later = training_shares(data, spec, config, rank=1, world_size=2, start_step=9)
@@ -245,9 +246,9 @@ def test_a_folder_is_trained_on_train_and_measured_on_valid(clicks) -> None:
 
 
 def test_without_validation_rows_the_last_tenth_is_held_out(
-    make_rows, tmp_path, caplog: pytest.LogCaptureFixture
+    tmp_path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = make_rows(tmp_path / "d", "train", 1000, seed=0)
+    path = write_clicks(tmp_path / "d", "train", 1000, seed=0)
     with caplog.at_level("INFO", "dmt_convert"):
         data = open_training_data(path.parent)
     assert "the last 100 rows" in caplog.text
@@ -257,13 +258,13 @@ def test_without_validation_rows_the_last_tenth_is_held_out(
     for seed in (None, 0, 1):
         rest = np.concatenate([b.dense for b in data.train.batches(64, shuffle_seed=seed)])
         assert np.array_equal(np.sort(rest[:, 0]), np.sort(whole[:900, 0]))
-    few = make_rows(tmp_path / "few", "train", 9, seed=0)
+    few = write_clicks(tmp_path / "few", "train", 9, seed=0)
     with pytest.raises(DataError, match="too few"):
         open_training_data(few)
 
 
-def test_rows_without_labels_are_refused(make_rows, tmp_path, clicks) -> None:
-    path = make_rows(tmp_path / "d", "rows", 100, seed=0, label=None)
+def test_rows_without_labels_are_refused(tmp_path, clicks) -> None:
+    path = write_clicks(tmp_path / "d", "rows", 100, seed=0, label=None)
     for arguments in ((path,), (clicks, path)):
         with pytest.raises(DataError, match="no labels"):
             open_training_data(*arguments)

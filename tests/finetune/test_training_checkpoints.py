@@ -16,16 +16,11 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.cluster.checkpoint_folder import CheckpointFolder
 from dmt_convert.errors import CheckpointError
+from support.cluster.client import RunRanks
 
 ROW_WISE = "model.towers.towers.0.embedding.embedding_bags.t_0.weight"
 
-Run = Callable[..., list[dict[str, Any]]]
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def run(run_ranks: Callable[[str], Run]) -> Run:
-    return run_ranks("checkpoint_scenarios")
 
 
 def names(folder: Path) -> list[str]:
@@ -38,10 +33,10 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 10 and 20, saved by four ranks."""
     folder = tmp_path_factory.mktemp("saved") / "deep" / "checkpoints"
-    run(4, "save", folder=folder, steps=[10, 20])
+    run_ranks(4, "save", folder=folder, steps=[10, 20])
     return folder
 
 
@@ -51,8 +46,10 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_any_number_of_ranks_loads_what_four_saved(run: Run, saved: Path, size: int) -> None:
-    for report in run(size, "load", folder=saved):
+def test_any_number_of_ranks_loads_what_four_saved(
+    run_ranks: RunRanks, saved: Path, size: int
+) -> None:
+    for report in run_ranks(size, "load", folder=saved):
         assert report["result"] == {
             "step": 20,
             "num_ranks": 4,
@@ -62,21 +59,21 @@ def test_any_number_of_ranks_loads_what_four_saved(run: Run, saved: Path, size: 
         }
 
 
-def test_four_ranks_load_what_one_saved(run: Run, tmp_path: Path) -> None:
-    run(1, "save", folder=tmp_path, steps=[3])
-    assert all(report["result"]["same"] for report in run(4, "load", folder=tmp_path))
+def test_four_ranks_load_what_one_saved(run_ranks: RunRanks, tmp_path: Path) -> None:
+    run_ranks(1, "save", folder=tmp_path, steps=[3])
+    assert all(report["result"]["same"] for report in run_ranks(4, "load", folder=tmp_path))
 
 
-def test_an_earlier_checkpoint_can_be_asked_for(run: Run, saved: Path) -> None:
-    result = run(2, "load", folder=saved, before=20)[1]["result"]
+def test_an_earlier_checkpoint_can_be_asked_for(run_ranks: RunRanks, saved: Path) -> None:
+    result = run_ranks(2, "load", folder=saved, before=20)[1]["result"]
     assert (result["step"], result["same"], result["progress"]) == (10, True, True)
-    assert run(2, "load", folder=saved, before=10)[0]["result"] is None
+    assert run_ranks(2, "load", folder=saved, before=10)[0]["result"] is None
 
 
 def test_asynchronous_saves_hold_what_was_there_when_they_began(
-    run: Run, saved: Path, tmp_path: Path
+    run_ranks: RunRanks, saved: Path, tmp_path: Path
 ) -> None:
-    reports = run(4, "save", folder=tmp_path, steps=[10, 20], asynchronous=True)
+    reports = run_ranks(4, "save", folder=tmp_path, steps=[10, 20], asynchronous=True)
     assert all(report["result"]["done"] for report in reports)
     assert names(tmp_path) == ["step_000000010", "step_000000020"]
     for name in names(tmp_path):
@@ -87,10 +84,10 @@ def test_asynchronous_saves_hold_what_was_there_when_they_began(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_newest_are_kept(run: Run, tmp_path: Path, asynchronous: bool) -> None:
-    run(2, "save", folder=tmp_path, steps=[1, 2, 3, 5], keep=2, asynchronous=asynchronous)
+def test_the_newest_are_kept(run_ranks: RunRanks, tmp_path: Path, asynchronous: bool) -> None:
+    run_ranks(2, "save", folder=tmp_path, steps=[1, 2, 3, 5], keep=2, asynchronous=asynchronous)
     assert names(tmp_path) == ["step_000000003", "step_000000005"]
-    run(2, "save", folder=tmp_path, steps=[8], keep=1)
+    run_ranks(2, "save", folder=tmp_path, steps=[8], keep=1)
     assert names(tmp_path) == ["step_000000008"]
 
 
@@ -134,23 +131,25 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_note(
     assert "step_000000020 is passed over" in caplog.text
 
 
-def test_all_ranks_resume_from_the_one_before_a_damaged_one(run: Run, copy: Path) -> None:
+def test_all_ranks_resume_from_the_one_before_a_damaged_one(
+    run_ranks: RunRanks, copy: Path
+) -> None:
     cut(copy / "step_000000020" / "__2_0.distcp")
-    reports = run(2, "load", folder=copy)
+    reports = run_ranks(2, "load", folder=copy)
     for report in reports:
         assert (report["result"]["step"], report["result"]["same"]) == (10, True)
     assert len(reports[0]["result"]["notes"]) == 1
     # the damaged one neither counts as kept nor stays once there are newer ones
-    run(2, "save", folder=copy, steps=[30], keep=2)
+    run_ranks(2, "save", folder=copy, steps=[30], keep=2)
     assert names(copy) == ["step_000000010", "step_000000020", "step_000000030"]
-    run(2, "save", folder=copy, steps=[40], keep=2)
+    run_ranks(2, "save", folder=copy, steps=[40], keep=2)
     assert names(copy) == ["step_000000030", "step_000000040"]
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run: Run, copy: Path) -> None:
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_ranks: RunRanks, copy: Path) -> None:
     cut(copy / "step_000000020" / "__2_0.distcp")
-    run(2, "save", folder=copy, steps=[20])
-    result = run(2, "load", folder=copy)[0]["result"]
+    run_ranks(2, "save", folder=copy, steps=[20])
+    result = run_ranks(2, "load", folder=copy)[0]["result"]
     assert (result["step"], result["num_ranks"], result["same"]) == (20, 2, True)
 
 
@@ -162,7 +161,9 @@ class Attack:
         return os.mkdir, (str(self.target),)
 
 
-def test_metadata_that_would_run_code_is_refused(run: Run, copy: Path, tmp_path: Path) -> None:
+def test_metadata_that_would_run_code_is_refused(
+    run_ranks: RunRanks, copy: Path, tmp_path: Path
+) -> None:
     path = copy / "step_000000020" / ".metadata"
     data = pickle.dumps(Attack(tmp_path / "pwned"))
     path.write_bytes(data)
@@ -170,13 +171,13 @@ def test_metadata_that_would_run_code_is_refused(run: Run, copy: Path, tmp_path:
     value = json.loads(manifest.read_text())
     value["files"][".metadata"] = len(data)
     manifest.write_text(json.dumps(value))
-    result = run(2, "load", folder=copy)[0]["result"]
+    result = run_ranks(2, "load", folder=copy)[0]["result"]
     assert result["step"] == 10
     assert "asks to run code" in result["notes"][0]
     assert not (tmp_path / "pwned").exists()
 
 
-def test_values_that_torch_would_unpickle_are_refused(run: Run, copy: Path) -> None:
+def test_values_that_torch_would_unpickle_are_refused(run_ranks: RunRanks, copy: Path) -> None:
     """DCP stores what is no tensor as a pickle, and loads it without a guard."""
     import torch.distributed.checkpoint as dcp
 
@@ -189,12 +190,12 @@ def test_values_that_torch_would_unpickle_are_refused(run: Run, copy: Path) -> N
     for name in (".metadata", "__0_0.distcp"):
         manifest["files"][name] = (folder / name).stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    result = run(1, "load", folder=copy)[0]["result"]
+    result = run_ranks(1, "load", folder=copy)[0]["result"]
     assert result["step"] == 10
     assert "holds pickled values (epoch)" in result["notes"][0]
 
 
-def test_flipped_bits_of_a_tensor_are_refused_by_all_ranks(run: Run, copy: Path) -> None:
+def test_flipped_bits_of_a_tensor_are_refused_by_all_ranks(run_ranks: RunRanks, copy: Path) -> None:
     """Sizes agree, so that only reading the tensor shows it."""
     (info,) = (i for i in open_checkpoint(copy / "step_000000020").tensors if i.path == ROW_WISE)
     piece = info.pieces[0]
@@ -202,14 +203,16 @@ def test_flipped_bits_of_a_tensor_are_refused_by_all_ranks(run: Run, copy: Path)
     middle = piece.offset + piece.length // 2
     data[middle : middle + 8] = bytes(255 - byte for byte in data[middle : middle + 8])
     piece.path.write_bytes(data)
-    for report in run(2, "load_newest", folder=copy):
+    for report in run_ranks(2, "load_newest", folder=copy):
         assert report["result"] is not None
         assert "cannot be loaded" in report["result"]["found"]
         assert "resumes from the one before" in report["result"]["hint"]
 
 
-def test_another_model_is_refused_by_all_ranks_with_the_tensors(run: Run, saved: Path) -> None:
-    for report in run(2, "load_another_model", folder=saved):
+def test_another_model_is_refused_by_all_ranks_with_the_tensors(
+    run_ranks: RunRanks, saved: Path
+) -> None:
+    for report in run_ranks(2, "load_another_model", folder=saved):
         assert report["result"]["found"].endswith("lacks 3 of the 7 tensors to load")
         assert report["result"]["details"] == [
             "model.over_arch.weight: fp32 of shape [3, 5], not fp32 of shape [3, 6]",
@@ -218,17 +221,20 @@ def test_another_model_is_refused_by_all_ranks_with_the_tensors(run: Run, saved:
         ]
 
 
-def test_values_are_no_tensors(run: Run, tmp_path: Path) -> None:
-    assert "lr is a float" in run(1, "save_no_tensor", folder=tmp_path)[0]["result"]
+def test_values_are_no_tensors(run_ranks: RunRanks, tmp_path: Path) -> None:
+    assert "lr is a float" in run_ranks(1, "save_no_tensor", folder=tmp_path)[0]["result"]
 
 
-def test_a_step_before_the_newest_is_refused_until_that_is_discarded(run: Run, copy: Path) -> None:
-    for report in run(2, "save_earlier", folder=copy, step=15):
+def test_a_step_before_the_newest_is_refused_until_that_is_discarded(
+    run_ranks: RunRanks, copy: Path
+) -> None:
+    for report in run_ranks(2, "save_earlier", folder=copy, step=15):
         (refused,) = report["result"]
         assert refused["found"].endswith("holds step_000000020, which is later than step 15")
     assert names(copy) == ["step_000000010", "step_000000015"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("limited", "limit"),
@@ -238,9 +244,9 @@ def test_a_step_before_the_newest_is_refused_until_that_is_discarded(run: Run, c
     ],
 )
 def test_a_full_disk_of_one_rank_stops_all_and_spoils_nothing(
-    run: Run, tmp_path: Path, asynchronous: bool, limited: int, limit: int
+    run_ranks: RunRanks, tmp_path: Path, asynchronous: bool, limited: int, limit: int
 ) -> None:
-    reports = run(
+    reports = run_ranks(
         2,
         "save_in_little_room",
         folder=tmp_path,
@@ -253,26 +259,28 @@ def test_a_full_disk_of_one_rank_stops_all_and_spoils_nothing(
         assert refused["error"] == "CheckpointError"
         assert f"the disk of {tmp_path} is full on rank {limited}" in refused["found"]
         assert report["result"]["names"] == [".lock", "step_000000001"]
-    assert run(2, "load", folder=tmp_path)[0]["result"]["step"] == 2
+    assert run_ranks(2, "load", folder=tmp_path)[0]["result"]["step"] == 2
 
 
-def test_a_folder_that_cannot_be_made_is_refused_by_all_ranks(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_by_all_ranks(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    for report in run(2, "open_folder", folder=tmp_path / "file" / "checkpoints"):
+    for report in run_ranks(2, "open_folder", folder=tmp_path / "file" / "checkpoints"):
         assert "cannot be written to" in report["result"]["found"]
         assert report["result"]["hint"]
 
 
-def test_two_trainings_cannot_write_to_one_folder(run: Run, tmp_path: Path) -> None:
+def test_two_trainings_cannot_write_to_one_folder(run_ranks: RunRanks, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
-    for report in run(2, "open_folder", folder=tmp_path):
+    for report in run_ranks(2, "open_folder", folder=tmp_path):
         assert report["result"]["found"].startswith("another training writes")
     folder.close()
-    assert run(2, "open_folder", folder=tmp_path)[0]["result"] is None
+    assert run_ranks(2, "open_folder", folder=tmp_path)[0]["result"] is None
 
 
-def test_a_rank_that_never_comes_is_not_waited_for(run: Run, tmp_path: Path) -> None:
-    reports = run(2, "save_without_the_others", folder=tmp_path)
+def test_a_rank_that_never_comes_is_not_waited_for(run_ranks: RunRanks, tmp_path: Path) -> None:
+    reports = run_ranks(2, "save_without_the_others", folder=tmp_path)
     assert "Timed out" in reports[0]["result"]
 
 
@@ -297,6 +305,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "rank", "asynchronous", "whole"),
     [
@@ -305,9 +314,9 @@ KILLS = [
     ],
 )
 def test_whatever_is_killed_when_a_whole_checkpoint_remains(
-    run: Run, tmp_path: Path, moment: str, rank: int, whole: bool, asynchronous: bool
+    run_ranks: RunRanks, tmp_path: Path, moment: str, rank: int, whole: bool, asynchronous: bool
 ) -> None:
-    reports = run(
+    reports = run_ranks(
         2,
         "save_and_die",
         ends=False,
@@ -319,7 +328,7 @@ def test_whatever_is_killed_when_a_whole_checkpoint_remains(
     assert reports[rank]["code"] == KILLED
     assert reports[1 - rank]["code"] == 1, reports  # it noticed, and did not wait
     assert "RuntimeError" in reports[1 - rank]["errors"]
-    result = run(2, "load", folder=tmp_path)[0]["result"]
+    result = run_ranks(2, "load", folder=tmp_path)[0]["result"]
     assert (result["step"], result["same"], result["notes"]) == (1 + whole, True, [])
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.errors import DmtError
+from dmt_convert.training import training_log
 from dmt_convert.training.training_log import METRICS, TENSORBOARD, TrainingLog, read_log
 
 needs_tensorboard = pytest.mark.skipif(
@@ -119,7 +120,7 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_without_tensorboard_a_note_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dmt_convert.training.training_log.find_spec", lambda name: None)
+    monkeypatch.setattr(training_log, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, logger="dmt_convert"):
         write(tmp_path, range(1, 3))
     assert "pip install tensorboard" in caplog.text

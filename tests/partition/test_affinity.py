@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dmt_convert.conversion.partition import affinity as affinity_module
 from dmt_convert.conversion.partition.affinity import cosine_affinity, weights_affinity
 from dmt_convert.errors import ArchitectureError, PartitionError
+from dmt_convert.spec import ModelSpec
+from support.specs import build_spec
+
+
+def small_spec(count: int, **options: Any) -> ModelSpec:
+    """Tables of four columns, five units behind the interaction."""
+    return build_spec(count, **{"dims": 4, "hidden": (5,), **options})
 
 
 def _samples(dims, rows=12, seed=0):
@@ -66,8 +75,8 @@ def test_samples_must_agree_in_rows(pooled):
 
 @pytest.mark.parametrize("self_pairs", [False, True])
 @pytest.mark.parametrize("pair_order", ["tril", "triu"])
-def test_dot_against_brute_force(make_spec, self_pairs, pair_order):
-    spec = make_spec(4, kind="dot", self_pairs=self_pairs, pair_order=pair_order)
+def test_dot_against_brute_force(self_pairs, pair_order):
+    spec = small_spec(4, kind="dot", self_pairs=self_pairs, pair_order=pair_order)
     pooled = _samples([4] * 4)
     weight = np.random.default_rng(1).standard_normal((5, spec.over_arch.widths[0]))
     column = 4
@@ -87,10 +96,10 @@ def test_dot_against_brute_force(make_spec, self_pairs, pair_order):
 
 
 @pytest.mark.parametrize("slice_elements", [1 << 25, 4])
-def test_dcn_against_the_whole_product(make_spec, monkeypatch, slice_elements):
+def test_dcn_against_the_whole_product(monkeypatch, slice_elements):
     monkeypatch.setattr(affinity_module, "_CHUNK_ELEMENTS", slice_elements)
     dims = [3, 5, 2, 4]
-    spec = make_spec(4, kind="dcn", dims=dims)
+    spec = small_spec(4, kind="dcn", dims=dims, cross_rank=3)
     pooled = _samples(dims)
     rng = np.random.default_rng(2)
     width = sum(spec.input_dims)
@@ -111,15 +120,15 @@ def test_dcn_against_the_whole_product(make_spec, monkeypatch, slice_elements):
     np.testing.assert_allclose(weights_affinity(spec, weights, pooled), expected, atol=1e-5)
 
 
-def test_cat_and_projection_against_brute_force(make_spec):
+def test_cat_and_projection_against_brute_force():
     pooled = _samples([4] * 3)
     rng = np.random.default_rng(3)
-    cat = make_spec(3, kind="cat")
-    projection = make_spec(3, kind="projection")
+    cat = small_spec(3, kind="cat")
+    projection = small_spec(3, kind="projection")
     tensors = {
         "over_arch.0.weight": rng.standard_normal((5, 16)),
-        "branch1.0.weight": rng.standard_normal((6, 16)),
-        "branch2.0.weight": rng.standard_normal((5, 16)),
+        "branch1.0.weight": rng.standard_normal((7, 16)),
+        "branch2.0.weight": rng.standard_normal((6, 16)),
     }
     for spec, names in (
         (cat, ["over_arch.0.weight"]),
@@ -133,9 +142,9 @@ def test_cat_and_projection_against_brute_force(make_spec):
         np.testing.assert_allclose(weights_affinity(spec, tensors, pooled), _scale(use), atol=1e-5)
 
 
-def test_weights_find_the_pair_that_the_model_uses(make_spec):
+def test_weights_find_the_pair_that_the_model_uses():
     """Saboteur: enlarging one column must make exactly that pair the strongest."""
-    spec = make_spec(5, kind="dot")
+    spec = small_spec(5, kind="dot")
     pooled = _samples([4] * 5)
     weight = np.ones((5, spec.over_arch.widths[0]))
     triu = list(zip(*np.triu_indices(6, 1), strict=True))
@@ -145,8 +154,8 @@ def test_weights_find_the_pair_that_the_model_uses(make_spec):
     assert np.unravel_index(found.argmax(), found.shape) == (1, 4)
 
 
-def test_spread_survives_a_large_mean(make_spec):
-    spec = make_spec(2, kind="dot")
+def test_spread_survives_a_large_mean():
+    spec = small_spec(2, kind="dot")
     rng = np.random.default_rng(0)
     small = [1000 + 0.01 * rng.standard_normal((50, 4)) for _ in range(2)]
     pooled = [e.astype(np.float32) for e in small]
@@ -155,8 +164,8 @@ def test_spread_survives_a_large_mean(make_spec):
     assert weights_affinity(spec, {"over_arch.0.weight": np.ones((5, 7))}, pooled)[0, 1] == 1
 
 
-def test_an_unused_interaction_gives_zeros(make_spec):
-    spec = make_spec(3, kind="dot")
+def test_an_unused_interaction_gives_zeros():
+    spec = small_spec(3, kind="dot")
     weight = np.zeros((5, spec.over_arch.widths[0]))
     found = weights_affinity(spec, {"over_arch.0.weight": weight}, _samples([4] * 3))
     assert (found == np.eye(3)).all()
@@ -171,14 +180,14 @@ def test_an_unused_interaction_gives_zeros(make_spec):
         ("projection", "branch1.0.weight"),
     ],
 )
-def test_missing_and_misshapen_tensors_are_refused(make_spec, kind, name):
-    spec = make_spec(3, kind=kind)
+def test_missing_and_misshapen_tensors_are_refused(kind, name):
+    spec = small_spec(3, kind=kind)
     with pytest.raises(ArchitectureError, match=f"{name} is missing"):
         weights_affinity(spec, {}, _samples([4] * 3))
     with pytest.raises(ArchitectureError, match=f"{name} has shape"):
         weights_affinity(spec, {name: np.zeros((1, 1))}, _samples([4] * 3))
 
 
-def test_samples_of_another_model_are_refused(make_spec):
+def test_samples_of_another_model_are_refused():
     with pytest.raises(PartitionError, match="widths"):
-        weights_affinity(make_spec(3, kind="dot"), {}, _samples([4, 4, 5]))
+        weights_affinity(small_spec(3, kind="dot"), {}, _samples([4, 4, 5]))

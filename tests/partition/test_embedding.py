@@ -11,14 +11,15 @@ from dmt_convert.conversion.partition.embedding import (
     measure_stress,
     stress_gradient,
 )
+from support.affinities import random_affinity
 
 
 def _distances(points):
     return np.linalg.norm(points[:, None] - points[None], axis=2)
 
 
-def test_gradient_agrees_with_finite_differences(make_affinity):
-    distance = 1 - make_affinity(7).astype(np.float64)
+def test_gradient_agrees_with_finite_differences():
+    distance = 1 - random_affinity(7).astype(np.float64)
     points = np.random.default_rng(0).standard_normal((7, 3))
     gradient = stress_gradient(points, distance)
     step = 1e-6
@@ -30,8 +31,8 @@ def test_gradient_agrees_with_finite_differences(make_affinity):
         assert abs(slope - gradient[index]) < 1e-6
 
 
-def test_sampled_gradient_points_the_same_way(make_affinity):
-    distance = 1 - make_affinity(40).astype(np.float64)
+def test_sampled_gradient_points_the_same_way():
+    distance = 1 - random_affinity(40).astype(np.float64)
     points = np.random.default_rng(0).standard_normal((40, 2))
     rng = np.random.default_rng(1)
     sampled = embedding._sample_gradient(points, distance, rng, 200_000)
@@ -47,8 +48,8 @@ def test_distances_of_points_in_the_plane_are_recovered(count):
     assert np.abs(_distances(points) - _distances(truth)).max() < 0.02
 
 
-def test_adam_lowers_the_stress_of_classical_scaling(make_affinity):
-    distance = 1 - make_affinity(50).astype(np.float64)
+def test_adam_lowers_the_stress_of_classical_scaling():
+    distance = 1 - random_affinity(50).astype(np.float64)
     start = embedding._scale_classically(distance, np.random.default_rng(0), 2)
     end = embed_features(distance, rng=np.random.default_rng(0))
     assert measure_stress(end, distance) < 0.9 * measure_stress(start, distance)
@@ -69,8 +70,8 @@ def test_all_distances_zero():
     assert np.isfinite(points).all()
 
 
-def test_more_dimensions_fit_better(make_affinity):
-    distance = 1 - make_affinity(30).astype(np.float64)
+def test_more_dimensions_fit_better():
+    distance = 1 - random_affinity(30).astype(np.float64)
     flat, deep = (
         embed_features(distance, rng=np.random.default_rng(0), dimensions=d) for d in (2, 5)
     )

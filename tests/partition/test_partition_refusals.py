@@ -14,6 +14,8 @@ import pytest
 
 from dmt_convert.conversion.partition import PartitionConfig, needs_affinity, partition_features
 from dmt_convert.errors import ConfigError, PartitionError
+from support.affinities import random_affinity
+from support.specs import build_spec
 
 
 @pytest.mark.parametrize(
@@ -49,16 +51,16 @@ from dmt_convert.errors import ConfigError, PartitionError
         ),
     ],
 )
-def test_refusals_of_requests(make_spec, make_affinity, options, expected):
+def test_refusals_of_requests(options, expected):
     with pytest.raises(PartitionError, match=expected) as caught:
-        partition_features(make_spec(8), PartitionConfig(**options), make_affinity(8))
+        partition_features(build_spec(8), PartitionConfig(**options), random_affinity(8))
     assert caught.value.expected and caught.value.hint
 
 
-def test_a_shared_table_contradicts_apart(make_spec, make_affinity):
+def test_a_shared_table_contradicts_apart():
     config = PartitionConfig(num_towers=2, apart=(("f0", "f3"),))
     with pytest.raises(PartitionError, match="f0,f3 cannot be parted"):
-        partition_features(make_spec(4, shared={3: 0}), config, make_affinity(4))
+        partition_features(build_spec(4, shared={3: 0}), config, random_affinity(4))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +96,9 @@ def test_refusals_of_options(options, expected):
         (np.triu(np.ones((4, 4))), "symmetric"),
     ],
 )
-def test_refusals_of_affinities(make_spec, affinity, expected):
+def test_refusals_of_affinities(affinity, expected):
     with pytest.raises(PartitionError, match=expected):
-        partition_features(make_spec(4), PartitionConfig(num_towers=2), affinity)
+        partition_features(build_spec(4), PartitionConfig(num_towers=2), affinity)
 
 
 def test_only_coherent_and_diverse_need_affinity():
@@ -113,19 +115,19 @@ def _write(path, towers):
     return path
 
 
-def test_a_file_is_taken_in_canonical_order(make_spec, make_affinity, tmp_path):
+def test_a_file_is_taken_in_canonical_order(tmp_path):
     path = _write(tmp_path / "t.json", [["f3", "f2"], ["f1", "f0"]])
     partition = partition_features(
-        make_spec(4), PartitionConfig(num_towers=2, strategy=path), make_affinity(4)
+        build_spec(4), PartitionConfig(num_towers=2, strategy=path), random_affinity(4)
     )
     assert partition.assignment.towers == (("f0", "f1"), ("f2", "f3"))
     assert partition.strategy == "file" and partition.within_affinity is not None
 
 
-def test_a_file_is_refused_with_all_findings(make_spec, tmp_path):
+def test_a_file_is_refused_with_all_findings(tmp_path):
     path = _write(tmp_path / "t.json", [["f0", "f1", "f1"], ["x"], []])
     with pytest.raises(PartitionError) as caught:
-        partition_features(make_spec(4), PartitionConfig(num_towers=2, strategy=path))
+        partition_features(build_spec(4), PartitionConfig(num_towers=2, strategy=path))
     assert set(caught.value.details) == {
         "3 towers, where 2 were asked for",
         "tower 2 is empty",
@@ -136,7 +138,7 @@ def test_a_file_is_refused_with_all_findings(make_spec, tmp_path):
     }
 
 
-def test_a_file_must_keep_tables_and_constraints(make_spec, tmp_path):
+def test_a_file_must_keep_tables_and_constraints(tmp_path):
     path = _write(tmp_path / "t.json", [["f0", "f1"], ["f2", "f3"]])
     config = PartitionConfig(
         strategy=path,
@@ -145,20 +147,20 @@ def test_a_file_must_keep_tables_and_constraints(make_spec, tmp_path):
         groups=(("u", ("f0",)), ("v", ("f1",))),
     )
     with pytest.raises(PartitionError) as caught:
-        partition_features(make_spec(4), config)
+        partition_features(build_spec(4), config)
     assert len(caught.value.details) == 3
     with pytest.raises(PartitionError, match="f0,f3 share tables"):
-        partition_features(make_spec(4, shared={3: 0}), PartitionConfig(strategy=path))
+        partition_features(build_spec(4, shared={3: 0}), PartitionConfig(strategy=path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"towers": 3}', '{"towers": [["f0", 1]]}'])
-def test_a_malformed_file_is_refused(make_spec, tmp_path, content):
+def test_a_malformed_file_is_refused(tmp_path, content):
     path = tmp_path / "t.json"
     path.write_text(content)
     with pytest.raises(PartitionError, match=r"t\.json"):
-        partition_features(make_spec(4), PartitionConfig(strategy=path))
+        partition_features(build_spec(4), PartitionConfig(strategy=path))
     with pytest.raises(PartitionError, match="cannot be read"):
-        partition_features(make_spec(4), PartitionConfig(strategy=tmp_path / "none.json"))
+        partition_features(build_spec(4), PartitionConfig(strategy=tmp_path / "none.json"))
 
 
 def test_importing_the_partitioner_is_cheap():

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dmt_convert.conversion.partition import PartitionConfig, cosine_affinity, partition_features
 from dmt_convert.errors import PartitionError
+from support.affinities import plant_samples, random_affinity
+from support.specs import build_spec
 
 BRIEF = settings(max_examples=40, deadline=None, derandomize=True)
 STRATEGIES = ["coherent", "diverse", "round-robin"]
@@ -37,16 +39,16 @@ def _pairs_kept(truth, found):
     seed=st.integers(0, 5),
     data=st.data(),
 )
-def test_sizes_differ_by_at_most_one(make_spec, make_affinity, count, strategy, seed, data):
+def test_sizes_differ_by_at_most_one(count, strategy, seed, data):
     towers = data.draw(st.integers(1, count))
-    spec = make_spec(count)
+    spec = build_spec(count)
     config = PartitionConfig(num_towers=towers, strategy=strategy, seed=seed)
-    partition = partition_features(spec, config, make_affinity(count, seed))
+    partition = partition_features(spec, config, random_affinity(count, seed))
     partition.assignment.check_covers(spec.feature_names)
     sizes = [len(tower) for tower in partition.assignment.towers]
     assert len(sizes) == towers and sum(sizes) == count and min(sizes) > 0
     assert max(sizes) - min(sizes) <= 1
-    again = partition_features(spec, config, make_affinity(count, seed))
+    again = partition_features(spec, config, random_affinity(count, seed))
     assert again.assignment == partition.assignment
 
 
@@ -57,10 +59,10 @@ def test_sizes_differ_by_at_most_one(make_spec, make_affinity, count, strategy, 
     strategy=st.sampled_from(STRATEGIES),
     data=st.data(),
 )
-def test_size_ratio_bounds_every_tower(make_spec, make_affinity, count, ratio, strategy, data):
+def test_size_ratio_bounds_every_tower(count, ratio, strategy, data):
     towers = data.draw(st.integers(2, count // 2))
     config = PartitionConfig(num_towers=towers, strategy=strategy, size_ratio=ratio)
-    partition = partition_features(make_spec(count), config, make_affinity(count))
+    partition = partition_features(build_spec(count), config, random_affinity(count))
     assert len(partition.assignment.towers) == towers
     assert max(map(len, partition.assignment.towers)) <= math.ceil(ratio * count / towers)
 
@@ -101,12 +103,10 @@ def _keeps(found, count, towers, together, apart, groups, shared):
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(request=_requests(), strategy=st.sampled_from(STRATEGIES))
-def test_constraints_hold_and_only_the_impossible_is_refused(
-    make_spec, make_affinity, request, strategy
-):
+def test_constraints_hold_and_only_the_impossible_is_refused(request, strategy):
     """Against all assignments by brute force: feasibility, and the least largest tower."""
     count, towers, together, apart, groups, shared = request
-    spec = make_spec(count, shared=shared)
+    spec = build_spec(count, shared=shared)
     config = PartitionConfig(
         num_towers=towers, strategy=strategy, together=together, apart=apart, groups=groups
     )
@@ -116,7 +116,7 @@ def test_constraints_hold_and_only_the_impossible_is_refused(
         if count <= 7 and _keeps(found, *request)
     ]
     try:
-        partition = partition_features(spec, config, make_affinity(count))
+        partition = partition_features(spec, config, random_affinity(count))
     except PartitionError:
         assert not feasible
         return
@@ -131,21 +131,21 @@ def test_constraints_hold_and_only_the_impossible_is_refused(
 
 @BRIEF
 @given(seed=st.integers(0, 1000), ratio=st.sampled_from([1.3, 1.6]))
-def test_load_ratio_bounds_every_load(make_spec, make_affinity, seed, ratio):
+def test_load_ratio_bounds_every_load(seed, ratio):
     rng = np.random.default_rng(seed)
     rows = (10 ** rng.uniform(2, 3, size=24)).astype(int).tolist()
-    spec = make_spec(24, rows=rows)
+    spec = build_spec(24, rows=rows)
     config = PartitionConfig(num_towers=4, size_ratio=1.5, load_ratio=ratio)
-    loads = partition_features(spec, config, make_affinity(24, seed)).loads
+    loads = partition_features(spec, config, random_affinity(24, seed)).loads
     table = np.array([[x.table_bytes, x.lookups, x.emitted_bytes] for x in loads], dtype=float)
     assert (table <= ratio * table.mean(axis=0) * (1 + 1e-6)).all()
 
 
-def test_without_a_load_ratio_loads_may_be_uneven(make_spec, plant):
+def test_without_a_load_ratio_loads_may_be_uneven():
     """The bound does something: the same request without it breaks it."""
     truth = [0] * 6 + [1] * 6
-    spec = make_spec(12, rows=[1000] * 6 + [10] * 6)
-    affinity = cosine_affinity(plant(truth))
+    spec = build_spec(12, rows=[1000] * 6 + [10] * 6)
+    affinity = cosine_affinity(plant_samples(truth))
 
     def most(ratio):
         config = PartitionConfig(num_towers=2, load_ratio=ratio)
@@ -156,27 +156,27 @@ def test_without_a_load_ratio_loads_may_be_uneven(make_spec, plant):
     assert most(1.2) <= 1.2
 
 
-def test_a_feature_that_exceeds_the_load_bound_alone(make_spec, make_affinity, caplog):
-    spec = make_spec(9, rows=[100_000] + [10] * 8)
+def test_a_feature_that_exceeds_the_load_bound_alone(caplog):
+    spec = build_spec(9, rows=[100_000] + [10] * 8)
     config = PartitionConfig(num_towers=3, size_ratio=1.4, load_ratio=1.5)
     with caplog.at_level(logging.WARNING):
-        partition = partition_features(spec, config, make_affinity(9))
+        partition = partition_features(spec, config, random_affinity(9))
     assert ("f0",) in partition.assignment.towers
     assert "table bytes: 1 features" in caplog.text
 
 
-def test_an_impossible_load_bound_is_refused_with_numbers(make_spec, make_affinity):
-    spec = make_spec(6, rows=[1000, 1000, 1000, 10, 10, 10])
+def test_an_impossible_load_bound_is_refused_with_numbers():
+    spec = build_spec(6, rows=[1000, 1000, 1000, 10, 10, 10])
     config = PartitionConfig(num_towers=2, load_ratio=1.1)
     with pytest.raises(PartitionError, match=r"table bytes of 1\.\d+ times the bound"):
-        partition_features(spec, config, make_affinity(6))
+        partition_features(spec, config, random_affinity(6))
 
 
 @pytest.mark.parametrize(("count", "towers"), [(24, 4), (26, 13), (64, 16), (1200, 24)])
-def test_planted_groups_are_recovered(make_spec, plant, count, towers):
+def test_planted_groups_are_recovered(count, towers):
     truth = np.random.default_rng(1).permutation(np.arange(count) % towers)
-    spec = make_spec(count)
-    affinity = cosine_affinity(plant(truth.tolist(), noise=1.2, dim=24))
+    spec = build_spec(count)
+    affinity = cosine_affinity(plant_samples(truth.tolist(), noise=1.2, dim=24))
     inside = affinity[truth[:, None] == truth[None, :]]
     assert np.median(inside[inside < 1]) < 0.5  # far from a clean block matrix
     config = PartitionConfig(num_towers=towers)
@@ -194,77 +194,77 @@ def test_planted_groups_are_recovered(make_spec, plant, count, towers):
     assert diverse.within_affinity < diverse.between_affinity
 
 
-def test_unequal_groups_are_recovered_where_sizes_may_differ(make_spec, plant):
+def test_unequal_groups_are_recovered_where_sizes_may_differ():
     truth = [0] * 10 + [1] * 3 + [2] * 5
-    affinity = cosine_affinity(plant(truth, noise=1.0))
+    affinity = cosine_affinity(plant_samples(truth, noise=1.0))
     config = PartitionConfig(num_towers=3, size_ratio=2.0)
-    spec = make_spec(18)
+    spec = build_spec(18)
     assert _pairs_kept(truth, _indices(spec, partition_features(spec, config, affinity))) == 1
 
 
 @BRIEF
 @given(seed=st.integers(0, 1000))
-def test_the_order_of_features_does_not_matter(make_spec, plant, seed):
+def test_the_order_of_features_does_not_matter(seed):
     truth = np.arange(20) % 4
     order = np.random.default_rng(seed).permutation(20)
-    affinity = cosine_affinity(plant(truth.tolist(), noise=1.0))
-    spec = make_spec(20, names=[f"f{i}" for i in order])
+    affinity = cosine_affinity(plant_samples(truth.tolist(), noise=1.0))
+    spec = build_spec([f"f{i}" for i in order])
     found = partition_features(spec, PartitionConfig(num_towers=4), affinity[np.ix_(order, order)])
     assert _pairs_kept(truth[order], _indices(spec, found)) == 1
 
 
-def test_round_robin_takes_turns_and_honours_units(make_spec):
-    spec = make_spec(7)
+def test_round_robin_takes_turns_and_honours_units():
+    spec = build_spec(7)
     config = PartitionConfig(num_towers=3, strategy="round-robin")
     partition = partition_features(spec, config)
     assert partition.assignment.towers == (("f0", "f3", "f6"), ("f1", "f4"), ("f2", "f5"))
     assert partition.points is None and partition.within_affinity is None
-    shared = make_spec(7, shared={6: 1})
+    shared = build_spec(7, shared={6: 1})
     towers = partition_features(shared, config).assignment.tower_of
     assert towers["f6"] == towers["f1"]
 
 
-def test_towers_are_in_canonical_order(make_spec, make_affinity):
-    spec = make_spec(17)
+def test_towers_are_in_canonical_order():
+    spec = build_spec(17)
     towers = partition_features(
-        spec, PartitionConfig(num_towers=5), make_affinity(17)
+        spec, PartitionConfig(num_towers=5), random_affinity(17)
     ).assignment.towers
     index = {name: i for i, name in enumerate(spec.feature_names)}
     numbers = [[index[name] for name in tower] for tower in towers]
     assert numbers == sorted(sorted(tower) for tower in numbers)
 
 
-def test_loads_count_shared_tables_once_and_know_lookups(make_spec):
-    spec = make_spec(4, shared={3: 0}, rows=[10, 20, 30, 0], dims=[4, 4, 8, 4])
+def test_loads_count_shared_tables_once_and_know_lookups():
+    spec = build_spec(4, shared={3: 0}, rows=[10, 20, 30, 0], dims=[4, 4, 8, 4])
     config = PartitionConfig(num_towers=1, strategy="round-robin")
     (load,) = partition_features(spec, config, lookups={"f1": 20.0}).loads
     assert (load.features, load.table_bytes) == (4, 4 * (10 * 4 + 20 * 4 + 30 * 8))
     assert (load.lookups, load.emitted_bytes) == (23.0, 4 * (4 + 4 + 8 + 4))
 
 
-def test_sizes_that_units_forbid_are_relaxed_and_logged(make_spec, make_affinity, caplog):
+def test_sizes_that_units_forbid_are_relaxed_and_logged(caplog):
     together = (("f0", "f1", "f2"), ("f3", "f4", "f5"), ("f6", "f7", "f8"))
     config = PartitionConfig(num_towers=2, together=together)
     with caplog.at_level(logging.WARNING):
-        partition = partition_features(make_spec(9), config, make_affinity(9))
+        partition = partition_features(build_spec(9), config, random_affinity(9))
     assert sorted(map(len, partition.assignment.towers)) == [3, 6]
     assert "3 to 6 features per tower, where 9 / 2 gives 4 to 5" in caplog.text
 
 
-def test_user_and_item_groups_of_unlike_size(make_spec, make_affinity):
+def test_user_and_item_groups_of_unlike_size():
     users = tuple(f"f{i}" for i in range(3))
     items = tuple(f"f{i}" for i in range(3, 23))
     config = PartitionConfig(num_towers=4, groups=(("user", users), ("item", items)))
-    partition = partition_features(make_spec(23), config, make_affinity(23))
+    partition = partition_features(build_spec(23), config, random_affinity(23))
     assert sorted(map(len, partition.assignment.towers)) == [3, 6, 7, 7]
     assert users in partition.assignment.towers
 
 
-def test_thousands_of_grouped_features(make_spec, make_affinity):
+def test_thousands_of_grouped_features():
     users = tuple(f"f{i}" for i in range(100))
     items = tuple(f"f{i}" for i in range(100, 1500))
     config = PartitionConfig(
         num_towers=2, strategy="round-robin", groups=(("user", users), ("item", items))
     )
-    towers = partition_features(make_spec(1500), config).assignment.towers
+    towers = partition_features(build_spec(1500), config).assignment.towers
     assert set(towers) == {users, items}

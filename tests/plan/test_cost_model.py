@@ -19,10 +19,10 @@ from dmt_convert.placement.predict.presets import GPUS, Gpu
 from dmt_convert.placement.predict.step_load import StepLoad, as_flat, as_passthrough, even_load
 from dmt_convert.placement.predict.suggestion import dealt_model
 from dmt_convert.placement.traffic import Exchange
+from support.machines import make_machine
+from support.specs import mlperf_spec
 
-from .predicted_models import make_flat, make_machine
-
-FLAT = make_flat(64, 64)
+FLAT = mlperf_spec(64, 64)
 GPU = st.sampled_from([gpu.name for gpu in GPUS])
 HOSTS = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
 RANKS = st.sampled_from([1, 2, 4, 8])

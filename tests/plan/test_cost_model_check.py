@@ -18,6 +18,7 @@ import pytest
 from dmt_convert.errors import DataError
 from dmt_convert.recipes.cluster_bench.results import Row
 from dmt_convert.recipes.cluster_bench.settings import Settings, parse_topology
+from support.paths import REPOSITORY
 
 TOPOLOGIES = ("4x2", "8x1", "2x4", "8x2")
 RATES = (100.0, 200.0, 500.0)
@@ -29,8 +30,8 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture
-def check(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    monkeypatch.syspath_prepend(repository / "benchmarks")
+def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     yield {name: importlib.import_module(name) for name in MODULES}
     for name in MODULES:
         del sys.modules[name]
@@ -101,8 +102,8 @@ def write(tmp_path: Path, check: dict[str, ModuleType]) -> Write:
     return results
 
 
-def run_script(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, repository / "benchmarks" / "cost_model_check.py", *arguments]
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "benchmarks" / "cost_model_check.py", *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 
@@ -117,15 +118,13 @@ def test_constants_that_were_put_in_are_found(check: dict[str, ModuleType], writ
     assert all(abs(g.speedup_error) < 1e-6 for g in guesses if g.speedup_error is not None)
 
 
-def test_errors_are_of_the_size_of_the_noise(
-    repository: Path, write: Write, check: dict[str, ModuleType]
-) -> None:
+def test_errors_are_of_the_size_of_the_noise(write: Write, check: dict[str, ModuleType]) -> None:
     path = write(noise=0.05)
     median = check["cost_model_check"].median_error(
         check["cost_model_check"].cross_check(check["emulated_runs"].read_runs(path))
     )
     assert 0.005 < median < 0.05
-    done = run_script(repository, path, "--at-most", 0.06)
+    done = run_script(path, "--at-most", 0.06)
     assert done.returncode == 0, done.stderr
     for text in ("84 rows", "2x4", "4x2", "8x1", "8x2", "where it fails most", "4.0% of headers"):
         assert text in done.stdout
@@ -151,9 +150,9 @@ def shuffle_rates(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", [triple_a_topology, swap_variants, shuffle_rates])
 def test_what_does_not_fit_is_noticed(
-    repository: Path, write: Write, change: Callable[[dict[str, Any]], None]
+    write: Write, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    done = run_script(repository, write(noise=0.02, change=change), "--at-most", 0.08)
+    done = run_script(write(noise=0.02, change=change), "--at-most", 0.08)
     assert done.returncode == 4, done.stdout
     assert "is above 8.0%" in done.stderr
 
@@ -196,9 +195,9 @@ def newer(document: dict[str, Any]) -> None:
     ],
 )
 def test_files_that_say_too_little_are_refused(
-    repository: Path, write: Write, change: Callable[[dict[str, Any]], None], found: str
+    write: Write, change: Callable[[dict[str, Any]], None], found: str
 ) -> None:
-    done = run_script(repository, write(change=change))
+    done = run_script(write(change=change))
     assert done.returncode == 3
     assert found in done.stderr
     assert "expected:" in done.stderr and "try:" in done.stderr
@@ -209,9 +208,9 @@ def test_a_missing_file_is_refused(check: dict[str, ModuleType], tmp_path: Path)
         check["emulated_runs"].read_runs(tmp_path / "missing.json")
 
 
-def test_the_first_measured_runs_are_met(check: dict[str, ModuleType], repository: Path) -> None:
+def test_the_first_measured_runs_are_met(check: dict[str, ModuleType]) -> None:
     """What docs/prediction.md says of them."""
-    path = repository / "benchmarks" / "first_cluster_runs.json"
+    path = REPOSITORY / "benchmarks" / "first_cluster_runs.json"
     runs = check["emulated_runs"].read_runs(path)
     guesses = check["cost_model_check"].cross_check(runs)
     assert check["cost_model_check"].median_error(guesses) < 0.06
@@ -222,9 +221,9 @@ def test_the_first_measured_runs_are_met(check: dict[str, ModuleType], repositor
     assert 0.85 < constants[3] < 1.16
 
 
-def test_bytes_are_the_cost_models(check: dict[str, ModuleType], repository: Path) -> None:
+def test_bytes_are_the_cost_models(check: dict[str, ModuleType]) -> None:
     """4x2, flat: (H-1)/H of 26 vectors of 128 floats, twice, and ids once, for both ranks."""
-    runs = check["emulated_runs"].read_runs(repository / "benchmarks" / "first_cluster_runs.json")
+    runs = check["emulated_runs"].read_runs(REPOSITORY / "benchmarks" / "first_cluster_runs.json")
     flat = next(r for r in runs if (r.topology, r.variant) == ("4x2", "flat"))
     samples = 2 * 256 * 3 / 4
     expected = samples * 26 * (2 * 128 * 4 + 8)

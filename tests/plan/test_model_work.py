@@ -9,8 +9,7 @@ from dmt_convert.placement.predict.model_work import count_work
 from dmt_convert.placement.predict.step_load import as_flat, as_passthrough
 from dmt_convert.placement.predict.suggestion import dealt_model
 from dmt_convert.spec import ModelSpec
-
-from .predicted_models import make_flat
+from support.specs import mlperf_spec
 
 torch = pytest.importorskip("torch")
 
@@ -33,7 +32,7 @@ def compressed(flat: ModelSpec, ratio: float = 4) -> DmtSpec:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bare", [False, True])
 def test_parameters_are_those_of_the_model(kind: str, bare: bool) -> None:
-    model = compressed(make_flat(7, 16, kind=kind))
+    model = compressed(mlperf_spec(7, 16, kind=kind))
     model = as_passthrough(model) if bare else model
     built = build(model)
     counted = count_work(model)
@@ -47,7 +46,7 @@ def test_parameters_are_those_of_the_model(kind: str, bare: bool) -> None:
 def test_a_module_of_both_maps_is_counted() -> None:
     """c vectors per feature and p per tower."""
     module = TowerModuleSpec(kind="dlrm", c=2, p=3, dim=4)
-    flat = make_flat(5, 16)
+    flat = mlperf_spec(5, 16)
     names = flat.feature_names
     model = DmtSpec(
         flat=flat,
@@ -63,22 +62,22 @@ def test_a_module_of_both_maps_is_counted() -> None:
 
 
 def test_an_mlp_is_two_flops_per_weight() -> None:
-    flat = make_flat(4, 8, kind="cat")
+    flat = mlperf_spec(4, 8, kind="cat")
     work = count_work(as_flat(flat))
     assert work.dense_arch.flops == 2 * (13 * 512 + 512 * 256 + 256 * 8)
     assert work.over.flops == 2 * (5 * 8 * 1024 + 1024 * 1024 + 1024 * 512 + 512 * 256 + 256)
 
 
 def test_interactions_are_counted() -> None:
-    base = count_work(as_flat(make_flat(4, 8, kind="cat"))).over
-    dcn = count_work(as_flat(make_flat(4, 8, kind="dcn"))).over
+    base = count_work(as_flat(mlperf_spec(4, 8, kind="cat"))).over
+    dcn = count_work(as_flat(mlperf_spec(4, 8, kind="dcn"))).over
     assert dcn.flops - base.flops == 3 * 4 * 40 * 64
-    dot = make_flat(4, 8)
+    dot = mlperf_spec(4, 8)
     mlp = 2 * (18 * 1024 + 1024 * 1024 + 1024 * 512 + 512 * 256 + 256)
     assert count_work(as_flat(dot)).over.flops == mlp + 2 * 5 * 5 * 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_towers_without_compression_cost_what_the_flat_model_does(kind: str) -> None:
-    flat = make_flat(6, 16, kind=kind)
+    flat = mlperf_spec(6, 16, kind=kind)
     assert count_work(as_passthrough(compressed(flat))).over == count_work(as_flat(flat)).over

@@ -8,8 +8,7 @@ import pytest
 
 from dmt_convert.errors import ConfigError, PlanError
 from dmt_convert.placement import GIB, HBM_RESERVE, Cluster, default_cluster, plan_towers
-
-from .conftest import MakeModel
+from support.specs import spec_of_towers
 
 
 def test_the_default_cluster_has_a_host_per_tower() -> None:
@@ -40,8 +39,8 @@ def test_a_cluster_refuses_impossible_numbers(name: str, value: float) -> None:
     assert "--hosts" in error.value.hint
 
 
-def test_a_cluster_without_memory_is_refused_with_the_numbers(make_model: MakeModel) -> None:
-    spec, assignment = make_model([[(8, 4)], [(8, 4)]])
+def test_a_cluster_without_memory_is_refused_with_the_numbers() -> None:
+    spec, assignment = spec_of_towers([[(8, 4)], [(8, 4)]])
     cluster = Cluster(hosts=2, ranks_per_host=2, hbm_bytes=1)
     with pytest.raises(PlanError, match="cannot hold"):
         plan_towers(spec, assignment, cluster, tower_widths=[4, 4])

@@ -18,8 +18,7 @@ from dmt_convert.placement import GIB, Cluster, TowerPlan, check_plan, default_c
 from dmt_convert.placement.host_packing import column_cuts, spread_towers
 from dmt_convert.placement.placement import row_blocks
 from dmt_convert.spec import ModelSpec, TowerAssignment
-
-from .conftest import MakeModel, _make_model
+from support.specs import spec_of_towers
 
 
 def plan_for(
@@ -67,7 +66,7 @@ shapes = st.tuples(st.integers(1, 400), st.sampled_from([4, 6, 16, 64, 96, 128])
 def test_every_plan_is_sound_and_round_trips(
     towers: list[list[tuple[int, int]]], hosts: int, ranks: int, hbm_kib: int, shared: set[int]
 ) -> None:
-    spec, assignment = _make_model(towers, shared=list(shared))
+    spec, assignment = spec_of_towers(towers, shared=list(shared))
     try:
         plan = plan_for((spec, assignment), hosts, ranks, hbm_kib * 1024)
     except PlanError as error:
@@ -85,30 +84,30 @@ def test_every_plan_is_sound_and_round_trips(
     assert sorted(plan.tower_order) == list(range(len(towers)))
 
 
-def test_with_a_host_per_tower_tower_t_is_on_host_t(make_model: MakeModel) -> None:
-    plan = plan_for(make_model([[(10, 8)], [(900, 64)], [(5, 4)]]), 3, 2)
+def test_with_a_host_per_tower_tower_t_is_on_host_t() -> None:
+    plan = plan_for(spec_of_towers([[(10, 8)], [(900, 64)], [(5, 4)]]), 3, 2)
     assert plan.tower_hosts == ((0,), (1,), (2,))
     assert plan.tower_order == (0, 1, 2)
 
 
-def test_fewer_towers_than_hosts_take_consecutive_hosts(make_model: MakeModel) -> None:
-    plan = plan_for(make_model([[(10, 8)] * 6, [(10, 8)] * 6]), 6, 1)
+def test_fewer_towers_than_hosts_take_consecutive_hosts() -> None:
+    plan = plan_for(spec_of_towers([[(10, 8)] * 6, [(10, 8)] * 6]), 6, 1)
     assert plan.tower_hosts == ((0, 1, 2), (3, 4, 5))
     assert plan.hosts_per_tower == 3
     assert list(plan.ranks_of(1)) == [3, 4, 5]
     assert plan.lookups_per_rank == (2.0,) * 6
 
 
-def test_more_towers_than_hosts_share_evenly_in_order(make_model: MakeModel) -> None:
-    plan = plan_for(make_model([[(100, 8)] * 2] * 6), 3, 2)
+def test_more_towers_than_hosts_share_evenly_in_order() -> None:
+    plan = plan_for(spec_of_towers([[(100, 8)] * 2] * 6), 3, 2)
     assert plan.tower_hosts == ((0,), (0,), (1,), (1,), (2,), (2,))
     assert len(set(plan.bytes_per_host)) == 1
 
 
-def test_towers_leave_their_order_where_that_evens_the_hosts(make_model: MakeModel) -> None:
+def test_towers_leave_their_order_where_that_evens_the_hosts() -> None:
     """In a row: 4 + 4 lookups against 1 + 1; mixed: 4 + 1 each."""
     big, small = [(100, 8)] * 4, [(100, 8)]
-    plan = plan_for(make_model([big, big, small, small, small]), 2, 1)
+    plan = plan_for(spec_of_towers([big, big, small, small, small]), 2, 1)
     assert plan.bytes_per_host[0] * 0.8 < plan.bytes_per_host[1] < plan.bytes_per_host[0] * 1.25
     assert plan.tower_hosts[0] != plan.tower_hosts[1]
     assert plan.tower_order == tuple(sorted(range(5), key=lambda t: plan.tower_hosts[t]))
@@ -143,31 +142,31 @@ def test_spread_towers_stays_near_the_best_possible(
     assert peak(found) <= 2 * best
 
 
-def test_tables_stay_whole_and_spread_over_the_ranks(make_model: MakeModel) -> None:
-    plan = plan_for(make_model([[(100, 64)] * 8]), 1, 4)
+def test_tables_stay_whole_and_spread_over_the_ranks() -> None:
+    plan = plan_for(spec_of_towers([[(100, 64)] * 8]), 1, 4)
     assert all(len(table.shards) == 1 for table in plan.tables)
     assert len(set(plan.bytes_per_rank)) == 1
     assert plan.lookups_per_rank == (2.0,) * 4
 
 
-def test_a_table_too_large_for_a_rank_is_cut_into_columns(make_model: MakeModel) -> None:
+def test_a_table_too_large_for_a_rank_is_cut_into_columns() -> None:
     """1000 x (128 * 4 + 4) = 516 kB in 340 kB ranks: two halves of 260 kB."""
-    plan = plan_for(make_model([[(1000, 128), *[(200, 128)] * 5]]), 1, 4, 400_000)
+    plan = plan_for(spec_of_towers([[(1000, 128), *[(200, 128)] * 5]]), 1, 4, 400_000)
     table = plan.tables[0]
     assert table.sharding_type == "table_column_wise"
     assert [(shard.col_offset, shard.cols) for shard in table.shards] == [(0, 64), (64, 64)]
     assert sum(plan.bytes_per_rank) == 1000 * (128 * 4 + 2 * 4) + 1000 * (128 * 4 + 4)
 
 
-def test_a_table_that_dominates_its_host_is_cut_though_it_fits(make_model: MakeModel) -> None:
-    model = make_model([[(1000, 128), *[(10, 128)] * 7]])
+def test_a_table_that_dominates_its_host_is_cut_though_it_fits() -> None:
+    model = spec_of_towers([[(1000, 128), *[(10, 128)] * 7]])
     assert len(plan_for(model, 1, 4, 2_000_000).tables[0].shards) == 2
     assert len(plan_for(model, 1, 4, 200_000_000).tables[0].shards) == 1
 
 
-def test_a_table_that_columns_do_not_help_is_cut_into_rows(make_model: MakeModel) -> None:
+def test_a_table_that_columns_do_not_help_is_cut_into_rows() -> None:
     """Width 16 is below two shards of 32, so only rows are left."""
-    plan = plan_for(make_model([[(1001, 16)]]), 1, 4, 25_000)
+    plan = plan_for(spec_of_towers([[(1001, 16)]]), 1, 4, 25_000)
     (table,) = plan.tables
     assert table.sharding_type == "table_row_wise"
     assert [shard.rows for shard in table.shards] == [251, 251, 251, 248]
@@ -187,16 +186,16 @@ def test_column_cuts_are_even_wide_and_multiples_of_four() -> None:
     assert column_cuts(70, 8) == [1]
 
 
-def test_gaps_between_whole_tables_are_filled(make_model: MakeModel) -> None:
+def test_gaps_between_whole_tables_are_filled() -> None:
     """Three tables of 6.8 kB on two ranks of 10.2 kB fit only if one is cut."""
-    plan = plan_for(make_model([[(100, 16)] * 3]), 1, 2, 12_100)
+    plan = plan_for(spec_of_towers([[(100, 16)] * 3]), 1, 2, 12_100)
     assert [table.sharding_type for table in plan.tables].count("table_row_wise") >= 1
     assert max(plan.bytes_per_rank) <= plan.cluster.usable_bytes
 
 
-def test_known_pooling_balances_lookups(make_model: MakeModel) -> None:
+def test_known_pooling_balances_lookups() -> None:
     """Of four like tables, taken in turn, the two with many ids would share a rank."""
-    spec, assignment = make_model([[(100, 8)] * 4])
+    spec, assignment = spec_of_towers([[(100, 8)] * 4])
     cluster = Cluster(hosts=1, ranks_per_host=2)
     ids = {"f0": 3.0, "f2": 3.0}
     plan = plan_towers(spec, assignment, cluster, tower_widths=[32], ids_per_bag=ids)
@@ -205,18 +204,18 @@ def test_known_pooling_balances_lookups(make_model: MakeModel) -> None:
     assert [table.shards[0].rank for table in blind.tables] == [0, 1, 0, 1]
 
 
-def test_fp16_tables_take_half_and_their_state_does_not(make_model: MakeModel) -> None:
-    plan = plan_for(make_model([[(1000, 64)]], dtype="fp16"), 1, 1)
+def test_fp16_tables_take_half_and_their_state_does_not() -> None:
+    plan = plan_for(spec_of_towers([[(1000, 64)]], dtype="fp16"), 1, 1)
     assert plan.bytes_per_rank == (1000 * (64 * 2 + 4),)
 
 
-def test_the_same_input_gives_the_same_plan(make_model: MakeModel) -> None:
-    model = make_model([[(i * 7 % 90 + 1, 16) for i in range(20)] for _ in range(5)])
+def test_the_same_input_gives_the_same_plan() -> None:
+    model = spec_of_towers([[(i * 7 % 90 + 1, 16) for i in range(20)] for _ in range(5)])
     assert plan_for(model, 2, 3) == plan_for(model, 2, 3)
 
 
-def test_a_tower_larger_than_its_host_is_refused_with_the_numbers(make_model: MakeModel) -> None:
-    model = make_model([[(10, 8)], [(4_000_000, 128)]])
+def test_a_tower_larger_than_its_host_is_refused_with_the_numbers() -> None:
+    model = spec_of_towers([[(10, 8)], [(4_000_000, 128)]])
     with pytest.raises(PlanError) as error:
         plan_for(model, 2, 2, GIB // 2)
     text = str(error.value)
@@ -228,14 +227,14 @@ def test_a_tower_larger_than_its_host_is_refused_with_the_numbers(make_model: Ma
     assert plan_for(model, 6, 2, GIB // 2).hosts_per_tower == 3
 
 
-def test_hosts_that_the_towers_do_not_divide_are_refused(make_model: MakeModel) -> None:
+def test_hosts_that_the_towers_do_not_divide_are_refused() -> None:
     with pytest.raises(PlanError, match="2 towers on 5 hosts") as error:
-        plan_for(make_model([[(10, 8)], [(10, 8)]]), 5, 1)
+        plan_for(spec_of_towers([[(10, 8)], [(10, 8)]]), 5, 1)
     assert error.value.hint == "use 4 or 6 hosts, or --towers 5"
 
 
-def test_a_table_shared_by_two_towers_is_refused(make_model: MakeModel) -> None:
-    spec, _ = make_model([[(10, 8), (20, 8)]], shared=[1])
+def test_a_table_shared_by_two_towers_is_refused() -> None:
+    spec, _ = spec_of_towers([[(10, 8), (20, 8)]], shared=[1])
     split = TowerAssignment(towers=(("f0", "f1"), ("g1",)))
     with pytest.raises(PlanError) as error:
         plan_towers(spec, split, default_cluster(2), tower_widths=[8, 8])
@@ -244,23 +243,21 @@ def test_a_table_shared_by_two_towers_is_refused(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("widths", [[8], [8, 8, 8], [8, 0]])
-def test_widths_that_do_not_match_the_towers_are_refused(
-    make_model: MakeModel, widths: list[int]
-) -> None:
-    spec, assignment = make_model([[(10, 8)], [(10, 8)]])
+def test_widths_that_do_not_match_the_towers_are_refused(widths: list[int]) -> None:
+    spec, assignment = spec_of_towers([[(10, 8)], [(10, 8)]])
     with pytest.raises(PlanError, match="tower widths"):
         plan_towers(spec, assignment, default_cluster(2), tower_widths=widths)
 
 
 @pytest.mark.parametrize("ids", [{"f0": 0.0}, {"f0": float("nan")}, {"nobody": 1.0}])
-def test_impossible_id_counts_are_refused(make_model: MakeModel, ids: dict[str, float]) -> None:
-    spec, assignment = make_model([[(10, 8)]])
+def test_impossible_id_counts_are_refused(ids: dict[str, float]) -> None:
+    spec, assignment = spec_of_towers([[(10, 8)]])
     with pytest.raises(PlanError, match="ids per bag"):
         plan_towers(spec, assignment, default_cluster(1), tower_widths=[8], ids_per_bag=ids)
 
 
-def test_towers_of_another_model_are_refused(make_model: MakeModel) -> None:
-    spec, _ = make_model([[(10, 8)], [(10, 8)]])
+def test_towers_of_another_model_are_refused() -> None:
+    spec, _ = spec_of_towers([[(10, 8)], [(10, 8)]])
     other = TowerAssignment(towers=(("f0",),))
     with pytest.raises(PartitionError, match="do not hold"):
         plan_towers(spec, other, default_cluster(1), tower_widths=[8])
@@ -268,10 +265,10 @@ def test_towers_of_another_model_are_refused(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize(("num_tables", "towers", "hosts"), [(1000, 16, 16), (5000, 64, 16)])
 def test_thousands_of_tables_take_under_five_seconds(
-    make_model: MakeModel, num_tables: int, towers: int, hosts: int
+    num_tables: int, towers: int, hosts: int
 ) -> None:
     shapes = [(10 + i * i * 7919 % 1_000_000, 128) for i in range(num_tables)]
-    model = make_model([shapes[t::towers] for t in range(towers)])
+    model = spec_of_towers([shapes[t::towers] for t in range(towers)])
     start = time.perf_counter()
     plan = plan_for(model, hosts, 8, 80 * GIB)
     assert time.perf_counter() - start < 5
@@ -285,9 +282,9 @@ def test_planning_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_lookups_are_spread_where_bytes_are_few(make_model: MakeModel) -> None:
+def test_lookups_are_spread_where_bytes_are_few() -> None:
     """One table holds nearly all bytes of a small model: the others do not shun its rank."""
-    spec, assignment = make_model([[(10_000, 16), *[(10, 16)] * 5]])
+    spec, assignment = spec_of_towers([[(10_000, 16), *[(10, 16)] * 5]])
     cluster = Cluster(hosts=1, ranks_per_host=2, hbm_bytes=2**30)
     plan = plan_towers(spec, assignment, cluster, tower_widths=[96])
     assert plan.lookups_per_rank == (3.0, 3.0)

@@ -8,16 +8,13 @@ import pytest
 
 from dmt_convert.placement import Cluster, Exchange, plan_towers
 from dmt_convert.placement.traffic import measure_traffic
-
-from .conftest import MakeModel
+from support.specs import spec_of_towers
 
 
 @pytest.mark.parametrize(("hosts", "ranks"), [(4, 2), (2, 4), (8, 1), (1, 4)])
-def test_even_towers_follow_the_closed_formulas(
-    make_model: MakeModel, hosts: int, ranks: int
-) -> None:
+def test_even_towers_follow_the_closed_formulas(hosts: int, ranks: int) -> None:
     """V (H-1)/H flat, V (H-1)/(H CR) for outputs, V (L-1)/L inside the host."""
-    spec, assignment = make_model([[(100, 64)] * ranks] * hosts)
+    spec, assignment = spec_of_towers([[(100, 64)] * ranks] * hosts)
     cluster = Cluster(hosts=hosts, ranks_per_host=ranks)
     widths = [ranks * 16] * hosts
     traffic = plan_towers(spec, assignment, cluster, tower_widths=widths).traffic
@@ -34,9 +31,9 @@ def test_even_towers_follow_the_closed_formulas(
     assert traffic.tower_indices.intra_bytes == indices * (ranks - 1) / ranks
 
 
-def test_a_row_wise_table_sends_partial_sums_to_every_rank(make_model: MakeModel) -> None:
+def test_a_row_wise_table_sends_partial_sums_to_every_rank() -> None:
     """V (L-1) instead of V (L-1)/L."""
-    spec, assignment = make_model([[(3000, 8)], [(3000, 8)]])
+    spec, assignment = spec_of_towers([[(3000, 8)], [(3000, 8)]])
     cluster = Cluster(hosts=2, ranks_per_host=4, hbm_bytes=40_000)
     plan = plan_towers(spec, assignment, cluster, tower_widths=[8, 8])
     assert {table.sharding_type for table in plan.tables} == {"table_row_wise"}
@@ -99,8 +96,8 @@ def test_seconds_follow_the_slower_link() -> None:
     assert exchange.seconds(slow_inside, 100) == pytest.approx(4000 * 8 * 100 / 1e9)
 
 
-def test_an_estimate_counts_embeddings_both_ways_and_ids_once(make_model: MakeModel) -> None:
-    spec, assignment = make_model([[(100, 64)]] * 2)
+def test_an_estimate_counts_embeddings_both_ways_and_ids_once() -> None:
+    spec, assignment = spec_of_towers([[(100, 64)]] * 2)
     cluster = Cluster(hosts=2, ranks_per_host=1, inter_gbps=8.0)
     plan = plan_towers(spec, assignment, cluster, tower_widths=[16, 16])
     estimate = plan.estimate(1000)

@@ -27,10 +27,10 @@ from dmt_convert.placement.predict.suggestion import (
     dealt_model,
     tower_counts,
 )
+from support.machines import make_machine
+from support.specs import mlperf_spec
 
-from .predicted_models import make_flat, make_machine
-
-WIDE = make_flat(512, 64, kind="projection")
+WIDE = mlperf_spec(512, 64, kind="projection")
 NO_LATENCY = {
     "launch_us": 0.0,
     "cross_message_us": 0.0,
@@ -43,7 +43,7 @@ NO_LATENCY = {
 
 
 def planned(machine: Machine, towers: int, ratio: float) -> tuple[DmtSpec, TowerPlan]:
-    flat = make_flat(32, 128)
+    flat = mlperf_spec(32, 128)
     model = dealt_model(flat, towers, ratio)
     assert model is not None
     cluster = machine.network.cluster
@@ -128,9 +128,9 @@ def test_no_ids_are_refused(ids: float) -> None:
 def test_more_than_16384_ranks_are_refused() -> None:
     machine = make_machine("h100", 4096, 8)
     with pytest.raises(ConfigError, match="32768 ranks"):
-        suggest(make_flat(), machine)
+        suggest(mlperf_spec(), machine)
     with pytest.raises(ConfigError, match="20000 ranks per host"):
-        predict_scaling(make_flat(), make_machine("h100", 1, 20000), compression=2)
+        predict_scaling(mlperf_spec(), make_machine("h100", 1, 20000), compression=2)
 
 
 def speedups(gpu: str, compression: float = 8, **settings: float) -> dict[int, float]:
@@ -153,7 +153,7 @@ def test_without_latency_speedup_saturates_at_amdahls_bound() -> None:
     """1 / (1 - s + s / CR), s the exposed share of flat's embedding exchange between hosts."""
     machine = make_machine("h100", 2, 8, intra_gbps=1e9, **NO_LATENCY)
     quick = replace(machine, gpu=replace(machine.gpu, hbm_bytes_per_s=1e30, flops_per_s=1e30))
-    flat = make_flat(1024, 64, kind="projection")
+    flat = mlperf_spec(1024, 64, kind="projection")
     points = predict_scaling(flat, quick, compression=8)
     for point in points:
         if point.towers < point.hosts:
@@ -184,20 +184,20 @@ def test_newer_accelerators_spend_more_of_their_time_on_communication() -> None:
     shares = []
     for gpu in ("v100", "a100", "h100"):
         machine = make_machine(gpu, 8, 8, comm_dtype="bf16")
-        flat = make_flat(26, 128)
+        flat = mlperf_spec(26, 128)
         step = step_time(even_load(as_flat(flat), machine.network.cluster, 1.0), machine)
         shares.append(step.exposed / step.total)
     assert shares[0] < min(shares[1:])
     gains = []
     for gpu in ("v100", "h100"):
         machine = make_machine(gpu, 8, 8, comm_dtype="bf16", batch=16384)
-        points = predict_scaling(make_flat(26, 128), machine, compression=8)
+        points = predict_scaling(mlperf_spec(26, 128), machine, compression=8)
         gains.append(next(p.prediction.dmt.speedup for p in points if p.ranks == 64))
     assert gains[0] < gains[1]
 
 
 def test_scaling_covers_all_sizes_and_keeps_towers_a_divisor() -> None:
-    points = predict_scaling(make_flat(26, 64), make_machine("a100", 3, 8), compression=4)
+    points = predict_scaling(mlperf_spec(26, 64), make_machine("a100", 3, 8), compression=4)
     assert [point.ranks for point in points] == [2**k for k in range(4, 15)]
     assert [point.towers for point in points[:5]] == [2, 4, 8, 16, 16]
     assert all(point.hosts % point.towers == 0 for point in points)
@@ -214,12 +214,12 @@ def test_scaling_is_predicted_in_a_second() -> None:
 
 def test_compression_beyond_the_dim_is_refused() -> None:
     with pytest.raises(ConfigError, match="a compression of 64"):
-        predict_scaling(make_flat(8, 16), make_machine(), compression=64)
+        predict_scaling(mlperf_spec(8, 16), make_machine(), compression=64)
 
 
 def test_a_suggestion_compresses_no_more_than_pays() -> None:
     machine = make_machine("h100", 8, 8)
-    found = suggest(make_flat(32, 128), machine)
+    found = suggest(mlperf_spec(32, 128), machine)
     fastest = found.candidates[0]
     assert list(found.candidates) == sorted(found.candidates, key=lambda c: c.seconds)
     assert found.best.seconds <= fastest.seconds * (1 + TOLERANCE)
@@ -230,13 +230,13 @@ def test_a_suggestion_compresses_no_more_than_pays() -> None:
     )
     assert found.worth_it and found.best.speedup > 1.5
     assert len(found.to_json()["candidates"]) == 5
-    endless = suggest(make_flat(32, 128), make_machine("h100", 8, 8, inter_gbps=1e9))
+    endless = suggest(mlperf_spec(32, 128), make_machine("h100", 8, 8, inter_gbps=1e9))
     assert endless.best.compression <= found.best.compression
 
 
 def test_candidates_are_what_predicting_them_gives() -> None:
     machine = make_machine("a100", 8, 4)
-    found = suggest(make_flat(32, 128), machine)
+    found = suggest(mlperf_spec(32, 128), machine)
     chosen = next(c for c in found.candidates if c.towers == 8 and round(c.compression) == 4)
     model, plan = planned(machine, 8, 4)
     prediction = predict_plan(model, plan, machine)
@@ -247,7 +247,7 @@ def test_candidates_are_what_predicting_them_gives() -> None:
 def test_staying_flat_is_suggested_where_towers_do_not_pay() -> None:
     """One slow accelerator, an endless network: only the tower modules' own cost remains."""
     machine = make_machine("h100", 2, 8, inter_gbps=1e9, intra_gbps=10.0)
-    found = suggest(make_flat(4, 16, kind="cat"), machine)
+    found = suggest(mlperf_spec(4, 16, kind="cat"), machine)
     assert not found.worth_it
     assert found.to_json()["suggestion"]["beats_flat"] is False
 
@@ -257,12 +257,12 @@ def test_tables_that_fit_no_way_are_refused_with_the_plans_numbers() -> None:
     cluster = replace(machine.network.cluster, hbm_bytes=2**20)
     small = replace(machine, network=replace(machine.network, cluster=cluster))
     with pytest.raises(PlanError, match="cannot hold"):
-        suggest(make_flat(8, 128), small)
+        suggest(mlperf_spec(8, 128), small)
 
 
 def test_numbers_of_towers_that_do_not_fit_are_named() -> None:
     """Two of six tables are too much for one of four hosts, three in rows are not for two."""
-    flat = make_flat(6, 32, rows=40_000)
+    flat = mlperf_spec(6, 32, rows=40_000)
     machine = make_machine("h100", 4, 1)
     cluster = replace(machine.network.cluster, hbm_bytes=int(9.2e6 / 0.85))
     found = suggest(flat, replace(machine, network=replace(machine.network, cluster=cluster)))
@@ -283,7 +283,7 @@ def test_numbers_of_towers_divide_or_multiply_the_hosts(hosts: int, most: int) -
 
 @given(features=st.integers(1, 60), data=st.data())
 def test_tables_are_dealt_evenly(features: int, data: st.DataObject) -> None:
-    flat = make_flat(features, 8, kind="cat")
+    flat = mlperf_spec(features, 8, kind="cat")
     towers = data.draw(st.integers(1, features))
     assignment = deal_tables(flat, towers)
     assignment.check_covers(flat.feature_names)

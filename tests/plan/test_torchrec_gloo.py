@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import ModelSpec, TowerAssignment
-
-from .conftest import MakeModel
-
-ROOT = Path(__file__).parents[2]
+from support.cluster.client import RunRanks, serve_ranks
+from support.specs import spec_of_towers
 
 pytest.importorskip("torchrec", reason="shards real towers, which needs torchrec")
 
 
-def run_ranks(
-    plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment, folder: Path, **environ: str
+@pytest.fixture(scope="module")
+def run_ranks() -> Iterator[RunRanks]:
+    with serve_ranks("lookup_scenarios") as run:
+        yield run
+
+
+def compare_lookups(
+    run_ranks: RunRanks,
+    plan: TowerPlan,
+    spec: ModelSpec,
+    assignment: TowerAssignment,
+    **environ: str,
 ) -> list[str]:
     """Run a process per rank; return the verdicts with the plan's tower order and without."""
+    job = {"ranks_per_host": plan.cluster.ranks_per_host, "environ": environ, "seconds": 240}
     case = {"spec": spec.to_json(), "towers": assignment.towers, "plan": plan.to_json()}
-    path = folder / "case.json"
-    path.write_text(json.dumps(case))
-    size = plan.cluster.ranks_per_host
-    script = str(Path(__file__).with_name("gloo_worker.py"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(path), str(rank), str(folder / "init")],
-            env=os.environ
-            | {"PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-            | {"LOCAL_RANK": str(rank % size), "GLOO_SOCKET_IFNAME": "lo"}
-            | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(plan.cluster.world_size)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors[-4000:]
-    return outputs[0][0].split()
+    reports = run_ranks(plan.cluster.world_size, "compare_lookups", job=job, **case)
+    verdicts: list[str] = reports[0]["result"]
+    return verdicts
 
 
 @pytest.mark.slow
-def test_sharded_towers_look_up_what_unsharded_ones_do(
-    make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_sharded_towers_look_up_what_unsharded_ones_do(run_ranks: RunRanks) -> None:
     """All ways of sharding at once, and towers out of host order, told and not told."""
-    spec, assignment = make_model(
+    spec, assignment = spec_of_towers(
         [
             [(600, 64)],
             [(1100, 20)],
@@ -72,17 +53,15 @@ def test_sharded_towers_look_up_what_unsharded_ones_do(
     kinds = {(table.sharding_type, len(table.shards)) for table in plan.tables}
     assert kinds == {("table_row_wise", 2), ("table_column_wise", 1), ("table_column_wise", 2)}
     assert plan.tower_order != (0, 1, 2, 3)
-    assert run_ranks(plan, spec, assignment, tmp_path) == ["same", "permuted"]
+    assert compare_lookups(run_ranks, plan, spec, assignment) == ["same", "permuted"]
 
 
 @pytest.mark.slow
-def test_a_tower_over_two_hosts_looks_up_what_an_unsharded_one_does(
-    make_model: MakeModel, tmp_path: Path
-) -> None:
-    spec, assignment = make_model([[(40, 16), (9, 8)], [(30, 64)]])
+def test_a_tower_over_two_hosts_looks_up_what_an_unsharded_one_does(run_ranks: RunRanks) -> None:
+    spec, assignment = spec_of_towers([[(40, 16), (9, 8)], [(30, 64)]])
     cluster = Cluster(hosts=4, ranks_per_host=1, hbm_bytes=8_000)
     plan = plan_towers(spec, assignment, cluster, tower_widths=[24, 64])
     assert plan.tower_hosts == ((0, 1), (2, 3))
     assert len(plan.tables[2].shards) == 2
-    verdicts = run_ranks(plan, spec, assignment, tmp_path, TORCHREC_RESOLVED_POD_SIZE="2")
+    verdicts = compare_lookups(run_ranks, plan, spec, assignment, TORCHREC_RESOLVED_POD_SIZE="2")
     assert verdicts == ["same", "same"]

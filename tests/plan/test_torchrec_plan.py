@@ -10,8 +10,7 @@ import pytest
 from dmt_convert.errors import PlanError
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import FeatureSpec, ModelSpec, TowerAssignment
-
-from .conftest import MakeModel
+from support.specs import spec_of_towers
 
 torch = pytest.importorskip("torch", reason="turns plans into TorchRec's, which needs torch")
 pytest.importorskip("torchrec", reason="turns plans into TorchRec's, which needs torchrec")
@@ -26,9 +25,9 @@ Model = tuple[ModelSpec, TowerAssignment]
 
 
 @pytest.fixture(scope="module")
-def model(make_model: MakeModel) -> Model:
+def model() -> Model:
     """Towers that leave their order; a table in columns (t0), in rows (t1), shared (t3)."""
-    return make_model(
+    return spec_of_towers(
         [
             [(600, 64)],
             [(1100, 20)],
@@ -73,13 +72,13 @@ def test_torchrec_may_spoil_its_plan_without_spoiling_the_next(
     check_sharding_plan(to_sharding_plan(plan, *model), collection_of(plan, model), plan=plan)
 
 
-def test_a_plan_of_another_model_is_refused(plan: TowerPlan, make_model: MakeModel) -> None:
+def test_a_plan_of_another_model_is_refused(plan: TowerPlan) -> None:
     with pytest.raises(PlanError, match="not of this model"):
-        to_sharding_plan(plan, *make_model([[(600, 64)], [(10, 8)]]))
+        to_sharding_plan(plan, *spec_of_towers([[(600, 64)], [(10, 8)]]))
 
 
-def test_widths_that_the_kernel_does_not_take_are_refused(make_model: MakeModel) -> None:
-    odd = make_model([[(10, 6)]])
+def test_widths_that_the_kernel_does_not_take_are_refused() -> None:
+    odd = spec_of_towers([[(10, 6)]])
     plan = plan_towers(*odd, Cluster(hosts=1, ranks_per_host=1), tower_widths=[6])
     with pytest.raises(PlanError, match="'t0' has shards 6 wide"):
         to_sharding_plan(plan, *odd)
@@ -186,10 +185,10 @@ def test_tower_modules_are_used_and_keep_their_parameters(model: Model) -> None:
     assert [name for name, _ in towers.towers[0].interaction.named_parameters()] == ["module.scale"]
 
 
-def test_one_table_cannot_be_pooled_in_two_ways(make_model: MakeModel) -> None:
+def test_one_table_cannot_be_pooled_in_two_ways() -> None:
     from dataclasses import replace
 
-    spec, assignment = make_model([[(10, 8)]], shared=[0])
+    spec, assignment = spec_of_towers([[(10, 8)]], shared=[0])
     features = (spec.features[0], FeatureSpec(name="g0", table="t0", pooling="mean"))
     with pytest.raises(PlanError, match="pooled by sum"):
         build_tower_collection(replace(spec, features=features), assignment)

@@ -13,13 +13,12 @@ import pytest
 from dmt_convert.errors import PlanError
 from dmt_convert.placement import Cluster, Shard, TowerPlan, check_plan, plan_towers
 from dmt_convert.spec import ModelSpec, TowerAssignment
-
-from .conftest import MakeModel
+from support.specs import spec_of_towers
 
 
 @pytest.fixture
-def model(make_model: MakeModel) -> tuple[ModelSpec, TowerAssignment]:
-    return make_model([[(600, 64), (10, 8)], [(1100, 20), (3, 4)]])
+def model() -> tuple[ModelSpec, TowerAssignment]:
+    return spec_of_towers([[(600, 64), (10, 8)], [(1100, 20), (3, 4)]])
 
 
 @pytest.fixture
@@ -130,10 +129,8 @@ def test_forged_bytes_are_noticed(
         check_plan(forged, *model)
 
 
-def test_a_plan_of_other_towers_is_refused_with_all_differences(
-    plan: TowerPlan, make_model: MakeModel
-) -> None:
-    other = make_model([[(600, 64)], [(10, 8)], [(1100, 20), (3, 4), (5, 4)]])
+def test_a_plan_of_other_towers_is_refused_with_all_differences(plan: TowerPlan) -> None:
+    other = spec_of_towers([[(600, 64)], [(10, 8)], [(1100, 20), (3, 4), (5, 4)]])
     with pytest.raises(PlanError) as error:
         check_plan(plan, *other)
     assert error.value.details == (

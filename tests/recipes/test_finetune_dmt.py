@@ -16,9 +16,11 @@ import pytest
 
 from dmt_convert.bundle import open_bundle
 from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert import convert_checkpoint
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.recipes.finetune_dmt import main
+from dmt_convert.training import finetuned_bundle, training
+from support.bundles import convert_quickly
+from support.checkpoints.flat import make_flat
+from support.paths import REPOSITORY, read_files
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +31,12 @@ def few_threads() -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, make_flat: Callable[..., Path]) -> Path:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundle `b` and the rows `rows.npz`."""
     folder = tmp_path_factory.mktemp("scene")
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2, strategy="round-robin"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
-        convert_checkpoint(make_flat(folder / "ckpt.pt"), folder / "b", config=config)
+    partition = PartitionConfig(num_towers=2, strategy="round-robin")
+    source = make_flat(folder / "ckpt.pt")
+    convert_quickly(source, folder / "b", report=True, partition=partition)
     write(folder / "rows")
     return folder
 
@@ -115,23 +116,11 @@ def test_options_override_the_config(tune, tmp_path) -> None:
     assert settings["lr_decay"] == "constant"
 
 
-def test_two_runs_write_the_same_bytes(tune, tmp_path, listing_of) -> None:
+def test_two_runs_write_the_same_bytes(tune, tmp_path) -> None:
     assert tune("--max-steps", 6, "--quiet") == 0
-    first = listing_of(tmp_path / "new")
+    first = read_files(tmp_path / "new")
     assert tune("--max-steps", 6, "--quiet", "--force") == 0
-    assert listing_of(tmp_path / "new") == first
-
-
-@pytest.fixture
-def listing_of() -> Callable[[Path], dict[str, bytes]]:
-    def read(folder: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-
-    return read
+    assert read_files(tmp_path / "new") == first
 
 
 BAD_IDS = np.full((400, 4), 6, dtype=np.int32)
@@ -167,7 +156,7 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr("dmt_convert.training.training.train", None)
+    monkeypatch.setattr(training, "train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
@@ -190,7 +179,7 @@ def test_a_disk_that_fails_is_said(tune, tmp_path, capsys, monkeypatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 
-    monkeypatch.setattr("dmt_convert.training.finetuned_bundle.describe_bundle", fail)
+    monkeypatch.setattr(finetuned_bundle, "describe_bundle", fail)
     assert tune("--max-steps", 2, "--quiet") == 3
     printed = capsys.readouterr()
     assert printed.err.startswith("error: weights: Permission denied\nexpected: ")
@@ -208,9 +197,9 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_it_runs_as_a_file(scene, tmp_path, repository) -> None:
+def test_it_runs_as_a_file(scene, tmp_path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
-    script = repository / "recipes" / "finetune_dmt.py"
+    script = REPOSITORY / "recipes" / "finetune_dmt.py"
     done = subprocess.run(
         [
             *(sys.executable, script, "--bundle", scene / "b", "--max-steps", "2", "--quiet"),

@@ -2,22 +2,22 @@
 
 import importlib.metadata
 import re
-from pathlib import Path
 
 import dmt_convert
+from support.paths import REPOSITORY
 
 
 def headings(changelog: str) -> list[str]:
     return re.findall(r"^## (.+)$", changelog, re.MULTILINE)
 
 
-def test_unreleased_comes_first(repository: Path) -> None:
-    found = headings((repository / "CHANGELOG.md").read_text("utf-8"))
+def test_unreleased_comes_first() -> None:
+    found = headings((REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     assert found[0] == "[Unreleased]"
 
 
-def test_releases_have_dates_and_the_newest_is_the_version(repository: Path) -> None:
-    released = headings((repository / "CHANGELOG.md").read_text("utf-8"))[1:]
+def test_releases_have_dates_and_the_newest_is_the_version() -> None:
+    released = headings((REPOSITORY / "CHANGELOG.md").read_text("utf-8"))[1:]
     matches = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}", line) for line in released]
     assert all(matches), released
     versions = [match[1] for match in matches if match]

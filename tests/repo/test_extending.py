@@ -18,6 +18,7 @@ from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
 from dmt_convert.model import open_flat_model
+from support.paths import REPOSITORY
 
 ROWS = {"user": 7, "item": 5}
 
@@ -37,9 +38,9 @@ def install(site: Path, code: str, declared: str) -> None:
 
 
 @pytest.fixture
-def documented(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both examples, put where the page says: the reader is a distribution of its own."""
-    page = (repository / "docs" / "extending.md").read_text()
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
     container, family = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (declared,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
     install(tmp_path / "site", container, declared)

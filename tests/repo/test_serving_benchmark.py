@@ -12,13 +12,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from support.paths import REPOSITORY
+
 SCRIPT = "serving_latency.py"
 
 
 @pytest.fixture
-def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return repository / "benchmarks"
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return REPOSITORY / "benchmarks"
 
 
 @pytest.fixture
@@ -88,19 +90,19 @@ def command(benchmarks: Path, folder: Path, *options: str) -> list[str]:
     return [sys.executable, str(benchmarks / SCRIPT), *quick, *options]
 
 
-def environment(repository: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.exhaustive
 def test_a_quick_run_compares_and_times_and_leaves_nothing(
-    benchmarks: Path, repository: Path, tmp_path: Path
+    benchmarks: Path, tmp_path: Path
 ) -> None:
     variants = ["eager", "tbe", "tbe-int8", "torchrec-int8", "flat-onnx", "dmt-onnx", "dmt-c4-onnx"]
     options = ["--json", str(tmp_path / "out.json"), "--variants", *variants]
     done = subprocess.run(
         command(benchmarks, tmp_path / "work", *options),
-        env=environment(repository),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,
@@ -117,12 +119,12 @@ def test_a_quick_run_compares_and_times_and_leaves_nothing(
 
 @pytest.mark.exhaustive
 def test_a_terminated_run_leaves_neither_files_nor_processes(
-    benchmarks: Path, repository: Path, tmp_path: Path
+    benchmarks: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
     process = subprocess.Popen(
         command(benchmarks, work, "--variants", "eager", "tbe"),
-        env=environment(repository),
+        env=environment(),
         stderr=subprocess.DEVNULL,
     )
     try:

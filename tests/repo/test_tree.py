@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from support.paths import REPOSITORY
+
 MAX_LINES = 400
 MACHINE_PATH = re.compile(r"(^|[^A-Za-z0-9_.])/(work|farm)/", re.MULTILINE)
 # import-linter sees cli/ and recipes/ under these names only, so here the other names are refused.
 MAPPED = ("dmt_convert.cli", "dmt_convert.recipes")
 
 
-def tracked(repository: Path) -> list[Path]:
+def tracked() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(
-            command, cwd=repository, check=True, capture_output=True, text=True
+            command, cwd=REPOSITORY, check=True, capture_output=True, text=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout, so there is no list of tracked files")
-    return [path for name in listed.splitlines() if (path := repository / name).is_file()]
+    return [path for name in listed.splitlines() if (path := REPOSITORY / name).is_file()]
 
 
 def mapped_imports(source: str) -> Iterator[str]:
@@ -35,17 +37,17 @@ def mapped_imports(source: str) -> Iterator[str]:
         yield from (name for name in names if f"{name}.".startswith(tuple(f"{m}." for m in MAPPED)))
 
 
-def test_no_module_is_long(repository: Path) -> None:
-    python = [path for path in tracked(repository) if path.suffix == ".py"]
+def test_no_module_is_long() -> None:
+    python = [path for path in tracked() if path.suffix == ".py"]
     lengths = {str(path): len(path.read_text("utf-8").splitlines()) for path in python}
     assert len(lengths) > 10
     assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
 
 
-def test_no_tracked_file_names_a_machine_path(repository: Path) -> None:
+def test_no_tracked_file_names_a_machine_path() -> None:
     found = [
         str(path)
-        for path in tracked(repository)
+        for path in tracked()
         if MACHINE_PATH.search(path.read_bytes().decode("utf-8", errors="replace"))
     ]
     assert found == []
@@ -57,11 +59,11 @@ def test_machine_paths_are_recognised(prefix: str) -> None:
     assert not MACHINE_PATH.search(prefix + "my/work/file")
 
 
-def test_mapped_packages_are_imported_by_tests_only(repository: Path) -> None:
+def test_mapped_packages_are_imported_by_tests_only() -> None:
     found = {
         str(path): names
         for folder in ("dmt_convert", "cli", "recipes")
-        for path in (repository / folder).rglob("*.py")
+        for path in (REPOSITORY / folder).rglob("*.py")
         if (names := list(mapped_imports(path.read_text("utf-8"))))
     }
     assert found == {}

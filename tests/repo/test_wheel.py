@@ -4,22 +4,23 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+
+from support.paths import REPOSITORY
 
 OPTIONS = ("--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
 SOURCES = {"dmt_convert": "dmt_convert", "cli": "dmt_convert/cli", "recipes": "dmt_convert/recipes"}
 
 
 @pytest.fixture(scope="module")
-def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names of the files in a wheel built from a copy of the tree."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(repository / name, tree)
+        shutil.copy(REPOSITORY / name, tree)
     for folder in SOURCES:
-        shutil.copytree(repository / folder, tree / folder)
+        shutil.copytree(REPOSITORY / folder, tree / folder)
     out = tree / "wheels"
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *OPTIONS, "--wheel-dir", str(out), str(tree)],
@@ -38,11 +39,11 @@ def test_one_top_level_name(wheel: set[str]) -> None:
     assert {name for name in names if not name.endswith(".dist-info")} == {"dmt_convert"}
 
 
-def test_every_file_of_the_tree_is_there(repository: Path, wheel: set[str]) -> None:
+def test_every_file_of_the_tree_is_there(wheel: set[str]) -> None:
     expected = {
-        f"{target}/{path.relative_to(repository / folder).as_posix()}"
+        f"{target}/{path.relative_to(REPOSITORY / folder).as_posix()}"
         for folder, target in SOURCES.items()
-        for path in (repository / folder).rglob("*")
+        for path in (REPOSITORY / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert "dmt_convert/cli/__init__.py" in expected

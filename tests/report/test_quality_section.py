@@ -11,6 +11,7 @@ from dmt_convert.conversion import QualityRow
 from dmt_convert.report import partition_section, render_report
 from dmt_convert.report.headline_section import judge
 from dmt_convert.report.markup import EMPTY
+from support.reports import build_data
 
 FLAT = QualityRow(name="flat", r2=1.0, max_abs_diff=0.0, rank_correlation=1.0)
 
@@ -46,8 +47,8 @@ def row(name: str = "closed form", **values: float | None) -> QualityRow:
         (float("-inf"), "unknown"),
     ],
 )
-def test_verdict_of_a_compressed_model(make_data, r2, level):
-    data = make_data(quality=(FLAT, row(r2=r2)))
+def test_verdict_of_a_compressed_model(r2, level):
+    data = build_data(quality=(FLAT, row(r2=r2)))
     assert judge(data).level == level
     assert f'class="verdict {level}"' in render_report(data)
     assert "--tower-module passthrough" in plain(data)
@@ -56,28 +57,28 @@ def test_verdict_of_a_compressed_model(make_data, r2, level):
 @pytest.mark.parametrize(
     ("difference", "level"), [(0.0, "exact"), (1e-6, "exact"), (None, "exact"), (0.2, "far")]
 )
-def test_verdict_of_passthrough(make_data, difference, level):
-    data = make_data(
+def test_verdict_of_passthrough(difference, level):
+    data = build_data(
         module="passthrough", quality=(FLAT, row("passthrough", r2=1.0, max_abs_diff=difference))
     )
     assert judge(data).level == level
     assert "with --tower-module passthrough" not in plain(data)
 
 
-def test_a_passthrough_that_is_not_a_number_is_not_exact(make_data):
-    data = make_data(
+def test_a_passthrough_that_is_not_a_number_is_not_exact():
+    data = build_data(
         module="passthrough", quality=(FLAT, row("passthrough", max_abs_diff=float("nan")))
     )
     assert judge(data).level == "far"
 
 
-def test_a_compressed_model_is_never_called_exact(make_data):
+def test_a_compressed_model_is_never_called_exact():
     perfect = row(r2=1.0, max_abs_diff=0.0, rank_correlation=1.0)
-    verdict = judge(make_data(quality=(FLAT, perfect)))
+    verdict = judge(build_data(quality=(FLAT, perfect)))
     assert "not exact" in verdict.headline
 
 
-def test_changes_of_accuracy_are_signed_and_coloured(make_data):
+def test_changes_of_accuracy_are_signed_and_coloured():
     flat = row("flat", r2=1.0, auc=0.8, log_loss=0.45, ne=0.8)
     worse = row(auc=0.799, log_loss=0.451, ne=0.804)
     better = row(auc=0.801, log_loss=0.449, ne=0.796)
@@ -85,23 +86,23 @@ def test_changes_of_accuracy_are_signed_and_coloured(make_data):
         (worse, "worse", "−0.00100", "+0.50 %"),
         (better, "better", "+0.00100", "−0.50 %"),
     ):
-        text = render_report(make_data(quality=(flat, converted), labelled_data="rows of day 23"))
+        text = render_report(build_data(quality=(flat, converted), labelled_data="rows of day 23"))
         assert text.count(f'class="change {kind}"') == 3
         assert auc in text and ne in text and "rows of day 23" in text
         assert text.count('class="change ') == 3
 
 
-def test_equal_accuracy_is_no_change(make_data):
+def test_equal_accuracy_is_no_change():
     flat = row("flat", auc=0.8, log_loss=0.45, ne=0.8)
-    data = make_data(
+    data = build_data(
         quality=(flat, row(auc=0.8, log_loss=0.45, ne=0.8)), labelled_data="rows of day 23"
     )
     assert render_report(data).count('class="change same"') == 3
 
 
-def test_what_is_not_known_is_a_dash(make_data):
+def test_what_is_not_known_is_a_dash():
     unknown = row(r2=None, max_abs_diff=None, rank_correlation=None)
-    data = make_data(quality=(unknown,))
+    data = build_data(quality=(unknown,))
     page = render_report(data)
     cells = re.search(r'<table class="quality">.*?<tbody>(.*?)</tbody>', page, re.S)
     assert cells is not None
@@ -113,8 +114,8 @@ def test_what_is_not_known_is_a_dash(make_data):
     assert "No labels were given" in plain(data)
 
 
-def test_the_headline_counts_what_crosses_hosts(make_data):
-    text = plain(make_data(features=6, towers=2))
+def test_the_headline_counts_what_crosses_hosts():
+    text = plain(build_data(features=6, towers=2))
     # 6 features of 8 floats, half of them for the other host; half of that after the modules
     assert "96 → 48 bytes" in text and "2.00×" in text and "6 → 2" in text
-    assert "one host" in plain(make_data(hosts=1))
+    assert "one host" in plain(build_data(hosts=1))

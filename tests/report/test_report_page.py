@@ -14,6 +14,7 @@ from dmt_convert.conversion import QualityRow
 from dmt_convert.families import Fact
 from dmt_convert.report import partition_section, render_report
 from dmt_convert.report.markup import EMPTY
+from support.reports import build_data
 
 VOID = {"meta", "br", "img", "link", "input"}
 HOSTILE = (
@@ -122,8 +123,8 @@ def test_the_check_sees_a_bad_page(text):
         {"initialisation_notes": tuple(f"note {i}" for i in range(200))},
     ],
 )
-def test_pages_are_well_formed_and_complete(make_data, options):
-    data = make_data(**options)
+def test_pages_are_well_formed_and_complete(options):
+    data = build_data(**options)
     page = read(data)
     names = {text.strip() for text in page.words}
     assert set(data.spec.flat.feature_names) <= names
@@ -139,19 +140,19 @@ def test_pages_are_well_formed_and_complete(make_data, options):
     assert len(towers) == len(data.spec.towers)
 
 
-def test_nothing_points_outside(make_data):
-    page = render_report(make_data())
+def test_nothing_points_outside():
+    page = render_report(build_data())
     assert "://" not in page and "@import" not in page and "@font-face" not in page
     assert "default-src 'none'" in page
 
 
-def test_same_data_same_page(make_data):
-    assert render_report(make_data()) == render_report(make_data())
-    assert render_report(make_data()) != render_report(make_data(title="other.pt"))
+def test_same_data_same_page():
+    assert render_report(build_data()) == render_report(build_data())
+    assert render_report(build_data()) != render_report(build_data(title="other.pt"))
 
 
-def test_references_of_the_figure_are_kept(make_data):
-    text = render_report(make_data())
+def test_references_of_the_figure_are_kept():
+    text = render_report(build_data())
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', text)
     assert used and set(used) <= ids
@@ -159,8 +160,8 @@ def test_references_of_the_figure_are_kept(make_data):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_hostile_names_stay_text(make_data):
-    data = make_data(
+def test_hostile_names_stay_text():
+    data = build_data(
         features=len(HOSTILE),
         towers=2,
         names=HOSTILE,
@@ -188,8 +189,8 @@ def test_hostile_names_stay_text(make_data):
         assert name in page.text
 
 
-def test_many_features_stay_small(make_data):
-    data = make_data(features=600, towers=64)
+def test_many_features_stay_small():
+    data = build_data(features=600, towers=64)
     text = render_report(data)
     assert len(text.encode()) < 5_000_000
     page = read(data)
@@ -198,14 +199,14 @@ def test_many_features_stay_small(make_data):
     assert [name for name, _ in page.tags].count("details") >= 60
 
 
-def test_few_features_are_not_folded_and_many_of_a_tower_are(make_data, no_figure):
-    plain = [name for name, _ in read(make_data(features=40, towers=1)).tags].count("details")
-    folded = [name for name, _ in read(make_data(features=41, towers=1)).tags].count("details")
+def test_few_features_are_not_folded_and_many_of_a_tower_are(no_figure):
+    plain = [name for name, _ in read(build_data(features=40, towers=1)).tags].count("details")
+    folded = [name for name, _ in read(build_data(features=41, towers=1)).tags].count("details")
     assert folded == plain + 1
 
 
-def test_the_order_is_the_one_in_which_one_asks(make_data, no_figure):
-    page = read(make_data())
+def test_the_order_is_the_one_in_which_one_asks(no_figure):
+    page = read(build_data())
     sections = [attributes["id"] for name, attributes in page.tags if name == "section"]
     assert sections == [
         "quality",
@@ -219,16 +220,16 @@ def test_the_order_is_the_one_in_which_one_asks(make_data, no_figure):
     ]
 
 
-def test_without_affinity_the_page_says_why(make_data, no_figure):
-    bare = read(make_data(strategy="round-robin", affinity=False)).text
+def test_without_affinity_the_page_says_why(no_figure):
+    bare = read(build_data(strategy="round-robin", affinity=False)).text
     assert "no affinity matrix" in bare and "Strategy round-robin" in bare
-    assert "no affinity matrix" not in read(make_data()).text
+    assert "no affinity matrix" not in read(build_data()).text
 
 
-def test_what_was_assumed_comes_first(make_data, no_figure):
+def test_what_was_assumed_comes_first(no_figure):
     badges = [
         attributes["class"]
-        for name, attributes in read(make_data()).tags
+        for name, attributes in read(build_data()).tags
         if name == "span"
         and (attributes.get("class") or "")
         in ("badge assumed", "badge given", "badge inferred", "badge read")
@@ -236,28 +237,28 @@ def test_what_was_assumed_comes_first(make_data, no_figure):
     assert badges == ["badge assumed", "badge given", "badge inferred", "badge read"]
 
 
-def test_modelled_numbers_are_called_so(make_data, no_figure):
-    page = read(make_data())
+def test_modelled_numbers_are_called_so(no_figure):
+    page = read(build_data())
     estimate = page.text.index("Communication, modelled")
     assert "not measured" in page.text[estimate : estimate + 200]
 
 
-def test_data_of_another_model_is_refused(make_data):
-    data, other = make_data(), make_data(features=7)
+def test_data_of_another_model_is_refused():
+    data, other = build_data(), build_data(features=7)
     with pytest.raises(AssertionError):
         dataclasses.replace(data, partition=other.partition)
     with pytest.raises(AssertionError):
-        dataclasses.replace(data, plan=make_data(features=6, towers=3).plan)
+        dataclasses.replace(data, plan=build_data(features=6, towers=3).plan)
 
 
-def test_the_converted_row_is_the_last_that_is_no_yardstick(make_data):
+def test_the_converted_row_is_the_last_that_is_no_yardstick():
     rows = tuple(
         QualityRow(name=name, r2=0.9, max_abs_diff=1.0, rank_correlation=0.9)
         for name in ("flat", "closed form", "distilled", "random initialisation")
     )
-    data = make_data(quality=rows)
+    data = build_data(quality=rows)
     assert data.converted is rows[2] and data.flat is rows[0]
-    assert make_data(quality=rows[:1]).converted is None
+    assert build_data(quality=rows[:1]).converted is None
 
 
 def test_importing_the_report_is_cheap():

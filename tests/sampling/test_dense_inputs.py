@@ -11,6 +11,7 @@ from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion import draw_sample
 from dmt_convert.conversion.dense_inputs import draw_dense, estimate_scale
 from dmt_convert.families import infer_model
+from support.sampled import flat_info
 
 TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.{}.weight"
 LAYER = "dense_arch.model._mlp.0._linear"
@@ -144,32 +145,32 @@ VARYING = np.array([1.8, 2.0, 2.3, 1.9])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sum", "exp_avg_sq", "momentum1"])
-def test_the_median_unit_tells(info, name, dtype):
+def test_the_median_unit_tells(tmp_path, name, dtype):
     scale = estimate_scale(
-        info(state=_state(_squares(BIAS, 5, VARYING), BIAS, name=name, dtype=dtype))
+        flat_info(tmp_path, state=_state(_squares(BIAS, 5, VARYING), BIAS, name=name, dtype=dtype))
     )
     np.testing.assert_allclose(scale.rms, [5, 1.95], rtol=1e-2)
     assert scale.constant.tolist() == [True, False]
 
 
-def test_units_that_died_tell_nothing(info):
+def test_units_that_died_tell_nothing(tmp_path):
     weight, bias = _squares(BIAS, 5, VARYING), BIAS.copy()
     for unit, (dead_bias, dead_weight) in enumerate([(0.0, 0.0), (1e-20, 7.0)]):
         bias[unit], weight[unit] = dead_bias, dead_weight
-    scale = estimate_scale(info(state=_state(weight, bias)))
+    scale = estimate_scale(flat_info(tmp_path, state=_state(weight, bias)))
     np.testing.assert_allclose(scale.rms, [5, 2.1], rtol=1e-2)
     assert scale.constant.tolist() == [True, False]
 
 
-def test_one_unit_tells_the_size_but_not_whether_it_varies(info):
+def test_one_unit_tells_the_size_but_not_whether_it_varies(tmp_path):
     bias = np.array([0, 0, 3e-7, 0])
-    scale = estimate_scale(info(state=_state(_squares(bias, 5, VARYING), bias)))
+    scale = estimate_scale(flat_info(tmp_path, state=_state(_squares(bias, 5, VARYING), bias)))
     np.testing.assert_allclose(scale.rms, [5, 2.3], rtol=1e-5)
     assert not scale.constant.any()
 
 
-def test_an_input_that_was_always_zero_stays_zero(info):
-    model = info(state=_state(_squares(BIAS, 0, VARYING), BIAS))
+def test_an_input_that_was_always_zero_stays_zero(tmp_path):
+    model = flat_info(tmp_path, state=_state(_squares(BIAS, 0, VARYING), BIAS))
     drawn = draw_dense(model, 100, _rng())
     assert not drawn[:, 0].any() and drawn[:, 1].any()
 
@@ -192,20 +193,20 @@ def test_an_input_that_was_always_zero_stays_zero(info):
         (_squares(BIAS, 5, VARYING), BIAS[:, None]),
     ],
 )
-def test_state_that_is_missing_damaged_or_anothers_is_passed_over(info, weight, bias):
-    model = info(state=_state(weight, bias))
+def test_state_that_is_missing_damaged_or_anothers_is_passed_over(tmp_path, weight, bias):
+    model = flat_info(tmp_path, state=_state(weight, bias))
     assert estimate_scale(model) is None
     drawn = draw_dense(model, 5000, _rng())
-    assert np.array_equal(drawn, draw_dense(info(), 5000, _rng()))
+    assert np.array_equal(drawn, draw_dense(flat_info(tmp_path), 5000, _rng()))
     assert drawn.shape == (5000, 2) and np.isfinite(drawn).all() and drawn.min() > 0
     assert "dense inputs assumed" in draw_sample(model, rows=8).description
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_what_adagrad_started_from_is_no_gradient(info, tmp_path, dtype):
+def test_what_adagrad_started_from_is_no_gradient(tmp_path, dtype):
     bias = np.array([0.0, 0.4, 2.0, 0.9])
     state = _state(0.1 + _squares(bias, 5, VARYING), 0.1 + bias, name="sum", dtype=dtype)
-    model = info(state=state)
+    model = flat_info(tmp_path, state=state)
     content = torch.load(model.checkpoint.source)
     group = {"lr": 0.01, "initial_accumulator_value": 0.1, "params": [0]}
     content["optimizer"]["param_groups"] = [group]

@@ -10,28 +10,31 @@ from dmt_convert.conversion import draw_sample, pool_batch, sample_size
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError, DataError
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
+from support.sampled import flat_info
 
 
 def _rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_the_checkpoints_accumulators_decide(info):
+def test_the_checkpoints_accumulators_decide(tmp_path):
     touched = {0: [3], 1: [0, 29], 2: [6]}
-    names = [f"sparse_arch.embedding_bag_collection.embedding_bags.t_f{i}.weight" for i in range(3)]
+    names = [
+        f"sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{i}.weight" for i in range(3)
+    ]
     state = {}
     for i, rows in touched.items():
         accumulator = torch.zeros((20, 30, 7)[i])
         accumulator[rows] = 1.0
         state[names[i]] = {"momentum1": accumulator}
-    found = draw_sample(info(state=state), rows=200)
+    found = draw_sample(flat_info(tmp_path, state=state), rows=200)
     assert "how often they were trained" in found.description and found.source == "tables"
     for i, rows in touched.items():
         assert set(found.batch.bags[i].values.tolist()) == set(rows)
 
 
-def test_a_sample_follows_its_seed(info):
-    model = info()
+def test_a_sample_follows_its_seed(tmp_path):
+    model = flat_info(tmp_path)
     one, two, three = (draw_sample(model, rows=64, seed=seed) for seed in (0, 0, 1))
     assert "uniformly" in one.description and one.batch.num_rows == 64
     assert np.array_equal(one.pooled, two.pooled)
@@ -56,8 +59,8 @@ def _naive(table, bag, pooling):
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 2500])
-def test_pooling_is_what_a_loop_gives(info, pooling, weighted, rows):
-    model = info(pooling=pooling)
+def test_pooling_is_what_a_loop_gives(tmp_path, pooling, weighted, rows):
+    model = flat_info(tmp_path, pooling=pooling)
     tables = torch.load(model.checkpoint.source)["model"]
     rng = _rng(rows)
     bags = []
@@ -85,10 +88,10 @@ def test_pooling_is_what_a_loop_gives(info, pooling, weighted, rows):
     assert not pool_batch(model, batch)[:, 8:].any()
 
 
-def test_rows_of_nan_are_refused_when_touched(info, tmp_path):
-    model = info()
+def test_rows_of_nan_are_refused_when_touched(tmp_path):
+    model = flat_info(tmp_path)
     content = torch.load(model.checkpoint.source)
-    name = "sparse_arch.embedding_bag_collection.embedding_bags.t_f1.weight"
+    name = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_1.weight"
     content["model"][name][17, 2] = float("nan")
     torch.save(content, model.checkpoint.source)
 
@@ -114,14 +117,14 @@ def _write_data(path, rows):
     np.savez(
         path,
         dense=np.arange(2 * rows, dtype=np.float32).reshape(rows, 2),
-        feature_names=np.array(["f0", "f1", "f2"]),
+        feature_names=np.array(["cat_0", "cat_1", "cat_2"]),
         **bags,
     )
     return path
 
 
-def test_calibration_rows_are_a_random_choice_of_the_data(info, tmp_path):
-    model = info()
+def test_calibration_rows_are_a_random_choice_of_the_data(tmp_path):
+    model = flat_info(tmp_path)
     data = _write_data(tmp_path / "probe.npz", 500)
     one, two, three = (
         draw_sample(model, calibration=data, rows=60, seed=seed) for seed in (0, 0, 1)
@@ -136,14 +139,14 @@ def test_calibration_rows_are_a_random_choice_of_the_data(info, tmp_path):
     assert sorted(everything.batch.dense[:, 0]) == list(range(0, 1000, 2))
 
 
-def test_calibration_without_rows_is_refused(info, tmp_path):
+def test_calibration_without_rows_is_refused(tmp_path):
     data = _write_data(tmp_path / "probe.npz", 0)
     with pytest.raises(DataError, match="rows"):
-        draw_sample(info(), calibration=data)
+        draw_sample(flat_info(tmp_path), calibration=data)
 
 
-def test_a_sample_splits_into_fit_and_held_out_rows(info):
-    model = info()
+def test_a_sample_splits_into_fit_and_held_out_rows(tmp_path):
+    model = flat_info(tmp_path)
     whole = draw_sample(model, rows=100)
     fit, held = whole.split(0.25)
     assert (fit.batch.num_rows, held.batch.num_rows) == (75, 25)

@@ -11,6 +11,7 @@ from dmt_convert.conversion.quality import compare_models, logits_of
 from dmt_convert.data import open_data
 from dmt_convert.errors import CheckpointError, DataError
 from dmt_convert.scoring import open_model, score_data, scored_model
+from support.scored import write_rows
 
 
 def _by_hand(checkpoint, data):
@@ -25,7 +26,7 @@ def _by_hand(checkpoint, data):
         for i in range(4):
             offsets = arrays[f"offsets_{i}"]
             ids = arrays[f"values_{i}"][offsets[row] : offsets[row + 1]]
-            table = f"sparse_arch.embedding_bag_collection.embedding_bags.t_f{i}.weight"
+            table = f"sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{i}.weight"
             vectors.append(weights[table][ids].sum(axis=0))
         pairs = [vectors[i] @ vectors[j] for i in range(5) for j in range(i + 1, 5)]
         x = np.concatenate([vectors[0], pairs])
@@ -36,22 +37,24 @@ def _by_hand(checkpoint, data):
     return np.array(logits)
 
 
-def test_flat_and_passthrough_scores_are_the_models(checkpoint, bundles, write_probe, tmp_path):
-    data = write_probe(tmp_path / "probe.npz", 50)
-    flat, bundle = open_model(checkpoint), open_model(bundles["passthrough"])
+def test_flat_and_passthrough_scores_are_the_models(scored_checkpoint, scored_bundles, tmp_path):
+    data = write_rows(tmp_path / "probe.npz", 50)
+    flat, bundle = open_model(scored_checkpoint), open_model(scored_bundles["passthrough"])
     assert (flat.kind, bundle.kind) == ("flat", "bundle")
     assert flat.bundle is None and bundle.bundle is not None
     assert flat.spec == bundle.spec
     scores = score_data(flat, data)
-    np.testing.assert_allclose(scores.logits, _by_hand(checkpoint, data), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        scores.logits, _by_hand(scored_checkpoint, data), rtol=1e-4, atol=1e-4
+    )
     assert np.array_equal(scores.logits, score_data(bundle, data).logits)
     assert scores.labels is None and scores.truth is None and scores.seconds > 0
 
 
-def test_batches_keep_the_order_of_rows(checkpoint, write_probe, tmp_path, monkeypatch):
+def test_batches_keep_the_order_of_rows(scored_checkpoint, tmp_path, monkeypatch):
     logits = np.arange(50, dtype=np.float32)
-    data = write_probe(tmp_path / "probe.npz", 50, logits=logits)
-    model = open_model(checkpoint)
+    data = write_rows(tmp_path / "probe.npz", 50, logits=logits)
+    model = open_model(scored_checkpoint)
     whole = score_data(model, data)
     monkeypatch.setattr(scored_model, "BATCH_ROWS", 7)
     seen = []
@@ -64,10 +67,10 @@ def test_batches_keep_the_order_of_rows(checkpoint, write_probe, tmp_path, monke
     np.testing.assert_allclose(some.logits, whole.logits[:9], rtol=1e-4, atol=1e-4)
 
 
-def test_data_without_rows_or_of_another_model_is_refused(checkpoint, write_probe, tmp_path):
-    model = open_model(checkpoint)
+def test_data_without_rows_or_of_another_model_is_refused(scored_checkpoint, tmp_path):
+    model = open_model(scored_checkpoint)
     with pytest.raises(DataError, match="rows"):
-        score_data(model, write_probe(tmp_path / "empty.npz", 0))
+        score_data(model, write_rows(tmp_path / "empty.npz", 0))
     path = tmp_path / "other.npz"
     np.savez(path, dense=np.zeros((1, 3), np.float32), feature_names=np.array(["x"]),
              values_0=np.zeros(1, np.int64), offsets_0=np.array([0, 1]))  # fmt: skip
@@ -80,24 +83,24 @@ def test_what_is_no_model_is_refused(tmp_path):
         open_model(tmp_path / "missing.pt")
 
 
-def test_the_stages_end_in_the_score(checkpoint, bundles, write_probe, tmp_path):
-    data = open_data(write_probe(tmp_path / "probe.npz", 5))
+def test_the_stages_end_in_the_score(scored_checkpoint, scored_bundles, tmp_path):
+    data = open_data(write_rows(tmp_path / "probe.npz", 5))
     batch = next(iter(data.batches(5)))
-    for path in (checkpoint, *bundles.values()):
+    for path in (scored_checkpoint, *scored_bundles.values()):
         model = open_model(path)
         stages = dict(model.stages(batch))
         np.testing.assert_array_equal(stages["logit"].numpy(), model.score(batch))
 
 
-def test_the_quality_table_holds_the_flat_model_first(checkpoint, bundles, write_probe, tmp_path):
-    data = open_data(write_probe(tmp_path / "probe.npz", 1500))
+def test_the_quality_table_holds_the_flat_model_first(scored_checkpoint, scored_bundles, tmp_path):
+    data = open_data(write_rows(tmp_path / "probe.npz", 1500))
     batch = next(iter(data.batches(1500)))
     sample = Sample(
         batch=batch, pooled=np.zeros((1500, 16), np.float32), source="calibration",
         description="probe",
     )  # fmt: skip
-    flat = open_model(checkpoint).module
-    models = {kind: open_model(path).module for kind, path in bundles.items()}
+    flat = open_model(scored_checkpoint).module
+    models = {kind: open_model(path).module for kind, path in scored_bundles.items()}
     quality = compare_models(flat, {**models, "random initialisation": models["dlrm"]}, sample)
     assert [row.name for row in quality.rows] == [
         "flat", "passthrough", "dlrm", "random initialisation",
@@ -110,10 +113,10 @@ def test_the_quality_table_holds_the_flat_model_first(checkpoint, bundles, write
     assert logits_of(flat, batch).shape == (1500,)
 
 
-@pytest.mark.parametrize("tensor", ["embedding_bags.t_f2", "over_arch.model.1"])
-def test_bytes_that_changed_on_disk_are_not_scored(checkpoint, tmp_path, tensor):
-    raw = bytearray(checkpoint.read_bytes())
-    name, value = next((n, v) for n, v in torch.load(checkpoint).items() if tensor in n)
+@pytest.mark.parametrize("tensor", ["embedding_bags.t_cat_2", "over_arch.model.1"])
+def test_bytes_that_changed_on_disk_are_not_scored(scored_checkpoint, tmp_path, tensor):
+    raw = bytearray(scored_checkpoint.read_bytes())
+    name, value = next((n, v) for n, v in torch.load(scored_checkpoint).items() if tensor in n)
     at = raw.index(value.numpy().tobytes())
     raw[at + 1] ^= 1
     copy = tmp_path / "flipped.pt"
@@ -123,8 +126,8 @@ def test_bytes_that_changed_on_disk_are_not_scored(checkpoint, tmp_path, tensor)
     assert name in caught.value.found
 
 
-def test_a_weight_that_is_no_number_is_named_as_the_trainer_does(checkpoint, tmp_path):
-    state = torch.load(checkpoint)
+def test_a_weight_that_is_no_number_is_named_as_the_trainer_does(scored_checkpoint, tmp_path):
+    state = torch.load(scored_checkpoint)
     state["over_arch.model.1.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(CheckpointError, match=r"^over_arch\.model\.1\.bias holds NaN"):

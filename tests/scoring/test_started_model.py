@@ -10,14 +10,13 @@ from dmt_convert.conversion import draw_sample, started_model
 from dmt_convert.conversion.started_model import start_model
 from dmt_convert.families import infer_model
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
-
-from .conftest import write_checkpoint
+from support.scored import write_model
 
 
 @pytest.fixture(scope="module")
 def info(tmp_path_factory):
     path = tmp_path_factory.mktemp("started") / "flat.pt"
-    return infer_model(open_checkpoint(write_checkpoint(path)))
+    return infer_model(open_checkpoint(write_model(path)))
 
 
 def _spec(info, **sizes):

@@ -9,6 +9,8 @@ import torch
 from dmt_convert.conversion.initialisation import initialise, ridge
 from dmt_convert.conversion.initialisation.dot_start import second_moments
 from dmt_convert.model import TowerModuleSpec, module_spec
+from support.models import build_flat, build_sample, split_towers
+from support.specs import build_spec
 
 KINDS = ["dot", "cat", "projection", "dcn"]
 
@@ -36,13 +38,13 @@ def _convert(flat, spec, sample):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("towers", [1, 2, 5])
-def test_full_width_gives_the_flat_model(make, kind, towers):
+def test_full_width_gives_the_flat_model(kind, towers):
     """D = N and c = 1 lose nothing; what is left are float32 sums in another order, and for dcn
     the ridge (1e-6 of the variance) of the regression onto coordinates that are all there."""
-    flat = make.flat(make.spec(kind))
-    spec = make.towers(flat.spec, towers, _module(flat.spec, 8))
-    model = _convert(flat, spec, make.sample(flat, 800))
-    held = make.sample(flat, 300, seed=1, multi=True)
+    flat = build_flat(build_spec(kind=kind))
+    spec = split_towers(flat.spec, towers, _module(flat.spec, 8))
+    model = _convert(flat, spec, build_sample(flat, 800))
+    held = build_sample(flat, 300, seed=1, multi=True)
     with torch.no_grad():
         a, b = flat(held.batch), model(held.batch)
     assert float((a - b).abs().max()) < 2e-5 * max(1.0, float(a.abs().max()))
@@ -62,11 +64,11 @@ def test_full_width_gives_the_flat_model(make, kind, towers):
         ("dcn", {}, 0.8),
     ],
 )
-def test_compression_keeps_what_random_starts_lose(make, kind, sizes, floor):
-    flat = make.flat(make.spec(kind, rows=200))
-    spec = make.towers(flat.spec, 2, _module(flat.spec, 4, **sizes))
-    model = _convert(flat, spec, make.sample(flat, 2000))
-    held = make.sample(flat, 1000, seed=1)
+def test_compression_keeps_what_random_starts_lose(kind, sizes, floor):
+    flat = build_flat(build_spec(kind=kind, rows=200))
+    spec = split_towers(flat.spec, 2, _module(flat.spec, 4, **sizes))
+    model = _convert(flat, spec, build_sample(flat, 2000))
+    held = build_sample(flat, 1000, seed=1)
     found = _r2(flat, model, held)
     drawn, _ = initialise(flat, spec, None, method="random", seed=3)
     assert found > floor
@@ -74,14 +76,14 @@ def test_compression_keeps_what_random_starts_lose(make, kind, sizes, floor):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_width_costs_less(make, kind):
-    flat = make.flat(make.spec(kind, rows=200))
-    held = make.sample(flat, 1000, seed=1)
+def test_more_width_costs_less(kind):
+    flat = build_flat(build_spec(kind=kind, rows=200))
+    held = build_sample(flat, 1000, seed=1)
     found = [
         _r2(
             flat,
             _convert(
-                flat, make.towers(flat.spec, 2, _module(flat.spec, d)), make.sample(flat, 2000)
+                flat, split_towers(flat.spec, 2, _module(flat.spec, d)), build_sample(flat, 2000)
             ),
             held,
         )
@@ -90,9 +92,9 @@ def test_more_width_costs_less(make, kind):
     assert found[0] < found[1] < found[2]
 
 
-def _two_couples(make):
+def _two_couples():
     """over_arch reads <f0, f1> and <f2, f3> alone, and the couples live in different planes."""
-    flat = make.flat(make.spec("dot", dims=(8, 8, 8, 8), rows=200))
+    flat = build_flat(build_spec(kind="dot", dims=(8, 8, 8, 8), rows=200, dense_dim=8))
     rng = np.random.default_rng(5)
     axes = np.linalg.qr(rng.standard_normal((8, 8)))[0]
     weight = flat.over_arch[0].weight
@@ -109,11 +111,11 @@ def _two_couples(make):
 
 
 @pytest.mark.parametrize("width", [2, 3])
-def test_dot_keeps_the_pairs_that_count_where_shared_eigenvectors_cannot(make, width):
+def test_dot_keeps_the_pairs_that_count_where_shared_eigenvectors_cannot(width):
     """Baseline: project all vectors by the leading eigenvectors of the mean second moment."""
-    flat = _two_couples(make)
-    spec = make.towers(flat.spec, 2, _module(flat.spec, width))
-    sample, held = make.sample(flat, 2000), make.sample(flat, 1000, seed=1)
+    flat = _two_couples()
+    spec = split_towers(flat.spec, 2, _module(flat.spec, width))
+    sample, held = build_sample(flat, 2000), build_sample(flat, 1000, seed=1)
     closed = _r2(flat, _convert(flat, spec, sample), held)
     assert closed > 0.95
     assert 1 - closed < 0.3 * (1 - _baseline(flat, spec, sample, held))
@@ -121,11 +123,11 @@ def test_dot_keeps_the_pairs_that_count_where_shared_eigenvectors_cannot(make, w
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_dot_beats_shared_eigenvectors_on_any_model(make, width, seed):
+def test_dot_beats_shared_eigenvectors_on_any_model(width, seed):
     """All pairs read, all axes unrelated: there shared eigenvectors are nearly the best."""
-    flat = make.flat(make.spec("dot", rows=200), seed=seed)
-    spec = make.towers(flat.spec, 2, _module(flat.spec, width))
-    sample, held = make.sample(flat, 2000), make.sample(flat, 1000, seed=1)
+    flat = build_flat(build_spec(kind="dot", rows=200), seed=seed)
+    spec = split_towers(flat.spec, 2, _module(flat.spec, width))
+    sample, held = build_sample(flat, 2000), build_sample(flat, 1000, seed=1)
     closed = _r2(flat, _convert(flat, spec, sample), held)
     assert closed > _baseline(flat, spec, sample, held)
 
@@ -157,22 +159,22 @@ def _baseline(flat, spec, sample, held):
 
 @pytest.mark.parametrize("self_pairs", [False, True])
 @pytest.mark.parametrize(("towers", "c", "p"), [(1, 1, 0), (2, 1, 1), (5, 0, 1)])
-def test_dot_columns_are_carried_over_before_any_refit(make, monkeypatch, self_pairs, towers, c, p):
+def test_dot_columns_are_carried_over_before_any_refit(monkeypatch, self_pairs, towers, c, p):
     """At D = N the carried columns alone are the flat model; no refit mends them."""
     monkeypatch.setattr(ridge, "MAX_INPUTS", 0)
-    flat = make.flat(make.spec("dot", self_pairs=self_pairs))
-    spec = make.towers(flat.spec, towers, _module(flat.spec, 8, c=c, p=p))
-    model = _convert(flat, spec, make.sample(flat, 400))
-    assert _r2(flat, model, make.sample(flat, 200, seed=1)) > 1 - 1e-8
+    flat = build_flat(build_spec(kind="dot", self_pairs=self_pairs))
+    spec = split_towers(flat.spec, towers, _module(flat.spec, 8, c=c, p=p))
+    model = _convert(flat, spec, build_sample(flat, 400))
+    assert _r2(flat, model, build_sample(flat, 200, seed=1)) > 1 - 1e-8
 
 
 @pytest.mark.parametrize("kind", ["dot", "cat"])
-def test_swapping_two_projections_is_seen(make, kind):
+def test_swapping_two_projections_is_seen(kind):
     """Saboteur: features read through each other's projections agree with nothing."""
-    flat = _two_couples(make) if kind == "dot" else make.flat(make.spec("cat", rows=200))
-    spec = make.towers(flat.spec, 1, _module(flat.spec, 2))
-    model = _convert(flat, spec, make.sample(flat, 2000))
-    held = make.sample(flat, 500, seed=1)
+    flat = _two_couples() if kind == "dot" else build_flat(build_spec(kind="cat", rows=200))
+    spec = split_towers(flat.spec, 1, _module(flat.spec, 2))
+    model = _convert(flat, spec, build_sample(flat, 2000))
+    held = build_sample(flat, 500, seed=1)
     before = _r2(flat, model, held)
     with torch.no_grad():
         weight = model.tower_list[0].tower_module.feature_weight
@@ -183,21 +185,21 @@ def test_swapping_two_projections_is_seen(make, kind):
 
 
 @pytest.mark.parametrize("kind", ["cat", "dcn"])
-def test_mixed_dims(make, kind):
-    flat = make.flat(make.spec(kind, dims=(3, 8, 1, 12), dense=5, rows=100))
-    spec = make.towers(flat.spec, 2, _module(flat.spec, 4))
-    model = _convert(flat, spec, make.sample(flat, 1500))
-    assert _r2(flat, model, make.sample(flat, 500, seed=1)) > 0.6
+def test_mixed_dims(kind):
+    flat = build_flat(build_spec(kind=kind, dims=(3, 8, 1, 12), dense_dim=5, rows=100))
+    spec = split_towers(flat.spec, 2, _module(flat.spec, 4))
+    model = _convert(flat, spec, build_sample(flat, 1500))
+    assert _r2(flat, model, build_sample(flat, 500, seed=1)) > 0.6
 
 
 @pytest.mark.parametrize("self_pairs", [False, True])
 @pytest.mark.parametrize("order", ["tril", "triu"])
-def test_every_order_of_pairs(make, self_pairs, order):
-    flat = make.flat(make.spec("dot", self_pairs=self_pairs, pair_order=order, rows=100))
+def test_every_order_of_pairs(self_pairs, order):
+    flat = build_flat(build_spec(kind="dot", self_pairs=self_pairs, pair_order=order, rows=100))
     for towers in (1, 2, 5):
-        spec = make.towers(flat.spec, towers, _module(flat.spec, 8))
-        model = _convert(flat, spec, make.sample(flat, 800))
-        assert _r2(flat, model, make.sample(flat, 200, seed=1)) > 1 - 1e-8
+        spec = split_towers(flat.spec, towers, _module(flat.spec, 8))
+        model = _convert(flat, spec, build_sample(flat, 800))
+        assert _r2(flat, model, build_sample(flat, 200, seed=1)) > 1 - 1e-8
 
 
 def _damage(flat, how):
@@ -221,21 +223,22 @@ def _damage(flat, how):
 @pytest.mark.parametrize(
     "how", ["rank one", "constant", "zero", "dead", "unread", "one row", "one layer", "one feature"]
 )
-def test_degenerate_models_stay_finite_and_close(make, kind, how):
-    flat = make.flat(
-        make.spec(
-            kind,
+def test_degenerate_models_stay_finite_and_close(kind, how):
+    flat = build_flat(
+        build_spec(
+            kind=kind,
             dims=(8,) if how == "one feature" else (8,) * 5,
             rows=1 if how == "one row" else 40,
             hidden=() if how == "one layer" else (12,),
+            dense_dim=8,
         )
     )
     _damage(flat, how)
-    sample, held = make.sample(flat, 600, multi=True), make.sample(flat, 300, seed=1, multi=True)
+    sample, held = build_sample(flat, 600, multi=True), build_sample(flat, 300, seed=1, multi=True)
     count = len(flat.spec.features)
     for towers in {1, count}:
         for sizes in ({},) if kind == "dcn" else ({}, {"c": 1, "p": 2}, {"c": 0, "p": 3}):
-            spec = make.towers(flat.spec, towers, _module(flat.spec, 5, **sizes))
+            spec = split_towers(flat.spec, towers, _module(flat.spec, 5, **sizes))
             model = _convert(flat, spec, sample)
             state = model.state_dict()
             assert all(torch.isfinite(value).all() for value in state.values())
@@ -243,19 +246,19 @@ def test_degenerate_models_stay_finite_and_close(make, kind, how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_flat_model_is_left_alone_and_the_start_repeats(make, kind):
-    flat = make.flat(make.spec(kind))
+def test_the_flat_model_is_left_alone_and_the_start_repeats(kind):
+    flat = build_flat(build_spec(kind=kind))
     before = {name: value.clone() for name, value in flat.state_dict().items()}
-    spec = make.towers(flat.spec, 2, _module(flat.spec, 4))
-    sample = make.sample(flat, 400)
+    spec = split_towers(flat.spec, 2, _module(flat.spec, 4))
+    sample = build_sample(flat, 400)
     one, two = (_convert(flat, spec, sample).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(torch.equal(value, before[name]) for name, value in flat.state_dict().items())
 
 
-def test_random_starts_follow_their_seed_and_keep_unchanged_layers(make):
-    flat = make.flat(make.spec("dot"))
-    spec = make.towers(flat.spec, 2, _module(flat.spec, 4))
+def test_random_starts_follow_their_seed_and_keep_unchanged_layers():
+    flat = build_flat(build_spec(kind="dot"))
+    spec = split_towers(flat.spec, 2, _module(flat.spec, 4))
     state = torch.random.get_rng_state()
     one, two, three = (
         initialise(flat, spec, None, method="random", seed=s)[0].state_dict() for s in (0, 0, 1)
@@ -267,9 +270,9 @@ def test_random_starts_follow_their_seed_and_keep_unchanged_layers(make):
         assert torch.equal(one[name], flat.state_dict()[name])
 
 
-def test_the_refit_reports_what_it_reached(make):
-    flat = make.flat(make.spec("cat"))
-    spec = make.towers(flat.spec, 2, _module(flat.spec, 4))
-    _, notes = initialise(flat, spec, make.sample(flat, 500), method="closed-form")
+def test_the_refit_reports_what_it_reached():
+    flat = build_flat(build_spec(kind="cat"))
+    spec = split_towers(flat.spec, 2, _module(flat.spec, 4))
+    _, notes = initialise(flat, spec, build_sample(flat, 500), method="closed-form")
     reported = [float(part) for part in notes[0].split("R^2 of pre-activations ")[1].split(" -> ")]
     assert 0 < reported[0] <= reported[1] < 1

@@ -7,17 +7,19 @@ import torch
 
 from dmt_convert.conversion.initialisation import distill, initialise
 from dmt_convert.model import TowerModuleSpec, module_spec
+from support.models import build_flat, build_sample, split_towers
+from support.specs import build_spec
 
 
-def _start(make, kind="dot", method="closed-form"):
-    flat = make.flat(make.spec(kind, rows=100))
+def _start(kind="dot", method="closed-form"):
+    flat = build_flat(build_spec(kind=kind, rows=100))
     module = (
         module_spec(flat.spec, "auto", num_towers=2, dim=4)
         if kind == "dcn"
         else TowerModuleSpec(kind="dlrm", c=1, dim=4)
     )
-    sample = make.sample(flat, 600)
-    model, _ = initialise(flat, make.towers(flat.spec, 2, module), sample, method=method)
+    sample = build_sample(flat, 600)
+    model, _ = initialise(flat, split_towers(flat.spec, 2, module), sample, method=method)
     return flat, model, sample
 
 
@@ -30,8 +32,8 @@ def _validation_error(flat, model, sample):
 
 @pytest.mark.parametrize("kind", ["dot", "cat", "dcn", "projection"])
 @pytest.mark.parametrize("steps", [1, 120])
-def test_never_worse_than_the_start_on_its_validation_rows(make, kind, steps):
-    flat, model, sample = _start(make, kind)
+def test_never_worse_than_the_start_on_its_validation_rows(kind, steps):
+    flat, model, sample = _start(kind)
     before = _validation_error(flat, model, sample)
     found, note = distill(flat, model, sample, steps=steps)
     after = _validation_error(flat, found, sample)
@@ -40,8 +42,8 @@ def test_never_worse_than_the_start_on_its_validation_rows(make, kind, steps):
     assert not found.training
 
 
-def test_a_damaged_start_is_mended_and_left_as_it_was(make):
-    flat, model, sample = _start(make)
+def test_a_damaged_start_is_mended_and_left_as_it_was():
+    flat, model, sample = _start()
     with torch.no_grad():
         for parameter in model.tower_list[0].tower_module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -63,8 +65,8 @@ def test_a_damaged_start_is_mended_and_left_as_it_was(make):
     assert all(torch.equal(value, tables[name]) for name, value in flat.state_dict().items())
 
 
-def test_the_seed_decides(make):
-    flat, model, sample = _start(make, method="random")
+def test_the_seed_decides():
+    flat, model, sample = _start(method="random")
     one, two, three = (
         distill(flat, model, sample, steps=60, seed=seed)[0].state_dict() for seed in (0, 0, 1)
     )
@@ -72,8 +74,8 @@ def test_the_seed_decides(make):
     assert not torch.equal(one["over_arch.0.weight"], three["over_arch.0.weight"])
 
 
-def test_the_distilled_model_still_takes_batches(make):
-    flat, model, sample = _start(make, method="random")
+def test_the_distilled_model_still_takes_batches():
+    flat, model, sample = _start(method="random")
     found, _ = distill(flat, model, sample, steps=60)
     dense, pooled = torch.from_numpy(sample.batch.dense), torch.from_numpy(sample.pooled)
     torch.testing.assert_close(found(sample.batch), found.forward_pooled(dense, pooled))

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.data import Batch
 from dmt_convert.model import DmtModel, TowerModuleSpec
+from support.models import build_flat, split_towers
+from support.rows import build_batch
+from support.specs import build_spec
 
 KINDS = ["dot", "cat", "dcn", "projection"]
 PASS = TowerModuleSpec(kind="passthrough")
@@ -37,30 +40,30 @@ def _naive_pool(table, bag, pooling):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("towers", range(1, 6))
-def test_passthrough_is_bit_equal(make, kind, towers):
-    spec = make.spec(kind)
-    flat = make.flat(spec)
-    model, _ = initialise(flat, make.towers(spec, towers, PASS), None, method="exact")
+def test_passthrough_is_bit_equal(kind, towers):
+    spec = build_spec(kind=kind)
+    flat = build_flat(spec)
+    model, _ = initialise(flat, split_towers(spec, towers, PASS), None, method="exact")
     for multi, weighted in ((False, False), (True, False), (True, True)):
-        batch = make.batch(spec, 33, multi=multi, weighted=weighted)
+        batch = build_batch(spec, 33, multi=multi, weighted=weighted)
         assert torch.equal(model(batch), flat(batch))
 
 
 @pytest.mark.parametrize("kind", ["cat", "dcn"])
-def test_passthrough_is_bit_equal_with_mixed_dims_and_mean_pooling(make, kind):
-    spec = make.spec(kind, dims=(3, 8, 1, 5), pooling="mean")
-    flat = make.flat(spec)
-    model, _ = initialise(flat, make.towers(spec, 3, PASS), None, method="exact")
-    batch = make.batch(spec, 40, multi=True)
+def test_passthrough_is_bit_equal_with_mixed_dims_and_mean_pooling(kind):
+    spec = build_spec(kind=kind, dims=(3, 8, 1, 5), pooling="mean", dense_dim=8)
+    flat = build_flat(spec)
+    model, _ = initialise(flat, split_towers(spec, 3, PASS), None, method="exact")
+    batch = build_batch(spec, 40, multi=True)
     assert torch.equal(model(batch), flat(batch))
 
 
-def test_swapping_two_features_of_a_passthrough_model_shows(make):
+def test_swapping_two_features_of_a_passthrough_model_shows():
     """Saboteur: the bit-equal test must see a batch whose bags are swapped."""
-    spec = make.spec("cat")
-    flat = make.flat(spec)
-    model, _ = initialise(flat, make.towers(spec, 2, PASS), None, method="exact")
-    batch = make.batch(spec, 33)
+    spec = build_spec(kind="cat")
+    flat = build_flat(spec)
+    model, _ = initialise(flat, split_towers(spec, 2, PASS), None, method="exact")
+    batch = build_batch(spec, 33)
     swapped = Batch(
         dense=batch.dense,
         feature_names=batch.feature_names,
@@ -71,10 +74,10 @@ def test_swapping_two_features_of_a_passthrough_model_shows(make):
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_pooling_is_what_a_loop_gives(make, pooling, weighted):
-    spec = make.spec("cat", dims=(3, 6), pooling=pooling)
-    flat = make.flat(spec)
-    batch = make.batch(spec, 50, multi=True, weighted=weighted)
+def test_pooling_is_what_a_loop_gives(pooling, weighted):
+    spec = build_spec(kind="cat", dims=(3, 6), pooling=pooling, dense_dim=8)
+    flat = build_flat(spec)
+    batch = build_batch(spec, 50, multi=True, weighted=weighted)
     for name, bag in zip(batch.feature_names, batch.bags, strict=True):
         assert (np.diff(bag.offsets) == 0).any()
         table = flat.tables[spec.table_of(name).name].weight.numpy()
@@ -89,12 +92,12 @@ def test_pooling_is_what_a_loop_gives(make, pooling, weighted):
     passthrough=st.booleans(),
 )
 @settings(max_examples=25)
-def test_the_ways_through_the_model_agree(make, kind, towers, multi, passthrough):
-    spec = make.towers(make.spec(kind), towers, PASS if passthrough else _module(kind))
-    flat = make.flat(spec.flat)
+def test_the_ways_through_the_model_agree(kind, towers, multi, passthrough):
+    spec = split_towers(build_spec(kind=kind), towers, PASS if passthrough else _module(kind))
+    flat = build_flat(spec.flat)
     torch.manual_seed(2)
     model = DmtModel(spec, [flat.tables] * towers).eval().requires_grad_(False)
-    batch = make.batch(spec.flat, 17, multi=multi)
+    batch = build_batch(spec.flat, 17, multi=multi)
     bags = dict(zip(batch.feature_names, batch.bags, strict=True))
     pooled = torch.cat([flat.tables(n, bags[n]) for n in spec.flat.feature_names], dim=1)
     own = [tower([bags[name] for name in tower.features]) for tower in model.tower_list]
@@ -113,9 +116,9 @@ def test_the_ways_through_the_model_agree(make, kind, towers, multi, passthrough
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_of_the_flat_model_end_in_its_logit(make, kind):
-    flat = make.flat(make.spec(kind, hidden=(5, 4)))
-    batch = make.batch(flat.spec, 9, multi=True)
+def test_stages_of_the_flat_model_end_in_its_logit(kind):
+    flat = build_flat(build_spec(kind=kind, hidden=(5, 4)))
+    batch = build_batch(flat.spec, 9, multi=True)
     stages = dict(flat.stages(batch))
     assert list(stages)[-5:] == [
         "dense_arch", "interaction", "over_arch layer 0", "over_arch layer 1", "logit",
@@ -125,9 +128,9 @@ def test_stages_of_the_flat_model_end_in_its_logit(make, kind):
 
 @pytest.mark.parametrize("self_pairs", [False, True])
 @pytest.mark.parametrize("order", ["tril", "triu"])
-def test_dot_interaction_is_what_a_loop_gives(make, self_pairs, order):
-    flat = make.flat(make.spec("dot", self_pairs=self_pairs, pair_order=order))
-    batch = make.batch(flat.spec, 6)
+def test_dot_interaction_is_what_a_loop_gives(self_pairs, order):
+    flat = build_flat(build_spec(kind="dot", self_pairs=self_pairs, pair_order=order))
+    batch = build_batch(flat.spec, 6)
     stages = {name: value.numpy() for name, value in flat.stages(batch)}
     vectors = [stages["dense_arch"]]
     vectors += [stages[f"pooled embedding of {n}"] for n in flat.spec.feature_names]

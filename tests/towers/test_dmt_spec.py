@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from dmt_convert.errors import BundleError, ConfigError, PartitionError
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
+from support.models import split_towers
+from support.specs import build_spec
 
 DLRM = TowerModuleSpec(kind="dlrm", c=1, p=0, dim=4)
 DCN = TowerModuleSpec(kind="dcn", dim=4, cross_layers=1, cross_rank=2)
@@ -19,9 +21,9 @@ DCN = TowerModuleSpec(kind="dcn", dim=4, cross_layers=1, cross_rank=2)
 @pytest.mark.parametrize(
     ("c", "p", "towers", "vectors"), [(1, 0, 2, 5), (2, 1, 2, 12), (0, 3, 2, 6), (1, 2, 5, 15)]
 )
-def test_dot_pairs_all_vectors_and_the_dense_one(make, self_pairs, c, p, towers, vectors):
+def test_dot_pairs_all_vectors_and_the_dense_one(self_pairs, c, p, towers, vectors):
     module = TowerModuleSpec(kind="dlrm", c=c, p=p, dim=3)
-    spec = make.towers(make.spec("dot", self_pairs=self_pairs), towers, module)
+    spec = split_towers(build_spec(kind="dot", self_pairs=self_pairs), towers, module)
     count = vectors + 1
     pairs = sum(1 for i in range(count) for j in range(i + 1) if self_pairs or i != j)
     assert spec.dense_dim == 3
@@ -34,9 +36,9 @@ def test_dot_pairs_all_vectors_and_the_dense_one(make, self_pairs, c, p, towers,
 
 
 @pytest.mark.parametrize("kind", ["cat", "dcn"])
-def test_mixed_dims_side_by_side(make, kind):
+def test_mixed_dims_side_by_side(kind):
     module = DLRM if kind == "cat" else DCN
-    spec = make.towers(make.spec(kind, dims=(3, 5, 8, 2), dense=6), 2, module)
+    spec = split_towers(build_spec(kind=kind, dims=(3, 5, 8, 2), dense_dim=6), 2, module)
     assert spec.tower_dims(0) == (3, 8) and spec.tower_dims(1) == (5, 2)
     assert spec.tower_widths == (8, 8)
     assert spec.interaction_dims == (6, 4, 4, 4, 4)
@@ -44,18 +46,18 @@ def test_mixed_dims_side_by_side(make, kind):
     assert spec.compression == pytest.approx(18 / 16)
 
 
-def test_projection_changes_its_branches_and_not_over_arch(make):
-    flat = make.spec("projection")
-    spec = make.towers(flat, 2, DLRM)
+def test_projection_changes_its_branches_and_not_over_arch():
+    flat = build_spec(kind="projection")
+    spec = split_towers(flat, 2, DLRM)
     assert spec.interaction.branch1.widths == (8 + 20, 7, 16)
     assert spec.interaction.branch2.widths == (8 + 20, 6, 24)
     assert spec.over_arch == flat.over_arch
 
 
 @pytest.mark.parametrize("kind", ["dot", "cat", "dcn", "projection"])
-def test_passthrough_changes_no_width(make, kind):
-    flat = make.spec(kind)
-    spec = make.towers(flat, 2, TowerModuleSpec(kind="passthrough"))
+def test_passthrough_changes_no_width(kind):
+    flat = build_spec(kind=kind)
+    spec = split_towers(flat, 2, TowerModuleSpec(kind="passthrough"))
     assert spec.is_passthrough and spec.compression == 1
     assert spec.tower_widths == (24, 16)
     assert (spec.interaction, spec.over_arch) == (flat.interaction, flat.over_arch)
@@ -69,14 +71,16 @@ def test_passthrough_changes_no_width(make, kind):
     p=st.integers(1, 3),
     dim=st.integers(1, 9),
 )
-def test_json_gives_the_same_spec(make, kind, towers, c, p, dim):
-    spec = make.towers(make.spec(kind), towers, TowerModuleSpec(kind="dlrm", c=c, p=p, dim=dim))
+def test_json_gives_the_same_spec(kind, towers, c, p, dim):
+    spec = split_towers(
+        build_spec(kind=kind), towers, TowerModuleSpec(kind="dlrm", c=c, p=p, dim=dim)
+    )
     assert DmtSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_json_of_dcn_and_passthrough(make):
+def test_json_of_dcn_and_passthrough():
     for module in (DCN, TowerModuleSpec(kind="passthrough")):
-        spec = make.towers(make.spec("dcn", dims=(3, 4)), 2, module)
+        spec = split_towers(build_spec(kind="dcn", dims=(3, 4), dense_dim=8), 2, module)
         assert DmtSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -91,8 +95,8 @@ def test_json_of_dcn_and_passthrough(make):
         lambda v: v["towers"].__setitem__(0, "tower"),
     ],
 )
-def test_damaged_json_is_refused(make, damage):
-    value = json.loads(json.dumps(make.towers(make.spec(), 2, DLRM).to_json()))
+def test_damaged_json_is_refused(damage):
+    value = json.loads(json.dumps(split_towers(build_spec(kind="dot"), 2, DLRM).to_json()))
     damage(value)
     with pytest.raises(BundleError, match="damaged"):
         DmtSpec.from_json(value)
@@ -114,8 +118,8 @@ def test_impossible_modules_are_refused(fields):
         TowerModuleSpec(**fields)
 
 
-def test_towers_must_agree(make):
-    flat = make.spec("dot")
+def test_towers_must_agree():
+    flat = build_spec(kind="dot")
     halves = flat.feature_names[:2], flat.feature_names[2:]
     others = (
         TowerModuleSpec(kind="dlrm", c=2, dim=2),
@@ -141,11 +145,11 @@ def test_towers_must_agree(make):
         ("dcn", TowerModuleSpec(kind="dcn", dim=4, cross_layers=1, cross_rank=5)),
     ],
 )
-def test_auto_is_the_architectures_own_at_compression_two(make, kind, expected):
-    flat = make.spec(kind)
+def test_auto_is_the_architectures_own_at_compression_two(kind, expected):
+    flat = build_spec(kind=kind)
     module = module_spec(flat, "auto", num_towers=2)
     assert module == expected
-    assert make.towers(flat, 2, module).compression == 2
+    assert split_towers(flat, 2, module).compression == 2
 
 
 @given(
@@ -154,8 +158,8 @@ def test_auto_is_the_architectures_own_at_compression_two(make, kind, expected):
     p=st.integers(0, 3),
     compression=st.floats(1, 12),
 )
-def test_compression_is_reached_with_the_largest_dim(make, towers, c, p, compression):
-    flat = make.spec("dot")
+def test_compression_is_reached_with_the_largest_dim(towers, c, p, compression):
+    flat = build_spec(kind="dot")
     options = {"num_towers": towers, "c": c, "p": p, "compression": compression}
     vectors = c * 5 + p * towers
     if vectors == 0 or 40 / (vectors * compression) < 1 - 1e-9:
@@ -163,12 +167,12 @@ def test_compression_is_reached_with_the_largest_dim(make, towers, c, p, compres
             module_spec(flat, "auto", **options)
         return
     module = module_spec(flat, "auto", **options)
-    assert make.towers(flat, towers, module).compression >= compression - 1e-6
+    assert split_towers(flat, towers, module).compression >= compression - 1e-6
     assert 40 / (vectors * (module.dim + 1)) < compression
 
 
-def test_a_given_dim_is_taken(make):
-    module = module_spec(make.spec(), "dlrm", num_towers=2, c=2, p=1, dim=3)
+def test_a_given_dim_is_taken():
+    module = module_spec(build_spec(kind="dot"), "dlrm", num_towers=2, c=2, p=1, dim=3)
     assert module == TowerModuleSpec(kind="dlrm", c=2, p=1, dim=3)
 
 
@@ -191,14 +195,14 @@ def test_a_given_dim_is_taken(make):
         ("dot", "auto", {"c": -1}, "c"),
     ],
 )
-def test_contradicting_options_are_refused(make, flat, kind, options, match):
+def test_contradicting_options_are_refused(flat, kind, options, match):
     with pytest.raises(ConfigError, match=match):
-        module_spec(make.spec(flat), kind, num_towers=2, **options)
+        module_spec(build_spec(kind=flat), kind, num_towers=2, **options)
 
 
 @pytest.mark.parametrize("kind", ["dot", "cat", "dcn", "projection"])
-def test_auto_cannot_halve_a_dim_of_one(make, kind):
-    flat = make.spec(kind, dims=(1, 1, 1), dense=1)
+def test_auto_cannot_halve_a_dim_of_one(kind):
+    flat = build_spec(kind=kind, dims=(1, 1, 1), dense_dim=1)
     assert module_spec(flat, "auto", num_towers=2).dim == 1
     with pytest.raises(ConfigError, match="--compression 2"):
         module_spec(flat, "auto", num_towers=2, compression=2)

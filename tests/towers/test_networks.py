@@ -17,6 +17,8 @@ from dmt_convert.conversion.initialisation import (
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.model import FlatModel, TowerModuleSpec, load_dense, networks
 from dmt_convert.spec import FeatureSpec, ModelSpec, NetworkSpec, TableSpec, network_model
+from support.models import build_flat, build_sample, split_towers
+from support.rows import build_batch
 
 DIMS = (3, 8, 1, 5)
 
@@ -59,8 +61,8 @@ def test_a_spec_with_a_network_survives_json():
     assert spec.num_dense == 4 and spec.input_dims == (4, *DIMS)
 
 
-def test_whole_numbers_that_bundles_would_round_are_refused(make):
-    flat = make.flat(_spec())
+def test_whole_numbers_that_bundles_would_round_are_refused():
+    flat = build_flat(_spec())
     arrays = {
         name.removeprefix("interaction."): value.numpy().copy()
         for name, value in flat.state_dict().items()
@@ -75,22 +77,22 @@ def test_whole_numbers_that_bundles_would_round_are_refused(make):
 
 
 @pytest.mark.parametrize("num_dense", [4, 0])
-def test_passthrough_towers_of_a_network_are_bit_equal(make, num_dense):
+def test_passthrough_towers_of_a_network_are_bit_equal(num_dense):
     spec = _spec(num_dense)
-    flat = make.flat(spec)
-    towers = make.towers(spec, 3, TowerModuleSpec(kind="passthrough"))
+    flat = build_flat(spec)
+    towers = split_towers(spec, 3, TowerModuleSpec(kind="passthrough"))
     model, _ = initialise(flat, towers, None, method="exact")
-    batch = make.batch(spec, 33, multi=True)
+    batch = build_batch(spec, 33, multi=True)
     assert torch.equal(model(batch), flat(batch))
     with torch.no_grad():
         model.interaction.network.hidden.weight[0, -1] += 1.0
     assert not torch.equal(model(batch), flat(batch))
 
 
-def test_a_network_gets_every_features_vector_in_order(make):
+def test_a_network_gets_every_features_vector_in_order():
     spec = _spec()
-    flat = make.flat(spec)
-    batch = make.batch(spec, 5)
+    flat = build_flat(spec)
+    batch = build_batch(spec, 5)
     pooled = [flat.tables(n, b) for n, b in zip(batch.feature_names, batch.bags, strict=True)]
     expected = flat.interaction.network(torch.from_numpy(batch.dense), pooled)
     assert torch.equal(flat(batch), expected)
@@ -98,8 +100,8 @@ def test_a_network_gets_every_features_vector_in_order(make):
     assert stage == "logit" and torch.equal(logit, expected)
 
 
-def test_loading_keeps_types_and_names_what_does_not_fit(make):
-    flat = make.flat(_spec())
+def test_loading_keeps_types_and_names_what_does_not_fit():
+    flat = build_flat(_spec())
     arrays = {
         name.removeprefix("interaction."): value.numpy()
         for name, value in flat.state_dict().items()
@@ -139,9 +141,9 @@ def _r2(model, flat, sample):
     return 1 - float(error.square().sum() / (expected - expected.mean()).square().sum())
 
 
-def _low_rank(make, spec, rank):
+def _low_rank(spec, rank):
     """A flat model whose network feels `rank` directions of every tower's embeddings."""
-    flat = make.flat(spec)
+    flat = build_flat(spec)
     torch.manual_seed(1)
     with torch.no_grad():
         hidden = flat.interaction.network.hidden.weight
@@ -149,13 +151,13 @@ def _low_rank(make, spec, rank):
     return flat
 
 
-def test_linear_towers_keep_the_directions_that_the_network_reads(make):
+def test_linear_towers_keep_the_directions_that_the_network_reads():
     """Each of 2 towers of 17 elements is read through 2 directions: D = 2 loses nothing much."""
     spec = _spec()
-    flat = _low_rank(make, spec, 2)
-    sample, held = make.sample(flat, 1200), make.sample(flat, 400, seed=1)
+    flat = _low_rank(spec, 2)
+    sample, held = build_sample(flat, 1200), build_sample(flat, 400, seed=1)
     for dim, least in ((2, 0.99), (1, 0.3)):
-        towers = make.towers(spec, 2, _linear(dim))
+        towers = split_towers(spec, 2, _linear(dim))
         model, notes = initialise(flat, towers, sample, method="closed-form")
         agreement = _r2(model, flat, held)
         assert least < agreement < 1, notes
@@ -165,42 +167,42 @@ def test_linear_towers_keep_the_directions_that_the_network_reads(make):
         assert torch.equal(model.interaction.state_dict()[name], value)
 
 
-def test_a_linear_tower_of_full_width_is_exact(make):
+def test_a_linear_tower_of_full_width_is_exact():
     spec = _spec()
-    flat = make.flat(spec)
-    towers = make.towers(spec, 1, _linear(sum(DIMS)))
-    model, _ = initialise(flat, towers, make.sample(flat, 100), method="closed-form")
-    batch = make.batch(spec, 33)
+    flat = build_flat(spec)
+    towers = split_towers(spec, 1, _linear(sum(DIMS)))
+    model, _ = initialise(flat, towers, build_sample(flat, 100), method="closed-form")
+    batch = build_batch(spec, 33)
     assert torch.allclose(model(batch), flat(batch), rtol=0, atol=1e-6)  # one product by 1
 
 
-def test_directions_are_allotted_to_the_towers_that_need_them(make):
+def test_directions_are_allotted_to_the_towers_that_need_them():
     spec = _spec()
-    flat = make.flat(spec)
+    flat = build_flat(spec)
     with torch.no_grad():  # of tower 1 (f1, f3) the network reads one direction alone
         hidden = flat.interaction.network.hidden.weight
         for columns in (slice(7, 15), slice(16, 21)):
             hidden[:, columns] = 0.0
         hidden[:, 7] = 1.0
-    sample = make.sample(flat, 600)
-    allotted = allot_dims(trace_flat(flat, sample), make.towers(spec, 2, _linear(2)))
+    sample = build_sample(flat, 600)
+    allotted = allot_dims(trace_flat(flat, sample), split_towers(spec, 2, _linear(2)))
     assert [tower.module.dim for tower in allotted.towers] == [3, 1]
 
 
-def test_wide_towers_are_solved_in_blocks(make, monkeypatch):
+def test_wide_towers_are_solved_in_blocks(monkeypatch):
     spec = _spec()
-    flat = _low_rank(make, spec, 2)
-    sample = make.sample(flat, 1200)
+    flat = _low_rank(spec, 2)
+    sample = build_sample(flat, 1200)
     monkeypatch.setattr(restored_start, "_MAX_WIDTH", 5)
-    model, _ = initialise(flat, make.towers(spec, 1, _linear(8)), sample, method="closed-form")
-    assert _r2(model, flat, make.sample(flat, 400, seed=1)) > 0.98
+    model, _ = initialise(flat, split_towers(spec, 1, _linear(8)), sample, method="closed-form")
+    assert _r2(model, flat, build_sample(flat, 400, seed=1)) > 0.98
 
 
-def test_distillation_leaves_the_network_alone(make):
+def test_distillation_leaves_the_network_alone():
     spec = _spec()
-    flat = make.flat(spec)
-    sample, held = make.sample(flat, 1200), make.sample(flat, 400, seed=1)
-    model, _ = initialise(flat, make.towers(spec, 2, _linear(3)), sample, method="closed-form")
+    flat = build_flat(spec)
+    sample, held = build_sample(flat, 1200), build_sample(flat, 400, seed=1)
+    model, _ = initialise(flat, split_towers(spec, 2, _linear(3)), sample, method="closed-form")
     better, _ = distill(flat, model, sample, steps=200)
     assert _r2(better, flat, held) > _r2(model, flat, held)
     for name, value in flat.interaction.state_dict().items():

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from dmt_convert.conversion.initialisation import dcn_start
 from dmt_convert.conversion.initialisation.dcn_start import choose_coordinates, rebuild
 from dmt_convert.conversion.initialisation.dot_start import (
     fit_combinations,
@@ -237,7 +238,7 @@ def test_wide_towers_choose_by_a_sketch_nearly_as_well(monkeypatch):
 
     exact = loss(choose_coordinates(covariance, sensitivity, 30))
     blind = loss(choose_coordinates(covariance, np.eye(200), 30))
-    monkeypatch.setattr("dmt_convert.conversion.initialisation.dcn_start._EXACT_WIDTH", 100)
+    monkeypatch.setattr(dcn_start, "_EXACT_WIDTH", 100)
     sketched = loss(choose_coordinates(covariance, sensitivity, 30))
     assert sketched < 1.15 * exact
     assert sketched < 0.9 * blind

@@ -14,6 +14,8 @@ from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.families.trainer_tensors import ACTIVATIONS
 from dmt_convert.model.networks import layers
+from support.trainers import deepctr_models
+from support.trainers.comparison import draw_rows, pad, same_logits, stir
 
 ROWS = {"user": 11, "item": 7, "tags": 9}
 SAME = dict.fromkeys(ROWS, 4)
@@ -21,14 +23,14 @@ MIXED = {"user": 4, "item": 3, "tags": 2}
 
 
 @pytest.fixture
-def save(deepctr, tools, tmp_path):
+def save(tmp_path):
     """Save a model as `torch.save(model.state_dict(), 'model.h5')`; give its logits too."""
 
     def save(dims=SAME, num_dense=3, edit=None, **options):
-        model = tools.stir(deepctr.DeepCtr(ROWS, dims, num_dense, **options))
-        batch = tools.make_batch(ROWS, num_dense, multi=("tags",))
+        model = stir(deepctr_models.DeepCtr(ROWS, dims, num_dense, **options))
+        batch = draw_rows(ROWS, num_dense, multi=("tags",))
         ids = dict(zip(batch.feature_names, batch.bags, strict=True))
-        padded = {name: tools.pad(bag, 3 if name == "tags" else 1) for name, bag in ids.items()}
+        padded = {name: pad(bag, 3 if name == "tags" else 1) for name, bag in ids.items()}
         expected = model(padded, torch.from_numpy(batch.dense))
         state = dict(model.state_dict())
         if edit is not None:
@@ -53,29 +55,29 @@ def save(deepctr, tools, tmp_path):
         ({"dims": MIXED, "num_dense": 1}, None),
     ],
 )
-def test_models_score_as_their_trainer_does(save, tools, options, network):
+def test_models_score_as_their_trainer_does(save, options, network):
     path, batch, expected = save(**options)
-    info = tools.same_logits(path, batch, expected)
+    info = same_logits(path, batch, expected)
     facts = {fact.subject: fact.value for fact in info.facts}
     assert facts.get("cross network") == network
     assert info.spec.final_sigmoid and info.spec.feature_names == tuple(ROWS)
 
 
-def test_wdl_has_to_be_said(save, tools):
+def test_wdl_has_to_be_said(save):
     path, batch, expected = save(fm=False)
     with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected)
-    info = tools.same_logits(path, batch, expected, ModelConfig(fm=False))
+        same_logits(path, batch, expected)
+    info = same_logits(path, batch, expected, ModelConfig(fm=False))
     assert ("FM term", "false", "given") in [(f.subject, f.value, f.source) for f in info.facts]
 
 
-def test_a_swapped_expert_shows(save, tools):
+def test_a_swapped_expert_shows(save):
     def swap(state):
         state["crossnet.V_list"][0] = state["crossnet.V_list"][0].flip(0)
 
     path, batch, expected = save(cross="mix", edit=swap)
     with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected)
+        same_logits(path, batch, expected)
 
 
 def test_features_that_share_a_table_are_given(save):
@@ -107,10 +109,10 @@ def test_what_does_not_fit_is_listed(save, edit, says):
     assert any(says in line for line in caught.value.details)
 
 
-def test_activations_are_given_by_name(save, tools):
+def test_activations_are_given_by_name(save):
     path, batch, expected = save(cross="vector")
     with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected, ModelConfig(activation="tanh"))
+        same_logits(path, batch, expected, ModelConfig(activation="tanh"))
     with pytest.raises(ArchitectureError, match="the activation 'dice'"):
         infer_model(open_checkpoint(path), ModelConfig(activation="dice"))
     assert set(ACTIVATIONS) == {*layers.ACTIVATIONS, "prelu"}
@@ -122,16 +124,14 @@ def test_other_models_of_the_trainer_are_refused(save):
         infer_model(open_checkpoint(path))
 
 
-def test_order_of_the_file_counts_though_names_are_numbered(deepctr, tools, tmp_path):
+def test_order_of_the_file_counts_though_names_are_numbered(tmp_path):
     rows = {"C1": 7, "C10": 8, "C2": 9}  # `sorted(columns)`, with which the model was built
     rows |= {f"C{i}": 5 for i in range(3, 10)}
-    model = tools.stir(deepctr.DeepCtr(rows, dict.fromkeys(rows, 4), 2, cross="vector"))
-    batch = tools.make_batch(rows, 2)
-    padded = {n: tools.pad(b, 1) for n, b in zip(batch.feature_names, batch.bags, strict=True)}
+    model = stir(deepctr_models.DeepCtr(rows, dict.fromkeys(rows, 4), 2, cross="vector"))
+    batch = draw_rows(rows, 2)
+    padded = {n: pad(b, 1) for n, b in zip(batch.feature_names, batch.bags, strict=True)}
     torch.save(model.state_dict(), tmp_path / "model.h5")
-    info = tools.same_logits(
-        tmp_path / "model.h5", batch, model(padded, torch.from_numpy(batch.dense))
-    )
+    info = same_logits(tmp_path / "model.h5", batch, model(padded, torch.from_numpy(batch.dense)))
     assert info.spec.feature_names[:3] == ("C1", "C10", "C2")
 
 
@@ -168,11 +168,11 @@ def columns(combiner, dense, names=ROWS):
 
 
 @pytest.fixture
-def pickled(deepctr, tools, tmp_path, monkeypatch):
+def pickled(tmp_path, monkeypatch):
     """Save a model as `torch.save(model, 'model.h5')`, with the columns it was built of."""
 
     def save(combiner, linear=("a", "b", "c"), act=nn.ReLU, name="DeepFM", **options):
-        model = tools.stir(deepctr.DeepCtr(ROWS, SAME, 3, **options))
+        model = stir(deepctr_models.DeepCtr(ROWS, SAME, 3, **options))
         model.dnn_feature_columns = columns(combiner, "abc")
         listed = columns(combiner, linear)
         model.linear_model.sparse_feature_columns = listed[:2]
@@ -180,9 +180,9 @@ def pickled(deepctr, tools, tmp_path, monkeypatch):
         model.linear_model.dense_feature_columns = listed[3:]
         layers = model.dnn.activation_layers
         model.dnn.activation_layers = nn.ModuleList(act() for _ in layers)
-        batch = tools.make_batch(ROWS, 3, multi=("tags",))
+        batch = draw_rows(ROWS, 3, multi=("tags",))
         ids = dict(zip(batch.feature_names, batch.bags, strict=True))
-        padded = {n: tools.pad(bag, 3 if n == "tags" else 1) for n, bag in ids.items()}
+        padded = {n: pad(bag, 3 if n == "tags" else 1) for n, bag in ids.items()}
         dense = torch.from_numpy(batch.dense)
         weight = model.linear_model.weight
         if combiner == "sum":
@@ -193,7 +193,7 @@ def pickled(deepctr, tools, tmp_path, monkeypatch):
         model.linear_model.weight = nn.Parameter(weight[: len(order)].clone())
         cls = type(name, (type(model),), {"__module__": "deepctr_torch.models.any"})
         model.__class__ = cls
-        monkeypatch.setitem(sys.modules, deepctr.__name__, deepctr)
+        monkeypatch.setitem(sys.modules, deepctr_models.__name__, deepctr_models)
         for package in ("deepctr_torch", "deepctr_torch.models", cls.__module__):
             monkeypatch.setitem(sys.modules, package, ModuleType(package))
         setattr(sys.modules[cls.__module__], name, cls)
@@ -203,9 +203,9 @@ def pickled(deepctr, tools, tmp_path, monkeypatch):
     return save
 
 
-def test_a_pickled_model_says_what_tensors_do_not(pickled, tools):
+def test_a_pickled_model_says_what_tensors_do_not(pickled):
     path, batch, expected = pickled("sum", ("c", "a"), nn.Sigmoid, "WDL")
-    info = tools.same_logits(path, batch, expected)
+    info = same_logits(path, batch, expected)
     facts = {fact.subject: (fact.value, fact.source) for fact in info.facts}
     assert facts["FM term"] == ("false", "read") and facts["activation"] == ("sigmoid", "read")
     assert [f.pooling for f in info.spec.features] == ["mean", "mean", "sum"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,12 +13,8 @@ from dmt_convert.checkpoint import gather_rows, open_checkpoint
 from dmt_convert.errors import ArchitectureError, CheckpointError, ConfigError
 from dmt_convert.families import infer_model
 from dmt_convert.model.networks import LayerGraph
-
-_spec = importlib.util.spec_from_file_location(
-    "hugectr_files", Path(__file__).with_name("hugectr_files.py")
-)
-files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(files)
+from support.trainers import hugectr_files
+from support.trainers.comparison import draw_rows, same_logits
 
 SIZES = [6, 9, 4]
 
@@ -44,19 +39,19 @@ def look_up(table: torch.Tensor, bag, shift: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def wide_and_deep(tmp_path, tools):
+def wide_and_deep(tmp_path):
     """A wide part, FM, a cross network and a DNN, all in one graph."""
-    w, width = files.Weights(), 3 * files.DIM + files.DENSE
+    w, width = hugectr_files.Weights(), 3 * hugectr_files.DIM + hugectr_files.DENSE
     layers = [
-        files.data_layer(),
-        files.embedding("wide_data", "wide", 1),
-        files.embedding("deep_data", "deep", files.DIM, SIZES),
-        {"type": "Reshape", "bottom": "deep", "top": "flat", "leading_dim": 3 * files.DIM},
+        hugectr_files.data_layer(),
+        hugectr_files.embedding("wide_data", "wide", 1),
+        hugectr_files.embedding("deep_data", "deep", hugectr_files.DIM, SIZES),
+        {"type": "Reshape", "bottom": "deep", "top": "flat", "leading_dim": 3 * hugectr_files.DIM},
         {"type": "Reshape", "bottom": "wide", "top": "wide1", "leading_dim": 1},
         {"type": "Concat", "bottom": ["flat", "dense"], "top": "x"},
         {"type": "Slice", "bottom": "x", "top": ["x1", "x2"], "ranges": [[0, width], [0, width]]},
         {"type": "MultiCross", "bottom": "x1", "top": "crossed", "mc_param": {"num_layers": 2}},
-        files.fc("x2", "fc1", 6),
+        hugectr_files.fc("x2", "fc1", 6),
         {"type": "ReLU", "bottom": "fc1", "top": "relu1"},
         {"type": "Dropout", "bottom": "relu1", "top": "drop1", "rate": 0.5},
         {"type": "WeightMultiply", "bottom": "dense", "top": "scaled", "weight_dims": [5, 4]},
@@ -64,16 +59,16 @@ def wide_and_deep(tmp_path, tools):
         {"type": "FmOrder2", "bottom": "fields", "top": "fm", "out_dim": 4},
         {"type": "ReduceSum", "bottom": "fm", "top": "fm1", "axis": 1},
         {"type": "Concat", "bottom": ["drop1", "crossed"], "top": "joined"},
-        files.fc("joined", "fc2", 1),
+        hugectr_files.fc("joined", "fc2", 1),
         {"type": "Add", "bottom": ["fc2", "wide1", "fm1"], "top": "logit"},
-        files.LOSS,
+        hugectr_files.LOSS,
     ]
     cross = [(w(width), w(width)) for _ in range(2)]
     fc1, scale, fc2 = (w(width, 6), w(6)), w(5, 4), (w(6 + width, 1), w(1))
-    sparse = [shuffled(11, 1, 0), shuffled(19, files.DIM, 1, absent=[2, 7])]
-    files.write(tmp_path, layers, w, sparse)
+    sparse = [shuffled(11, 1, 0), shuffled(19, hugectr_files.DIM, 1, absent=[2, 7])]
+    hugectr_files.write(tmp_path, layers, w, sparse)
     names = ["wide", "deep_0", "deep_1", "deep_2"]
-    batch = tools.make_batch(dict(zip(names, [11, *SIZES], strict=True)), 5, multi=("wide",))
+    batch = draw_rows(dict(zip(names, [11, *SIZES], strict=True)), 5, multi=("wide",))
     wide, deep = by_key(sparse[0], 11), by_key(sparse[1], 19)
     vectors = [look_up(deep, batch.bags[i + 1], sum(SIZES[:i])) for i in range(3)]
     dense = torch.from_numpy(batch.dense)
@@ -87,42 +82,42 @@ def wide_and_deep(tmp_path, tools):
     return tmp_path, batch, head.squeeze(1) + look_up(wide, batch.bags[0]).squeeze(1) + fm
 
 
-def test_a_graph_scores_as_its_layers_say(wide_and_deep, tools):
-    info = tools.same_logits(*wide_and_deep)
+def test_a_graph_scores_as_its_layers_say(wide_and_deep):
+    info = same_logits(*wide_and_deep)
     assert info.spec.family == "hugectr" and info.spec.num_dense == 5
     assert [table.rows for table in info.spec.tables] == [11, *SIZES]
     assert not np.any(gather_rows(info.table_info("deep_0"), np.array([2])))  # never seen
     assert np.all(gather_rows(info.table_info("deep_1"), np.array([0, 5])))
 
 
-def test_swapped_keys_show(wide_and_deep, tools):
+def test_swapped_keys_show(wide_and_deep):
     path, batch, expected = wide_and_deep
     keys = path / "wdl1_sparse_20.model" / "key"
     keys.write_bytes(np.frombuffer(keys.read_bytes(), "<i8")[::-1].tobytes())
     with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected)
+        same_logits(path, batch, expected)
 
 
-def test_a_dlrm_whose_slots_share_their_keys(tmp_path, tools):
-    w, dim = files.Weights(), files.DIM
+def test_a_dlrm_whose_slots_share_their_keys(tmp_path):
+    w, dim = hugectr_files.Weights(), hugectr_files.DIM
     layers = [
-        files.data_layer(),
-        files.embedding("deep_data", "deep", dim, combiner="mean"),
-        files.fc("dense", "bottom", dim, fused=True),
+        hugectr_files.data_layer(),
+        hugectr_files.embedding("deep_data", "deep", dim, combiner="mean"),
+        hugectr_files.fc("dense", "bottom", dim, fused=True),
         {"type": "Interaction", "bottom": ["bottom", "deep"], "top": "pairs"},
-        files.fc("pairs", "logit", 1),
-        files.LOSS,
+        hugectr_files.fc("pairs", "logit", 1),
+        hugectr_files.LOSS,
     ]
     bottom, top = (w(5, dim), w(dim)), (w(dim + 6 + 1, 1), w(1))
     sparse = shuffled(12, dim, 2)
-    files.write(tmp_path, layers, w, [sparse])
-    batch = tools.make_batch({f"deep_{i}": 12 for i in range(3)}, 5)
+    hugectr_files.write(tmp_path, layers, w, [sparse])
+    batch = draw_rows({f"deep_{i}": 12 for i in range(3)}, 5)
     table = by_key(sparse, 12)
     dense = torch.relu(torch.from_numpy(batch.dense) @ bottom[0] + bottom[1])
     vectors = [dense, *(look_up(table, bag) for bag in batch.bags)]
     pairs = [(vectors[i] * vectors[j]).sum(1, keepdim=True) for i in range(4) for j in range(i)]
     x = torch.cat([dense, *pairs, torch.zeros(len(dense), 1)], dim=1)
-    info = tools.same_logits(tmp_path, batch, x @ top[0] + top[1])
+    info = same_logits(tmp_path, batch, x @ top[0] + top[1])
     assert [f.pooling for f in info.spec.features] == ["mean"] * 3
     assert {f.table for f in info.spec.features} == {"deep"}
 

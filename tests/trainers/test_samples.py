@@ -9,6 +9,7 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Bag, Batch
 from dmt_convert.families import infer_model
+from support.trainers.comparison import same_logits
 
 
 def read_probe(path):
@@ -32,10 +33,10 @@ def read_probe(path):
         ("tzrec-dlrm", "model.ckpt-585", "torcheasyrec", 1e-7),
     ],
 )
-def test_a_sample_scores_as_its_probe_says(shared, tools, sample, name, family, atol):
+def test_a_sample_scores_as_its_probe_says(shared, sample, name, family, atol):
     folder = shared / "checkpoints" / sample
     batch, logits = read_probe(folder / "probe.npz")
-    info = tools.same_logits(folder / name, batch, logits, atol=atol)
+    info = same_logits(folder / name, batch, logits, atol=atol)
     assert info.spec.family == family
 
 

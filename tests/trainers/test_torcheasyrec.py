@@ -12,6 +12,8 @@ from torch import nn
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, CheckpointError
 from dmt_convert.families import infer_model
+from support.trainers import tzrec_models
+from support.trainers.comparison import draw_rows, same_logits, stir
 
 TABLES = {"user_emb": 11, "shared": 7, "day_emb": 5}
 FEATURES = {
@@ -43,13 +45,13 @@ def group(name: str, *features: str) -> str:
 
 
 @pytest.fixture
-def save(tools, tmp_path):
+def save(tmp_path):
     """Save a model folder as the trainer does; give the model's logits too."""
     from torch.distributed import checkpoint as dcp
 
     def save(model, model_text, *, pooling="mean", num_dense=3, step=20):
-        tools.stir(model)
-        batch = tools.make_batch(ROWS, num_dense, multi=("item", "seen", "day"))
+        stir(model)
+        batch = draw_rows(ROWS, num_dense, multi=("item", "seen", "day"))
         bags = dict(zip(batch.feature_names, batch.bags, strict=True))
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         with warnings.catch_warnings():
@@ -79,47 +81,49 @@ GROUPS = group("dense", "look", "price") + group("sparse", "user", "item", "seen
         ),
     ],
 )
-def test_a_dlrm_scores_as_its_trainer_does(tzrec, save, tools, options, kind, stacks):
-    model = tzrec.Dlrm(TABLES, FEATURES, 3, **options)
-    info = tools.same_logits(*save(model, f"{GROUPS} dlrm {{ {stacks} }}"))
+def test_a_dlrm_scores_as_its_trainer_does(save, options, kind, stacks):
+    model = tzrec_models.Dlrm(TABLES, FEATURES, 3, **options)
+    info = same_logits(*save(model, f"{GROUPS} dlrm {{ {stacks} }}"))
     assert info.spec.interaction.kind == kind
     assert info.spec.feature_names == tuple(FEATURES)
     assert [f.pooling for f in info.spec.features] == ["sum", "mean", "mean", "sum"]
 
 
-def test_a_dlrm_without_dense_inputs(tzrec, save, tools):
-    model = tzrec.Dlrm(TABLES, FEATURES, 0)
+def test_a_dlrm_without_dense_inputs(save):
+    model = tzrec_models.Dlrm(TABLES, FEATURES, 0)
     text = group("features", "user", "item", "seen", "day") + "dlrm {}"
-    assert tools.same_logits(*save(model, text, num_dense=0)).spec.num_dense == 0
+    assert same_logits(*save(model, text, num_dense=0)).spec.num_dense == 0
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"backbone": True}, {"deep": False}, {"final": False, "backbone": True}]
 )
-def test_a_dcn_takes_its_group_in_order(tzrec, save, tools, options):
+def test_a_dcn_takes_its_group_in_order(save, options):
     features = {name: (table, False) for name, (table, _) in FEATURES.items()}
-    model = tzrec.DcnV2(TABLES, features, ["user", [0], "day", "item", [1, 2], "seen"], **options)
+    model = tzrec_models.DcnV2(
+        TABLES, features, ["user", [0], "day", "item", [1, 2], "seen"], **options
+    )
     text = group("all", "user", "price", "day", "item", "look", "seen") + "dcn_v2 { cross {} }"
     path, batch, expected = save(model, text, pooling="sum")
-    info = tools.same_logits(path, batch, expected)
+    info = same_logits(path, batch, expected)
     assert info.spec.feature_names == ("user", "day", "item", "seen")
     config = path / "pipeline.config"
     config.write_text(config.read_text().replace('"day", "item", "look"', '"item", "day", "look"'))
     with pytest.raises(AssertionError, match="Mismatch"):
-        tools.same_logits(path, batch, expected)
+        same_logits(path, batch, expected)
     config.unlink()
     with pytest.raises(ArchitectureError, match=r"DCNv2 without its pipeline\.config"):
         infer_model(open_checkpoint(path))
 
 
-def test_the_newest_checkpoint_of_a_folder_is_taken(tzrec, save, tools):
+def test_the_newest_checkpoint_of_a_folder_is_taken(save):
     text = f"{GROUPS} dlrm {{}}"
-    save(tzrec.Dlrm(TABLES, FEATURES, 3, with_sparse=False), text, step=9)
-    path, batch, expected = save(tzrec.Dlrm(TABLES, FEATURES, 3), text, step=10)
-    info = tools.same_logits(path, batch, expected)
+    save(tzrec_models.Dlrm(TABLES, FEATURES, 3, with_sparse=False), text, step=9)
+    path, batch, expected = save(tzrec_models.Dlrm(TABLES, FEATURES, 3), text, step=10)
+    info = same_logits(path, batch, expected)
     assert info.checkpoint.source.name == "model.ckpt-10"
-    assert tools.same_logits(path / "model.ckpt-10", batch, expected)
-    assert tools.same_logits(path / "model.ckpt-10" / "model", batch, expected)
+    assert same_logits(path / "model.ckpt-10", batch, expected)
+    assert same_logits(path / "model.ckpt-10" / "model", batch, expected)
     (path / "model.ckpt-10" / "model" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"but no \.metadata"):
         open_checkpoint(path)
@@ -133,8 +137,8 @@ def test_the_newest_checkpoint_of_a_folder_is_taken(tzrec, save, tools):
         ("feature_groups", "feature_group", "no feature groups"),
     ],
 )
-def test_what_a_config_asks_for_and_cannot_have(tzrec, save, old, new, says):
-    path, *_ = save(tzrec.Dlrm(TABLES, FEATURES, 3), f"{GROUPS} dlrm {{}}")
+def test_what_a_config_asks_for_and_cannot_have(save, old, new, says):
+    path, *_ = save(tzrec_models.Dlrm(TABLES, FEATURES, 3), f"{GROUPS} dlrm {{}}")
     config = path / "pipeline.config"
     config.write_text(config.read_text().replace(old, new))
     with pytest.raises(ArchitectureError, match=says):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from dmt_convert.checkpoint import gather_rows, open_checkpoint
 from dmt_convert.errors import CheckpointError, ConfigError, ExportError
 from dmt_convert.files.unshard import unshard_checkpoint
+from support.checkpoints.flat import make_sparse_flat
 
 State = dict[str, torch.Tensor]
 
@@ -159,7 +160,7 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("kind", ["full", "killed"])
-def test_nothing_half_written_stays(kind: str, make_sparse_flat: Any, tmp_path: Path) -> None:
+def test_nothing_half_written_stays(kind: str, tmp_path: Path) -> None:
     source = make_sparse_flat(tmp_path / "big.safetensors", rows=[200_000, 200_000])
     with source.open("r+b") as file:  # no hole, so that bytes are written
         file.seek(60 << 20)
@@ -193,7 +194,7 @@ def test_nothing_half_written_stays(kind: str, make_sparse_flat: Any, tmp_path: 
     assert out.exists() is (kind == "killed")
 
 
-def test_memory_stays_small(make_sparse_flat: Any, tmp_path: Path) -> None:
+def test_memory_stays_small(tmp_path: Path) -> None:
     source = make_sparse_flat(tmp_path / "big.safetensors", rows=[4_000_000, 4_000_000])
     code = (
         "import sys; from pathlib import Path\n"

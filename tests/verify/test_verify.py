@@ -12,19 +12,20 @@ from dmt_convert.data import Bag
 from dmt_convert.errors import ConfigError
 from dmt_convert.scoring import open_model, score_data, verify
 from dmt_convert.scoring.verify import verify_models
+from support.scored import write_model, write_rows
 
-TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_f{}.weight"
+TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_{}.weight"
 DENSE = "dense_arch.model._mlp.0._linear"
 FIRST = "over_arch.model.0._mlp.0._linear"
 LAST = "over_arch.model.1"
 
 
 @pytest.fixture
-def damaged(checkpoint, tmp_path):
+def damaged(scored_checkpoint, tmp_path):
     """Open a copy of the checkpoint after a change of its tensors."""
 
     def build(change):
-        tensors = torch.load(checkpoint)
+        tensors = torch.load(scored_checkpoint)
         change(tensors)
         torch.save(tensors, tmp_path / "damaged.pt")
         return open_model(tmp_path / "damaged.pt")
@@ -32,11 +33,11 @@ def damaged(checkpoint, tmp_path):
     return build
 
 
-def test_a_model_is_the_same_as_itself(checkpoint):
-    report = verify_models(open_model(checkpoint), open_model(checkpoint))
+def test_a_model_is_the_same_as_itself(scored_checkpoint):
+    report = verify_models(open_model(scored_checkpoint), open_model(scored_checkpoint))
     assert report.same and report.first_difference is None and not report.skipped
     assert [check.stage for check in report.checks] == [
-        *(f"pooled embedding of f{i}" for i in range(4)),
+        *(f"pooled embedding of cat_{i}" for i in range(4)),
         "dense_arch", "interaction", "over_arch layer 0", "logit",
     ]  # fmt: skip
     for check in report.checks:
@@ -45,8 +46,8 @@ def test_a_model_is_the_same_as_itself(checkpoint):
     assert report.data == "4096 generated rows"
 
 
-def test_a_passthrough_bundle_is_the_same_to_the_bit(checkpoint, bundles):
-    flat, bundle = open_model(checkpoint), open_model(bundles["passthrough"])
+def test_a_passthrough_bundle_is_the_same_to_the_bit(scored_checkpoint, scored_bundles):
+    flat, bundle = open_model(scored_checkpoint), open_model(scored_bundles["passthrough"])
     for a, b in ((flat, bundle), (bundle, flat)):
         report = verify_models(a, b)
         assert report.same and all(check.identical for check in report.checks)
@@ -54,8 +55,8 @@ def test_a_passthrough_bundle_is_the_same_to_the_bit(checkpoint, bundles):
         assert set(report.skipped) == {"output of tower 0", "output of tower 1"}
 
 
-def test_a_compressed_bundle_differs_behind_its_towers(checkpoint, bundles):
-    report = verify_models(open_model(checkpoint), open_model(bundles["dlrm"]))
+def test_a_compressed_bundle_differs_behind_its_towers(scored_checkpoint, scored_bundles):
+    report = verify_models(open_model(scored_checkpoint), open_model(scored_bundles["dlrm"]))
     assert not report.same
     stage = report.first_difference.stage
     assert stage in ("over_arch layer 0", "logit")
@@ -74,33 +75,36 @@ def _row(tensors, value):
 @pytest.mark.parametrize(
     ("change", "stage"),
     [
-        (lambda t: _row(t, 9.0), "pooled embedding of f2"),
-        (lambda t: t[TABLE.format(1)][0].mul_(1.001), "pooled embedding of f1"),
-        (lambda t: t[TABLE.format(1)].copy_(t[TABLE.format(1)].flip(0)), "pooled embedding of f1"),
+        (lambda t: _row(t, 9.0), "pooled embedding of cat_2"),
+        (lambda t: t[TABLE.format(1)][0].mul_(1.001), "pooled embedding of cat_1"),
+        (
+            lambda t: t[TABLE.format(1)].copy_(t[TABLE.format(1)].flip(0)),
+            "pooled embedding of cat_1",
+        ),
         (lambda t: t[f"{DENSE}.weight"].copy_(t[f"{DENSE}.weight"].flip(1)), "dense_arch"),
         (lambda t: t[f"{FIRST}.bias"][0].add_(1e-2), "over_arch layer 0"),
         (lambda t: t[f"{LAST}.bias"].add_(1e-2), "logit"),
         (lambda t: t[f"{LAST}.weight"][0, 0].neg_(), "logit"),
     ],
 )
-def test_the_first_stage_that_differs_is_named(checkpoint, damaged, change, stage):
-    flat, other = open_model(checkpoint), damaged(change)
+def test_the_first_stage_that_differs_is_named(scored_checkpoint, damaged, change, stage):
+    flat, other = open_model(scored_checkpoint), damaged(change)
     for a, b in ((flat, other), (other, flat)):
         report = verify_models(a, b)
         assert not report.same and report.first_difference.stage == stage
 
 
-def test_swapped_tables_are_found_in_the_first_of_them(write_model, tmp_path):
+def test_swapped_tables_are_found_in_the_first_of_them(tmp_path):
     tensors = torch.load(write_model(tmp_path / "a.pt"))
     tensors[TABLE.format(3)] = tensors[TABLE.format(1)].flip(0).clone()
     torch.save(tensors, tmp_path / "a.pt")
     _swap(tensors, TABLE.format(1), TABLE.format(3))
     torch.save(tensors, tmp_path / "b.pt")
     report = verify_models(open_model(tmp_path / "a.pt"), open_model(tmp_path / "b.pt"))
-    assert report.first_difference.stage == "pooled embedding of f1"
+    assert report.first_difference.stage == "pooled embedding of cat_1"
 
 
-def test_a_transposed_weight_is_found(write_model, tmp_path):
+def test_a_transposed_weight_is_found(tmp_path):
     """A square dense_arch weight, transposed: every shape still fits."""
     tensors = torch.load(write_model(tmp_path / "a.pt"))
     generator = torch.Generator().manual_seed(3)
@@ -116,8 +120,10 @@ def test_a_transposed_weight_is_found(write_model, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("both", [False, True])
-def test_values_that_are_not_finite_count_as_a_difference(checkpoint, monkeypatch, value, both):
-    a, b = open_model(checkpoint), open_model(checkpoint)
+def test_values_that_are_not_finite_count_as_a_difference(
+    scored_checkpoint, monkeypatch, value, both
+):
+    a, b = open_model(scored_checkpoint), open_model(scored_checkpoint)
     with torch.no_grad():
         for model in (a, b) if both else (b,):
             model.module.over_arch[0].bias[0] = value
@@ -134,23 +140,23 @@ def test_nan_in_a_later_batch_is_not_forgotten():
     assert np.isnan(running.diff) and not running.identical
 
 
-def test_tolerances_are_kept(checkpoint, damaged):
-    flat = open_model(checkpoint)
+def test_tolerances_are_kept(scored_checkpoint, damaged):
+    flat = open_model(scored_checkpoint)
     other = damaged(lambda t: t[f"{LAST}.bias"].add_(1e-2))
     assert verify_models(flat, other, atol=2e-2).same
     assert verify_models(flat, other, rtol=1e-2, atol=0).same
     assert not verify_models(flat, other, atol=5e-3, rtol=0).same
 
 
-def test_truth_in_the_data_is_compared_with_the_first_model(checkpoint, write_probe, tmp_path):
-    flat = open_model(checkpoint)
-    data = write_probe(tmp_path / "probe.npz", 40)
+def test_truth_in_the_data_is_compared_with_the_first_model(scored_checkpoint, tmp_path):
+    flat = open_model(scored_checkpoint)
+    data = write_rows(tmp_path / "probe.npz", 40)
     logits = score_data(flat, data).logits
     stage = "logit of the original model (from the data), against A"
     for shift, same in ((0.0, True), (0.1, False)):
         wrong = logits.copy()
         wrong[17] += shift * max(1, np.abs(logits).max())
-        path = write_probe(tmp_path / f"truth{same}.npz", 40, logits=wrong)
+        path = write_rows(tmp_path / f"truth{same}.npz", 40, logits=wrong)
         report = verify_models(flat, flat, data=path)
         assert report.same is same and report.checks[-1].stage == stage
         assert report.checks[-1].rows == 40
@@ -160,10 +166,10 @@ def test_truth_in_the_data_is_compared_with_the_first_model(checkpoint, write_pr
     assert report.same and report.checks[-1].rows == 10
 
 
-def test_models_of_other_inputs_are_refused(checkpoint, write_model, tmp_path):
-    flat = open_model(checkpoint)
-    tensors = torch.load(checkpoint)
-    renamed = {name.replace("t_f2", "t_other"): value for name, value in tensors.items()}
+def test_models_of_other_inputs_are_refused(scored_checkpoint, tmp_path):
+    flat = open_model(scored_checkpoint)
+    tensors = torch.load(scored_checkpoint)
+    renamed = {name.replace("t_cat_2", "t_other"): value for name, value in tensors.items()}
     torch.save(renamed, tmp_path / "renamed.pt")
     longer = dict(tensors)
     longer[TABLE.format(0)] = torch.zeros(21, 4)
@@ -175,7 +181,7 @@ def test_models_of_other_inputs_are_refused(checkpoint, write_model, tmp_path):
     order = [*reversed(names), *(name for name in tensors if name not in names)]
     torch.save({name: tensors[name] for name in order}, tmp_path / "order.pt")
     for name, match in (
-        ("renamed", "f2"), ("longer", "20 and 21"), ("wider", "dense inputs: 2 and 3"),
+        ("renamed", "cat_2"), ("longer", "20 and 21"), ("wider", "dense inputs: 2 and 3"),
         ("order", "another order"),
     ):  # fmt: skip
         with pytest.raises(ConfigError) as caught:
@@ -183,8 +189,8 @@ def test_models_of_other_inputs_are_refused(checkpoint, write_model, tmp_path):
         assert match in str(caught.value)
 
 
-def test_generated_rows_reach_both_ends_of_every_table(checkpoint):
-    small = open_model(checkpoint).spec
+def test_generated_rows_reach_both_ends_of_every_table(scored_checkpoint):
+    small = open_model(scored_checkpoint).spec
     # tables so large that no draw hits an end by chance
     tables = tuple(dataclasses.replace(table, rows=10**9) for table in small.tables)
     spec = dataclasses.replace(small, tables=tables)
@@ -203,8 +209,8 @@ def test_generated_rows_reach_both_ends_of_every_table(checkpoint):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_even_one_generated_row_is_a_valid_batch(checkpoint, rows):
-    model = open_model(checkpoint)
+def test_even_one_generated_row_is_a_valid_batch(scored_checkpoint, rows):
+    model = open_model(scored_checkpoint)
     report = verify_models(model, model, max_rows=rows)
     assert report.same and report.checks[-1].rows == rows
     batch = next(iter(verify._generated(model.spec, 1, 0)))

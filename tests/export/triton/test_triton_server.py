@@ -16,11 +16,9 @@ from tritonclient.utils import InferenceServerException
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.serving.check_process import ATOL, RTOL
+from support.triton import PROTOCOLS, Feeds, Served
 
-Feeds = dict[str, npt.NDArray[Any]]
-Served = Any
-"""`Served` of conftest.py."""
-PROTOCOLS = ("http", "grpc")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import ModelConfig, infer_model
+from support.originals import assert_agrees, facebook_original, save_facebook
 
 ROWS = (1, 7, 30, 11, 2, 16, 9, 40, 5, 12, 21)
 
@@ -22,18 +23,14 @@ ROWS = (1, 7, 30, 11, 2, 16, 9, 40, 5, 12, 21)
     ],
     ids=["plain", "one layer each", "one feature", "more layers"],
 )
-def test_facebook_models(
-    interaction, itself, options, facebook_original, save_facebook, assert_agrees, tmp_path
-):
+def test_facebook_models(interaction, itself, options, tmp_path):
     original = facebook_original(interaction, itself=itself, **options)
     assert_agrees(save_facebook(original, tmp_path / "model.pt"), original)
 
 
 @pytest.mark.parametrize(("interaction", "itself"), [("dot", False), ("cat", False), ("dot", True)])
 @pytest.mark.parametrize(("tables", "dim"), [(11, 6), (7, 4), (1, 3), (2, 3)])
-def test_widths_that_two_interactions_give(
-    interaction, itself, tables, dim, facebook_original, save_facebook, assert_agrees, tmp_path
-):
+def test_widths_that_two_interactions_give(interaction, itself, tables, dim, tmp_path):
     original = facebook_original(interaction, itself=itself, rows=ROWS[:tables], dim=dim)
     path = save_facebook(original, tmp_path / "model.pt")
     given = ModelConfig(interaction=interaction, self_pairs=itself)  # type: ignore[arg-type]
@@ -46,6 +43,6 @@ def test_widths_that_two_interactions_give(
             infer_model(open_checkpoint(path))
 
 
-def test_facebook_models_in_every_container(save, facebook_original, assert_agrees, tmp_path):
+def test_facebook_models_in_every_container(save, tmp_path):
     original = facebook_original("dot")
     assert_agrees(save(original.state, tmp_path), original)

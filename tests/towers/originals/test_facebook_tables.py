@@ -17,6 +17,13 @@ from torch import nn
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
+from support.originals import (
+    assert_agrees,
+    difference,
+    facebook_original,
+    flat_logits,
+    save_facebook,
+)
 
 ROWS = (3, 30, 11, 40)
 DIM = 6
@@ -58,9 +65,7 @@ class MdBag(nn.Module):
 
 
 @pytest.fixture
-def store(
-    facebook_original: Callable[..., Any], save_facebook: Callable[..., Path], tmp_path: Path
-) -> Callable[..., tuple[Path, Any]]:
+def store(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """Give a model other tables, learned pooling weights if asked, and save it."""
 
     def store(
@@ -119,7 +124,7 @@ CASES: dict[str, tuple[Callable[[], list[nn.Module | None]], dict[str, Any], str
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tables_in_parts(case, store, assert_agrees):
+def test_tables_in_parts(case, store):
     tables, options, operation = CASES[case]
     path, original = store(tables(), **options)
     assert_agrees(path, original, ModelConfig(qr_operation=operation))  # type: ignore[arg-type]
@@ -138,9 +143,7 @@ def test_tables_in_parts(case, store, assert_agrees):
         assert facts["tables with learned pooling weights"].value == "4 of 4"
 
 
-def test_what_the_file_does_not_say_is_assumed_and_shows(
-    store, assert_agrees, flat_logits, difference
-):
+def test_what_the_file_does_not_say_is_assumed_and_shows(store):
     path, original = store(qr("add"), lengths=1)
     facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
     said = facts["quotient-remainder tables"]
@@ -183,7 +186,7 @@ def test_an_operation_that_the_shapes_contradict(dim, given, store):
         infer_model(open_checkpoint(path), ModelConfig(qr_operation=given))  # type: ignore[arg-type]
 
 
-def test_shared_tables_and_mean_pooling(store, assert_agrees):
+def test_shared_tables_and_mean_pooling(store):
     shared = QrBag(40, DIM, "add", mode="mean")
     path, original = store([shared, None, None, shared], lengths=4)
     state = {n: t for n, t in original.state.items() if not n.startswith("emb_l.3.")}
@@ -219,7 +222,7 @@ def test_a_file_of_one_rank_that_lacks_a_single_table_is_refused(store):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_files_saved_from_a_gpu(zipped, store, assert_agrees, monkeypatch):
+def test_files_saved_from_a_gpu(zipped, store, monkeypatch):
     path, original = store(qr("mult"), lengths=1)
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
     torch.save(original.state, path, _use_new_zipfile_serialization=zipped)

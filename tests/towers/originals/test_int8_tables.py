@@ -15,6 +15,7 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import ModelConfig, infer_model
+from support.originals import assert_agrees, difference, torchrec_original
 
 EBC = "sparse_arch.embedding_bag_collection.embedding_bags"
 
@@ -56,9 +57,7 @@ def quantise(original: Any, *, split: bool = False) -> Any:
         ("dot", 6, True, "sum"),
     ],
 )
-def test_quantised_models(
-    kind, dim, split, pooling, torchrec_original, assert_agrees, difference, tmp_path
-):
+def test_quantised_models(kind, dim, split, pooling, tmp_path):
     exact = torchrec_original(kind, lengths=4, dim=dim, pooling=pooling)
     original = quantise(exact, split=split)
     assert original.state[f"{EBC}.t_cat_0.weight"].dtype == torch.uint8
@@ -74,7 +73,7 @@ def test_quantised_models(
 
 
 @pytest.mark.parametrize("dim", [5, 8])
-def test_rows_that_end_with_fp32_numbers(dim, torchrec_original, tmp_path):
+def test_rows_that_end_with_fp32_numbers(dim, tmp_path):
     """FBGEMM's older rows; where padding could be meant as well, fp16 numbers are assumed."""
     state = torchrec_original("dot", rows=(7, 9), dim=dim).state
     wanted = {}
@@ -99,7 +98,7 @@ def test_rows_that_end_with_fp32_numbers(dim, torchrec_original, tmp_path):
         ({"t_cat_1.weight_qscale": torch.ones(7)}, "has a scale or a bias, not both"),
     ],
 )
-def test_rows_that_do_not_fit(edit, says, torchrec_original, tmp_path):
+def test_rows_that_do_not_fit(edit, says, tmp_path):
     state = torchrec_original("dot").state
     table = f"{EBC}.t_cat_1.weight"
     state[table] = torch.ones(len(state[table]), 16, dtype=torch.uint8)
@@ -110,7 +109,7 @@ def test_rows_that_do_not_fit(edit, says, torchrec_original, tmp_path):
     assert any(re.search(says, line) for line in caught.value.details), caught.value.details
 
 
-def test_tables_of_one_pooling_stand_together(torchrec_original, tmp_path):
+def test_tables_of_one_pooling_stand_together(tmp_path):
     """Quantising regroups them: with pooling given feature by feature, the file tells no order."""
     state = quantise(torchrec_original("dot", lengths=1, dim=6)).state
     renamed = {re.sub(r"t_cat_(\d+)", lambda m: "t_" + "xb"[int(m[1]) % 2] * (int(m[1]) + 1), n): t

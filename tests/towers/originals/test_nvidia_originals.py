@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
 from dmt_convert.errors import ArchitectureError, CheckpointError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
+from support.originals import assert_agrees, difference, facebook_original, flat_logits
 
 ROWS = (1, 7, 30, 11, 2)
 NUMBERS = (3, 0, 4, 1, 2)
@@ -87,13 +87,13 @@ OLD = {"": "", "torch": "layers.{twice}.{kind}", "apex": "mlp.{kind}_{i}"}
 
 
 @pytest.fixture
-def original(facebook_original: Callable[..., Any]) -> Any:
+def original() -> Any:
     """Five tables in the model's order, one id per feature."""
     return facebook_original("dot", rows=ROWS, lengths=1, bottom=(5, 4), top=(4, 3))
 
 
 @pytest.mark.parametrize("old", OLD)
-def test_directories(old, original, assert_agrees, tmp_path):
+def test_directories(old, original, tmp_path):
     path = save(tmp_path / "ckpt", original.model, old=OLD[old])
     assert_agrees(path, original)
     info = infer_model(open_checkpoint(path))
@@ -105,7 +105,7 @@ def test_directories(old, original, assert_agrees, tmp_path):
     assert info.checkpoint.scalars["config.embedding_type"] == "joint_sparse"
 
 
-def test_ordered_features_have_the_order_of_their_numbers(original, assert_agrees, tmp_path):
+def test_ordered_features_have_the_order_of_their_numbers(original, tmp_path):
     path = save(
         tmp_path / "ckpt", original.model, (0, 1, 2, 3, 4), padding=0, bottom_features_ordered=True
     )
@@ -115,7 +115,7 @@ def test_ordered_features_have_the_order_of_their_numbers(original, assert_agree
     assert "padding" not in {fact.subject for fact in info.facts}
 
 
-def test_cat_is_not_padded_and_hashed_ids_are_said(facebook_original, assert_agrees, tmp_path):
+def test_cat_is_not_padded_and_hashed_ids_are_said(tmp_path):
     original = facebook_original("cat", rows=ROWS, lengths=1)
     flags = {"interaction_op": "cat", "hash_indices": True}
     path = save(tmp_path / "ckpt", original.model, padding=0, **flags)
@@ -125,7 +125,7 @@ def test_cat_is_not_padded_and_hashed_ids_are_said(facebook_original, assert_agr
     assert facts["ids"].source == "read"
 
 
-def test_the_order_matters(original, flat_logits, difference, tmp_path):
+def test_the_order_matters(original, tmp_path):
     """Saboteur: features in the order of their numbers give other logits."""
     path = save(tmp_path / "ckpt", original.model, bottom_features_ordered=True)
     info = infer_model(open_checkpoint(path))
@@ -134,7 +134,7 @@ def test_the_order_matters(original, flat_logits, difference, tmp_path):
     assert difference(ours, original.logits) > 1e-3
 
 
-def test_without_metadata_the_order_is_asked(original, assert_agrees, tmp_path):
+def test_without_metadata_the_order_is_asked(original, tmp_path):
     folder = save(tmp_path / "ckpt", original.model)
     names = {info.name: info for info in open_checkpoint(folder).tensors}
     plain = {name: torch.from_numpy(read_tensor(info).copy()) for name, info in names.items()}

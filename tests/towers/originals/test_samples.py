@@ -12,6 +12,7 @@ from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import adapt_batches, open_data
 from dmt_convert.errors import DmtError
 from dmt_convert.families import infer_model
+from support.originals import difference, flat_logits, passthrough
 
 SAMPLES = {
     "fb-dlrm-cat": "model.pt",
@@ -33,9 +34,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("sample", sorted(SAMPLES))
-def test_checkpoints_of_other_peoples_trainers(
-    sample, shared, flat_logits, passthrough, difference
-):
+def test_checkpoints_of_other_peoples_trainers(sample, shared):
     folder = shared / "checkpoints" / sample
     if not folder.is_dir():
         pytest.skip(f"no sample {sample}")

@@ -8,12 +8,14 @@ from torch import nn
 
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.families import ModelConfig, infer_model
+from support.checkpoints.containers import NESTED_SAVES
+from support.originals import assert_agrees, difference, flat_logits, torchrec_original
 
 RTOL = 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dot", "dcn", "projection", "train"])
-def test_torchrec_models_in_every_container(kind, save, torchrec_original, assert_agrees, tmp_path):
+def test_torchrec_models_in_every_container(kind, save, tmp_path):
     original = torchrec_original(kind, lengths=4)
     assert_agrees(save(original.state, tmp_path), original)
 
@@ -44,19 +46,15 @@ def test_torchrec_models_in_every_container(kind, save, torchrec_original, asser
         "five cross layers",
     ],
 )
-def test_torchrec_models_of_other_sizes(
-    kind, options, torchrec_original, assert_agrees, saves, tmp_path
-):
+def test_torchrec_models_of_other_sizes(kind, options, tmp_path):
     original = torchrec_original(kind, **{"lengths": 3, **options})
-    assert_agrees(saves["pt"](original.state, tmp_path), original)
+    assert_agrees(NESTED_SAVES["pt"](original.state, tmp_path), original)
 
 
 @pytest.mark.parametrize("kind", ["dot", "dcn"])
-def test_mean_pooling(
-    kind, torchrec_original, assert_agrees, flat_logits, difference, saves, tmp_path
-):
+def test_mean_pooling(kind, tmp_path):
     original = torchrec_original(kind, lengths=5, pooling="mean")
-    path = saves["pt"](original.state, tmp_path)
+    path = NESTED_SAVES["pt"](original.state, tmp_path)
     assert_agrees(path, original, ModelConfig(pooling="mean"))
     _, summed = flat_logits(infer_model(open_checkpoint(path)), original.batch)
     assert difference(summed, original.logits) > 100 * RTOL
@@ -64,9 +62,9 @@ def test_mean_pooling(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("container", ["pt", "legacy", "safetensors", "dcp"])
-def test_half_tables(dtype, container, torchrec_original, assert_agrees, saves, tmp_path):
+def test_half_tables(dtype, container, tmp_path):
     original = torchrec_original("dcn", dtype=dtype, lengths=2)
-    path = saves[container](original.state, tmp_path)
+    path = NESTED_SAVES[container](original.state, tmp_path)
     assert infer_model(open_checkpoint(path)).spec.tables[0].dtype in ("fp16", "bf16")
     assert_agrees(path, original)
 
@@ -83,13 +81,13 @@ def test_half_tables(dtype, container, torchrec_original, assert_agrees, saves, 
         "net.dlrm.{}",
     ],
 )
-def test_wrappers_around_the_model(wrap, torchrec_original, assert_agrees, saves, tmp_path):
+def test_wrappers_around_the_model(wrap, tmp_path):
     original = torchrec_original("dot", lengths=4)
     state = {wrap.format(name): tensor for name, tensor in original.state.items()}
-    assert_agrees(saves["pt"](state, tmp_path), original)
+    assert_agrees(NESTED_SAVES["pt"](state, tmp_path), original)
 
 
-def test_wrappers_inside_the_model(torchrec_original, assert_agrees, saves, tmp_path):
+def test_wrappers_inside_the_model(tmp_path):
     original = torchrec_original("dcn", lengths=4)
     state = {
         name.replace("over_arch.", "over_arch._orig_mod.")
@@ -98,17 +96,17 @@ def test_wrappers_inside_the_model(torchrec_original, assert_agrees, saves, tmp_
         for name, t in original.state.items()
     }
     assert len({*state} & {*original.state}) < len(state) // 2
-    assert_agrees(saves["pt"](state, tmp_path), original)
+    assert_agrees(NESTED_SAVES["pt"](state, tmp_path), original)
 
 
-def test_real_wrappers(torchrec_original, assert_agrees, saves, tmp_path):
+def test_real_wrappers(tmp_path):
     original = torchrec_original("train", lengths=4)
     parallel = nn.DataParallel(original.model)  # names as DistributedDataParallel gives them
     assert next(iter(parallel.state_dict())).startswith("module.model.sparse_arch")
-    assert_agrees(saves["pt"](parallel.state_dict(), tmp_path), original)
+    assert_agrees(NESTED_SAVES["pt"](parallel.state_dict(), tmp_path), original)
     compiled = torch.compile(original.model, backend="eager")
     assert next(iter(compiled.state_dict())).startswith("_orig_mod.")
-    assert_agrees(saves["pt"](compiled.state_dict(), tmp_path), original)
+    assert_agrees(NESTED_SAVES["pt"](compiled.state_dict(), tmp_path), original)
 
 
 def _swap_tables(state: dict[str, torch.Tensor]) -> None:
@@ -130,17 +128,17 @@ def _swap_pairs(state: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_swap_tables, _transpose_weight, _swap_pairs])
-def test_a_spoilt_checkpoint_is_noticed(spoil, torchrec_original, assert_agrees, saves, tmp_path):
+def test_a_spoilt_checkpoint_is_noticed(spoil, tmp_path):
     original = torchrec_original("dot", lengths=4, dense=(6,))
     state = {name: tensor.clone() for name, tensor in original.state.items()}
     spoil(state)
     with pytest.raises(AssertionError):
-        assert_agrees(saves["pt"](state, tmp_path), original)
+        assert_agrees(NESTED_SAVES["pt"](state, tmp_path), original)
 
 
-def test_the_other_order_of_pairs_is_noticed(torchrec_original, assert_agrees, saves, tmp_path):
+def test_the_other_order_of_pairs_is_noticed(tmp_path):
     original = torchrec_original("dot", lengths=4)
     with pytest.raises(AssertionError):
         assert_agrees(
-            saves["pt"](original.state, tmp_path), original, ModelConfig(pair_order="tril")
+            NESTED_SAVES["pt"](original.state, tmp_path), original, ModelConfig(pair_order="tril")
         )

@@ -1,13 +1,7 @@
-"""One rank of `test_torchrec_gloo.py`: shards the towers by a plan and compares the lookup.
-
-Run as `python gloo_worker.py CASE RANK INIT_FILE`; CASE is the JSON that the test wrote.
-"""
+"""What ranks do to compare the lookups of sharded towers with plain ones; run by `rank_server`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,24 +87,12 @@ def compare(
     return "same" if verdicts[0] else "permuted" if verdicts[1] else "different"
 
 
-def main() -> None:
-    case = json.loads(Path(sys.argv[1]).read_text())
-    plan = TowerPlan.from_json(case["plan"])
-    spec = ModelSpec.from_json(case["spec"])
-    assignment = TowerAssignment(towers=tuple(map(tuple, case["towers"])))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{sys.argv[3]}",
-        rank=int(sys.argv[2]),
-        world_size=plan.cluster.world_size,
-    )
+def compare_lookups(spec: dict[str, Any], towers: list[list[str]], plan: Any) -> list[str]:
+    """The verdicts with the plan's tower order and without."""
     embedding_tower_sharding.DistributedDataParallel = ddp_without_device_ids
-    for order in (plan.tower_order, None):
-        verdict = compare(spec, assignment, plan, order)
-        if dist.get_rank() == 0:
-            print(verdict)
-    dist.destroy_process_group()
+    model, planned = ModelSpec.from_json(spec), TowerPlan.from_json(plan)
+    assignment = TowerAssignment(towers=tuple(map(tuple, towers)))
+    return [compare(model, assignment, planned, order) for order in (planned.tower_order, None)]
 
 
-if __name__ == "__main__":
-    main()
+SCENARIOS = {"compare_lookups": compare_lookups}

@@ -26,7 +26,7 @@ Block = tuple[int, int, int, int, int]
 """First row, first column, rows, columns, rank."""
 
 
-class _Pickled:
+class PickledTensor:
     """A ShardedTensor as one rank pickles it."""
 
     def __init__(self, whole: torch.Tensor, blocks: Sequence[Block], rank: int, ranks: int) -> None:
@@ -66,6 +66,6 @@ def save_ranks(
     for rank, path in enumerate(paths):
         state: OrderedDict[str, Any] = OrderedDict(dense)
         for table, (whole, blocks) in tables.items():
-            state[table] = _Pickled(whole, blocks, rank, ranks)
+            state[table] = PickledTensor(whole, blocks, rank, ranks)
         torch.save(state, path, **options)
     return paths

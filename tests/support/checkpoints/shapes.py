@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from dmt_convert.checkpoint import ITEM_BYTES, FlatCheckpoint, Piece, TensorInfo
 
@@ -80,21 +77,3 @@ def make_checkpoint(
     return FlatCheckpoint(
         source=Path("model.pt"), format="torch", tensors=tuple(tensors), ordered=ordered, files=()
     )
-
-
-@pytest.fixture
-def torchrec() -> Callable[..., Shapes]:
-    """See `torchrec_shapes`."""
-    return torchrec_shapes
-
-
-@pytest.fixture
-def facebook() -> Callable[..., Shapes]:
-    """See `facebook_shapes`."""
-    return facebook_shapes
-
-
-@pytest.fixture
-def checkpoint() -> Callable[..., Any]:
-    """See `make_checkpoint`."""
-    return make_checkpoint

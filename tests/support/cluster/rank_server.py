@@ -1,10 +1,10 @@
 """Run scenarios over gloo ranks: torch is imported once, then a process is forked per rank.
 
-Run as `python rank_server.py SCENARIOS`, a file that defines `SCENARIOS`: name -> function. Reads
-one JSON object per line: the scenario's "name" and "arguments", "size" (ranks), and perhaps
-"ranks_per_host", "environ", "seconds" (after which what still runs is killed), and "meets": false
-where the scenario is to make the process group itself. Answers with one line: per rank its exit
-code, what the scenario returned, and the end of its stderr. `tests/conftest.py` has the client.
+Run as `python -m support.cluster.rank_server MODULE`, which defines `SCENARIOS`: name -> function.
+A job has the scenario's "name" and "arguments", "size" (ranks), and perhaps "ranks_per_host",
+"environ", "seconds" (after which what still runs is killed), and "meets": false if the scenario is
+to make the process group itself. The answer: per rank its exit code, what the scenario returned,
+and the end of its stderr. `client.serve_ranks` asks.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
-import tempfile
-import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,17 @@ import torch
 import torch._dynamo  # what DTensor imports when it is first made, in every rank
 import torch.distributed as dist
 
+from support.cluster.forks import answer_lines, await_ranks, write_output
+
 SECONDS = 60.0
-"""After which what still runs is killed, where the job does not say."""
+"""After which what still runs is killed, unless the job says otherwise."""
 
 
 def run_rank(scenarios: dict[str, Any], rank: int, job: dict[str, Any], folder: Path) -> None:
     """Be one rank; never returns."""
     code, size = 1, job["size"]
     try:
-        descriptor = os.open(folder / f"errors-{rank}", os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(descriptor, 2)
-        os.dup2(2, 1)
+        write_output(folder / f"errors-{rank}", folder / f"errors-{rank}")
         per_host = job.get("ranks_per_host", size)
         numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % per_host}
         numbers["LOCAL_WORLD_SIZE"] = per_host
@@ -64,19 +62,7 @@ def run_job(scenarios: dict[str, Any], job: dict[str, Any], folder: Path) -> lis
         if child == 0:
             run_rank(scenarios, rank, job, folder)
         children[child] = rank
-    codes: dict[int, int] = {}
-    seconds = job.get("seconds", SECONDS)
-    end = time.monotonic() + seconds
-    while children:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > end:
-            for left in children:
-                os.kill(left, signal.SIGKILL)
-            end += seconds
-        else:
-            time.sleep(0.01)
+    codes = await_ranks(children, job.get("seconds", SECONDS))
     reports = []
     for rank in sorted(codes):
         result = folder / f"result-{rank}"
@@ -90,15 +76,6 @@ def run_job(scenarios: dict[str, Any], job: dict[str, Any], folder: Path) -> lis
     return reports
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    path = Path(sys.argv[1])
-    sys.path.insert(0, str(path.parent))
-    scenarios = importlib.import_module(path.stem).SCENARIOS
-    for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(run_job(scenarios, json.loads(line), Path(folder))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    answer_lines(partial(run_job, importlib.import_module(sys.argv[1]).SCENARIOS))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
-
-import numpy as np
-import pytest
 
 from dmt_convert.conversion import QualityRow
 from dmt_convert.conversion.partition import Partition, PartitionConfig, partition_features
@@ -14,9 +12,8 @@ from dmt_convert.families import Fact
 from dmt_convert.model import DmtSpec, TowerSpec, module_spec
 from dmt_convert.placement import Cluster, plan_towers
 from dmt_convert.report import ReportData
-from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
-
-DataMaker = Callable[..., ReportData]
+from support.affinities import planted_affinity
+from support.specs import build_spec
 
 FACTS = (
     Fact(subject="embedding dim", value="8", source="read", reason="metadata of the checkpoint"),
@@ -32,31 +29,34 @@ QUALITY = (
 )
 
 
-def build_spec(count: int, *, dim: int = 8, names: Sequence[str] | None = None) -> ModelSpec:
-    """A dot model of `count` features, each with a table of its own size."""
-    names = names or [f"f{i}" for i in range(count)]
-    pairs = (count + 1) * count // 2
-    return ModelSpec(
+@cache
+def _partitioned(
+    features: int | tuple[str, ...],
+    towers: int,
+    strategy: Any,
+    affinity: bool,
+    module: Any,
+    dim: int,
+) -> tuple[DmtSpec, Partition]:
+    count = features if isinstance(features, int) else len(features)
+    flat = build_spec(
+        features,
+        kind="dot",
+        dims=dim,
+        rows=[100 + 7919 * (i * i % 31) * 37 for i in range(count)],
+        dense=(13, 16),
+        hidden=(16,),
         family="torchrec-dlrm",
-        tables=tuple(
-            TableSpec(name=f"t{i}", rows=100 + 7919 * (i * i % 31) * 37, dim=dim)
-            for i in range(count)
-        ),
-        features=tuple(FeatureSpec(name=names[i], table=f"t{i}") for i in range(count)),
-        dense_arch=MlpSpec(widths=(13, 16, dim), final_relu=True),
-        interaction=InteractionSpec(kind="dot"),
-        over_arch=MlpSpec(widths=(dim + pairs, 16, 1), final_relu=False),
     )
-
-
-def planted_affinity(count: int, blocks: int) -> np.ndarray:
-    """Affinity that is high among every `blocks`-th feature."""
-    rng = np.random.default_rng(0)
-    noise = rng.random((count, count)) * 0.3
-    block = np.arange(count) % blocks
-    matrix = (noise + noise.T) / 2 + 0.5 * (block[:, None] == block[None, :])
-    np.fill_diagonal(matrix, 1)
-    return matrix.astype(np.float32)
+    partition = partition_features(
+        flat,
+        PartitionConfig(num_towers=towers, strategy=strategy),
+        planted_affinity(count, towers) if affinity else None,
+    )
+    chosen = module_spec(flat, module, num_towers=towers)
+    members = partition.assignment.towers
+    towers_of = tuple(TowerSpec(features=names, module=chosen) for names in members)
+    return DmtSpec(flat=flat, towers=towers_of), partition
 
 
 def build_data(
@@ -72,13 +72,9 @@ def build_data(
     **changes: Any,
 ) -> ReportData:
     """A report; `changes` are fields of `ReportData`."""
-    flat = build_spec(features, dim=dim, names=names)
-    partition = partition_features(
-        flat,
-        PartitionConfig(num_towers=towers, strategy=strategy),
-        planted_affinity(features, towers) if affinity else None,
-    )
-    spec = to_dmt(flat, partition, module)
+    named = tuple(names) if names else features
+    spec, partition = _partitioned(named, towers, strategy, affinity, module, dim)
+    flat = spec.flat
     cluster = Cluster(hosts=hosts or towers, ranks_per_host=8)
     fields: dict[str, Any] = {
         "title": "ckpt.pt",
@@ -103,17 +99,3 @@ def build_data(
         "commands": ("dmt verify ckpt.pt ckpt-dmt2", "dmt evaluate ckpt-dmt2 --data DATA"),
     }
     return ReportData(**{**fields, **changes})
-
-
-def to_dmt(flat: ModelSpec, partition: Partition, module: Any) -> DmtSpec:
-    towers = partition.assignment.towers
-    chosen = module_spec(flat, module, num_towers=len(towers))
-    return DmtSpec(
-        flat=flat,
-        towers=tuple(TowerSpec(features=names, module=chosen) for names in towers),
-    )
-
-
-@pytest.fixture(scope="session")
-def make_data() -> DataMaker:
-    return build_data

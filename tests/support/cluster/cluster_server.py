@@ -1,6 +1,6 @@
 """Run the fine-tuning recipe over ranks as torchrun would, in forked processes.
 
-torch and torchrec are imported once. Reads one JSON object per line, answers with one. A job:
+torch and torchrec are imported once. Run as `python -m support.cluster.cluster_server`; a job:
 hosts, ranks (per host), arguments (of the recipe), restarts (how often the ranks are started again
 after one failed), faults ([{"rank", "attempt", "moment", ...}], see MOMENTS), environment. The
 answer: per attempt, per rank the exit code, what it printed, and seconds until all were gone.
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +21,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import checkpoint_scenarios
 import torch
 import torchrec  # noqa: F401
 from torch.distributed import TCPStore
@@ -31,6 +28,8 @@ from torch.distributed import TCPStore
 from dmt_convert.cluster import cluster_run, cluster_training, cluster_voice
 from dmt_convert.recipes import finetune_dmt, finetune_endings
 from dmt_convert.training import finetuned_bundle
+from support.cluster import checkpoint_scenarios
+from support.cluster.forks import answer_lines, await_ranks, write_output
 
 SECONDS = 60.0
 """After which what still runs is killed."""
@@ -83,8 +82,7 @@ def run_rank(rank: int, attempt: int, job: dict[str, Any], folder: Path, port: i
     """Be one rank; never returns."""
     code = 1
     try:
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+        write_output(folder / "stdout", folder / "stderr")
         for fault in job.get("faults", ()):
             if fault["rank"] == rank and fault.get("attempt", 0) == attempt:
                 arrange(fault)
@@ -130,7 +128,7 @@ def run_attempt(job: dict[str, Any], attempt: int, folder: Path) -> list[dict[st
         os.close(receive)
         os.write(send, str(job["port"]).encode())
         os.close(send)
-    codes = await_ranks(children)
+    codes = await_ranks(children, SECONDS, end_others=True)
     return [
         {
             "code": codes[rank],
@@ -139,28 +137,6 @@ def run_attempt(job: dict[str, Any], attempt: int, folder: Path) -> list[dict[st
         }
         for rank in range(size)
     ]
-
-
-def await_ranks(children: dict[int, int]) -> dict[int, int]:
-    """Wait for all; when one has failed, end the others as torchrun does."""
-    codes: dict[int, int] = {}
-    end, told = time.monotonic() + SECONDS, False
-    while children:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > end:
-            for left in children:
-                os.kill(left, signal.SIGKILL)
-            end += SECONDS
-        elif any(codes.values()) and not told:
-            time.sleep(0.1)
-            for left in children:
-                os.kill(left, signal.SIGTERM)
-            end, told = min(end, time.monotonic() + 1), True
-        else:
-            time.sleep(0.005)
-    return codes
 
 
 def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -189,26 +165,9 @@ def warm_up() -> None:
             importlib.import_module(name)
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
     cluster_voice._WAIT_SECONDS = 1.0  # type: ignore[misc]
     finetune_endings._GRACE_SECONDS = 1.0  # type: ignore[misc]
-    for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as folder:
-            # a process of its own: what forks has no threads but those of one store
-            receive, send = os.pipe()
-            child = os.fork()
-            if child == 0:
-                os.close(receive)
-                with os.fdopen(send, "w") as answer:
-                    answer.write(json.dumps(run_job(json.loads(line), Path(folder))))
-                os._exit(0)
-            os.close(send)
-            with os.fdopen(receive) as answer:
-                print(answer.read(), flush=True)
-            os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    main()
+    answer_lines(run_job)

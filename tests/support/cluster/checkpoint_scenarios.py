@@ -1,4 +1,4 @@
-"""What ranks do with a store of checkpoints; run by rank_server.py."""
+"""What ranks do with a store of checkpoints; run by `rank_server`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _swapped_tables(patch: Callable[..., None]) -> None:
 
         return list_shards
 
-    import engine_scenarios
+    from support.cluster import engine_scenarios
 
     patch(engine_scenarios, "shards_to_fill", swapped)
 

@@ -1,7 +1,7 @@
 """Convert in child processes that are killed at many moments; say what each left behind.
 
-Run as `python kill_points.py SOURCE FOLDER new|replaced`. The parent never runs torch, so that its
-children may be forked. Prints one JSON line per kill.
+Run as `python -m support.kill_points SOURCE FOLDER new|replaced`. The parent never runs torch, so
+that its children may be forked. Prints one JSON line per kill.
 """
 
 import json
@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch  # noqa: F401  imported once, for all children
 
-import dmt_convert.conversion.sample
-import dmt_convert.conversion.started_model
-import dmt_convert.report.documents
 from dmt_convert.bundle import check_digests, open_bundle
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import BundleError
 from dmt_convert.files import staging
+from support.shortcuts import sample_few, skip_report
 
 
 def die() -> None:
@@ -103,8 +102,9 @@ def describe(out: Path) -> str:
 
 def main() -> None:
     source, folder, replaced = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "replaced"
-    dmt_convert.conversion.sample.sample_size = lambda spec: 1024
-    dmt_convert.report.documents.describe_conversion = lambda *_: {}
+    patch = pytest.MonkeyPatch()  # for as long as this process lives
+    sample_few(patch)
+    skip_report(patch)
     out = folder / "out"
     begin = time.perf_counter()
     assert run_child(source, out, False, 0, lambda: None) == 0

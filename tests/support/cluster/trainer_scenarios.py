@@ -1,4 +1,4 @@
-"""What ranks do with a `ClusterTrainer`, and how they meet; run by rank_server.py."""
+"""What ranks do with a `ClusterTrainer`, and how they meet; run by `rank_server`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cluster_cases import Case, join_shards, largest_difference, whole_tables
-from sabotage import sabotage
 from torchrec.distributed.comm import intra_and_cross_node_pg
 
 from dmt_convert.cluster import (
@@ -30,6 +28,8 @@ from dmt_convert.training import train
 from dmt_convert.training.finetune_config import FinetuneConfig
 from dmt_convert.training.training import BestInMemory
 from dmt_convert.training.training_data import open_training_data
+from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
+from support.cluster.sabotage import sabotage
 
 
 def meet(

@@ -1,15 +1,10 @@
-"""Two gloo ranks save one DCP directory with row-wise and column-wise shards.
-
-Run twice, as `python sharded_save.py OUT RENDEZVOUS RANK`.
-"""
+"""Two ranks save one DCP directory with row-wise and column-wise shards; run by `rank_server`."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -26,19 +21,16 @@ def full_state() -> dict[str, torch.Tensor]:
     }
 
 
-def run(out: str, rendezvous: str, rank: int) -> None:
+def save(folder: str) -> None:
+    """Save this rank's part of everything."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     places = {"columns": Shard(1), "whole": Replicate()}
     sharded = {
         name: distribute_tensor(tensor, mesh, [places.get(name, Shard(0))])
         for name, tensor in full_state().items()
     }
-    dcp.save({"model": sharded, "epoch": 3}, checkpoint_id=out)
-    dist.destroy_process_group()
+    dcp.save({"model": sharded, "epoch": 3}, checkpoint_id=folder)
 
 
-if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+SCENARIOS = {"save": save}

@@ -1,13 +1,10 @@
-"""Models as their trainers compute them, written anew, and what becomes of their checkpoints."""
+"""What a trainer's model says, and what is made of its checkpoint."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -17,32 +14,7 @@ from dmt_convert.conversion.quality import logits_of
 from dmt_convert.data import Bag, Batch
 from dmt_convert.families import ModelConfig, infer_model
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, open_flat_model
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def deepctr() -> ModuleType:
-    """DeepCTR-Torch's models."""
-    return _load("deepctr_models")
-
-
-@pytest.fixture(scope="session")
-def fuxictr() -> ModuleType:
-    """FuxiCTR's models."""
-    return _load("fuxictr_models")
-
-
-@pytest.fixture(scope="session")
-def tzrec() -> ModuleType:
-    """TorchEasyRec's models."""
-    return _load("tzrec_models")
+from support.rows import random_bag
 
 
 def stir(model: nn.Module) -> nn.Module:
@@ -57,16 +29,17 @@ def stir(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def make_batch(rows: dict[str, int], num_dense: int, *, multi=(), count: int = 17) -> Batch:
+def draw_rows(rows: dict[str, int], num_dense: int, *, multi=(), count: int = 17) -> Batch:
     """Ids from 1; features in `multi` have bags of 0 to 3 ids."""
     rng = np.random.default_rng(5)
-    bags = []
-    for name, size in rows.items():
-        lengths = rng.integers(0, 4, count) if name in multi else np.ones(count, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        bags.append(Bag(values=rng.integers(1, size, int(offsets[-1])), offsets=offsets))
-    dense = rng.standard_normal((count, num_dense)).astype(np.float32)
-    return Batch(dense=dense, feature_names=tuple(rows), bags=tuple(bags))
+    return Batch(
+        bags=tuple(
+            random_bag(rng, size, count, most=3 if name in multi else 1, first=1)
+            for name, size in rows.items()
+        ),
+        dense=rng.standard_normal((count, num_dense)).astype(np.float32),
+        feature_names=tuple(rows),
+    )
 
 
 def pad(bag: Bag, length: int = 3) -> torch.Tensor:
@@ -99,11 +72,3 @@ def same_logits(path: Path, batch: Batch, expected: torch.Tensor, config=None, *
     model, _ = initialise(flat, DmtSpec(flat=info.spec, towers=tuple(towers)), None, method="exact")
     np.testing.assert_allclose(logits_of(model, ordered), logits, atol=1e-6, rtol=0)
     return info
-
-
-@pytest.fixture(scope="session")
-def tools():
-    """All helpers."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(stir=stir, make_batch=make_batch, pad=pad, same_logits=same_logits)

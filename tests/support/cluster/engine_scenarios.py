@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the engine; run by rank_server.py."""
+"""What ranks do in the tests of the engine; run by `rank_server`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cluster_cases import Case, join_shards, largest_difference, whole_tables
-from flat_torchrec import flat_shards, shard_flat
-from sabotage import sabotage
 from torch import Tensor, nn
-from trainer_scenarios import (
-    meet,
-    train_with_trainer,
-    trainer_against_one_process,
-)
 
 from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
 from dmt_convert.cluster.jagged import carries_weights
 from dmt_convert.placement import TowerPlan
+from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
+from support.cluster.flat_torchrec import flat_shards, shard_flat
+from support.cluster.sabotage import sabotage
+from support.cluster.trainer_scenarios import (
+    meet,
+    train_with_trainer,
+    trainer_against_one_process,
+)
 
 CPU = torch.device("cpu")
 _loss = nn.functional.binary_cross_entropy_with_logits

@@ -1,0 +1,1 @@
+"""Tiny checkpoints, and every container to put them in."""

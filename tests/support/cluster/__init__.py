@@ -1,0 +1,1 @@
+"""Processes that are ranks of a cluster: their servers, and what ranks do."""

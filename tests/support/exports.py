@@ -1,0 +1,15 @@
+"""Exports, checked in this process."""
+
+from __future__ import annotations
+
+import torch
+
+from dmt_convert.bundle import Bundle, open_bundle_model
+from dmt_convert.serving import ExportedModel, GraphCheck
+from dmt_convert.serving.check_process import run_checks
+
+
+def checks_of(exported: ExportedModel, bundle: Bundle) -> list[GraphCheck]:
+    """Run, in this process, what an export is checked by."""
+    with torch.inference_mode():
+        return list(run_checks(exported, open_bundle_model(bundle), None))

@@ -1,0 +1,22 @@
+"""Ways to be quick in tests of something else; each lasts as long as the given patch."""
+
+import pytest
+
+from dmt_convert.conversion import sample
+from dmt_convert.report import documents
+from dmt_convert.serving import exporter
+
+
+def sample_few(patch: pytest.MonkeyPatch, rows: int = 1024) -> None:
+    """Sample fewer inputs when converting."""
+    patch.setattr(sample, "sample_size", lambda spec: rows)
+
+
+def skip_report(patch: pytest.MonkeyPatch) -> None:
+    """Convert without drawing and writing the report, which takes longest for tiny models."""
+    patch.setattr(documents, "describe_conversion", lambda *_: {})
+
+
+def skip_export_checks(patch: pytest.MonkeyPatch) -> None:
+    """Export without the process that checks the graphs."""
+    patch.setattr(exporter, "check_graphs", lambda *_: ())

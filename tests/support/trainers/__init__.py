@@ -1,0 +1,1 @@
+"""Models as their trainers compute and save them, written anew."""
