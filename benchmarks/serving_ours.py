@@ -13,7 +13,7 @@ from typing import Any
 from serving_case import TOWERS, Case, Inputs, graph_inputs, tower_spec
 from serving_weights import WEIGHTS
 
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
+from dmt_convert.checkpoint import TensorInfo, read_safetensors
 from dmt_convert.model import DmtSpec
 from dmt_convert.serving import OVER_ARCH, WHOLE, ExportConfig, ExportFormat, tower_name
 from dmt_convert.serving.graph_writer import ExportJob
@@ -50,7 +50,7 @@ def build_job(
 
 def _place(weights: Path, spec: DmtSpec, prefix: str) -> PlacedWeights:
     """Show every part its own tensors of the one file, under the names that it expects."""
-    infos = {info.name: info for info in SafetensorsReader().read(weights).tensors}
+    infos = {info.name: info for info in read_safetensors(weights).tensors}
     size = weights.stat().st_size
 
     def show(part: str, tensors: dict[str, TensorInfo]) -> PlacedFile:

@@ -166,9 +166,9 @@ def build_graph(folder: Path, variant: Variant, case: Case, rival_python: str) -
 def _export_common_way(out: Path, variant: Variant, case: Case, python: str) -> None:
     from serving_weights import WEIGHTS, table_name
 
-    from dmt_convert.checkpoint import SafetensorsReader
+    from dmt_convert.checkpoint import read_safetensors
 
-    infos = {info.name: info for info in SafetensorsReader().read(out / WEIGHTS).tensors}
+    infos = {info.name: info for info in read_safetensors(out / WEIGHTS).tensors}
     pieces = [infos[table_name(i)].pieces[0] for i in range(FEATURES)]
     spec = flat_spec(case.model, case.rows)
     job = {

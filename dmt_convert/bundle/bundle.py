@@ -14,7 +14,7 @@ from dmt_convert.bundle.accumulators import (
 )
 from dmt_convert.bundle.manifest import Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
+from dmt_convert.checkpoint import TensorInfo, read_safetensors
 from dmt_convert.documents import Quality
 from dmt_convert.errors import BundleError, CheckpointError
 from dmt_convert.files import (
@@ -131,7 +131,7 @@ def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, Tens
     if size != entry.bytes:
         raise _broken(folder, f"{name} has {size} bytes, the manifest says {entry.bytes}")
     try:
-        tensors = SafetensorsReader().read(path).tensors
+        tensors = read_safetensors(path).tensors
     except CheckpointError as error:
         raise _broken(folder, error.found) from None
     if {tensor.name for tensor in tensors} != set(entry.digests):

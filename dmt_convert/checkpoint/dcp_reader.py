@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, FlatCheckpoint, Piece, TensorInfo
-from dmt_convert.checkpoint.inert_objects import DCP_GLOBALS, Record, is_size
-from dmt_convert.checkpoint.safe_unpickler import read_pickle
+from dmt_convert.checkpoint.inert import DCP_GLOBALS, Record, is_size, read_pickle, read_sizes
 from dmt_convert.checkpoint.shards import check_files, check_tiling
 from dmt_convert.errors import CheckpointError
 
@@ -21,97 +20,83 @@ _Location = tuple[str, int, int]
 _DAMAGED: Final = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
-class DcpReader:
-    """A DCP directory: `.metadata` beside `__<rank>_<n>.distcp` files."""
+def is_dcp(path: Path) -> bool:
+    """Tell a DCP directory, or a file in it, by the names."""
+    folder = path if path.is_dir() else path.parent
+    named = path.name == ".metadata" or path.suffix == ".distcp"
+    if not path.is_dir() and not named:
+        return False
+    return (folder / ".metadata").is_file() or any(folder.glob("*.distcp"))
 
-    format = "dcp"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by the names: the directory, or a file in it."""
-        folder = path if path.is_dir() else path.parent
-        named = path.name == ".metadata" or path.suffix == ".distcp"
-        if not path.is_dir() and not named:
-            return False
-        return (folder / ".metadata").is_file() or any(folder.glob("*.distcp"))
+def read_dcp(path: Path) -> FlatCheckpoint:
+    """Read `.metadata` of a DCP directory; the payload in `__<rank>_<n>.distcp` stays on disk.
 
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read `.metadata`; the payload stays on disk.
+    Args:
+        path: The directory, or a file in it.
 
-        Raises:
-            CheckpointError: The directory is incomplete or damaged, or was compressed.
-        """
-        folder = path if path.is_dir() else path.parent
-        metadata_path = folder / ".metadata"
-        if not metadata_path.is_file():
-            raise CheckpointError(
-                f"{folder} holds .distcp files but no .metadata",
-                expected="the .metadata file, which the save writes last",
-                hint="the save did not finish; use the previous checkpoint",
-            )
-        with metadata_path.open("rb") as file:
-            metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
-        try:
-            tensors, unread = _read_entries(folder, metadata)
-        except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
-            raise CheckpointError(
-                f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
-                expected="the metadata of torch.distributed.checkpoint",
-                hint="the file is damaged, or of a version that is not known yet; report it",
-            ) from None
-        files = tuple(sorted({piece.path for tensor in tensors for piece in tensor.pieces}))
-        check_files(folder, tensors, expected="every .distcp file that .metadata names, whole")
-        return FlatCheckpoint(
-            source=folder,
-            format=self.format,
-            tensors=tensors,
-            ordered=False,
-            files=(*files, metadata_path),
-            unread=unread,
+    Raises:
+        CheckpointError: The directory is incomplete or damaged, or was compressed.
+    """
+    folder = path if path.is_dir() else path.parent
+    metadata_path = folder / ".metadata"
+    if not metadata_path.is_file():
+        raise CheckpointError(
+            f"{folder} holds .distcp files but no .metadata",
+            expected="the .metadata file, which the save writes last",
+            hint="the save did not finish; use the previous checkpoint",
         )
+    with metadata_path.open("rb") as file:
+        metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
+    try:
+        tensors, unread = _read_entries(folder, metadata)
+    except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
+        raise CheckpointError(
+            f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
+            expected="the metadata of torch.distributed.checkpoint",
+            hint="the file is damaged, or of a version that is not known yet; report it",
+        ) from None
+    files = tuple(sorted({piece.path for tensor in tensors for piece in tensor.pieces}))
+    check_files(folder, tensors, expected="every .distcp file that .metadata names, whole")
+    return FlatCheckpoint(
+        source=folder,
+        format="dcp",
+        tensors=tensors,
+        ordered=False,
+        files=(*files, metadata_path),
+        unread=unread,
+    )
 
 
-class DcpPairReader:
-    """A folder of DCP directories that were saved apart: `model/`, and `optimizer/` beside it."""
+def is_dcp_pair(path: Path) -> bool:
+    """Tell a folder of DCP directories that were saved apart: `model/`, perhaps `optimizer/`."""
+    return path.is_dir() and not _is_saved(path) and _is_saved(path / "model")
 
-    format = "dcp-pair"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by the names."""
-        return (
-            path.is_dir()
-            and not (path / ".metadata").exists()
-            and (path / "model" / ".metadata").is_file()
-        )
+def read_dcp_pair(path: Path) -> FlatCheckpoint:
+    """Read the metadata of `model/` and `optimizer/`; these names become the outermost keys.
 
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read the metadata of both; their folders become the outermost keys.
-
-        Raises:
-            CheckpointError: One of them is incomplete or damaged.
-        """
-        folders = [path / name for name in ("model", "optimizer")]
-        opened = [DcpReader().read(folder) for folder in folders if _is_saved(folder)]
-        return FlatCheckpoint(
-            source=path,
-            format=self.format,
-            tensors=tuple(
-                replace(tensor, container=(checkpoint.source.name, *tensor.container))
-                for checkpoint in opened
-                for tensor in checkpoint.tensors
-            ),
-            ordered=False,
-            files=tuple(file for checkpoint in opened for file in checkpoint.files),
-            scalars={
-                f"{checkpoint.source.name}.{key}": value
-                for checkpoint in opened
-                for key, value in checkpoint.scalars.items()
-            },
-            unread={
-                f"{checkpoint.source.name}.{key}": value
-                for checkpoint in opened
-                for key, value in checkpoint.unread.items()
-            },
-        )
+    Raises:
+        CheckpointError: One of them is incomplete or damaged.
+    """
+    folders = [path / name for name in ("model", "optimizer")]
+    opened = {folder.name: read_dcp(folder) for folder in folders if _is_saved(folder)}
+    return FlatCheckpoint(
+        source=path,
+        format="dcp-pair",
+        tensors=tuple(
+            replace(tensor, container=(name, *tensor.container))
+            for name, checkpoint in opened.items()
+            for tensor in checkpoint.tensors
+        ),
+        ordered=False,
+        files=tuple(file for checkpoint in opened.values() for file in checkpoint.files),
+        unread={
+            f"{name}.{key}": value
+            for name, checkpoint in opened.items()
+            for key, value in checkpoint.unread.items()
+        },
+    )
 
 
 def _is_saved(folder: Path) -> bool:
@@ -131,11 +116,8 @@ def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...
         if "chunks" not in entry.fields:
             unread[fqn] = "a pickled object"
             continue
-        pieces = tuple(
-            _piece(folder, fqn, _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes")), locations)
-            for chunk in entry.get("chunks")
-        )
-        shape = _sizes(entry.get("size"))
+        pieces = tuple(_piece(folder, fqn, chunk, locations) for chunk in entry.get("chunks"))
+        shape = read_sizes(entry.get("size"))
         check_tiling(folder, fqn, shape, pieces)
         tensors.append(
             TensorInfo(
@@ -168,7 +150,7 @@ def _read_locations(storage: object) -> dict[tuple[str, tuple[int, ...]], _Locat
         if info.fields.get("transform_descriptors"):
             raise ValueError("its payload is compressed or encrypted, which is not supported yet")
         # flat by these checks: to hash tuples nested deeply overflows the stack
-        key = (_text(index.get("fqn")), () if offset is None else _sizes(offset))
+        key = (_text(index.get("fqn")), () if offset is None else read_sizes(offset))
         locations[key] = (info.get("relative_path"), info.get("offset"), info.get("length"))
     return locations
 
@@ -179,12 +161,6 @@ def _keys(fqn: str, paths: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(path, tuple) and path and all(isinstance(key, str | int) for key in path):
         return tuple(str(key) for key in path)
     return (fqn,)
-
-
-def _sizes(values: object) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or not all(is_size(value) for value in values):
-        raise TypeError("a shape or an offset that is none")
-    return tuple(values)
 
 
 def _dtype(properties: Record) -> str:
@@ -202,10 +178,10 @@ def _dtype(properties: Record) -> str:
 def _piece(
     folder: Path,
     fqn: str,
-    starts: tuple[int, ...],
-    sizes: tuple[int, ...],
+    chunk: Record,
     locations: Mapping[tuple[str, tuple[int, ...]], _Location],
 ) -> Piece:
+    starts, sizes = read_sizes(chunk.get("offsets")), read_sizes(chunk.get("sizes"))
     relative, offset, length = locations[fqn, starts]
     path = (folder / relative).resolve()
     if not path.is_relative_to(folder.resolve()) or Path(relative).is_absolute():

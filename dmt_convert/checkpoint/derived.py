@@ -1,6 +1,6 @@
 """Tensors that are computed from others, any rows at a time, and lie in no file.
 
-A checkpoint may hold a table as two factors, or a layer whose columns stand in another order than
+A checkpoint may hold a table as two factors, or a layer whose columns are in another order than
 ours. Every function here describes what we want of it as a `TensorInfo`, which is then streamed,
 looked up, digested and checked as any other; memory stays at some blocks of rows. Rearranged
 elements keep their bytes and their dtype; computed ones are fp32.
@@ -10,30 +10,27 @@ The first axis of a tensor counts its rows. Letters: R rows, N columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from dmt_convert.checkpoint.computed_rows import (
+from dmt_convert.checkpoint.derived_rows import (
     Affine,
+    Columns,
     Combination,
     Combined,
     Dequantised,
-    Projected,
-    RowCodes,
-    Scaled,
-)
-from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Derivation, Piece, TensorInfo
-from dmt_convert.checkpoint.moved_rows import (
-    Columns,
     Filled,
+    Projected,
     Reshaped,
+    RowCodes,
     Rows,
+    Scaled,
     SideBySide,
     Stacked,
     Transposed,
 )
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Derivation, Piece, TensorInfo
 
 
 def describe(
@@ -90,7 +87,7 @@ def slice_rows(source: TensorInfo, begin: int, end: int) -> TensorInfo:
     if piece is None or piece.crc32 is not None:  # a checksum is one of all the bytes
         rows = range(begin, end)
         return describe(shape, Rows(source=source, rows=rows), dtype=source.dtype)
-    row_bytes = _count(source.shape[1:]) * ITEM_BYTES[source.dtype]
+    row_bytes = math.prod(source.shape[1:]) * ITEM_BYTES[source.dtype]
     part = replace(
         piece,
         offset=piece.offset + begin * row_bytes,
@@ -107,14 +104,14 @@ def take_index(source: TensorInfo, index: int) -> TensorInfo:
 
 def reshape(source: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     """Read the same elements, row-major, as a tensor of another shape."""
-    assert _count(shape) == _count(source.shape), (shape, source.shape)
+    assert math.prod(shape) == math.prod(source.shape), (shape, source.shape)
     if shape == source.shape:
         return source
     piece = _only_piece(source)
     if piece is not None:
         part = replace(piece, starts=(0,) * len(shape), sizes=shape)
         return replace(source, shape=shape, pieces=(part,))
-    width = _count(shape[1:])
+    width = math.prod(shape[1:])
     return describe(shape, Reshaped(source=source, width=width), dtype=source.dtype)
 
 
@@ -127,12 +124,12 @@ def transpose(source: TensorInfo) -> TensorInfo:
 def concat_columns(*parts: TensorInfo) -> TensorInfo:
     """Put matrices (R, N_i) and vectors (R,) of as many rows side by side: (R, sum N_i).
 
-    The dtype is that of the sources where they agree, else fp32.
+    The dtype is the sources' own if they agree, otherwise fp32.
     """
     rows = {part.shape[0] for part in parts}
     assert len(rows) == 1, rows
     dtype = _common_dtype(parts)
-    width = sum(_count(part.shape[1:]) for part in parts)
+    width = sum(math.prod(part.shape[1:]) for part in parts)
     return describe((rows.pop(), width), SideBySide(sources=parts, dtype=dtype), dtype=dtype)
 
 
@@ -146,7 +143,7 @@ def concat_rows(*parts: TensorInfo) -> TensorInfo:
 
 def fill(name: str, shape: tuple[int, ...], value: float = 0.0) -> TensorInfo:
     """Describe a tensor that is the same number all over, such as a bias that a trainer omits."""
-    return describe(shape, Filled(width=_count(shape[1:]), value=value), name=name)
+    return describe(shape, Filled(width=math.prod(shape[1:]), value=value), name=name)
 
 
 def combine_rows(quotient: TensorInfo, remainder: TensorInfo, how: Combination) -> TensorInfo:
@@ -177,13 +174,13 @@ def project_rows(source: TensorInfo, weight: TensorInfo) -> TensorInfo:
 
 def scale_rows(source: TensorInfo, factors: TensorInfo) -> TensorInfo:
     """Multiply each row of a table (R, N) by its own factor, (R,) or (R, 1): fp32."""
-    assert _count(factors.shape) == factors.shape[0] == source.shape[0]
+    assert math.prod(factors.shape) == factors.shape[0] == source.shape[0]
     return describe(source.shape, Scaled(source=source, factors=factors))
 
 
 def decode_rows(codes: TensorInfo, scale: TensorInfo, bias: TensorInfo) -> TensorInfo:
     """Decode 8-bit codes (R, N) by a scale and a bias per row, (R,) or (R, 1): fp32, (R, N)."""
-    assert all(_count(part.shape) == part.shape[0] == codes.shape[0] for part in (scale, bias))
+    assert all(math.prod(part.shape) == part.shape[0] == codes.shape[0] for part in (scale, bias))
     return describe(codes.shape, Affine(source=codes, scale=scale, bias=bias))
 
 
@@ -201,7 +198,7 @@ def dequantise_rows(source: TensorInfo, dim: int, codes: RowCodes) -> TensorInfo
 
 
 def _only_piece(source: TensorInfo) -> Piece | None:
-    """Return the one range of bytes that a tensor is, row-major; None where it is not one."""
+    """Return the one range of bytes that a tensor is, row-major; None if it is not one."""
     if source.derivation is not None or len(source.pieces) != 1:
         return None
     (piece,) = source.pieces
@@ -212,7 +209,3 @@ def _only_piece(source: TensorInfo) -> Piece | None:
 def _common_dtype(parts: Sequence[TensorInfo]) -> str:
     dtypes = {part.dtype for part in parts}
     return dtypes.pop() if len(dtypes) == 1 else "fp32"
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))

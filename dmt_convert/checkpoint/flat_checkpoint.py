@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dmt_convert.arrays import IntArray
+
 Scalar = str | int | float | bool | None
+Keys = tuple[str, ...]
+"""Keys of nested dicts around a tensor, outermost first; the last one is the tensor's name."""
+ByteRows = npt.NDArray[np.uint8]
+"""Bytes of elements: of rows, shape (n, bytes per row), or of a stream, shape (bytes,)."""
 
 ITEM_BYTES: Final[Mapping[str, int]] = {
     "fp64": 8,
@@ -28,26 +35,11 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """One block of a tensor, row-major and contiguous in one file."""
-
-    path: Path
-    """File that holds the block."""
-    offset: int
-    """Where the block begins in the file, in bytes."""
-    starts: tuple[int, ...]
-    """Index of the block's first element in the whole tensor."""
-    sizes: tuple[int, ...]
-    """Shape of the block."""
-    crc32: int | None = None
-    """Checksum of the block's bytes, where the container stores one."""
-    strides: tuple[int, ...] | None = None
-    """Strides in elements where the block is not row-major (a transposed view was saved)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Where a block is to be found: raw bytes, or a small archive written by `torch.save`."""
+    """One block of a tensor in a file: raw elements, or a small archive written by `torch.save`.
+
+    `tensor_bytes.resolve_pieces` looks into archives, so that only raw pieces are left.
+    """
 
     path: Path
     """File that holds the piece."""
@@ -62,9 +54,9 @@ class Piece:
     encoding: Literal["raw", "torch-zip"] = "raw"
     """`raw`: the elements themselves; `torch-zip`: a `torch.save` archive of one tensor."""
     crc32: int | None = None
-    """Checksum of the raw bytes, where the container stores one."""
+    """Checksum of the raw bytes, if the container stores one."""
     strides: tuple[int, ...] | None = None
-    """Strides in elements where the piece is not row-major."""
+    """Strides in elements if the piece is not row-major (a transposed view was saved)."""
 
 
 class Derivation(Protocol):
@@ -75,7 +67,7 @@ class Derivation(Protocol):
         """The tensors that it is computed from."""
         ...
 
-    def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def gather(self, rows: IntArray) -> ByteRows:
         """Compute some rows.
 
         Args:
@@ -89,7 +81,7 @@ class Derivation(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What a header says about one tensor."""
 
     name: str
     """Its key in the dict that holds it."""
@@ -100,9 +92,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Its shape."""
     pieces: tuple[Piece, ...]
-    """Its bytes; several when it was saved in shards, none when it is derived."""
+    """Where its bytes lie: several pieces if it was saved in shards, none if it is derived."""
     derivation: Derivation | None = None
-    """How it is computed, where its bytes lie in no file."""
+    """How it is computed, if its bytes lie in no file."""
 
     @property
     def path(self) -> str:
@@ -112,15 +104,12 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes as stored."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableConfig:
-    """What a pickled module says of one of its tables, which tensors do not tell."""
+    """What a pickled module says about one of its tables and its tensors do not."""
 
     name: str
     """Name of the table."""
@@ -147,11 +136,11 @@ class FlatCheckpoint:
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     """Plain values stored beside the tensors (epoch, loss, ...), by dotted path."""
     unread: Mapping[str, str] = field(default_factory=dict)
-    """Objects of other kinds that were left unread: what each is, by dotted path."""
+    """Objects of other kinds, which are not read: what each one is, by dotted path."""
     documents: Mapping[str, Any] = field(default_factory=dict)
-    """What the trainer's own descriptions of the model say, by file name: dicts, lists, scalars."""
+    """The trainer's own descriptions of the model, by file name: dicts, lists and scalars."""
     table_configs: tuple[TableConfig, ...] = ()
-    """Tables in the model's own order, where a pickled module tells of them."""
+    """Tables in the model's own order, if a pickled module lists them."""
 
     @property
     def nbytes(self) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Scalar, TensorInfo
-from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
-from dmt_convert.checkpoint.torch_reader import TorchReader
+from dmt_convert.checkpoint.safetensors_reader import read_safetensors
+from dmt_convert.checkpoint.torch_reader import read_torch
 from dmt_convert.errors import CheckpointError
 
 _INDEX: Final = ".index.json"
@@ -23,34 +23,32 @@ _MAX_INDEX_BYTES: Final = 1 << 28
 _MAX_LISTED: Final = 20
 
 
-class IndexedReader:
-    """A folder with an index of its shards, the index itself, or one of the shards."""
+def is_indexed(path: Path) -> bool:
+    """Tell by the names a folder with an index of its shards, the index itself, or a shard."""
+    return bool(_indices(path)) or _single(path) is not None
 
-    format = "indexed"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by the names."""
-        return bool(_indices(path)) or _single(path) is not None
+def read_indexed(path: Path) -> FlatCheckpoint:
+    """Read the index and the headers of all shards; or one file of weights without an index.
 
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read the index and the headers of all shards.
+    Raises:
+        CheckpointError: A shard is missing or damaged, or holds other tensors than the index says.
+    """
+    single = _single(path)
+    if single is not None:
+        return _read_shard(single)
+    indices = _indices(path)
+    if len(indices) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(indices)} indices of shards",
+            expected="one",
+            hint="name one of them: " + ", ".join(index.name for index in indices[:5]),
+        )
+    return _read_all(indices[0])
 
-        Raises:
-            CheckpointError: A shard is missing or damaged, or holds other tensors than the index
-                says.
-        """
-        single = _single(path)
-        if single is not None:
-            reader = SafetensorsReader() if single.suffix == ".safetensors" else TorchReader()
-            return reader.read(single)
-        indices = _indices(path)
-        if len(indices) > 1:
-            raise CheckpointError(
-                f"{path} holds {len(indices)} indices of shards",
-                expected="one",
-                hint="name one of them: " + ", ".join(index.name for index in indices[:5]),
-            )
-        return _read_indexed(indices[0], self.format)
+
+def _read_shard(path: Path) -> FlatCheckpoint:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 def _indices(path: Path) -> list[Path]:
@@ -79,7 +77,7 @@ def _single(path: Path) -> Path | None:
     return next((path / name for name in _SINGLE if (path / name).is_file()), None)
 
 
-def _read_indexed(index: Path, format_name: str) -> FlatCheckpoint:
+def _read_all(index: Path) -> FlatCheckpoint:
     weight_map, scalars = _read_index(index)
     shards = [index.with_name(name) for name in dict.fromkeys(weight_map.values())]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -91,10 +89,7 @@ def _read_indexed(index: Path, format_name: str) -> FlatCheckpoint:
             hint="copy the missing ones there",
             details=missing[:_MAX_LISTED],
         )
-    opened = [
-        (SafetensorsReader() if shard.suffix == ".safetensors" else TorchReader()).read(shard)
-        for shard in shards
-    ]
+    opened = [_read_shard(shard) for shard in shards]
     tensors = {
         (checkpoint.source.name, tensor.path): tensor
         for checkpoint in opened
@@ -113,7 +108,7 @@ def _read_indexed(index: Path, format_name: str) -> FlatCheckpoint:
     ordered: list[TensorInfo] = [tensors[file, name] for name, file in weight_map.items()]
     return FlatCheckpoint(
         source=index.parent,
-        format=format_name,
+        format="indexed",
         tensors=tuple(ordered),
         ordered=False,
         files=(*shards, index),
@@ -141,7 +136,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Scalar]]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{index} is no index of shards ({type(error).__name__}: {str(error)[:120]})",
+            f"{index} is not an index of shards ({type(error).__name__}: {str(error)[:120]})",
             expected='a JSON document with "weight_map": tensor -> file',
             hint="the file is damaged; copy it again",
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -33,55 +34,51 @@ DICTS_KEY: Final = "dmt.dicts"
 """Key of the metadata under which `dmt unshard` lists the dicts that names begin with."""
 
 
-class SafetensorsReader:
-    """One `.safetensors` file. Its order of tensors says nothing of the model's order."""
+def is_safetensors(path: Path) -> bool:
+    """Tell by the suffix, or by a header length followed by a brace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (
+        len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
+    )
 
-    format = "safetensors"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by the suffix, or by a header length followed by a brace."""
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            head = file.read(9)
-        return path.suffix == ".safetensors" or (
-            len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
+def read_safetensors(path: Path) -> FlatCheckpoint:
+    """Read the header only. The order of the tensors says nothing about the model's order.
+
+    Raises:
+        CheckpointError: The header is damaged, or the file is not as long as it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"{size} bytes, with a header of {length}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise TypeError("the header is not an object")
+        metadata = header.pop("__metadata__", None) or {}
+        scalars: dict[str, Scalar] = {str(k): str(v) for k, v in dict(metadata).items()}
+        dicts = _read_dicts(str(scalars.pop(DICTS_KEY, "[]")))
+        tensors = tuple(
+            _put_back(_tensor_info(path, 8 + length, *item), dicts) for item in header.items()
         )
-
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read the header only.
-
-        Raises:
-            CheckpointError: The header is damaged, or the file is not as long as it says.
-        """
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise _damaged(path, f"{size} bytes, with a header of {length}")
-            raw = file.read(length)
-        try:
-            header = json.loads(raw)
-            if not isinstance(header, dict):
-                raise TypeError("the header is not an object")
-            metadata = header.pop("__metadata__", None) or {}
-            scalars: dict[str, Scalar] = {str(k): str(v) for k, v in dict(metadata).items()}
-            dicts = _read_dicts(str(scalars.pop(DICTS_KEY, "[]")))
-            tensors = tuple(
-                _put_back(_tensor_info(path, 8 + length, *item), dicts) for item in header.items()
-            )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise _damaged(path, f"a header that cannot be read ({error})") from None
-        _check_layout(path, 8 + length, size, tensors)
-        return FlatCheckpoint(
-            source=path,
-            format=self.format,
-            tensors=tensors,
-            ordered=False,
-            files=(path,),
-            scalars=scalars,
-        )
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(path, f"a header that cannot be read ({error})") from None
+    _check_layout(path, 8 + length, size, tensors)
+    return FlatCheckpoint(
+        source=path,
+        format="safetensors",
+        tensors=tensors,
+        ordered=False,
+        files=(path,),
+        scalars=scalars,
+    )
 
 
 def _read_dicts(text: str) -> dict[str, tuple[str, ...]]:
@@ -110,18 +107,15 @@ def _tensor_info(path: Path, base: int, name: str, entry: dict[str, object]) -> 
             raise ValueError(f"tensor {name!r} has shape or offsets {values!r:.60}")
     assert isinstance(shape, list) and isinstance(offsets, list)
     begin, end = offsets
-    count = 1
-    for dim in shape:
-        count *= dim
-    if end - begin != count * ITEM_BYTES[dtype]:
+    length = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != length:
         raise ValueError(
-            f"tensor {name!r} of shape {shape} in {dtype} takes {end - begin} bytes, "
-            f"not {count * ITEM_BYTES[dtype]}"
+            f"tensor {name!r} of shape {shape} in {dtype} takes {end - begin} bytes, not {length}"
         )
     piece = Piece(
         path=path,
         offset=base + begin,
-        length=end - begin,
+        length=length,
         starts=(0,) * len(shape),
         sizes=tuple(shape),
     )

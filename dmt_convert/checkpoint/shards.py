@@ -1,7 +1,8 @@
-"""Shards of a tensor: whether they tile it, and what is missing where they do not."""
+"""Shards of a tensor: whether they tile it, and what is missing if they do not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -59,14 +60,14 @@ def check_tiling(source: Path, name: str, shape: tuple[int, ...], blocks: Sequen
         )
         if not inside:
             raise ValueError(f"a shard of {name} at {block.starts} reaches outside {shape}")
-        covered += count_elements(block.sizes)
-    whole = covered == count_elements(shape)
+        covered += math.prod(block.sizes)
+    whole = covered == math.prod(shape)
     overlap = whole and _any_overlap(blocks)
     if not whole or overlap:
         raise CheckpointError(
             f"{source}: the {len(blocks)} shards of {name} hold {covered} elements"
             + (", some twice" if overlap else ""),
-            expected=f"shards that tile the shape {list(shape)} ({count_elements(shape)} elements)",
+            expected=f"shards that tile the shape {list(shape)} ({math.prod(shape)} elements)",
             hint="the save did not finish, or files of two saves are mixed",
         )
 
@@ -74,7 +75,7 @@ def check_tiling(source: Path, name: str, shape: tuple[int, ...], blocks: Sequen
 def _any_overlap(blocks: Iterable[Block]) -> bool:
     """Tell whether two shards share an element; shards far apart in dim 0 are not compared."""
     compared = 0
-    solid = sorted((b for b in blocks if count_elements(b.sizes)), key=lambda block: block.starts)
+    solid = sorted((b for b in blocks if math.prod(b.sizes)), key=lambda block: block.starts)
     for i, block in enumerate(solid):
         for later in solid[i + 1 :]:
             if block.starts and later.starts[0] >= block.starts[0] + block.sizes[0]:
@@ -94,16 +95,8 @@ def _overlaps(a: Block, b: Block) -> bool:
     )
 
 
-def count_elements(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def describe_block(block: Block, shape: tuple[int, ...]) -> str:
-    """Say which rows, and which columns where they are not all, a shard takes."""
+    """Say which rows, and columns if they are not all, a shard takes."""
     if not shape:
         return "its one element"
     (row, *other), (rows, *sizes) = block.starts, block.sizes

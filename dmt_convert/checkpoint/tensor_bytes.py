@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -17,23 +18,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Piece, Segment, TensorInfo
-from dmt_convert.checkpoint.inert_objects import TensorRef
-from dmt_convert.checkpoint.safe_unpickler import read_pickle
-from dmt_convert.checkpoint.zip_archive import read_zip_archive
+from dmt_convert.arrays import AnyArray, Float32Array, IntArray
+from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, ByteRows, Piece, TensorInfo
+from dmt_convert.checkpoint.inert.objects import TensorRef
+from dmt_convert.checkpoint.inert.unpickler import read_pickle
+from dmt_convert.checkpoint.torch_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 
 CHUNK_BYTES: Final = 8 << 20
 """Size of the buffers through which tensors stream, in bytes."""
 ZEROS: Final = np.zeros(CHUNK_BYTES, dtype=np.uint8)
-"""A chunk of zeros; stands for a hole of a sparse file."""
+"""A chunk of zeros; stands for a hole in a sparse file."""
 _ROWS_PER_MAP: Final = 2048
 """Rows gathered per memory map: the kernel maps 64 KiB around every touched page, and a map's
 pages count as resident until it is closed, so one map costs at most 128 MiB."""
 
-ByteRows = npt.NDArray[np.uint8]
 NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "fp64": np.dtype("<f8"),
     "fp32": np.dtype("<f4"),
@@ -47,7 +47,7 @@ NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 
 
-def resolve_segments(info: TensorInfo) -> tuple[Segment, ...]:
+def resolve_pieces(info: TensorInfo) -> tuple[Piece, ...]:
     """Return where the tensor's elements lie, looking into `torch.save` pieces.
 
     A derived tensor lies nowhere: its sources do.
@@ -59,16 +59,9 @@ def resolve_segments(info: TensorInfo) -> tuple[Segment, ...]:
 
 
 @lru_cache(maxsize=65536)
-def _resolve(piece: Piece, dtype: str, name: str) -> Segment:
+def _resolve(piece: Piece, dtype: str, name: str) -> Piece:
     if piece.encoding == "raw":
-        return Segment(
-            path=piece.path,
-            offset=piece.offset,
-            starts=piece.starts,
-            sizes=piece.sizes,
-            crc32=piece.crc32,
-            strides=piece.strides,
-        )
+        return piece
     archive = read_zip_archive(piece.path, start=piece.offset, length=piece.length)
     tensor = read_pickle(io.BytesIO(archive.pickle), source=piece.path)
     if not isinstance(tensor, TensorRef) or (tensor.dtype, tensor.shape) != (dtype, piece.sizes):
@@ -82,18 +75,10 @@ def _resolve(piece: Piece, dtype: str, name: str) -> Segment:
             expected=f"{dtype} of shape {list(piece.sizes)}, as .metadata says",
             hint="files of two saves are mixed; copy the directory again",
         )
-    offset, crc32 = archive.locate(tensor, name=name)
-    return Segment(
-        path=piece.path,
-        offset=offset,
-        starts=piece.starts,
-        sizes=piece.sizes,
-        crc32=crc32 if tensor.is_contiguous else None,
-        strides=None if tensor.is_contiguous else tensor.strides,
-    )
+    return archive.piece(tensor, name=name, starts=piece.starts)
 
 
-def gather_rows(info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def gather_rows(info: TensorInfo, rows: IntArray) -> Float32Array:
     """Read some rows of a table as fp32.
 
     Args:
@@ -106,7 +91,7 @@ def gather_rows(info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.NDArray[np
     return to_fp32(gather_bytes(info, rows), info.dtype)
 
 
-def gather_bytes(info: TensorInfo, rows: npt.NDArray[np.int64]) -> ByteRows:
+def gather_bytes(info: TensorInfo, rows: IntArray) -> ByteRows:
     """Read some rows of a tensor of any rank and dtype as they are stored.
 
     Args:
@@ -118,82 +103,80 @@ def gather_bytes(info: TensorInfo, rows: npt.NDArray[np.int64]) -> ByteRows:
     """
     if info.derivation is not None:
         return info.derivation.gather(rows)
-    segments = [_as_matrix(segment, info) for segment in resolve_segments(info)]
-    if None in segments:  # blocks of a tensor of three axes or more, which is no table
+    pieces = [_as_matrix(piece, info) for piece in resolve_pieces(info)]
+    if None in pieces:  # blocks of a tensor of three axes or more, which is not a table
         return _read_bytes(info).reshape(info.shape[0], -1)[rows]
     item = ITEM_BYTES[info.dtype]
-    out = np.empty((len(rows), _count(info.shape[1:]) * item), dtype=np.uint8)
-    for segment in segments:
-        assert segment is not None
-        _gather_segment(segment, item, rows, out)
+    out = np.empty((len(rows), math.prod(info.shape[1:]) * item), dtype=np.uint8)
+    for piece in pieces:
+        assert piece is not None
+        _gather_piece(piece, item, rows, out)
     return out
 
 
-def _as_matrix(segment: Segment, info: TensorInfo) -> Segment | None:
-    """Describe a block by its rows alone, as of a table; None where that cannot be done."""
-    if len(segment.sizes) == 2:
-        return segment
-    inner = _count(segment.sizes[1:])
-    strides = segment.strides
-    if len(segment.sizes) > 1 and (strides is not None or segment.sizes[1:] != info.shape[1:]):
+def _as_matrix(piece: Piece, info: TensorInfo) -> Piece | None:
+    """Describe a block by its rows alone, as of a table; None if that is impossible."""
+    if len(piece.sizes) == 2:
+        return piece
+    inner = math.prod(piece.sizes[1:])
+    strides = piece.strides
+    if len(piece.sizes) > 1 and (strides is not None or piece.sizes[1:] != info.shape[1:]):
         return None
     return replace(
-        segment,
-        starts=(*segment.starts[:1], 0) if segment.starts else (0, 0),
-        sizes=(*segment.sizes[:1], inner) if segment.sizes else (1, 1),
+        piece,
+        starts=(*piece.starts[:1], 0) if piece.starts else (0, 0),
+        sizes=(*piece.sizes[:1], inner) if piece.sizes else (1, 1),
         strides=None if not strides else (*strides, 1),
     )
 
 
-def _gather_segment(
-    segment: Segment, item: int, rows: npt.NDArray[np.int64], out: ByteRows
-) -> None:
-    (row, col), (num_rows, num_cols) = segment.starts, segment.sizes
+def _gather_piece(piece: Piece, item: int, rows: IntArray, out: ByteRows) -> None:
+    (row, col), (num_rows, num_cols) = piece.starts, piece.sizes
     picked = np.flatnonzero((rows >= row) & (rows < row + num_rows))
     if num_cols == 0:
         return
     for begin in range(0, len(picked), _ROWS_PER_MAP):
         chosen = picked[begin : begin + _ROWS_PER_MAP]
-        with _MappedBlock(segment, item) as block:
+        with _MappedBlock(piece, item) as block:
             out[chosen, col * item : (col + num_cols) * item] = block.rows(rows[chosen] - row)
 
 
 class _MappedBlock:
     """A 2-D block of bytes over a memory map, closed on exit."""
 
-    def __init__(self, segment: Segment, item: int) -> None:
-        self._segment, self._item = segment, item
-        strides = segment.strides or (segment.sizes[1], 1)
+    def __init__(self, piece: Piece, item: int) -> None:
+        self._piece, self._item = piece, item
+        strides = piece.strides or (piece.sizes[1], 1)
         self._strides = (strides[0] * item, strides[1] * item)
 
     def __enter__(self) -> _MappedBlock:
-        segment, item = self._segment, self._item
-        shape = (segment.sizes[0], segment.sizes[1], item)
+        piece, item = self._piece, self._item
+        shape = (piece.sizes[0], piece.sizes[1], item)
         extent = sum((n - 1) * s for n, s in zip(shape[:2], self._strides, strict=True)) + item
-        first = segment.offset - segment.offset % mmap.ALLOCATIONGRANULARITY
-        with segment.path.open("rb") as file:
+        first = piece.offset - piece.offset % mmap.ALLOCATIONGRANULARITY
+        with piece.path.open("rb") as file:
             self._map = mmap.mmap(
                 file.fileno(),
-                segment.offset - first + extent,
+                piece.offset - first + extent,
                 access=mmap.ACCESS_READ,
                 offset=first,
             )
-        flat = np.frombuffer(self._map, dtype=np.uint8, offset=segment.offset - first)
+        flat = np.frombuffer(self._map, dtype=np.uint8, offset=piece.offset - first)
         self._block: ByteRows | None = np.lib.stride_tricks.as_strided(
             flat, shape=shape, strides=(*self._strides, 1), writeable=False
         )
         return self
 
-    def rows(self, index: npt.NDArray[np.int64]) -> ByteRows:
+    def rows(self, index: IntArray) -> ByteRows:
         assert self._block is not None
         self._read_ahead(index)
         picked: ByteRows = self._block[index]
         return picked.reshape(len(index), -1)
 
-    def _read_ahead(self, index: npt.NDArray[np.int64]) -> None:
+    def _read_ahead(self, index: IntArray) -> None:
         """Ask for all pages at once: a disk serves many requests faster than one by one."""
         index, size = np.sort(index), mmap.PAGESIZE
-        shift = self._segment.offset % mmap.ALLOCATIONGRANULARITY
+        shift = self._piece.offset % mmap.ALLOCATIONGRANULARITY
         first = (shift + index * self._strides[0]) // size
         last = (shift + (index + 1) * self._strides[0] - 1) // size
         breaks = np.flatnonzero(first[1:] > last[:-1] + 1)
@@ -208,7 +191,7 @@ class _MappedBlock:
         self._map.close()
 
 
-def read_tensor(info: TensorInfo) -> npt.NDArray[np.generic]:
+def read_tensor(info: TensorInfo) -> AnyArray:
     """Read a whole tensor; bf16 comes as fp32, all other dtypes as they are.
 
     For tensors that fit in memory (the dense parts); tables are streamed or gathered.
@@ -219,7 +202,7 @@ def read_tensor(info: TensorInfo) -> npt.NDArray[np.generic]:
     return raw.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
-def check_finite(array: npt.NDArray[np.generic], origin: str) -> None:
+def check_finite(array: AnyArray, origin: str) -> None:
     """Refuse an array that holds NaN or Inf.
 
     Args:
@@ -251,10 +234,10 @@ def _read_sharded_vector(info: TensorInfo) -> ByteRows:
     """Read a tensor of any rank that was saved in several blocks."""
     item = ITEM_BYTES[info.dtype]
     out = np.empty((*info.shape, item), dtype=np.uint8)
-    for segment in resolve_segments(info):
-        block = np.concatenate([*_segment_chunks(segment, item)] or [np.empty(0, np.uint8)])
-        where = tuple(slice(a, a + n) for a, n in zip(segment.starts, segment.sizes, strict=True))
-        out[where] = block.reshape(*segment.sizes, item)
+    for piece in resolve_pieces(info):
+        block = np.concatenate([*_piece_chunks(piece, item)] or [np.empty(0, np.uint8)])
+        where = tuple(slice(a, a + n) for a, n in zip(piece.starts, piece.sizes, strict=True))
+        out[where] = block.reshape(*piece.sizes, item)
     return out.reshape(-1)
 
 
@@ -263,14 +246,11 @@ def _chunks(info: TensorInfo) -> Iterator[ByteRows]:
         yield chunk.copy()
 
 
-def _segment_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
-    if segment.strides is not None:
-        yield from _strided_chunks(segment, item)
+def _piece_chunks(piece: Piece, item: int) -> Iterator[ByteRows]:
+    if piece.strides is not None:
+        yield from _strided_chunks(piece, item)
         return
-    count = item
-    for size in segment.sizes:
-        count *= size
-    for chunk in stream_file(segment.path, segment.offset, count):
+    for chunk in stream_file(piece.path, piece.offset, item * math.prod(piece.sizes)):
         yield chunk.copy()
 
 
@@ -282,20 +262,19 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
     if info.derivation is not None:
         yield from _stream_rows(info)
         return
-    segments = sorted(resolve_segments(info), key=lambda segment: segment.starts)
-    segments = [s for s in segments if all(size > 0 for size in s.sizes)]
+    pieces = sorted(resolve_pieces(info), key=lambda piece: piece.starts)
+    pieces = [s for s in pieces if all(size > 0 for size in s.sizes)]
     item = ITEM_BYTES[info.dtype]
-    if not segments:
+    if not pieces:
         return
-    full_width = all(s.sizes[1:] == info.shape[1:] for s in segments)
-    strided_table = len(info.shape) == 2 and any(s.strides is not None for s in segments)
+    full_width = all(s.sizes[1:] == info.shape[1:] for s in pieces)
+    strided_table = len(info.shape) == 2 and any(s.strides is not None for s in pieces)
     if full_width and not strided_table:
-        for segment in segments:
-            if segment.strides is not None:
-                yield from _strided_chunks(segment, item)
+        for piece in pieces:
+            if piece.strides is not None:
+                yield from _strided_chunks(piece, item)
             else:
-                length = info.nbytes if not info.shape else item * _count(segment.sizes)
-                yield from stream_file(segment.path, segment.offset, length)
+                yield from stream_file(piece.path, piece.offset, item * math.prod(piece.sizes))
     else:
         yield from _stream_rows(info)
 
@@ -346,29 +325,27 @@ def _is_hole(descriptor: int, offset: int, length: int) -> bool:
         return error.errno == errno.ENXIO and size >= offset + length
 
 
-def _strided_chunks(segment: Segment, item: int) -> Iterator[ByteRows]:
+def _strided_chunks(piece: Piece, item: int) -> Iterator[ByteRows]:
     """Yield a block that was saved as a transposed or sliced view, row-major."""
-    assert segment.strides is not None
-    extent = item + sum(
-        (n - 1) * s * item for n, s in zip(segment.sizes, segment.strides, strict=True)
-    )
-    with segment.path.open("rb") as file:
-        file.seek(segment.offset)
+    assert piece.strides is not None
+    extent = item + sum((n - 1) * s * item for n, s in zip(piece.sizes, piece.strides, strict=True))
+    with piece.path.open("rb") as file:
+        file.seek(piece.offset)
         raw = np.frombuffer(file.read(extent), dtype=np.uint8)
     if raw.nbytes != extent:
         raise CheckpointError(
-            f"{segment.path} ends {extent - raw.nbytes} bytes early",
-            expected=f"{extent} bytes from byte {segment.offset} on",
+            f"{piece.path} ends {extent - raw.nbytes} bytes early",
+            expected=f"{extent} bytes from byte {piece.offset} on",
             hint="the file was cut short; copy it again",
         )
-    strides = (*(s * item for s in segment.strides), 1)
-    block = np.lib.stride_tricks.as_strided(raw, (*segment.sizes, item), strides, writeable=False)
+    strides = (*(s * item for s in piece.strides), 1)
+    block = np.lib.stride_tricks.as_strided(raw, (*piece.sizes, item), strides, writeable=False)
     yield np.ascontiguousarray(block).reshape(-1)
 
 
 def _stream_rows(info: TensorInfo) -> Iterator[ByteRows]:
     """Stream what lies in no file row by row (sharded columns, a derived tensor)."""
-    if info.derivation is None and len(info.shape) != 2:  # no table, and small
+    if info.derivation is None and len(info.shape) != 2:  # not a table, and small
         yield _read_bytes(info)
         return
     rows = info.shape[0] if info.shape else 1
@@ -378,16 +355,9 @@ def _stream_rows(info: TensorInfo) -> Iterator[ByteRows]:
         yield gather_bytes(info, index).reshape(-1)
 
 
-def to_fp32(raw: ByteRows, dtype: str) -> npt.NDArray[np.float32]:
+def to_fp32(raw: ByteRows, dtype: str) -> Float32Array:
     """Read the bytes of (n, N) elements of a float dtype as float32, shape (n, N)."""
     if dtype == "bf16":
         wide = raw.view(np.dtype("<u2")).astype(np.uint32) << 16
         return wide.view(np.float32)
     return raw.view(NUMPY_DTYPES[dtype]).astype(np.float32, copy=False)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

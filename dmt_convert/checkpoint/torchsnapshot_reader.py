@@ -8,6 +8,7 @@ of other kinds are pickles, which are listed and never loaded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any, Final
 from dmt_convert.checkpoint.flat_checkpoint import (
     ITEM_BYTES,
     FlatCheckpoint,
+    Keys,
     Piece,
     Scalar,
     TensorInfo,
 )
-from dmt_convert.checkpoint.inert_objects import is_size
-from dmt_convert.checkpoint.shards import check_files, check_tiling, count_elements, stand_sorted
+from dmt_convert.checkpoint.inert import is_size
+from dmt_convert.checkpoint.shards import check_files, check_tiling, stand_sorted
 from dmt_convert.errors import CheckpointError
 
 _METADATA: Final = ".snapshot_metadata"
@@ -48,8 +50,6 @@ _SHARDED: Final[Mapping[str, str]] = {
 _PRIMITIVES: Final = ("int", "str", "bool", "float", "bytes")
 _DAMAGED: Final = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
-Keys = tuple[str, ...]
-
 
 @dataclass(slots=True)
 class _Found:
@@ -64,43 +64,39 @@ class _Found:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-class TorchsnapshotReader:
-    """A directory that `torchsnapshot.Snapshot.take` wrote."""
+def is_torchsnapshot(path: Path) -> bool:
+    """Tell a directory that `Snapshot.take` wrote by the name of its metadata."""
+    folder = path if path.is_dir() else path.parent
+    return (path.is_dir() or path.name == _METADATA) and (folder / _METADATA).is_file()
 
-    format = "torchsnapshot"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by the name of its metadata."""
-        folder = path if path.is_dir() else path.parent
-        return (path.is_dir() or path.name == _METADATA) and (folder / _METADATA).is_file()
+def read_torchsnapshot(path: Path) -> FlatCheckpoint:
+    """Read `.snapshot_metadata`; the payload stays on disk.
 
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read `.snapshot_metadata`; the payload stays on disk.
-
-        Raises:
-            CheckpointError: The directory is incomplete or damaged.
-        """
-        folder = path if path.is_dir() else path.parent
-        manifest = _read_manifest(folder / _METADATA)
-        found = _Found()
-        try:
-            for key, entry in manifest.items():
-                _take(folder, found, key, entry)
-            tensors = tuple(_join(folder, found, keys) for keys in _in_order(found))
-        except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
-            raise _damaged(folder / _METADATA, f"{type(error).__name__}: {error}") from None
-        sharded = [keys for keys in _in_order(found) if found.shapes[keys] is None]
-        check_files(folder, tensors, expected="every file that .snapshot_metadata names, whole")
-        files = sorted({piece.path for tensor in tensors for piece in tensor.pieces})
-        return FlatCheckpoint(
-            source=folder,
-            format=self.format,
-            tensors=tensors,
-            ordered=not sharded or not stand_sorted(sharded),
-            files=(*files, folder / _METADATA),
-            scalars=found.scalars,
-            unread=found.unread,
-        )
+    Raises:
+        CheckpointError: The directory is incomplete or damaged.
+    """
+    folder = path if path.is_dir() else path.parent
+    manifest = _read_manifest(folder / _METADATA)
+    found = _Found()
+    try:
+        for key, entry in manifest.items():
+            _take(folder, found, key, entry)
+        tensors = tuple(_join(folder, found, keys) for keys in _in_order(found))
+    except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
+        raise _damaged(folder / _METADATA, f"{type(error).__name__}: {error}") from None
+    sharded = [keys for keys in _in_order(found) if found.shapes[keys] is None]
+    check_files(folder, tensors, expected="every file that .snapshot_metadata names, whole")
+    files = sorted({piece.path for tensor in tensors for piece in tensor.pieces})
+    return FlatCheckpoint(
+        source=folder,
+        format="torchsnapshot",
+        tensors=tensors,
+        ordered=not sharded or not stand_sorted(sharded),
+        files=(*files, folder / _METADATA),
+        scalars=found.scalars,
+        unread=found.unread,
+    )
 
 
 def _damaged(path: Path, found: str) -> CheckpointError:
@@ -165,7 +161,7 @@ def _take(folder: Path, found: _Found, logical: str, entry: Mapping[str, Any]) -
             if found.pieces.get(keys) and _sizes(shard["sizes"]) != _sizes(
                 shard["tensor"]["shape"]
             ):
-                raise ValueError(f"a shard of {name} whose sizes are not its tensor's shape")
+                raise ValueError(f"a shard of {name} whose sizes differ from its tensor's shape")
     elif kind in _PRIMITIVES:
         found.scalars.setdefault(name, _primitive(entry))
     elif kind == "object":
@@ -195,10 +191,10 @@ def _add(
     raw = serializer == "buffer_protocol"
     if limits is None:
         begin = 0
-        end = count_elements(sizes) * ITEM_BYTES[dtype] if raw else _file_size(path)
+        end = math.prod(sizes) * ITEM_BYTES[dtype] if raw else _file_size(path)
     else:
         begin, end = _sizes(limits)
-    if end < begin or (raw and end - begin != count_elements(sizes) * ITEM_BYTES[dtype]):
+    if end < begin or (raw and end - begin != math.prod(sizes) * ITEM_BYTES[dtype]):
         raise ValueError(
             f"{end - begin} bytes for {'.'.join(keys)} of shape {list(sizes)} in {dtype}"
         )
@@ -231,7 +227,7 @@ def _file_size(path: Path) -> int:
 
 
 def _primitive(entry: Mapping[str, Any]) -> Scalar:
-    """Return a plain value; floats and bytes stay as their text where it is given."""
+    """Return a plain value; floats and bytes stay text if the file gives it."""
     kind, text = entry["type"], str(entry["serialized_value"])[:1000]
     if kind == "int":
         return int(text[:18])
@@ -242,7 +238,7 @@ def _primitive(entry: Mapping[str, Any]) -> Scalar:
 
 def _sizes(values: object) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) > 16 or not all(map(is_size, values)):
-        raise TypeError("a shape, an offset or a range that is none")
+        raise TypeError("not a shape, an offset or a range")
     return tuple(values)
 
 
@@ -276,7 +272,7 @@ def _join(folder: Path, found: _Found, keys: Keys) -> TensorInfo:
 
 
 def _distinct(pieces: list[Piece]) -> Iterator[Piece]:
-    """Yield every block once: where ranks hold copies, the first one's."""
+    """Yield every block once: if ranks hold copies, the first one's."""
     seen = set()
     for piece in pieces:
         if (piece.starts, piece.sizes) not in seen:

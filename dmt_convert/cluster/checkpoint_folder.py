@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint import DcpReader, FlatCheckpoint
+from dmt_convert.checkpoint import FlatCheckpoint, read_dcp
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files import exchange_folders, sync_folder
 
@@ -97,7 +97,7 @@ def read_payload(path: Path) -> FlatCheckpoint:
     Raises:
         CheckpointError: It is damaged, or holds more than tensors.
     """
-    checkpoint = DcpReader().read(path)
+    checkpoint = read_dcp(path)
     if checkpoint.unread:
         raise CheckpointError(
             f"{path} holds pickled values ({', '.join(sorted(checkpoint.unread)[:5])})",

@@ -25,7 +25,7 @@ from dmt_convert.checkpoint import (
     TensorInfo,
     gather_rows,
     read_tensor,
-    resolve_segments,
+    resolve_pieces,
     stream_tensor,
     to_fp32,
 )
@@ -130,7 +130,7 @@ def _may_scan(state: TensorInfo) -> bool:
     """Tell whether the whole accumulator is read quickly; a sliced view lies in a longer file."""
     extents = [
         1 + sum((n - 1) * stride for n, stride in zip(part.sizes, part.strides, strict=True))
-        for part in resolve_segments(state)
+        for part in resolve_pieces(state)
         if part.strides is not None
     ]
     return max(state.nbytes, sum(extents) * ITEM_BYTES[state.dtype]) <= _SCANNED_BYTES

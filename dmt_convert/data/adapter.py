@@ -12,10 +12,10 @@ from typing import Final, Literal
 
 import numpy as np
 
-from dmt_convert.data.batch import Bag, Batch, FloatArray
-from dmt_convert.data.dataset import Dataset
-from dmt_convert.data.feature_names import count_columns
-from dmt_convert.data.row_blocks import RowBatches
+from dmt_convert.arrays import Float32Array
+from dmt_convert.data.batch import Bag, Batch
+from dmt_convert.data.column_names import count_columns
+from dmt_convert.data.dataset import Dataset, RowBatches
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec, TableSpec
 
@@ -36,15 +36,15 @@ class FeatureMatch:
     dropped: tuple[str, ...]
     """Data columns that the model does not have."""
     constant_dense: bool
-    """Whether the model's one dense input is fed 1.0, the data having none."""
+    """Whether the model's one dense input is fed 1.0 because the data has none."""
 
 
 def match_features(dataset: Dataset, spec: ModelSpec) -> FeatureMatch:
     """Match the data's columns to the model's features.
 
-    By name; where no name matches and one side's names only count columns (`f0`, `f1`, ...), by
-    position. Where both do, `f7` is the eighth column, wherever it stands in the model. How it was
-    done is logged, unless the columns are the features as they stand.
+    By name; if no name matches and one side's names only count columns (`f0`, `f1`, ...), by
+    position. If both sides' names do, `f7` is the eighth column, wherever it stands in the model.
+    How they were matched is logged, unless the columns are the features as they stand.
 
     Raises:
         DataError: Features are missing, or the number of dense inputs differs.
@@ -124,7 +124,7 @@ def _adapt(
                     _log.info("%s: ids are taken modulo the tables' rows", dataset.path)
                 bag = Bag(values=bag.values % table.rows, offsets=bag.offsets, weights=bag.weights)
             bags.append(bag)
-        dense: FloatArray = batch.dense
+        dense: Float32Array = batch.dense
         if match.constant_dense:
             dense = np.ones((batch.num_rows, 1), dtype=np.float32)
         yield Batch(
@@ -138,7 +138,7 @@ def _adapt(
 
 
 def _match_dense(dataset: Dataset, spec: ModelSpec) -> bool:
-    """Check the dense width; tell whether the constant 1.0 is to be fed."""
+    """Check the dense width; tell whether to feed the constant 1.0."""
     if dataset.num_dense == 0 and spec.num_dense == 1:
         _log.info("%s has no dense inputs: the model's one is fed 1.0", dataset.path)
         return True
@@ -172,7 +172,7 @@ def _bad_id(
 def _missing_features(dataset: Dataset, spec: ModelSpec, missing: list[str]) -> DataError:
     return DataError(
         f"{dataset.path} lacks {len(missing)} of the model's {len(spec.features)} features",
-        expected="every feature of the model as a column, by name; or, where the names on one "
+        expected="every feature of the model as a column, by name; or, if the names on one "
         "side only count columns (f0, f1, ...), as many columns as features",
         hint="rename the columns, or name the features with --model-config",
         details=[

@@ -1,55 +1,73 @@
-"""What a data set is, and what a reader of data sets is.
+"""Data sets as blocks of rows: order, shards, resumption, in one place for every format.
 
-Letters: B batch, D dense inputs, F features.
+A block is what a format reads at once: a parquet row group, some thousand lines, a range of an
+array. Shuffling permutes the blocks, and the rows inside each block: memory stays one block,
+and the order is a pure function of the seed. Every rank owns a contiguous range of that order,
+so it reads only its own blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from dmt_convert.data.batch import Batch
+import numpy as np
+
+from dmt_convert.arrays import IntArray
+from dmt_convert.data.batch import Batch, Rows, join_batches
+from dmt_convert.errors import ConfigError
+
+TakeRows = Callable[[Rows], Batch]
+"""Gives some rows of one block; rows count from the block's first."""
 
 
-class Dataset(Protocol):
-    """Rows of dense inputs and bags of ids, streamed in batches."""
+class BlockSource(Protocol):
+    """Where the blocks of a data set come from."""
 
     @property
-    def path(self) -> Path:
-        """File or directory that was opened."""
+    def block_sizes(self) -> tuple[int, ...]:
+        """Rows of every block."""
 
     @property
-    def format(self) -> str:
-        """Name of the reader's format."""
+    def keeps_block_order(self) -> bool:
+        """Whether blocks can only be read forward: shuffling then permutes rows inside blocks."""
+
+    def read_blocks(self, blocks: Sequence[int]) -> Iterator[TakeRows]:
+        """Read blocks in the order asked for, one at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Rows of dense inputs and bags of ids, streamed in batches. All readers return one.
+
+    Letters: B batch, D dense inputs, F features.
+    """
+
+    path: Path
+    """File or directory that was opened."""
+    format: str
+    """Name of the reader's format."""
+    num_dense: int
+    """D, number of dense inputs; may be 0."""
+    feature_names: tuple[str, ...]
+    """Names of the F bags of every batch, in order."""
+    names_are_positional: bool
+    """Whether the names only count columns (`f0`, `f1`, ...)."""
+    has_labels: bool
+    """Whether batches carry labels."""
+    source: BlockSource
+    """The blocks."""
+    has_logits: bool = False
+    """Whether batches carry the original model's logits (probes)."""
+    hash_ids: bool = False
+    """Whether ids must be taken modulo the table's rows, as the format's trainer does."""
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, over all files."""
-
-    @property
-    def num_dense(self) -> int:
-        """D, number of dense inputs; may be 0."""
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the F bags of every batch, in order."""
-
-    @property
-    def names_are_positional(self) -> bool:
-        """Whether the names only count columns (`f0`, `f1`, ...)."""
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether batches carry labels."""
-
-    @property
-    def has_logits(self) -> bool:
-        """Whether batches carry the original model's logits (probes)."""
-
-    @property
-    def hash_ids(self) -> bool:
-        """Whether ids are to be taken modulo the table's rows, as the format's trainer does."""
+        """Number of rows, over all blocks."""
+        return sum(self.source.block_sizes)
 
     def batches(
         self,
@@ -60,7 +78,7 @@ class Dataset(Protocol):
         shuffle_seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> RowBatches:
         """Stream this rank's rows.
 
         The ranks' rows are disjoint and together all rows; their numbers differ by at most one.
@@ -68,10 +86,9 @@ class Dataset(Protocol):
         Args:
             batch_size: B, rows per batch; only the last batch may be smaller.
             start_row: Rows of this rank's order to skip (to resume).
-            max_rows: Rows to give at most, after those skipped; None for all.
-            shuffle_seed: Seed of the row order, or None for the order of the files. The
-                shuffle is block-wise: the blocks of a data set are shuffled, and the rows
-                inside each block.
+            max_rows: The most rows to return, after those skipped; None for all.
+            shuffle_seed: Seed of the row order, or None for the order of the files. The shuffle
+                is block-wise: the blocks of a data set are shuffled, and the rows inside each.
             rank: Index of this rank.
             world_size: Number of ranks.
 
@@ -79,20 +96,165 @@ class Dataset(Protocol):
             ConfigError: An argument is out of range.
             DataError: A value is not what the format promises.
         """
+        _check_arguments(batch_size, start_row, max_rows, shuffle_seed, rank, world_size)
+        last = self.num_rows * (rank + 1) // world_size
+        first = min(self.num_rows * rank // world_size + start_row, last)
+        if max_rows is not None:
+            last = min(last, first + max_rows)
+        return RowBatches(_iterate(self.source, batch_size, first, last, shuffle_seed))
 
 
-class DataReader(Protocol):
-    """Reader of one format."""
+class RowBatches(Iterator[Batch]):
+    """Batches that know which rows of the data set they hold."""
 
-    format: str
-    """Name of the format, as messages call it."""
+    def __init__(self, numbered: Iterator[tuple[Batch, IntArray]]) -> None:
+        self._numbered = numbered
+        self.rows: IntArray = np.zeros(0, dtype=np.int64)
+        """Row numbers (from 0) in the data set of the batch given last, shape (B,)."""
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by names and magic bytes whether the path holds this format; never raises."""
+    def __next__(self) -> Batch:
+        batch, self.rows = next(self._numbered)
+        return batch
 
-    def open(self, path: Path) -> Dataset:
-        """Open a data set: headers only, where the format has any.
 
-        Raises:
-            DataError: The data are not what the format promises.
-        """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A range of one block's rows, in the order of the shuffle."""
+
+    block: int
+    first: int
+    last: int
+
+
+def _iterate(
+    source: BlockSource, batch_size: int, first: int, last: int, seed: int | None
+) -> Iterator[tuple[Batch, IntArray]]:
+    sizes = source.block_sizes
+    shuffle_blocks = seed is not None and not source.keeps_block_order
+    pieces = _plan_pieces(sizes, first, last, seed if shuffle_blocks else None)
+    block_starts = np.cumsum([0, *sizes])
+    batches: list[Batch] = []
+    numbers: list[IntArray] = []
+    missing = batch_size
+    takers = source.read_blocks([piece.block for piece in pieces])
+    for piece, take in zip(pieces, takers, strict=True):
+        order = row_order(sizes[piece.block], piece.block, seed)
+        at = piece.first
+        while at < piece.last:
+            stop = min(piece.last, at + missing)
+            batches.append(take(slice(at, stop) if seed is None else order[at:stop]))
+            numbers.append(order[at:stop] + block_starts[piece.block])
+            missing -= stop - at
+            at = stop
+            if not missing:
+                yield join_batches(batches), np.concatenate(numbers)
+                batches, numbers, missing = [], [], batch_size
+    if batches:
+        yield join_batches(batches), np.concatenate(numbers)
+
+
+def _plan_pieces(sizes: Sequence[int], first: int, last: int, seed: int | None) -> list[_Piece]:
+    order = np.arange(len(sizes))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(order)
+    pieces = []
+    start = 0
+    for block in (int(b) for b in order):
+        size = sizes[block]
+        low, high = max(first - start, 0), min(last - start, size)
+        if low < high:
+            pieces.append(_Piece(block=block, first=low, last=high))
+        start += size
+    return pieces
+
+
+def row_order(size: int, block: int, seed: int | None) -> IntArray:
+    """Order of the rows inside a block, shape (size,)."""
+    if seed is None:
+        return np.arange(size, dtype=np.int64)
+    return np.random.default_rng((seed, block)).permutation(size).astype(np.int64, copy=False)
+
+
+def _check_arguments(
+    batch_size: int,
+    start_row: int,
+    max_rows: int | None,
+    seed: int | None,
+    rank: int,
+    world_size: int,
+) -> None:
+    problems = [
+        (batch_size < 1, f"a batch size of {batch_size}", "at least 1"),
+        (start_row < 0, f"a start row of {start_row}", "at least 0"),
+        (max_rows is not None and max_rows < 0, f"at most {max_rows} rows", "at least 0"),
+        (seed is not None and seed < 0, f"a shuffle seed of {seed}", "at least 0"),
+        (
+            not 0 <= rank < world_size,
+            f"rank {rank} of {world_size}",
+            "a rank from 0 to world size - 1",
+        ),
+    ]
+    for is_wrong, found, expected in problems:
+        if is_wrong:
+            raise ConfigError(found, expected=expected)
+
+
+def take_range(dataset: Dataset, first: int, last: int) -> Dataset:
+    """Return rows `first` to `last - 1` of a data set, in the order of its files.
+
+    Unlike `start_row` and `max_rows` of `Dataset.batches`, which cut the order after shuffling,
+    the range holds the same rows whatever the seed. Row numbers count from `first`.
+
+    Args:
+        dataset: What a reader opened.
+        first: First row, from 0.
+        last: Row after the last.
+    """
+    assert 0 <= first <= last <= dataset.num_rows
+    return replace(dataset, source=_RangeSource(inner=dataset.source, first=first, last=last))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RangeSource:
+    """The blocks of another source that overlap a range, cut to it."""
+
+    inner: BlockSource
+    first: int
+    last: int
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Rows of every block."""
+        return tuple(end - begin for _, begin, end in self._cuts())
+
+    @property
+    def keeps_block_order(self) -> bool:
+        """As the source."""
+        return self.inner.keeps_block_order
+
+    def read_blocks(self, blocks: Sequence[int]) -> Iterator[TakeRows]:
+        """Read blocks in the order asked for, one at a time."""
+        cuts = [self._cuts()[block] for block in blocks]
+        takers = self.inner.read_blocks([block for block, _, _ in cuts])
+        for (_, begin, _), take in zip(cuts, takers, strict=True):
+            yield _shift(take, begin)
+
+    def _cuts(self) -> list[tuple[int, int, int]]:
+        """Block of the source, and the rows of it that lie in the range."""
+        starts = np.cumsum([0, *self.inner.block_sizes])
+        cuts = []
+        for block, size in enumerate(self.inner.block_sizes):
+            begin = max(self.first - int(starts[block]), 0)
+            end = min(self.last - int(starts[block]), size)
+            if begin < end:
+                cuts.append((block, begin, end))
+        return cuts
+
+
+def _shift(take: TakeRows, begin: int) -> TakeRows:
+    def taken(rows: Rows) -> Batch:
+        if isinstance(rows, slice):
+            return take(slice(rows.start + begin, rows.stop + begin))
+        return take(rows + begin)
+
+    return taken

@@ -1,8 +1,8 @@
 """Global batches dealt to ranks: what a step trains on does not depend on how many ranks there are.
 
 `Dataset.batches` gives every rank a range of the rows, so that it opens only its own blocks. Here
-every rank opens all blocks, and takes of every global batch its own rows alone. Training on eight
-ranks so sees what training on one sees, and can go on with four.
+every rank opens all blocks, and takes of every global batch its own rows alone. So training on
+eight ranks sees what training on one sees, and can be continued on four.
 
 Letters: G rows of a global batch, W ranks, B = ceil(G / W) rows of one rank.
 """
@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.data.adapter import adapt_batches
-from dmt_convert.data.batch import Batch, IntArray
-from dmt_convert.data.dataset import Dataset
-from dmt_convert.data.row_blocks import BlockDataset, RowBatches, row_order
-from dmt_convert.data.row_selection import join_batches, take_rows
+from dmt_convert.data.batch import Batch, join_batches, take_rows
+from dmt_convert.data.dataset import Dataset, RowBatches, row_order
 from dmt_convert.spec import ModelSpec
 
 
@@ -28,11 +27,11 @@ class Share:
     """One rank's part of a global batch. All ranks' parts have the same number of rows."""
 
     batch: Batch
-    """Its rows, then copies of its last one where the global batch does not divide."""
+    """Its rows, then copies of the last one if the global batch does not divide evenly."""
     rows: IntArray
     """Their row numbers (from 0) in the data set, shape (B,)."""
     counted: int
-    """Rows that count; those behind are copies."""
+    """Rows that count; those after them are copies."""
     total: int
     """Rows of the global batch, over all ranks."""
 
@@ -67,7 +66,6 @@ def deal_batches(
         shuffle_seed: Seed of the order, as for `Dataset.batches`; the order is the same.
         start_batch: Global batches to skip (to resume).
     """
-    assert isinstance(dataset, BlockDataset)
     assert 0 <= rank < world_size and batch_size >= 1
     num_batches = -(-dataset.num_rows // batch_size)
     cuts = [
@@ -87,7 +85,7 @@ def _cut(num_rows: int, batch_size: int, number: int, rank: int, world_size: int
     return _Cut(first=begin + first, last=begin + last, counted=counted, size=size, total=total)
 
 
-def _read(dataset: BlockDataset, cuts: list[_Cut], seed: int | None) -> Iterator[Share]:
+def _read(dataset: Dataset, cuts: list[_Cut], seed: int | None) -> Iterator[Share]:
     source = dataset.source
     sizes = source.block_sizes
     order = np.arange(len(sizes))

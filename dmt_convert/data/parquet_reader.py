@@ -18,14 +18,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from dmt_convert.data.batch import Bag, Batch, FloatArray, IntArray
+from dmt_convert.arrays import AnyArray, Float32Array, IntArray
+from dmt_convert.data.batch import Bag, Batch, take_rows
+from dmt_convert.data.column_names import Schema, check_unique, read_schema
 from dmt_convert.data.data_files import natural_key
-from dmt_convert.data.feature_names import check_unique
-from dmt_convert.data.row_blocks import BlockDataset, TakeRows
-from dmt_convert.data.row_selection import take_rows
-from dmt_convert.data.schema import Schema, read_schema
+from dmt_convert.data.dataset import Dataset, TakeRows
 from dmt_convert.data.value_checks import (
-    AnyArray,
     RowPlace,
     check_dense,
     check_ids,
@@ -41,53 +39,49 @@ WEIGHTS_SUFFIX: Final = "__weights"
 _log = logging.getLogger(__name__)
 
 
-class ParquetReader:
-    """Reads one parquet file, or a directory of them in natural order of their names."""
+def is_parquet(path: Path) -> bool:
+    """Tell by magic bytes (a file) or file names (a directory)."""
+    if path.is_dir():
+        return bool(_files(path))
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 
-    format = "parquet"
 
-    def can_read(self, path: Path) -> bool:
-        """Tell by magic bytes (a file) or file names (a directory)."""
-        if path.is_dir():
-            return bool(_files(path))
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return path.suffix == ".parquet" or file.read(4) == b"PAR1"
+def read_parquet(path: Path) -> Dataset:
+    """Open one file, or a directory of them in natural order of their names, reading footers only.
 
-    def open(self, path: Path) -> BlockDataset:
-        """Open the files, reading footers only.
-
-        Raises:
-            DataError: pyarrow is missing, files are damaged, differ, or hold no features.
-        """
-        files = _files(path) if path.is_dir() else [path]
-        opened = [_open_file(file) for file in files]
-        schema = read_schema(path if path.is_dir() else path.parent)
-        columns = _sort_columns(files[0], opened[0].schema_arrow, schema)
-        for file, parquet in zip(files, opened, strict=True):
-            if _sort_columns(file, parquet.schema_arrow, schema) != columns:
-                raise DataError(
-                    f"{file} and {files[0].name} hold different columns",
-                    expected="the same names and kinds of columns in all files",
-                    hint="give one file, or write the files again with one schema",
-                )
-        if columns.ignored:
-            _log.info("%s: columns left aside: %s", path, ", ".join(columns.ignored))
-        groups = [
-            group
-            for file, parquet in zip(files, opened, strict=True)
-            for group in _row_groups(file, parquet.metadata)
-        ]
-        return BlockDataset(
-            path=path,
-            format=self.format,
-            num_dense=len(columns.dense),
-            feature_names=columns.features,
-            names_are_positional=False,
-            has_labels=columns.has_label,
-            source=ParquetBlocks(groups=tuple(groups), columns=columns),
-        )
+    Raises:
+        DataError: pyarrow is missing, files are damaged, differ, or hold no features.
+    """
+    files = _files(path) if path.is_dir() else [path]
+    opened = [_open_file(file) for file in files]
+    schema = read_schema(path if path.is_dir() else path.parent)
+    columns = _sort_columns(files[0], opened[0].schema_arrow, schema)
+    for file, parquet in zip(files, opened, strict=True):
+        if _sort_columns(file, parquet.schema_arrow, schema) != columns:
+            raise DataError(
+                f"{file} and {files[0].name} hold different columns",
+                expected="the same names and kinds of columns in all files",
+                hint="give one file, or write the files again with one schema",
+            )
+    if columns.ignored:
+        _log.info("%s: columns left aside: %s", path, ", ".join(columns.ignored))
+    groups = [
+        group
+        for file, parquet in zip(files, opened, strict=True)
+        for group in _row_groups(file, parquet.metadata)
+    ]
+    return Dataset(
+        path=path,
+        format="parquet",
+        num_dense=len(columns.dense),
+        feature_names=columns.features,
+        names_are_positional=False,
+        has_labels=columns.has_label,
+        source=ParquetBlocks(groups=tuple(groups), columns=columns),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +173,7 @@ class ParquetBlocks:
 
     def _bag(self, table: Any, name: str, place: RowPlace) -> Bag:
         ids, offsets = _read_bags(table.column(name), place, name)
-        weights: FloatArray | None = None
+        weights: Float32Array | None = None
         if name in self.columns.weighted:
             column = name + WEIGHTS_SUFFIX
             raw, weight_offsets = _read_bags(table.column(column), place, column)
@@ -233,7 +227,7 @@ def _sort_columns(file: Path, arrow: Any, schema: Schema | None) -> Columns:
 
     Raises:
         DataError: A name appears twice, a dense column of the schema is missing or no number,
-            there is no feature, or a label or weight is no number.
+            there is no feature, or a label or weight is not a number.
     """
     types = _import_pyarrow("pyarrow.types")
     kinds = {name: arrow.field(i).type for i, name in enumerate(check_unique(arrow.names, file))}
@@ -241,9 +235,9 @@ def _sort_columns(file: Path, arrow: Any, schema: Schema | None) -> Columns:
     wrong = [name for name in listed if name not in kinds or not _is_number(types, kinds[name])]
     if wrong:
         raise DataError(
-            f"{file}: dense columns of the schema are missing or no numbers: {', '.join(wrong)}",
+            f"{file}: dense columns of the schema are missing or not numeric: {', '.join(wrong)}",
             expected="every dense feature of schema.json as a column of numbers",
-            hint="mend the schema.json beside the data",
+            hint="correct the schema.json beside the data",
         )
     features = [
         name
@@ -256,9 +250,8 @@ def _sort_columns(file: Path, arrow: Any, schema: Schema | None) -> Columns:
     ]
     if not features:
         raise DataError(
-            f"{file} holds no column of ids",
+            f"{file} does not hold a column of ids",
             expected="integer or list<integer> columns named as the model's features",
-            hint="write ids as integers",
         )
     weights = {name + WEIGHTS_SUFFIX for name in features} & set(kinds)
     _check_types(file, kinds, weights)
@@ -278,20 +271,18 @@ def _sort_columns(file: Path, arrow: Any, schema: Schema | None) -> Columns:
 
 
 def _check_types(file: Path, kinds: Mapping[str, Any], weights: Collection[str]) -> None:
-    """Refuse weights that are no floats, and a label that is no number."""
+    """Refuse weights that are not floats, and a label that is not a number."""
     types = _import_pyarrow("pyarrow.types")
     wrong = [name for name in sorted(weights) if not _is_weights(types, kinds[name])]
     if wrong:
         raise DataError(
-            f"{file}: columns of weights that hold no floats: {', '.join(wrong)}",
+            f"{file}: columns of weights that do not hold floats: {', '.join(wrong)}",
             expected="float or list<float> columns",
-            hint="write weights as floats",
         )
     if LABEL in kinds and not _is_number(types, kinds[LABEL]):
         raise DataError(
             f"{file}: column {LABEL!r} has type {kinds[LABEL]}",
             expected="0 or 1, as integer, float or bool",
-            hint="write labels as integers",
         )
 
 
@@ -335,7 +326,7 @@ def _import_pyarrow(module: str) -> Any:
         raise DataError(
             f"parquet cannot be read: {error}",
             expected="the package pyarrow",
-            hint="pip install 'dmt-convert[parquet]'",
+            hint="pip install '.[parquet]' in a clone of the repository, or pip install pyarrow",
         ) from error
 
 

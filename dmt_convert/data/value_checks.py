@@ -8,18 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dmt_convert.data.batch import FloatArray, IntArray
+from dmt_convert.arrays import AnyArray, Float32Array, IntArray
+from dmt_convert.data.batch import Rows
 from dmt_convert.errors import DataError
-
-Rows = slice | IntArray
-"""Which rows: a slice with start and stop, or row numbers."""
-
-AnyArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +33,7 @@ class RowPlace:
 
 
 def refuse_value(
-    place: RowPlace, column: str, index: int, found: str, *, expected: str, hint: str
+    place: RowPlace, column: str, index: int, found: str, *, expected: str, hint: str = ""
 ) -> DataError:
     """Make the error for one bad value in row `index` of the array."""
     return DataError(
@@ -49,7 +43,7 @@ def refuse_value(
     )
 
 
-def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> FloatArray:
+def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> Float32Array:
     """Return dense inputs as float32, shape (B, D), or refuse what is not finite.
 
     Raises:
@@ -66,12 +60,12 @@ def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> Flo
             index,
             f"{dense[index, column]}",
             expected="finite numbers (float32) as dense inputs",
-            hint="fill missing values before, as the trainer of the model did",
+            hint="fill in missing values first, as for training",
         )
     return values
 
 
-def check_labels(labels: AnyArray, place: RowPlace, column: str) -> FloatArray:
+def check_labels(labels: AnyArray, place: RowPlace, column: str) -> Float32Array:
     """Return labels as float32, shape (B,), or refuse what is neither 0 nor 1.
 
     Raises:
@@ -95,7 +89,7 @@ def check_labels(labels: AnyArray, place: RowPlace, column: str) -> FloatArray:
 def check_ids(
     ids: AnyArray, offsets: IntArray, place: RowPlace, column: str, *, allow_negative: bool = False
 ) -> IntArray:
-    """Return one feature's ids as int64, shape (nnz,), or refuse what is no id.
+    """Return one feature's ids as int64, shape (nnz,), or refuse what cannot be one.
 
     Whole numbers stored as floats pass: the DLRM trainer stores ids so.
 
@@ -127,12 +121,12 @@ def check_ids(
         int(np.searchsorted(offsets, at, side="right")) - 1,
         f"id {ids[at]}",
         expected="whole ids from 0",
-        hint="map missing or unknown ids to a row of the table, as the trainer did",
+        hint="map missing or unknown ids to a row of the table, as for training",
     )
 
 
 def check_offsets(offsets: AnyArray, num_values: int, file: Path, column: str) -> IntArray:
-    """Return a feature's offsets as int64, shape (B + 1,), or refuse what is no CSR form.
+    """Return a feature's offsets as int64, shape (B + 1,), or refuse what is not in CSR form.
 
     Raises:
         DataError: Offsets do not begin at 0, do not ascend, or do not end at the number of values.
@@ -153,13 +147,14 @@ def check_offsets(offsets: AnyArray, num_values: int, file: Path, column: str) -
             f"{file}: column {column!r}: {found}",
             expected="offsets of shape (B + 1,) that begin at 0, ascend, and end at the number "
             "of values",
-            hint="write where every row's ids begin, then the number of values",
         )
     return values
 
 
-def check_weights(weights: AnyArray, offsets: IntArray, place: RowPlace, column: str) -> FloatArray:
-    """Return a feature's weights as float32, shape (nnz,), or refuse what does not fit its ids.
+def check_weights(
+    weights: AnyArray, offsets: IntArray, place: RowPlace, column: str
+) -> Float32Array:
+    """Return a feature's weights as float32, shape (nnz,), or refuse what does not fit the ids.
 
     Raises:
         DataError: There is not one finite weight per id.
@@ -169,7 +164,6 @@ def check_weights(weights: AnyArray, offsets: IntArray, place: RowPlace, column:
         raise DataError(
             f"{place.file}: column {column!r}: {values.size} weights for {int(offsets[-1])} ids",
             expected="one weight per id",
-            hint="write as many weights as ids in every row",
         )
     finite = np.isfinite(values)
     if not finite.all():
@@ -180,6 +174,5 @@ def check_weights(weights: AnyArray, offsets: IntArray, place: RowPlace, column:
             int(np.searchsorted(offsets, at, side="right")) - 1,
             f"weight {values[at]}",
             expected="finite weights",
-            hint="mend the weights",
         )
     return values

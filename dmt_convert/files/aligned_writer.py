@@ -2,7 +2,7 @@
 
 What goes through the page cache is copied once more by the kernel, throttled when too much of it
 is dirty, and pushes everything else out of memory. Aligned blocks written directly avoid all
-three, and are on the disk when the call returns. Where a file system cannot do that, the same
+three, and are on the disk when the call returns. If a file system cannot do that, the same
 blocks go through the cache.
 """
 
@@ -22,15 +22,15 @@ from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows
 
 ALIGNMENT: Final = 4096
 _IN_FLIGHT: Final = 3
-"""Blocks on their way to the disk at a time: one leaves it idle between two."""
+"""Blocks on their way to the disk at a time; with a single one the disk would idle in between."""
 
 
 class AlignedWriter:
     """Appends bytes to a new file; runs of zeros from holes stay holes.
 
     Args:
-        path: Where to; must not exist. Its mode is 0644, whatever the umask says.
-        begin: Where in the file to begin, a multiple of `ALIGNMENT`.
+        path: The file; must not exist. Its mode is 0644, whatever the umask says.
+        begin: Position of the first byte, a multiple of `ALIGNMENT`.
 
     Raises:
         OSError: The disk is full, or fails.

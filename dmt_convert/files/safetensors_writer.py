@@ -7,6 +7,7 @@ pace.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from dmt_convert.arrays import AnyArray
 from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows, TensorInfo
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.aligned_writer import ALIGNMENT, AlignedWriter
@@ -43,20 +45,17 @@ class TensorSource:
     shape: tuple[int, ...]
     """Its shape."""
     chunks: Callable[[], Iterator[ByteRows]]
-    """Gives its bytes; chunks are whole elements, valid until the next but one is asked for."""
+    """Yields its bytes; chunks are whole elements, valid until the next but one is requested."""
     origin: str
     """What to call it in errors."""
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        count = ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def array_source(name: str, array: np.ndarray) -> TensorSource:
+def array_source(name: str, array: AnyArray) -> TensorSource:
     """Make a source of a float32 array in memory."""
     data = np.asarray(array, dtype=np.float32, order="C")  # a scalar stays one
     return TensorSource(
@@ -74,7 +73,7 @@ class StreamedFile:
     So tables stream to the disk while the small tensors beside them are still being computed.
 
     Args:
-        path: Where to; must not exist.
+        path: The file; must not exist.
         sources: The large tensors, first in the file.
         metadata: Strings for the header.
     """
@@ -244,7 +243,7 @@ class _Check:
 
 
 def first_non_finite(chunk: ByteRows, dtype: str) -> int | None:
-    """Return the index of the first NaN or Inf, None where all elements are finite.
+    """Return the index of the first NaN or Inf, None if all elements are finite.
 
     As integers, NaN and Inf are the largest values: above Inf's bits among the positive ones
     (signed), above those of -Inf among the negative ones (unsigned).

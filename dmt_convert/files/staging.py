@@ -1,7 +1,8 @@
-"""Write a folder beside its target, then put it in place in one step.
+"""Write a folder or a file beside its target, then put it in place in one step.
 
-A reader sees the old folder or the new one, never a mixture; a process that is killed leaves a
-hidden sibling behind, which the next conversion to the same target removes.
+A reader sees the old one or the new one, never a mixture. Everything is written inside a hidden
+folder of this call's own beside the target. A process that is killed leaves that folder behind,
+and the next one that writes to the same target removes it; a lock tells which are still in use.
 """
 
 from __future__ import annotations
@@ -9,26 +10,55 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.errors import BundleError
+from dmt_convert.errors import BundleError, ConfigError, DmtError, ExportError
 
 _MARK: Final = ".dmt-tmp-"
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
 _COUNTER: Final = itertools.count()
 MANIFEST_NAME: Final = "dmt.json"
 """The document that makes a folder a bundle."""
 _BUNDLE_NAMES: Final = frozenset(
     {MANIFEST_NAME, "plan.json", "weights", "report.html", "partition.svg"}
 )
-"""What lies in a bundle's folder; with anything else in it, it is never replaced."""
+"""What lies in a bundle's folder; a folder that holds anything else is never replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One kind of thing that is written: how errors speak of it."""
+
+    noun: str
+    """What it is called."""
+    error: type[DmtError]
+    """What is raised if it cannot be written."""
+    smaller: str = ""
+    """How less of it could be written, as advice."""
+
+
+BUNDLE: Final = Output(
+    noun="bundle", error=BundleError, smaller="store tables smaller with --dtype fp16"
+)
+"""The only kind of folder that may replace another: a bundle."""
+EXPORT: Final = Output(
+    noun="export", error=BundleError, smaller="store tables smaller with --quantize int8"
+)
+TENSORS: Final = Output(
+    noun="tensors", error=ExportError, smaller="write some of the tensors with --only"
+)
+_FILE: Final = Output(noun="file", error=ConfigError)
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -68,26 +98,22 @@ def check_target(out: Path, *, force: bool) -> None:
     if others:
         raise BundleError(
             f"{out} holds files beside the bundle's own",
-            expected="a bundle and nothing else, where it is to be replaced",
+            expected="a folder that holds the bundle only, so that it can be replaced",
             hint="move these files away, or choose another --out; they are never deleted",
             details=others,
         )
 
 
-def check_free(out: Path, what: str) -> None:
-    """Refuse a target where anything is, whatever it is.
-
-    Args:
-        out: The folder to be written.
-        what: What it will be, for errors.
+def check_free(out: Path, output: Output) -> None:
+    """Refuse a target that exists, whatever it is.
 
     Raises:
-        BundleError: It is there, or its parent is not.
+        DmtError: It exists, or its parent does not.
     """
     if os.path.lexists(out) and not _is_empty(out):
-        raise BundleError(
+        raise output.error(
             f"{out} exists",
-            expected=f"a path where nothing is, for the {what}",
+            expected=f"a path where nothing is, for the {output.noun}",
             hint="choose another --out, or remove it first; what is there is never deleted",
         )
     check_target(out, force=False)
@@ -97,42 +123,128 @@ def _is_empty(out: Path) -> bool:
     return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
 
 
+def check_space(out: Path, needed_bytes: int, output: Output = BUNDLE) -> None:
+    """Refuse a disk that has less than `needed_bytes` left.
+
+    Raises:
+        DmtError: It has less.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if free < needed_bytes:
+        raise output.error(
+            f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
+            expected=f"{needed_bytes / 2**30:.2f} GiB for the {output.noun}",
+            hint=f"free space, choose another --out, or {output.smaller}",
+        )
+
+
 @contextmanager
 def staged_folder(
-    out: Path, *, force: bool, needed_bytes: int, what: str = "bundle"
+    out: Path, *, needed_bytes: int, force: bool = False, output: Output = BUNDLE
 ) -> Iterator[Path]:
     """Give a folder to write into; on success it becomes `out`, on failure it goes away.
 
     Args:
         out: The target.
-        force: Whether a bundle that is there may be replaced.
-        needed_bytes: How much will be written; refused at once where the disk has less.
-        what: What is written, for errors; only a bundle can replace another one.
+        needed_bytes: How much will be written; refused at once if the disk has less.
+        force: Whether an existing bundle may be replaced.
+        output: What is written; only a bundle can replace another one.
 
     Raises:
-        BundleError: The target is taken, or the disk is full.
+        DmtError: The target is taken, or the disk is full.
     """
-    check = check_target if what == "bundle" else lambda out, force: check_free(out, what)
-    check(out, force=force)
+
+    def check() -> None:
+        if output is BUNDLE:
+            check_target(out, force=force)
+        else:
+            check_free(out, output)
+
+    check()
+    with _staging(out, output, needed_bytes, alone=True) as staging:
+        yield staging
+        for folder, _, _ in os.walk(staging, topdown=False):
+            sync_folder(Path(folder))
+        check()  # again: this took a while
+        _put_in_place(staging, out)
+
+
+@contextmanager
+def staged_file(
+    path: Path, *, needed_bytes: int = 0, force: bool = True, output: Output = _FILE
+) -> Iterator[Path]:
+    """Give a file to write beside `path`; on success it becomes `path`, on failure it goes away.
+
+    The file has the same name as `path`, since some writers go by the name.
+
+    Args:
+        path: The target.
+        needed_bytes: How much will be written; refused at once if the disk has less.
+        force: Whether an existing file may be replaced.
+        output: What is written.
+
+    Raises:
+        DmtError: The file cannot be written, exists already, or the disk is full.
+    """
+    try:
+        with _staging(path, output, needed_bytes, alone=False) as folder:
+            staged = folder / path.name
+            yield staged
+            with staged.open("rb+") as file:
+                os.fsync(file.fileno())
+            if force:
+                staged.replace(path)
+            else:
+                _rename_new(staged, path, output)
+            sync_folder(path.parent)
+    except OSError as error:
+        if not _concerns(error, path):
+            raise
+        raise output.error(
+            f"{path} cannot be written ({error.strerror})",
+            expected="a file that can be written, in an existing folder, on a disk with space",
+            hint="choose another file",
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Tell whether an error is about the target, and not about a file that was read meanwhile."""
+    if error.filename is None:
+        return True
+    about = Path(os.fsdecode(error.filename))
+    return about in (path, path.parent) or any(
+        folder.name.startswith(f".{path.name}{_MARK}") for folder in (about, about.parent)
+    )
+
+
+@contextmanager
+def _staging(out: Path, output: Output, needed_bytes: int, *, alone: bool) -> Iterator[Path]:
+    """Give a locked folder beside the target; it goes away in the end, unless it was renamed."""
     # a name of our own: whatever goes wrong, what is removed is what this call made
     staging = out.parent / f".{out.name}{_MARK}{os.getpid()}-{next(_COUNTER)}"
     lock = None
     try:  # from before the folder is made: an interrupt may come at any moment
-        lock = _make_locked(staging, out, needed_bytes, what)
+        lock = _make_locked(staging, out, output, needed_bytes, alone=alone)
         yield staging
-        for folder, _, _ in os.walk(staging, topdown=False):
-            sync_folder(Path(folder))
-        check(out, force=force)  # again: this took a while
-        _put_in_place(staging, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise BundleError(
+        if error.errno in _FULL and needed_bytes:
+            raise output.error(
                 f"the disk of {out.parent} is full ({os.strerror(error.errno)})",
-                expected=f"{needed_bytes} bytes for the {what}",
+                expected=f"{needed_bytes} bytes for the {output.noun}",
                 hint="free space, or choose another --out; nothing was changed",
             ) from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and lock is None:
-            raise BundleError(
+        if error.errno in _FORBIDDEN and lock is None and needed_bytes:
+            raise output.error(
                 f"nothing can be written to {out.parent.absolute()} ({os.strerror(error.errno)})",
                 expected="a folder that you may write to",
                 hint="choose another place with --out",
@@ -144,20 +256,21 @@ def staged_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder that others may read, whatever the umask says."""
-    path.mkdir()
-    path.chmod(0o755)
+def _make_locked(
+    staging: Path, out: Path, output: Output, needed_bytes: int, *, alone: bool
+) -> int:
+    """Make the folder and lock it; the lock says that this process still writes to it.
 
-
-def _make_locked(staging: Path, out: Path, needed_bytes: int, what: str) -> int:
-    """Make the staging folder and lock it; conversions to siblings wait for each other here."""
+    The parent is locked while folders are made and removed, so that no process removes a folder
+    that another has made and not locked yet.
+    """
     parent = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(parent, fcntl.LOCK_EX)
-        _remove_stale(out)
-        check_space(out, needed_bytes, what)
+        _remove_stale(out, alone=alone)
+        if needed_bytes:
+            check_space(out, needed_bytes, output)
         make_folder(staging)
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):
@@ -167,24 +280,40 @@ def _make_locked(staging: Path, out: Path, needed_bytes: int, what: str) -> int:
         os.close(parent)
 
 
-def check_space(out: Path, needed_bytes: int, what: str = "bundle") -> None:
-    """Refuse where the disk has less than `needed_bytes`.
+def _remove_stale(out: Path, *, alone: bool) -> None:
+    """Remove what killed processes left beside a target.
 
-    Raises:
-        BundleError: It has less.
+    Args:
+        out: The target.
+        alone: Whether a process that still writes to it is an error; otherwise the last one wins.
     """
-    free = shutil.disk_usage(out.parent).free
-    if free < needed_bytes:
-        raise BundleError(
-            f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
-            expected=f"{needed_bytes / 2**30:.2f} GiB for the {what}",
-            hint="free space, choose another --out, or store tables smaller with "
-            + ("--dtype fp16" if what == "bundle" else "--quantize int8"),
-        )
+    for stale in out.parent.glob(f".{glob.escape(out.name)}{_MARK}*"):
+        if stale.is_symlink() or not stale.is_dir():
+            continue
+        descriptor = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if alone:
+                raise BundleError(
+                    f"another conversion to {out} is running ({stale.name})",
+                    expected="one conversion at a time to one target",
+                    hint="wait for it, or choose another --out",
+                ) from None
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that others may read, whatever the umask says."""
+    path.mkdir()
+    path.chmod(0o755)
 
 
 def _put_in_place(staging: Path, out: Path) -> None:
-    """Rename; where a bundle is there, swap the two atomically (the old one then goes away)."""
+    """Rename; if a bundle is there, swap the two atomically (the old one then goes away)."""
     if out.is_dir() and any(out.iterdir()):
         try:
             exchange_folders(staging, out)
@@ -199,6 +328,27 @@ def _put_in_place(staging: Path, out: Path) -> None:
     sync_folder(out.parent)
 
 
+def _rename_new(staged: Path, path: Path, output: Output) -> None:
+    """Rename if nothing is there, in one step if the file system can."""
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        raise file_exists(path, output) from None
+    except OSError:  # no hard links here
+        if os.path.lexists(path):
+            raise file_exists(path, output) from None
+        staged.rename(path)
+
+
+def file_exists(path: Path, output: Output) -> DmtError:
+    """Make the error for a file that must not be replaced."""
+    return output.error(
+        f"{path} exists",
+        expected="a path where nothing is",
+        hint="choose another --out, or replace the file with --force",
+    )
+
+
 def exchange_folders(a: Path, b: Path) -> None:
     """Give each of two folders the other's name, in one step.
 
@@ -210,31 +360,6 @@ def exchange_folders(a: Path, b: Path) -> None:
     if done != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(a), None, str(b))
-
-
-def _remove_stale(out: Path) -> None:
-    """Remove what killed conversions to the same target left behind."""
-    for stale in out.parent.glob(f".{glob_escape(out.name)}{_MARK}*"):
-        if stale.is_symlink() or not stale.is_dir():
-            continue
-        descriptor = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BundleError(
-                f"another conversion to {out} is running ({stale.name})",
-                expected="one conversion at a time to one target",
-                hint="wait for it, or choose another --out",
-            ) from None
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-def glob_escape(name: str) -> str:
-    """Escape a file name for `Path.glob`."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,16 +20,13 @@ from dmt_convert.checkpoint import (
 )
 from dmt_convert.errors import CheckpointError, ConfigError, ExportError
 from dmt_convert.files.aligned_writer import AlignedWriter
-from dmt_convert.files.checksums import stream_checked
+from dmt_convert.files.digest import stream_checked
 from dmt_convert.files.safetensors_writer import safetensors_header
-from dmt_convert.files.staging import glob_escape, sync_folder
-
-Progress = Callable[[str, int, int], None]
+from dmt_convert.files.staging import TENSORS, file_exists, staged_file
+from dmt_convert.progress import Progress, no_progress
 
 _FORMAT: Final = {"format": "pt"}
 """What libraries that load such files look for: it tells the framework."""
-_MARK: Final = ".dmt-tmp-"
-_COUNTER: Final = itertools.count()
 _STATE_KEYS: Final = ("opt", "ema")
 """Beginnings of keys of dicts that hold no model: optimizers, averages of weights."""
 _RESERVED: Final = "__metadata__"
@@ -50,7 +43,7 @@ class Unsharded:
     tensors: tuple[TensorInfo, ...]
     """The tensors, as they are called in the file."""
     passed_over: tuple[str, ...]
-    """Tensors that no pattern asked for, by their path in the checkpoint."""
+    """Tensors that no pattern matched, by their path in the checkpoint."""
     scalars: int
     """How many plain values the checkpoint holds beside them; they were left out."""
     unread: Mapping[str, str]
@@ -68,18 +61,18 @@ def unshard_checkpoint(
     *,
     only: Sequence[str] = (),
     force: bool = False,
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = no_progress,
 ) -> Unsharded:
     """Write every tensor of a checkpoint to one file, under its trainer's name.
 
-    A tensor is called by its key in its state dict. Where a checkpoint holds several dicts, the
-    keys of those that are not the model's come before, joined by dots. Memory stays small
+    A tensor's name is its key in its state dict. If a checkpoint holds several dicts, names from
+    those that are not the model's begin with the dict's keys, joined by dots. Memory stays small
     whatever the checkpoint's size.
 
     Args:
         source: Any checkpoint that can be read.
         out: The file to write.
-        only: Patterns (`*` and `?` as in a shell) of names or of whole paths; all where empty.
+        only: Patterns (`*` and `?` as in a shell) of names or of whole paths; all if empty.
         force: Whether a file that is there may be replaced.
         progress: Called with a step, bytes done and bytes in all.
 
@@ -97,14 +90,14 @@ def unshard_checkpoint(
     passed_over = tuple(t.path for n, t in named if only and not _fits(n, t, only))
     if not chosen:
         raise ConfigError(
-            f"no tensor of {source} is called like {', '.join(only)}",
-            expected="a pattern that fits one of its names",
+            f"no tensor of {source} matches {', '.join(only)}",
+            expected="a pattern that matches one of its names",
             hint=f"for example --only '{named[0][0]}'; `dmt inspect` lists them",
         )
     # wide elements first: then every tensor is aligned to its elements
     chosen.sort(key=lambda pair: -ITEM_BYTES[pair[1].dtype])
     total = sum(tensor.nbytes for _, tensor in chosen)
-    with _staged_file(out, force=force, needed_bytes=total) as staging:
+    with staged_file(out, force=force, needed_bytes=total, output=TENSORS) as staging:
         _write(staging, chosen, total, progress)
     return Unsharded(
         path=out,
@@ -121,7 +114,7 @@ def _fits(name: str, tensor: TensorInfo, only: Sequence[str]) -> bool:
 
 
 def _names(tensors: Sequence[TensorInfo]) -> list[str]:
-    """Name tensors as their trainer did, uniquely where paths are."""
+    """Name tensors as their trainer did; uniquely if their paths are unique."""
     counts = Counter(tensor.container for tensor in tensors)
     model = max(counts, key=lambda keys: (not _is_state(keys), counts[keys]))
     names = [t.name if t.container == model else t.path for t in tensors]
@@ -166,10 +159,9 @@ def _write(
         view = memoryview(header)
         while len(view):
             view = view[file.write(view) :]
-        os.fsync(file.fileno())
 
 
-def _check_out(out: Path, checkpoint: FlatCheckpoint | None, *, force: bool) -> None:
+def _check_out(out: Path, checkpoint: FlatCheckpoint, *, force: bool) -> None:
     """Refuse a target that must not be replaced."""
     if not out.parent.is_dir() or out.name in ("", ".."):
         raise ExportError(
@@ -185,69 +177,11 @@ def _check_out(out: Path, checkpoint: FlatCheckpoint | None, *, force: bool) -> 
             expected="the name of a file to write",
             hint="name the file, as in --out model.safetensors",
         )
-    if checkpoint and any(out.samefile(file) for file in checkpoint.files):
+    if any(out.samefile(file) for file in checkpoint.files):
         raise ExportError(
             f"{out} is a file of the checkpoint itself",
             expected="another file to write",
             hint="choose another --out; the checkpoint is never changed",
         )
     if not force:
-        raise ExportError(
-            f"{out} exists",
-            expected="a path where nothing is",
-            hint="choose another --out, or replace the file with --force",
-        )
-
-
-@contextmanager
-def _staged_file(out: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
-    """Give the name of a file to write; on success it becomes `out`, on failure it goes away."""
-    _remove_stale(out)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed_bytes:
-        raise ExportError(
-            f"the disk of {out.parent} has {free / 2**30:.2f} GiB left",
-            expected=f"{needed_bytes / 2**30:.2f} GiB for the tensors",
-            hint="free space, choose another --out, or write some of the tensors with --only",
-        )
-    staging = out.parent / f".{out.name}{_MARK}{os.getpid()}-{next(_COUNTER)}"
-    try:
-        yield staging
-        if force:
-            staging.replace(out)
-        else:
-            _rename_new(staging, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"the disk of {out.parent} is full ({os.strerror(error.errno)})",
-                expected=f"{needed_bytes} bytes for the tensors",
-                hint="free space, or choose another --out; nothing was changed",
-            ) from None
-        raise
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _rename_new(staging: Path, out: Path) -> None:
-    """Rename where nothing is, in one step where the file system can."""
-    try:
-        os.link(staging, out)
-    except FileExistsError:
-        _check_out(out, None, force=False)
-    except OSError:  # no hard links here
-        _check_out(out, None, force=False)
-        staging.rename(out)
-
-
-def _remove_stale(out: Path) -> None:
-    """Remove what killed runs with the same target left behind."""
-    for stale in out.parent.glob(f".{glob_escape(out.name)}{_MARK}*"):
-        owner = stale.name.rpartition(_MARK)[2].partition("-")[0]
-        if stale.is_file() and not stale.is_symlink() and not _is_running(owner):
-            stale.unlink(missing_ok=True)
-
-
-def _is_running(process: str) -> bool:
-    return not process.isdecimal() or Path("/proc", process).exists()
+        raise file_exists(out, TENSORS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from dmt_convert.checkpoint import SafetensorsReader
+from dmt_convert.checkpoint import read_safetensors
 from dmt_convert.documents import Layout, Tool, WeightsFile, from_json, to_json
 from dmt_convert.errors import ExportError
 from dmt_convert.files import digest_of
@@ -136,7 +136,7 @@ def check_export_digests(
     changed = []
     for file, entry in read_export_manifest(folder).weights.items():
         expected = entry.digests
-        tensors = {t.name: t for t in SafetensorsReader().read(folder / file).tensors}
+        tensors = {t.name: t for t in read_safetensors(folder / file).tensors}
         for name in expected:
             if name not in tensors or digest_of(tensors[name], on_bytes) != expected[name]:
                 changed.append(f"{file}: {name}")

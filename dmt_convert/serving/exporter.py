@@ -13,7 +13,7 @@ from typing import Any, Final
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.documents import WeightsFile
-from dmt_convert.files import check_free, staged_folder
+from dmt_convert.files import EXPORT, check_free, staged_folder
 from dmt_convert.serving.export_config import ExportConfig, plan_inputs
 from dmt_convert.serving.export_manifest import EXPORT_MANIFEST, ExportedBundle, ExportManifest
 from dmt_convert.serving.graph_checks import GraphCheck, check_graphs
@@ -81,7 +81,7 @@ def export_bundle(
         ExportError: The format cannot do what is asked for, or a graph does not answer like the
             model.
     """
-    check_free(out, "export")
+    check_free(out, EXPORT)
     user_file(bundle.manifest.model.flat)
     inputs = plan_inputs(bundle.manifest.model, config)
     writer = load_writer(config)
@@ -92,7 +92,7 @@ def export_bundle(
         on_quality(quality)
         check_auc_lost(quality, config.max_auc_loss)
     needed = placed_bytes(bundle, out.parent, config.quantize) + _GRAPH_BYTES
-    with staged_folder(out, force=False, needed_bytes=needed, what="export") as staging:
+    with staged_folder(out, needed_bytes=needed, output=EXPORT) as staging:
         weights = place_weights(
             bundle, staging, writer.folder_of, quantize=config.quantize, progress=progress
         )

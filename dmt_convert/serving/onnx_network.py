@@ -22,7 +22,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dmt_convert.checkpoint import SafetensorsReader, read_tensor
+from dmt_convert.checkpoint import read_safetensors, read_tensor
 from dmt_convert.errors import DmtError, ExportError
 from dmt_convert.model import as_state
 from dmt_convert.model.networks import build_network
@@ -154,7 +154,7 @@ def _write_nodes(
             tensor.name.removeprefix(_PREFIX): as_state(
                 np.asarray(read_tensor(tensor)), own.get(tensor.name.removeprefix(_PREFIX))
             )
-            for tensor in SafetensorsReader().read(weights.path).tensors
+            for tensor in read_safetensors(weights.path).tensors
             if tensor.name.startswith(_PREFIX)
         }
     )

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from dmt_convert.bundle import DENSE_FILE, Bundle, tower_file
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.errors import BundleError
 from dmt_convert.files import AlignedWriter, TreeDigest
 from dmt_convert.model import RowCode
@@ -204,7 +204,7 @@ class _Placer:
         target = self._staging / path
         return PlacedFile(
             path=path,
-            tensors={info.name: info for info in SafetensorsReader().read(target).tensors},
+            tensors={info.name: info for info in read_safetensors(target).tensors},
             bytes=target.stat().st_size,
             digests=digests,
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
+from dmt_convert.checkpoint import TensorInfo, read_safetensors
 from dmt_convert.model import DmtModel, DmtSpec, state_name
 from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.graph_inputs import GraphInputs
@@ -188,7 +188,7 @@ class GraphBuilder:
 
     def _file(self, path: str) -> tuple[MappedFile, dict[str, TensorInfo]]:
         if path not in self._files:
-            tensors = SafetensorsReader().read(self._folder / path).tensors
+            tensors = read_safetensors(self._folder / path).tensors
             infos = {tensor.name: tensor for tensor in tensors}
             self._files[path] = MappedFile(self._folder / path), infos
         return self._files[path]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.bundle import read_rows
-from dmt_convert.checkpoint import ByteRows, SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import ByteRows, TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.files import TreeDigest, safetensors_header
 from dmt_convert.model import RowCode, coded_width, encode_rows, to_half
 from dmt_convert.spec import TableSpec
@@ -66,7 +66,7 @@ def write_coded(
         header = safetensors_header(layout, {"format": "pt", "dmt_code": code})
         _write_at(descriptor, memoryview(header), 0)
         os.ftruncate(descriptor, len(header) + sum(info.nbytes for info in layout))
-        places = {info.name: info for info in SafetensorsReader().read(target).tensors}
+        places = {info.name: info for info in read_safetensors(target).tensors}
         outputs = {name: _Output(descriptor, info) for name, info in places.items()}
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_CODERS)) as coders:
             read = {

@@ -25,7 +25,7 @@ from dmt_convert.bundle import (
     open_bundle,
 )
 from dmt_convert.bundle.accumulators import find_damage, read_rows, write_accumulators
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, gather_rows
+from dmt_convert.checkpoint import TensorInfo, gather_rows, read_safetensors
 from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import BundleError
 
@@ -156,7 +156,7 @@ def test_changed_numbers_are_found_by_their_digest(summed: Path, tmp_path: Path)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    tensors = SafetensorsReader().read(path).tensors
+    tensors = read_safetensors(path).tensors
     return {t.name: gather_rows(t, np.arange(t.shape[0])) for t in tensors}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dmt_convert.checkpoint import Piece, TensorInfo
 from dmt_convert.errors import CheckpointError
-from dmt_convert.files.checksums import check_checksums, stream_checked
+from dmt_convert.files.digest import check_checksums, stream_checked
 
 
 def sharded(folder: Path, *, columns: bool) -> tuple[TensorInfo, np.ndarray]:

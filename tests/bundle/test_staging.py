@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
-from dmt_convert.errors import BundleError
+from dmt_convert.errors import BundleError, ConfigError
 from dmt_convert.files import check_target, staging
-from dmt_convert.files.staging import staged_folder
+from dmt_convert.files.staging import staged_file, staged_folder, write_text
 from support.checkpoints.flat import make_flat
 
 Writer = Callable[..., Bundle]
@@ -317,3 +317,47 @@ def test_a_folder_that_may_not_be_written_is_named(
     with pytest.raises(BundleError, match="nothing can be written to") as caught, target:
         pass
     assert str(tmp_path) in caught.value.found and "--out" in caught.value.hint
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with staged_file(path) as staged:
+            staged.write_text("new, half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old" and left(tmp_path) == ["a.txt"]
+    with staged_file(path) as staged:
+        assert staged.name == path.name  # some writers go by the suffix
+        staged.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and left(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with staged_file(path) as first:
+        first.write_text("first")
+        write_text(path, "second")
+    assert path.read_text() == "first" and left(tmp_path) == ["a.txt"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "a.txt", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            write_text(path, "x")
+    # what cannot be read while it is written is another matter
+    with pytest.raises(FileNotFoundError), staged_file(tmp_path / "a.txt"):
+        (tmp_path / "source").read_text()
+    assert left(tmp_path) == []
+
+
+def test_leftovers_of_killed_writers_of_a_file_go_away(tmp_path: Path) -> None:
+    stale = tmp_path / ".a.txt.dmt-tmp-1-0"
+    make_folder(stale)
+    write_text(tmp_path / "a.txt", "x")
+    assert left(tmp_path) == ["a.txt"]

@@ -18,10 +18,9 @@ from dmt_convert.checkpoint import (
     stream_tensor,
 )
 from dmt_convert.checkpoint import derived as d
-from dmt_convert.checkpoint.computed_rows import RowCodes
+from dmt_convert.checkpoint.derived_rows import RowCodes
 from dmt_convert.errors import CheckpointError
-from dmt_convert.files.checksums import check_checksums, stream_checked
-from dmt_convert.files.digest import digest_of
+from dmt_convert.files.digest import check_checksums, digest_of, stream_checked
 
 RNG = np.random.default_rng(0)
 T = RNG.standard_normal((12, 6)).astype(np.float32)

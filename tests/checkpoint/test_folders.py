@@ -67,7 +67,7 @@ def test_shards_and_index_must_fit(state, tmp_path):
         refuse(folder, "a shard outside the folder")
     for wrong in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[" * 99_999):
         index.write_text(wrong)
-        refuse(index, "is no index of shards|is empty")
+        refuse(index, "not an index of shards|is empty")
     index.write_text(text)
     second.unlink()
     assert refuse(first, "lacks 1 of the 2 shards").details == (second.name,)

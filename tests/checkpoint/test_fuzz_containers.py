@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from dmt_convert.checkpoint import registry, safe_unpickler
+from dmt_convert.checkpoint import readers
+from dmt_convert.checkpoint.inert import unpickler
 from support.paths import REPOSITORY
 
 MUTATIONS, MAX_SECONDS = 8, 5.0
@@ -32,8 +33,8 @@ def seeds(benchmarks, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 
 
 def test_every_container_has_a_seed(seeds):
-    formats = {registry.open_checkpoint(path).format for path in seeds[1].values()}
-    assert formats == {reader.format for reader in registry.READERS}
+    formats = {readers.open_checkpoint(path).format for path in seeds[1].values()}
+    assert formats == {reader.format for reader in readers.READERS}
 
 
 def test_mutations_of_every_container(benchmarks, seeds):
@@ -59,7 +60,7 @@ def test_a_reader_that_breaks_is_noticed(benchmarks, seeds, monkeypatch):
     def break_down(path: Path) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(registry, "_open", break_down)
+    monkeypatch.setattr(readers, "_open", break_down)
     assert benchmarks[0].outcome(seeds[1]["torch"]).startswith("FAILED: ")
 
 
@@ -70,8 +71,8 @@ def test_code_that_runs_is_noticed(benchmarks, seeds, monkeypatch):
         name = getattr(function, "name", "")
         return os.system(*args) if name == "posix.system" else honest(function, args)  # type: ignore[arg-type]
 
-    honest = safe_unpickler.call
-    monkeypatch.setattr(safe_unpickler, "call", call)
+    honest = unpickler.call
+    monkeypatch.setattr(unpickler, "call", call)
     benchmarks[0].outcome(paths["hostile"])
     assert (root / "it_ran").exists()
     (root / "it_ran").unlink()

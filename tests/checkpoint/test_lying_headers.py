@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint, shards
-from dmt_convert.checkpoint.sharded_tensor import ShardPlace
+from dmt_convert.checkpoint.inert.sharded import ShardPlace
 from dmt_convert.errors import CheckpointError
 from support.checkpoints.containers import SAVES
 

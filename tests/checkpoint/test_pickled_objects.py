@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.checkpoint import FlatCheckpoint, open_checkpoint, pickled_content, read_tensor
+from dmt_convert.checkpoint import FlatCheckpoint, open_checkpoint, read_tensor
+from dmt_convert.checkpoint.inert import content
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import infer_model
 
@@ -234,7 +235,7 @@ def module_pickle(inner: bytes) -> bytes:
 
 
 def test_modules_that_hold_themselves_and_modules_that_multiply(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickled_content, "_MAX_ITEMS", 10_000)
+    monkeypatch.setattr(content, "_MAX_ITEMS", 10_000)
     own = b"\x80\x02csome\nModule\n)\x81q\x00}(X\x0b\x00\x00\x00_parameters}"
     own += b"X\x08\x00\x00\x00_buffers}X\x08\x00\x00\x00_modules}X\x01\x00\x00\x00ah\x00sub."
     with pytest.raises(CheckpointError, match="nests modules more than"):

@@ -72,7 +72,7 @@ def test_files_of_two_saves_are_not_mixed(tmp_path):
     # one rank of each save is left: the tables fit, the dense parts tell
     first[1].unlink()
     second[0].unlink()
-    error = refuse(first[0], "are not of one save: 3 of 3 dense tensors differ")
+    error = refuse(first[0], "are from different saves: 3 of 3 dense tensors differ")
     assert "over.weight" in error.details
     # and where names tell nothing, it is asked for
     save_ranks(tmp_path, TABLES, DENSE, name="step3_rank{}.pt")

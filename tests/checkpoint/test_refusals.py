@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor, stream_tensor
-from dmt_convert.checkpoint.inert_objects import TENSOR_GLOBALS, StorageType
+from dmt_convert.checkpoint.inert.objects import TENSOR_GLOBALS, StorageType
 from dmt_convert.errors import CheckpointError
 from support.checkpoints.containers import SAVES
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dmt_convert.data import Dataset, array_blocks, criteo_tsv_reader, open_data
+from dmt_convert.data import Dataset, criteo_readers, open_data, stored_arrays
 from support.data_files import BLOCK_VARIANTS, WRITERS
 
 
@@ -16,8 +16,8 @@ from support.data_files import BLOCK_VARIANTS, WRITERS
 def datasets() -> Iterator[dict[str, Dataset]]:
     """Eleven rows in every format, in blocks of at most four where it has any."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(criteo_tsv_reader, "BLOCK_ROWS", 3)
-        patch.setattr(array_blocks, "BLOCK_ROWS", 4)
+        patch.setattr(criteo_readers, "BLOCK_ROWS", 3)
+        patch.setattr(stored_arrays, "BLOCK_ROWS", 4)
         opened = {}
         for variant in BLOCK_VARIANTS:
             parent = Path(folder) / variant

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt_convert.data import adapt_batches, match_features, open_data
-from dmt_convert.data.feature_names import are_positional, count_columns
+from dmt_convert.data.column_names import are_positional, count_columns
 from dmt_convert.errors import DataError
 from support.data_files import WRITERS
 from support.specs import build_spec

@@ -23,8 +23,8 @@ from dmt_convert.data import (
     deal_batches,
     take_range,
 )
-from dmt_convert.data.row_blocks import BlockDataset, RowBatches, TakeRows
-from dmt_convert.data.row_selection import join_batches, take_rows
+from dmt_convert.data.batch import join_batches, take_rows
+from dmt_convert.data.dataset import RowBatches, TakeRows
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
 from support.data_files import assert_same_rows
@@ -212,7 +212,6 @@ def test_data_that_do_not_fit_are_refused_at_once(datasets: dict[str, Dataset]) 
 def test_a_rank_reads_only_blocks_that_hold_its_rows(datasets: dict[str, Dataset]) -> None:
     """Eleven rows in blocks of 4, 2, 4 and 1; batches that are skipped are not read."""
     dataset = datasets["parquet"]
-    assert isinstance(dataset, BlockDataset)
     source, read = dataset.source, []
 
     class Watched:

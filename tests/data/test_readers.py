@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmt_convert.data import READERS, Batch, Dataset, criteo_tsv_reader, open_data
+from dmt_convert.data import READERS, Batch, Dataset, criteo_readers, open_data
 from dmt_convert.data.stored_arrays import open_npz
 from support.data_files import WRITERS
 
@@ -188,8 +188,8 @@ def test_criteo_tsv_without_labels(tmp_path: Path) -> None:
 def test_criteo_tsv_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_blocks_rows: int, chunk: int
 ) -> None:
-    monkeypatch.setattr(criteo_tsv_reader, "BLOCK_ROWS", num_blocks_rows)
-    monkeypatch.setattr(criteo_tsv_reader, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(criteo_readers, "BLOCK_ROWS", num_blocks_rows)
+    monkeypatch.setattr(criteo_readers, "_CHUNK_BYTES", chunk)
     for variant in ("criteo-tsv", "criteo-tsv gzip"):
         dataset = open_data(WRITERS[variant](tmp_path))
         assert dataset.num_rows == 11

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt_convert.data import Dataset
-from dmt_convert.data.row_blocks import RowBatches
-from dmt_convert.data.row_selection import join_batches, take_rows
+from dmt_convert.data.batch import join_batches, take_rows
+from dmt_convert.data.dataset import RowBatches
 from dmt_convert.errors import ConfigError
 from support.data_files import BLOCK_VARIANTS, assert_same_rows
 

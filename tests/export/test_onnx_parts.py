@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from dmt_convert.bundle import Bundle
 from dmt_convert.bundle.bundle_model import split_state
-from dmt_convert.checkpoint import SafetensorsReader
+from dmt_convert.checkpoint import read_safetensors
 from dmt_convert.errors import DataError, ExportError
 from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.model.table_lookup import pool_bag
@@ -27,7 +27,7 @@ from dmt_convert.spec import ModelSpec
 
 def place(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> PlacedFile:
     save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, folder / name)
-    tensors = SafetensorsReader().read(folder / name).tensors
+    tensors = read_safetensors(folder / name).tensors
     return PlacedFile(path=name, tensors={t.name: t for t in tensors}, bytes=0, digests={})
 
 

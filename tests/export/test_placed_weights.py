@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.documents import WeightsFile
 from dmt_convert.errors import BundleError
 from dmt_convert.files.digest import TreeDigest
@@ -123,7 +123,7 @@ def test_holes_are_copied_as_holes(
     os.truncate(path, len(header) + hole.nbytes)
     digest = TreeDigest()
     digest.update(np.zeros(hole.nbytes, dtype=np.uint8))
-    tensors = {info.name: info for info in SafetensorsReader().read(path).tensors}
+    tensors = {info.name: info for info in read_safetensors(path).tensors}
     entry = WeightsFile(bytes=path.stat().st_size, digests={name: digest.finish()})
     altered = replace(
         bundle,

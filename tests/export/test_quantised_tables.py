@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, stream_tensor
+from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.data import Bag
 from dmt_convert.errors import BundleError, ExportError, GraphsDifferError
 from dmt_convert.files.digest import TreeDigest
@@ -137,7 +137,7 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
     header = safetensors_header([table], {})
     path.write_bytes(header)
     os.truncate(path, len(header) + table.nbytes)
-    (stored,) = SafetensorsReader().read(path).tensors
+    (stored,) = read_safetensors(path).tensors
     write_coded(tmp_path / "coded", {stored.name: stored}, "int8")
     stat = (tmp_path / "coded").stat()
     assert stat.st_size > 29 << 18

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.checkpoint import SafetensorsReader, TensorInfo, gather_rows, read_tensor
+from dmt_convert.checkpoint import TensorInfo, gather_rows, read_safetensors, read_tensor
 from dmt_convert.cluster.checkpoint_tensors import open_tables, table_source
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.safetensors_writer import write_safetensors
@@ -54,7 +54,7 @@ def test_tables_are_written_in_the_type_of_the_bundle(
     path = tmp_path / "tower.safetensors"
     write_safetensors(path, sources, metadata={})
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    for info in SafetensorsReader().read(path).tensors:
+    for info in read_safetensors(path).tensors:
         assert info.dtype == dtype
         rounded = torch.from_numpy(whole(*info.shape)).to(kind).float().numpy()
         assert np.array_equal(read_tensor(info).astype(np.float32), rounded)

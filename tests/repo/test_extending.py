@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmt_convert.checkpoint import open_checkpoint, registry
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
@@ -21,14 +23,30 @@ from support.paths import REPOSITORY
 ROWS = {"user": 7, "item": 5}
 
 
+def install(site: Path, code: str, declared: str) -> None:
+    """Write a distribution: a module, and the entry points of its pyproject.toml."""
+    lines = []
+    for group, entries in tomllib.loads(declared)["project"]["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+        module = next(iter(entries.values())).partition(":")[0]
+    info = site / f"{module}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / f"{module}.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    sys.modules.pop(module, None)
+
+
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both examples, put where the page says."""
+    """Both examples, put where the page says: the reader is a distribution of its own."""
     page = (REPOSITORY / "docs" / "extending.md").read_text()
     container, family = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (tmp_path / "documented.py").write_text(container + family)
+    (declared,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    install(tmp_path / "site", container, declared)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (tmp_path / "documented.py").write_text(family)
     names = runpy.run_path(str(tmp_path / "documented.py"))
-    monkeypatch.setattr(registry, "READERS", (names["NpyFolderReader"](), *registry.READERS))
     monkeypatch.setattr(inference, "ARCHITECTURES", (names["EXAMPLE"], *ARCHITECTURES))
 
 
@@ -95,8 +113,8 @@ def test_the_example_container_refuses_damaged_files(saved: Path) -> None:
     file = saved / "top.0.weight.npy"
     whole = np.load(file)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="is no array that can be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(saved)
     np.save(file, whole.astype(">f4"))
-    with pytest.raises(CheckpointError, match="is no array that can be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(saved)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
-from dmt_convert.data.row_selection import take_rows
+from dmt_convert.data.batch import take_rows
 from dmt_convert.model import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec
 from dmt_convert.model.networks import registry
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers

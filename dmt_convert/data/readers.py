@@ -1,4 +1,4 @@
-"""All readers, and the choice among them by what a path holds."""
+"""The formats of data sets that can be read, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -6,25 +6,38 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.data.criteo_npy_reader import CriteoNpyReader
-from dmt_convert.data.criteo_tsv_reader import CriteoTsvReader
+from dmt_convert.data.criteo_readers import (
+    is_criteo_npy,
+    is_criteo_tsv,
+    read_criteo_npy,
+    read_criteo_tsv,
+)
 from dmt_convert.data.data_files import data_files, refuse_splits
-from dmt_convert.data.dataset import DataReader, Dataset
-from dmt_convert.data.dlrm_npz_reader import DlrmNpzReader
-from dmt_convert.data.parquet_reader import ParquetReader
-from dmt_convert.data.probe_npz_reader import ProbeNpzReader
-from dmt_convert.data.repository_npz_reader import RepositoryNpzReader
+from dmt_convert.data.dataset import Dataset
+from dmt_convert.data.npz_readers import (
+    is_dlrm_npz,
+    is_probe_npz,
+    is_repository_npz,
+    read_dlrm_npz,
+    read_probe_npz,
+    read_repository_npz,
+)
+from dmt_convert.data.parquet_reader import is_parquet, read_parquet
 from dmt_convert.data.stored_arrays import npz_names
 from dmt_convert.errors import DataError
+from dmt_convert.readers import Reader, with_plugins
 
-READERS: Final[tuple[DataReader, ...]] = (
-    ProbeNpzReader(),
-    DlrmNpzReader(),
-    CriteoNpyReader(),
-    RepositoryNpzReader(),
-    ParquetReader(),
-    CriteoTsvReader(),
+READERS: Final[tuple[Reader[Dataset], ...]] = (
+    Reader(format="probe-npz", can_read=is_probe_npz, read=read_probe_npz),
+    Reader(format="dlrm-npz", can_read=is_dlrm_npz, read=read_dlrm_npz),
+    Reader(format="criteo-npy", can_read=is_criteo_npy, read=read_criteo_npy),
+    Reader(format="repository-npz", can_read=is_repository_npz, read=read_repository_npz),
+    Reader(format="parquet", can_read=is_parquet, read=read_parquet),
+    Reader(format="criteo-tsv", can_read=is_criteo_tsv, read=read_criteo_tsv),
 )
+"""All built-in formats. They are asked in this order, after those of plugins."""
+ENTRY_POINTS: Final = "dmt_convert.data_readers"
+"""Group of entry points to which other distributions add a `Reader[Dataset]`."""
 
 _EXPECTED: Final = (
     "parquet; npz with dense, sparse, label; npz with X_int, X_cat, y; a probe npz; "
@@ -32,17 +45,18 @@ _EXPECTED: Final = (
 )
 
 
-def open_data(path: Path) -> Dataset:
+def open_data(path: str | Path) -> Dataset:
     """Open a data set with the reader that knows it.
 
     Raises:
         DataError: The path is missing, empty, damaged, holds several splits, or no reader knows it.
+        ConfigError: A reader of an installed plugin is broken.
     """
     path = Path(path)
     _check_path(path)
-    for reader in READERS:
+    for reader in with_plugins(READERS, group=ENTRY_POINTS, opens=Dataset):
         if reader.can_read(path):
-            dataset = reader.open(path)
+            dataset = reader.read(path)
             if not dataset.num_rows:
                 raise DataError(
                     f"{path} ({reader.format}) holds no rows",
@@ -87,5 +101,4 @@ def _unknown(path: Path) -> DataError:
     return DataError(
         f"{path} is a file {found}",
         expected=_EXPECTED,
-        hint="write the data in one of these formats",
     )

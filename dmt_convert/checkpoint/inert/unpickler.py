@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar, Final
 
-from dmt_convert.checkpoint.inert_objects import (
+from dmt_convert.checkpoint.inert.objects import (
     TENSOR_GLOBALS,
     InertDict,
     Record,
@@ -80,7 +80,7 @@ class _BoundedFile:
 class _Unpickler(pickle._Unpickler):
     """The unpickler in Python, not the one in C.
 
-    The C one allocates its memo for any index that a pickle names, and nothing of it can be
+    The C one allocates its memo for any index that a pickle names, and none of its steps can be
     overridden: an object's state would be set behind the checks of its constructor.
     """
 
@@ -125,7 +125,7 @@ class _Unpickler(pickle._Unpickler):
         return self.storages.setdefault(key, storage)
 
     def load_build(self) -> None:
-        """Set an object's state, where the object is made for it."""
+        """Set an object's state, if the object is made for it."""
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, Record | InertDict):
@@ -133,7 +133,7 @@ class _Unpickler(pickle._Unpickler):
         target.__setstate__(state)
 
     def load_reduce(self) -> None:
-        """Call a function, where it is a stand-in of ours."""
+        """Call a function, if it is a stand-in of ours."""
         args = self.stack.pop()
         if not isinstance(args, tuple):
             raise pickle.UnpicklingError("a call without a tuple of arguments")
@@ -272,7 +272,7 @@ _OTHER_TENSORS: Final = (
     "torch.UInt",
     "torch._utils._rebuild_",
 )
-"""Beginnings of what names dtypes, storages and layouts that no flat model has."""
+"""How the names of dtypes, storages and layouts begin that flat models never have."""
 
 
 def refuse_global(source: Path, name: str) -> CheckpointError:
@@ -294,13 +294,13 @@ def refuse_global(source: Path, name: str) -> CheckpointError:
     if name.startswith(_OTHER_TENSORS):
         return CheckpointError(
             f"{source} holds a tensor of a type that is not read: it names {name[:200]}",
-            expected="plain dense tensors in fp64, fp32, fp16, bf16, or of whole numbers",
+            expected="plain dense tensors of fp64, fp32, fp16, bf16 or integers",
             hint="load it in the trainer's own environment, convert such tensors (or leave them "
             "out), and save the weights: torch.save(model.state_dict(), 'weights.pt')",
         )
     return CheckpointError(
         f"{source} asks to run code while loading: it names {name[:200]}",
         expected="tensors and plain values only (what torch.load(weights_only=True) accepts)",
-        hint="where the file is trusted, load it in the trainer's own environment and save "
+        hint="if you trust the file, load it in the trainer's own environment and save "
         "only the weights: torch.save(model.state_dict(), 'weights.pt')",
     )

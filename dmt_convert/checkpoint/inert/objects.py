@@ -1,11 +1,12 @@
-"""What stands for the objects of a pickle: inert records and references, nothing that runs.
+"""Stand-ins for the objects of a pickle: inert records and references. Nothing here runs.
 
 Every global that a checkpoint may name has a stand-in here. What a pickle can do with one is
-bounded: it copies no large value and keeps no number that is no size.
+bounded: no large value is copied, and no number is kept that cannot be a size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -16,7 +17,7 @@ import numpy as np
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES
 
 MAX_SIZE: Final = 1 << 62
-"""Numbers from here on are no sizes, offsets or lengths of anything."""
+"""Numbers from here on cannot be a size, an offset or a length."""
 _MAX_COPY: Final = 64
 """Longest byte string that is decoded; only numbers are read from such strings."""
 
@@ -25,7 +26,7 @@ _MAX_ARGS: Final = 16
 
 
 def call(function: object, args: tuple[object, ...]) -> object:
-    """Do what a pickle asks for by a call: a listed stand-in is called, all else is recorded.
+    """Do what a pickle asks for by a call: listed stand-ins are called, other calls are recorded.
 
     Raises:
         TypeError: A stand-in is called with more arguments than any trainer gives it.
@@ -38,7 +39,9 @@ def call(function: object, args: tuple[object, ...]) -> object:
         if len(args) > _MAX_ARGS:
             raise TypeError(f"a call with {len(args)} arguments")
         return function(*args)
-    return Record.of("?", args, {})  # what another call gave, or a plain value: not callable here
+    return Record.of(
+        "?", args, {}
+    )  # the result of another call, or a plain value: not callable here
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,7 @@ class TensorRef:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def extent(self) -> int:
@@ -154,7 +154,7 @@ class Record:
             self.append(value)
 
     def get(self, name: str) -> Any:
-        """Return a field; KeyError where the pickle did not set it."""
+        """Return a field; KeyError if the pickle did not set it."""
         return self.fields[name]
 
 
@@ -206,11 +206,22 @@ def is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < MAX_SIZE
 
 
+def read_sizes(values: object) -> tuple[int, ...]:
+    """Return a shape or an offset that a header states.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(values, tuple | list) or not all(is_size(value) for value in values):
+        raise TypeError("not a shape or an offset")
+    return tuple(values)
+
+
 def _int_tuple(values: object) -> tuple[int, ...]:
     if not isinstance(values, (tuple, list)) or len(values) > 16:
         raise TypeError(f"a shape is a {type(values).__name__}, or has over 16 dims")
     if not all(is_size(value) for value in values):
-        raise ValueError("a shape or stride holds something else than sizes")
+        raise ValueError("a shape or a stride holds a value that cannot be a size")
     return tuple(values)
 
 

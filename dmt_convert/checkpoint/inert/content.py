@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint.deepctr_module import DEEPCTR_MODULE, describe_deepctr_module
-from dmt_convert.checkpoint.flat_checkpoint import Scalar, TableConfig
-from dmt_convert.checkpoint.inert_objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
-from dmt_convert.checkpoint.sharded_tensor import ShardedRef, as_sharded
+from dmt_convert.checkpoint.flat_checkpoint import Keys, Scalar, TableConfig
+from dmt_convert.checkpoint.inert.deepctr import DEEPCTR_MODULE, describe_deepctr_module
+from dmt_convert.checkpoint.inert.objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
+from dmt_convert.checkpoint.inert.sharded import ShardedRef, as_sharded
 from dmt_convert.errors import CheckpointError
-
-Keys = tuple[str, ...]
 
 _MAX_DEPTH: Final = 32
 _MAX_ITEMS: Final = 1_000_000
@@ -29,19 +27,19 @@ _SCRIPTED: Final = "__torch__."
 
 @dataclass(slots=True)
 class PickledContent:
-    """Everything of a pickle that is used, by the keys around it; the last key is the name."""
+    """Everything in a pickle that is used, by the keys around it; the last key is the name."""
 
     tensors: dict[Keys, TensorRef | ShardedRef] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     table_configs: list[TableConfig] = field(default_factory=list)
     documents: dict[str, Any] = field(default_factory=dict)
-    """What modules tell of their own construction, as dicts, lists and scalars."""
+    """What modules say about their own construction, as dicts, lists and scalars."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What a module tells of its own construction."""
+    """What a module says about its own construction."""
 
     name: str
     content: dict[str, Any]
@@ -64,7 +62,7 @@ def collect_content(content: object, path: Path) -> PickledContent:
         elif isinstance(value, TableConfig):
             found.table_configs.append(value)
         elif isinstance(value, _Description):
-            # two modules that differ: nothing tells which one is meant
+            # two modules that differ: it is unknown which one is meant
             same = found.documents.get(value.name, value.content) == value.content
             found.documents[value.name] = value.content if same else None
         elif isinstance(value, Record | UnknownGlobal):
@@ -114,7 +112,7 @@ def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
 
 
 def _items(keys: Keys, value: object) -> list[tuple[Keys, object]] | None:
-    """Return what is inside, with its keys; None where nothing can be."""
+    """Return what is inside, with its keys; None if nothing can be."""
     if isinstance(value, dict):
         return [((*keys, _key_name(key)), item) for key, item in dict.items(value)]
     if isinstance(value, list | tuple):

@@ -3,57 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from dmt_convert.checkpoint.dcp_reader import DcpPairReader, DcpReader
+from dmt_convert.checkpoint.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
-from dmt_convert.checkpoint.fuxictr_reader import FuxictrReader
-from dmt_convert.checkpoint.hugectr_reader import HugectrReader
-from dmt_convert.checkpoint.indexed_reader import IndexedReader
-from dmt_convert.checkpoint.nvidia_reader import NvidiaReader
-from dmt_convert.checkpoint.safetensors_reader import SafetensorsReader
-from dmt_convert.checkpoint.torch_reader import TorchReader
-from dmt_convert.checkpoint.torcheasyrec_reader import TorchEasyRecReader
-from dmt_convert.checkpoint.torchsnapshot_reader import TorchsnapshotReader
-from dmt_convert.errors import CheckpointError
-
-
-class Reader(Protocol):
-    """How the bytes of one container become named tensors."""
-
-    format: str
-    """Name of the container."""
-
-    def can_read(self, path: Path) -> bool:
-        """Tell by names and first bytes; never unpickle."""
-        ...
-
-    def read(self, path: Path) -> FlatCheckpoint:
-        """Read headers only."""
-        ...
-
-
-READERS: Final[tuple[Reader, ...]] = (
-    IndexedReader(),
-    FuxictrReader(),
-    TorchEasyRecReader(),
-    HugectrReader(),
-    SafetensorsReader(),
-    DcpReader(),
-    DcpPairReader(),
-    TorchsnapshotReader(),
-    NvidiaReader(),
-    TorchReader(),
+from dmt_convert.checkpoint.indexed_reader import is_indexed, read_indexed
+from dmt_convert.checkpoint.safetensors_reader import is_safetensors, read_safetensors
+from dmt_convert.checkpoint.torch_reader import is_torch_file, read_torch
+from dmt_convert.checkpoint.torchsnapshot_reader import is_torchsnapshot, read_torchsnapshot
+from dmt_convert.checkpoint.trainer_folders import (
+    is_fuxictr,
+    is_hugectr,
+    is_nvidia,
+    is_torcheasyrec,
+    read_fuxictr,
+    read_hugectr,
+    read_nvidia,
+    read_torcheasyrec,
 )
-"""All containers, asked in this order."""
+from dmt_convert.errors import CheckpointError
+from dmt_convert.readers import Reader, with_plugins
+
+READERS: Final[tuple[Reader[FlatCheckpoint], ...]] = (
+    Reader(format="indexed", can_read=is_indexed, read=read_indexed),
+    Reader(format="fuxictr", can_read=is_fuxictr, read=read_fuxictr),
+    Reader(format="torcheasyrec", can_read=is_torcheasyrec, read=read_torcheasyrec),
+    Reader(format="hugectr", can_read=is_hugectr, read=read_hugectr),
+    Reader(format="safetensors", can_read=is_safetensors, read=read_safetensors),
+    Reader(format="dcp", can_read=is_dcp, read=read_dcp),
+    Reader(format="dcp-pair", can_read=is_dcp_pair, read=read_dcp_pair),
+    Reader(format="torchsnapshot", can_read=is_torchsnapshot, read=read_torchsnapshot),
+    Reader(format="nvidia-dlrm", can_read=is_nvidia, read=read_nvidia),
+    Reader(format="torch", can_read=is_torch_file, read=read_torch),
+)
+"""All built-in containers. They are asked in this order, after those of plugins."""
+ENTRY_POINTS: Final = "dmt_convert.readers"
+"""Group of entry points to which other distributions add a `Reader[FlatCheckpoint]`."""
 
 
-def open_checkpoint(path: Path) -> FlatCheckpoint:
+def open_checkpoint(path: str | Path) -> FlatCheckpoint:
     """Open a checkpoint: its headers are read, its weights are not.
 
     Raises:
         CheckpointError: Nothing is there, nothing can read it, or it is damaged.
+        ConfigError: A reader of an installed plugin is broken.
     """
+    path = Path(path)
     try:
         checkpoint = _open(path)
     except OSError as error:
@@ -79,17 +74,18 @@ def _open(path: Path) -> FlatCheckpoint:
             expected="a checkpoint",
             hint="the save did not finish; use the previous checkpoint",
         )
-    for reader in READERS:
+    readers = with_plugins(READERS, group=ENTRY_POINTS, opens=FlatCheckpoint)
+    for reader in readers:
         if reader.can_read(path):
             checkpoint = reader.read(path)
             if not checkpoint.tensors:
                 raise CheckpointError(
-                    f"{path} ({reader.format}) holds no tensor",
+                    f"{path} ({reader.format}) does not hold any tensor",
                     expected="a state dict with the model's weights",
                     hint="save the weights: torch.save(model.state_dict(), 'weights.pt')",
                 )
             return checkpoint
-    raise _unknown(path)
+    raise _unknown(path, readers)
 
 
 def _check_names(checkpoint: FlatCheckpoint) -> None:
@@ -105,10 +101,10 @@ def _check_names(checkpoint: FlatCheckpoint) -> None:
             ) from None
 
 
-def _unknown(path: Path) -> CheckpointError:
-    formats = ", ".join(reader.format for reader in READERS)
+def _unknown(path: Path, readers: tuple[Reader[FlatCheckpoint], ...]) -> CheckpointError:
+    formats = ", ".join(reader.format for reader in readers)
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if any(r.can_read(p) for r in READERS))
+        inside = sorted(p for p in path.iterdir() if any(r.can_read(p) for r in readers))
         names = ", ".join(p.name for p in inside[:5])
         hint = f"name one of: {names}" if inside else "name the checkpoint itself"
         found = f"{path} is a directory, and not a checkpoint of a known kind"

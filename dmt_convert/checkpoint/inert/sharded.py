@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES
-from dmt_convert.checkpoint.inert_objects import Record, TensorRef, is_size
+from dmt_convert.checkpoint.inert.objects import Record, TensorRef, is_size, read_sizes
 from dmt_convert.errors import CheckpointError
 
 _SHARDED: Final = (
@@ -35,7 +35,7 @@ class ShardPlace:
     sizes: tuple[int, ...]
     """Its shape."""
     rank: int | None
-    """The rank that holds it, where it is said."""
+    """The rank that holds it, if the file says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class ShardedRef:
 
 
 def as_sharded(record: Record, name: str, path: Path) -> ShardedRef | None:
-    """Read a record as a ShardedTensor; None where it is none.
+    """Read a record as a ShardedTensor; None if it is something else.
 
     Raises:
         CheckpointError: It is one, and damaged; or another kind of shard.
@@ -101,7 +101,7 @@ def _read(record: Record) -> ShardedRef:
         raise TypeError("no rank")
     return ShardedRef(
         dtype=dtype,
-        shape=_sizes(metadata.get("size")),
+        shape=read_sizes(metadata.get("size")),
         places=places,
         local=local,
         rank=rank,
@@ -126,13 +126,7 @@ def _place(entry: Any) -> ShardPlace:
     placement = entry.fields.get("placement")
     rank = placement.fields.get("_rank") if isinstance(placement, Record) else None
     return ShardPlace(
-        starts=_sizes(entry.get("shard_offsets")),
-        sizes=_sizes(entry.get("shard_sizes")),
+        starts=read_sizes(entry.get("shard_offsets")),
+        sizes=read_sizes(entry.get("shard_sizes")),
         rank=rank if is_size(rank) else None,
     )
-
-
-def _sizes(values: object) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or not all(is_size(value) for value in values):
-        raise TypeError("a shape or an offset that is none")
-    return tuple(values)

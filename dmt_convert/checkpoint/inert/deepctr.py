@@ -1,4 +1,4 @@
-"""What a pickled model of DeepCTR-Torch keeps of its own construction, as plain data.
+"""What a pickled model of DeepCTR-Torch records about its own construction, as plain data.
 
 `torch.save(model)` is how its documentation saves models. The feature columns are named tuples,
 which an inert record holds as arguments. Source: `deepctr_torch/{inputs,models/basemodel}.py`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dmt_convert.checkpoint.inert_objects import MAX_SIZE, Record
+from dmt_convert.checkpoint.inert.objects import MAX_SIZE, Record
 
 DEEPCTR_MODULE: Final = "DeepCTR-Torch's module"
 """Name of the description among a checkpoint's documents."""
@@ -16,12 +16,12 @@ _MAX_COLUMNS: Final = 100_000
 
 
 def describe_deepctr_module(module: Record) -> dict[str, Any] | None:
-    """Describe a module of DeepCTR-Torch; None where it is another.
+    """Describe a module of DeepCTR-Torch; None if it is another module.
 
     Returns:
         `class`, its dotted name; `use_fm`; `task`; `activations`, the classes of the layers of
         its DNN; `deep` and `linear`, the columns of its two parts, each a dict of `sparse`
-        (name, table, pooling; None where there is one id) and `dense` (name, columns). A column
+        (name, table, pooling; None for a single id) and `dense` (name, columns). A column
         that is not understood makes its part None.
     """
     columns = module.fields.get("dnn_feature_columns")
@@ -49,7 +49,7 @@ def describe_deepctr_module(module: Record) -> dict[str, Any] | None:
 
 
 def _inside(module: Record, name: str) -> dict[str, Any]:
-    """Fields of a module inside; empty where there is none."""
+    """Fields of a module inside; empty if it does not exist."""
     modules = module.fields.get("_modules")
     inner = modules.get(name) if isinstance(modules, dict) else None
     return inner.fields if isinstance(inner, Record) and isinstance(inner.fields, dict) else {}
