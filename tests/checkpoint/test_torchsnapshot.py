@@ -110,7 +110,7 @@ def change(folder: Path, key: str, **values: Any) -> None:
         ("0/model/w", {"shape": [-2, -3]}, "a shape, an offset"),
         ("0/model/w", {"shape": [1 << 63]}, "a shape, an offset"),
         ("0/model/w", {"type": "other"}, "unknown kind"),
-        ("0/model/t_10", {"shape": [3, 4], "byte_range": [0, 48]}, "sizes are not its tensor"),
+        ("0/model/t_10", {"shape": [3, 4], "byte_range": [0, 48]}, "sizes differ from its tensor"),
         ("0/model/t_10", {"dtype": "torch.int32"}, "in two dtypes"),
     ],
 )
