@@ -162,6 +162,12 @@ class ModelSpec:
             begin += dim
         return columns
 
+    @property
+    def tables_by_feature(self) -> dict[str, TableSpec]:
+        """Feature -> the table that it is looked up in."""
+        tables = {table.name: table for table in self.tables}
+        return {feature.name: tables[feature.table] for feature in self.features}
+
     def table(self, name: str) -> TableSpec:
         """Return the table of that name."""
         return next(table for table in self.tables if table.name == name)

@@ -112,10 +112,10 @@ def plan_accumulator_files(
         info: The flat checkpoint; they are streamed from it.
         towers: Features of every tower. One whose tables have no accumulator has no file.
     """
-    found = info.accumulators
+    found, tables = info.accumulators, info.spec.tables_by_feature
     files = {}
     for t, features in enumerate(towers):
-        names = dict.fromkeys(info.spec.table_of(feature).name for feature in features)
+        names = dict.fromkeys(tables[feature].name for feature in features)
         sources = [_checkpoint_source(name, found[name]) for name in names if name in found]
         if sources:
             files[accumulator_file(t)] = sources

@@ -142,10 +142,10 @@ def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, Tens
 def _check_tables(
     folder: Path, manifest: Manifest, towers: tuple[Mapping[str, TensorInfo], ...]
 ) -> None:
-    flat = manifest.model.flat
+    tables = manifest.model.flat.tables_by_feature
     for t, tower in enumerate(manifest.model.towers):
         for feature in tower.features:
-            table = flat.table_of(feature)
+            table = tables[feature]
             info = towers[t].get(f"tables.{table.name}.weight")
             if info is None or info.shape != (table.rows, table.dim):
                 found = "missing" if info is None else f"of shape {list(info.shape)}"
@@ -154,14 +154,14 @@ def _check_tables(
 
 def _read_accumulators(folder: Path, manifest: Manifest) -> dict[str, dict[str, TensorInfo]]:
     """Read the headers of accumulators, where the manifest lists any: older bundles have none."""
-    flat, files = manifest.model.flat, {}
+    tables, files = manifest.model.flat.tables_by_feature, {}
     for t, tower in enumerate(manifest.model.towers):
         name = accumulator_file(t)
         if name not in manifest.weights:
             continue
         files[name] = _read_headers(folder, name, manifest)
-        tables = [flat.table_of(feature) for feature in tower.features]
-        shapes = {accumulator_name(table.name): (table.rows, 1) for table in tables}
+        own = [tables[feature] for feature in tower.features]
+        shapes = {accumulator_name(table.name): (table.rows, 1) for table in own}
         for tensor, info in files[name].items():
             if info.dtype != "fp32" or info.shape != shapes.get(tensor):
                 found = f"{info.dtype} of shape {list(info.shape)}"

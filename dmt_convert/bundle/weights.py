@@ -52,9 +52,10 @@ def plan_table_files(
         towers: Features of every tower.
         dtype: Store tables in this type instead of their own.
     """
+    tables = info.spec.tables_by_feature
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, features in enumerate(towers):
-        names = dict.fromkeys(info.spec.table_of(feature).name for feature in features)
+        names = dict.fromkeys(tables[feature].name for feature in features)
         files[tower_file(t)] = [_table_source(info.table_info(name), name, dtype) for name in names]
     return files
 
