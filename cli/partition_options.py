@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,7 +81,7 @@ def read_model_options(model_config: Path | None, adapter: Path | None) -> Model
     config = None if model_config is None else read_model_config(model_config)
     if adapter is None:
         return config
-    return replace(config or ModelConfig(), adapter=load_adapter(adapter))
+    return (config or ModelConfig()).model_copy(update={"adapter": load_adapter(adapter)})
 
 
 def make_partition_config(
