@@ -1,6 +1,6 @@
 """The dense parts of a recommendation model as plain torch modules.
 
-Their state-dict names are the canonical names of `architectures.name_map`.
+Their state-dict names are the canonical names of `families.name_map`.
 Letters: B batch, N embedding dim, K number of vectors, M width of the concatenation, R rank.
 """
 

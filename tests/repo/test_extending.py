@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import nn
 from dmt_convert.checkpoint import open_checkpoint, registry
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
-from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
+from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.model import open_flat_model
 
 ROWS = {"user": 7, "item": 5}
@@ -22,13 +24,24 @@ ROWS = {"user": 7, "item": 5}
 
 @pytest.fixture
 def documented(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both examples, put where the page says."""
+    """The container, put where the page says; the family, in an installed package of its own."""
     page = (repository / "docs" / "extending.md").read_text()
     container, family = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (tmp_path / "documented.py").write_text(container + family)
+    (tmp_path / "documented.py").write_text(container)
     names = runpy.run_path(str(tmp_path / "documented.py"))
     monkeypatch.setattr(registry, "READERS", (names["NpyFolderReader"](), *registry.READERS))
-    monkeypatch.setattr(inference, "ARCHITECTURES", (names["EXAMPLE"], *ARCHITECTURES))
+
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    (group,) = tomllib.loads(toml)["project"]["entry-points"].items()
+    site = tmp_path / "site"
+    info = site / "acme_dlrm-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "acme_dlrm.py").write_text(family)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-dlrm\nVersion: 1.0\n")
+    points = "".join(f"{name} = {value}\n" for name, value in group[1].items())
+    (info / "entry_points.txt").write_text(f"[{group[0]}]\n{points}")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "acme_dlrm", raising=False)
 
 
 @pytest.fixture
@@ -77,7 +90,7 @@ def logits(folder: Path, rows: Batch) -> torch.Tensor:
 @pytest.mark.usefixtures("documented")
 def test_the_examples_read_a_checkpoint(saved: Path) -> None:
     config = ModelConfig(features=tuple(FeatureConfig(name=name) for name in ROWS))
-    info = inference.infer_model(open_checkpoint(saved), config)
+    info = infer_model(open_checkpoint(saved), config)
     assert info.spec.family == "example" and info.checkpoint.format == "npy-folder"
     rows = batch()
     expected = logits(saved, rows)
@@ -85,7 +98,7 @@ def test_the_examples_read_a_checkpoint(saved: Path) -> None:
         found = open_flat_model(info)(rows)
         torch.testing.assert_close(found, expected)
         np.save(saved / "top.0.bias.npy", np.load(saved / "top.0.bias.npy") + np.float32(0.1))
-        changed = open_flat_model(inference.infer_model(open_checkpoint(saved), config))(rows)
+        changed = open_flat_model(infer_model(open_checkpoint(saved), config))(rows)
     assert not torch.allclose(changed, expected)
 
 
