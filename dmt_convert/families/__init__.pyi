@@ -1,13 +1,18 @@
-# What other folders use.
-from .facts import Fact as Fact
-from .families import ARCHITECTURES as ARCHITECTURES
-from .findings import FlatModelInfo as FlatModelInfo
-from .inference import infer_model as infer_model
-from .inference import infer_spec as infer_spec
+# What other folders use, and what packages that add a family use.
+from .dlrm import DlrmFamily as DlrmFamily
+from .family import Family as Family
 from .model_config import FeatureConfig as FeatureConfig
 from .model_config import ModelConfig as ModelConfig
 from .model_config import read_model_config as read_model_config
-from .optimizer_state import read_initial_value as read_initial_value
-from .optimizer_state import subtract_initial as subtract_initial
+from .model_info import Fact as Fact
+from .model_info import FlatModelInfo as FlatModelInfo
+from .model_info import read_initial_value as read_initial_value
+from .model_info import subtract_initial as subtract_initial
+from .name_map import NameMap as NameMap
 from .options import read_model_options as read_model_options
-from .torchrec_dlrm import TORCHREC_DLRM as TORCHREC_DLRM
+from .registry import FAMILIES as FAMILIES
+from .registry import infer_model as infer_model
+from .registry import infer_spec as infer_spec
+from .registry import list_families as list_families
+from .torchrec import TORCHREC_DLRM as TORCHREC_DLRM
+from .trainer_tensors import TrainerTensors as TrainerTensors

@@ -3,75 +3,94 @@
 The logit is a linear model over all inputs, plus a factorisation machine (DeepFM), plus
 `dnn_linear` over [cross network, DNN]. Linear terms of categorical features are tables of dim 1;
 each is joined to the feature's embedding table as its last column, so that one lookup gives both.
-Dense inputs stand behind the embeddings; there is no bottom MLP. A sigmoid ends the model.
+Dense inputs follow the embeddings; there is no bottom MLP. A sigmoid ends the model.
+
+A pickled module answers what tensors leave open: which features there are, in which order, how they
+are pooled and which share a table; whether there is a factorisation machine; the activation; the
+order of the dense inputs of the linear part.
 Source: `deepctr_torch/models/{basemodel,dcn,dcnmix,deepfm,wdl}.py`, `layers/{core,interaction}.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
-from dmt_convert.checkpoint import TensorInfo, derived
-from dmt_convert.families.architecture import Architecture
-from dmt_convert.families.deepctr_columns import READ, ModuleColumns, read_module
-from dmt_convert.families.facts import Fact
+from dmt_convert.checkpoint import DEEPCTR_MODULE, TensorInfo, derived
+from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
-from dmt_convert.families.trainer_tensors import Described, LayerNames, TrainerTensors
-from dmt_convert.spec import FeatureSpec, TableSpec
+from dmt_convert.families.model_config import FeatureConfig
+from dmt_convert.families.model_info import Fact, FlatModelInfo
+from dmt_convert.families.trainer_tensors import LayerNames, TrainerTensors
+from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
 
 _DEEP: Final = "embedding_dict.{}.weight"
 _WIDE: Final = "linear_model.embedding_dict.{}.weight"
 _MAX_LAYERS: Final = 1000
-"""Cross layers that are believed of a tensor's shape."""
+"""More cross layers than this in a tensor's shape are taken for damage."""
+_READ: Final = "the pickled module"
+_MODELS: Final = ("DCN", "DCNMix", "DeepFM", "WDL")
+_ACTIVATIONS: Final[Mapping[str, str]] = {
+    "ReLU": "relu",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "SiLU": "silu",
+    "Identity": "linear",
+    "Linear": "linear",
+    "PReLU": "prelu",
+}
+"""Classes without settings of their own -> what networks call them."""
 
 
-def describe_deepctr(source: TrainerTensors) -> Described:
-    """Describe a model of DeepCTR-Torch.
+class DeepCtr(Family):
+    """The family of DeepCTR-Torch's models."""
 
-    Raises:
-        ArchitectureError: Tensors are missing, misshapen or unknown, or the widths fit no model.
-    """
-    tables = _tables(source)
-    said = read_module(source, source.keys_of(_DEEP), source.keys_of(_WIDE))
-    features = _features(source, list(tables), said)
-    deep = [i for i, f in enumerate(features) if _DEEP.format(f.table) in source]
-    wide = [i for i, f in enumerate(features) if _WIDE.format(f.table) in source]
-    vectors = {i: tables[features[i].table].dim - (i in wide) for i in deep}
-    width = _input_width(source)
-    num_wide = source.tensors["linear_model.weight"].shape[0] if _has_wide(source) else 0
-    num_dense = _num_dense(source, sum(vectors.values()), width, num_wide, said)
-    config: dict[str, Any] = {
-        "inputs": [["feature", i] for i in deep]
-        + [["dense", d] for d in range(max(0, width - sum(vectors.values())))],
-        "wide": wide,
-        "wide_dense": num_wide > 0,
-        "backbone": None,
-        "stacked": None,
-        "final": None,
-        "cross": _cross(source, width),
-    }
-    config["parallel"] = _dnn(source, width, said) or None
-    config["fm"] = _paired(source, config, vectors, said)
-    joined = (width if config["cross"] else 0) + (
-        config["parallel"][-1]["out"] if config["parallel"] else 0
-    )
-    config["head"], config["bias"] = joined > 0, True
-    if joined:
-        source.put("head.weight", source.take("dnn_linear.weight", 1, joined))
-    source.put("bias", source.take("out.bias", 1))
-    if num_wide:
-        source.put("wide_dense", _wide_dense(source, num_wide, num_dense, said))
-    source.check()
-    sigmoid = _final_sigmoid(source, said)
-    return source.describe_network(
-        tables=tuple(tables.values()),
-        features=features,
-        num_dense=num_dense,
-        name="deep-cross",
-        config=config,
-        final_sigmoid=sigmoid,
-    )
+    def describe(self, source: TrainerTensors) -> FlatModelInfo:
+        """Describe a DCN, DCNMix, DeepFM or WDL."""
+        tables = _tables(source)
+        module = _read_module(source, source.keys_of(_DEEP), source.keys_of(_WIDE))
+        features = _features(source, list(tables), module)
+        deep = [i for i, f in enumerate(features) if _DEEP.format(f.table) in source]
+        wide = [i for i, f in enumerate(features) if _WIDE.format(f.table) in source]
+        vectors = {i: tables[features[i].table].dim - (i in wide) for i in deep}
+        width, columns = _input_width(source), sum(vectors.values())
+        num_wide = source.tensors["linear_model.weight"].shape[0] if _has_wide(source) else 0
+        num_dense = _num_dense(source, columns, width, num_wide, module)
+        config: dict[str, Any] = {
+            "inputs": [["feature", i] for i in deep]
+            + [["dense", d] for d in range(max(0, width - columns))],
+            "wide": wide,
+            "wide_dense": num_wide > 0,
+            "backbone": None,
+            "stacked": None,
+            "final": None,
+            "cross": _cross(source, width),
+        }
+        config["parallel"] = _dnn(source, width, module)
+        config["fm"] = _paired(source, config, vectors, module)
+        joined = (width if config["cross"] else 0) + (
+            config["parallel"][-1]["out"] if config["parallel"] else 0
+        )
+        config["head"], config["bias"] = joined > 0, True
+        if joined:
+            source.put("head.weight", source.take("dnn_linear.weight", 1, joined))
+        source.put("bias", source.take("out.bias", 1))
+        if num_wide:
+            source.put("wide_dense", _wide_dense(source, num_wide, num_dense, module))
+        source.check()
+        return source.describe_network(
+            features=features,
+            num_dense=num_dense,
+            name="deep-cross",
+            config=config,
+            final_sigmoid=source.final_sigmoid(
+                default=True,
+                reason="task binary, the default; logits are given before it",
+                stored=None if module is None else module.final_sigmoid,
+                stored_in=_READ,
+            ),
+        )
 
 
 def _tables(source: TrainerTensors) -> dict[str, TableSpec]:
@@ -98,21 +117,20 @@ def _tables(source: TrainerTensors) -> dict[str, TableSpec]:
 
 
 def _features(
-    source: TrainerTensors, tables: list[str], said: ModuleColumns | None
+    source: TrainerTensors, tables: list[str], module: _Module | None
 ) -> tuple[FeatureSpec, ...]:
+    """Put the features in order, with their pooling: mean by default."""
     config = source.config
-    # the trainer knows no DMP, which would sort names: an order that the file keeps is the model's
-    shown = tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else "")
-    order = Fact(subject="feature order", value=shown, source="read", reason="order of the file")
-    features, facts = infer_features(
-        tables,
-        ordered=source.checkpoint.ordered,
-        family=DEEPCTR,
-        config=config,
-        known_order=order if source.checkpoint.ordered else None,
-        told=said.features if said is not None else None,
-    )
-    read = said is not None and config.features is None
+    if source.ordered:
+        # This trainer has no DMP, which would sort the tables by name. If the file keeps an order
+        # it is the model's.
+        shown = tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else "")
+        source.order = Fact(
+            subject="feature order", value=shown, source="read", reason="order of the file"
+        )
+    stored = module.features if module is not None else None
+    features, facts = infer_features(source, tables, stored=stored)
+    read = module is not None and config.features is None
     source.facts += [
         fact
         for fact in facts
@@ -124,7 +142,7 @@ def _features(
         features = tuple(f if f.name in given else replace(f, pooling="mean") for f in features)
         source.fact(
             "pooling",
-            "mean, but for those given" if given else "mean",
+            "mean, except for those given" if given else "mean",
             "assumed",
             "VarLenSparseFeat's default; bags of one id are the same under sum",
         )
@@ -138,34 +156,16 @@ def _features(
 
 
 def _wide_dense(
-    source: TrainerTensors, num_wide: int, num_dense: int, said: ModuleColumns | None
+    source: TrainerTensors, num_wide: int, num_dense: int, module: _Module | None
 ) -> TensorInfo:
     """Take the linear part's weights of the dense inputs, in the order of the deep part's."""
     weight = derived.reshape(source.take("linear_model.weight", num_wide, 1), (num_wide,))
-    if said is None or not said.deep_dense or len(said.wide_dense) != num_wide:
+    if module is None or not module.deep_dense or len(module.wide_dense) != num_wide:
         return weight
-    places = {column: i for i, column in enumerate(said.wide_dense)}
-    order = [places.get(column, -1) for column in said.deep_dense]
+    places = {column: i for i, column in enumerate(module.wide_dense)}
+    order = [places.get(column, -1) for column in module.deep_dense]
     row = derived.select_columns(derived.reshape(weight, (1, num_wide)), order)
     return derived.reshape(row, (num_dense,))
-
-
-def _final_sigmoid(source: TrainerTensors, said: ModuleColumns | None) -> bool:
-    given = source.config.final_sigmoid
-    read = said.final_sigmoid if said is not None else None
-    value = read if given is None else given
-    if given is not None:
-        source.fact("final sigmoid", str(value).lower(), "given", "--model-config")
-    elif read is not None:
-        source.fact("final sigmoid", str(value).lower(), "read", READ)
-    else:
-        source.fact(
-            "final sigmoid",
-            "true",
-            "assumed",
-            "task binary, the default; logits are given before it",
-        )
-    return value is not False
 
 
 def _has_wide(source: TrainerTensors) -> bool:
@@ -173,7 +173,7 @@ def _has_wide(source: TrainerTensors) -> bool:
 
 
 def _input_width(source: TrainerTensors) -> int:
-    """Width of what the cross network and the DNN take; 0 where there is neither."""
+    """Return the width of what the cross network and the DNN take; 0 if there is neither."""
     shapes = [
         (source.tensors[name].shape, axis)
         for name, axis in (
@@ -186,22 +186,22 @@ def _input_width(source: TrainerTensors) -> int:
         if name in source
     ]
     width = next((shape[axis] for shape, axis in shapes if len(shape) > axis), 0)
-    return source.believed_width(width)
+    return source.check_width(width)
 
 
 def _num_dense(
-    source: TrainerTensors, vectors: int, width: int, num_wide: int, said: ModuleColumns | None
+    source: TrainerTensors, vectors: int, width: int, num_wide: int, module: _Module | None
 ) -> int:
-    """Count the dense inputs: what the DNN takes beside the embeddings."""
+    """Return the number of dense inputs: what the DNN takes beside the embeddings."""
     if not width:
         return num_wide
     dense = width - vectors
     if source.missing or source.wrong:
         return max(dense, 0)
     same = dense == num_wide or not dense or not num_wide
-    if said is not None:
-        same = dense == len(said.deep_dense) and num_wide == len(said.wide_dense)
-        same = same and (not dense or set(said.wide_dense) <= set(said.deep_dense))
+    if module is not None:
+        same = dense == len(module.deep_dense) and num_wide == len(module.wide_dense)
+        same = same and (not dense or set(module.wide_dense) <= set(module.deep_dense))
     if dense < 0 or not same:
         raise source.refuse(
             f"the network takes {width} inputs, the embeddings have {vectors} columns"
@@ -220,10 +220,11 @@ def _num_dense(
     return dense or num_wide
 
 
-def _dnn(source: TrainerTensors, width: int, said: ModuleColumns | None) -> list[dict[str, Any]]:
+def _dnn(source: TrainerTensors, width: int, module: _Module | None) -> list[dict[str, Any]] | None:
+    """Take the DNN and return its config, None without one."""
     count = len(source.indices_of("dnn.linears.{}.weight"))
     if not count:
-        return []
+        return None
     norm = bool(source.keys_of("dnn.bn.{}.running_mean"))
     slope = bool(source.keys_of("dnn.activation_layers.{}.weight"))
     layers = [
@@ -236,20 +237,21 @@ def _dnn(source: TrainerTensors, width: int, said: ModuleColumns | None) -> list
     ]
     activation = "prelu"
     if not slope:
-        read = said.activation if said is not None else None
+        read = module.activation if module is not None else None
         activation = source.activation() if read is None else read
         if read is not None:
-            source.fact("activation", read, "read", READ)
-    return source.stack("parallel", layers, [activation] * count, width)
+            source.fact("activation", read, "read", _READ)
+    stack = source.take_stack(layers, [activation] * count, width)
+    return source.put_stack("parallel", stack)
 
 
 def _paired(
     source: TrainerTensors,
     config: dict[str, Any],
     vectors: dict[int, int],
-    said: ModuleColumns | None,
+    module: _Module | None,
 ) -> list[int]:
-    """Tell which features a factorisation machine pairs: DeepFM and WDL have the same tensors."""
+    """Decide which features a factorisation machine pairs: WDL has the same tensors as DeepFM."""
     if config["cross"] is not None or "crossnet.bias" in source:
         return []
     if not config["wide"]:
@@ -262,9 +264,9 @@ def _paired(
     if source.config.fm is not None:
         source.fact("FM term", str(source.config.fm).lower(), "given", "--model-config")
         return list(vectors) if source.config.fm else []
-    if said is not None and said.fm is not None:
-        source.fact("FM term", str(said.fm).lower(), "read", READ)
-        return list(vectors) if said.fm else []
+    if module is not None and module.fm is not None:
+        source.fact("FM term", str(module.fm).lower(), "read", _READ)
+        return list(vectors) if module.fm else []
     if not same:
         source.fact("FM term", "false", "inferred", "the embeddings have different dims: WDL")
         return []
@@ -278,8 +280,9 @@ def _paired(
 
 
 def _cross(source: TrainerTensors, width: int) -> dict[str, Any] | None:
+    """Take the cross network and return its config, None without one."""
     if "crossnet.U_list" in source or "crossnet.U_list.0" in source:
-        return describe_cross_mix(source, width)
+        return take_cross_mix(source, width)
     if "crossnet.kernels" not in source and "crossnet.kernels.0" not in source:
         return None
     layers = _layer_count(source, "crossnet.kernels")
@@ -301,12 +304,12 @@ def _cross(source: TrainerTensors, width: int) -> dict[str, Any] | None:
     return {"kind": kind, "layers": layers}
 
 
-def describe_cross_mix(source: TrainerTensors, width: int) -> dict[str, Any]:
-    """Take a CrossNetMix (FuxiCTR has it too) and return its config.
+def take_cross_mix(source: TrainerTensors, width: int) -> dict[str, Any]:
+    """Take a CrossNetMix (FuxiCTR has the same one) and return its config.
 
     Args:
         source: The tensors.
-        width: What it takes.
+        width: Its input width.
     """
     layers = _layer_count(source, "crossnet.U_list")
     name = "crossnet.C_list" if "crossnet.C_list" in source else "crossnet.C_list.0"
@@ -327,7 +330,7 @@ def describe_cross_mix(source: TrainerTensors, width: int) -> dict[str, Any]:
 
 
 def _layer_count(source: TrainerTensors, name: str) -> int:
-    """Number of cross layers: in one tensor, as now, or in a list, as formerly."""
+    """Return the number of cross layers: in one tensor, or in a list as older versions had it."""
     if name in source:
         shape = source.tensors[name].shape
         return min(shape[0], _MAX_LAYERS) if shape else 1
@@ -342,10 +345,133 @@ def _layer(
     return source.take(f"{name}.{index}", *shape)
 
 
-DEEPCTR: Final = Architecture(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """What a pickled module says about its model."""
+
+    features: tuple[FeatureConfig, ...]
+    """Features in the model's order, those that only the linear part has at the end."""
+    deep: frozenset[str]
+    """Names of features that the deep part takes."""
+    deep_dense: tuple[tuple[str, int], ...]
+    """Dense inputs of the deep part: name and column."""
+    wide_dense: tuple[tuple[str, int], ...]
+    """Dense inputs of the linear part: name and column."""
+    fm: bool | None
+    """Whether there is a factorisation machine; None if it does not say."""
+    final_sigmoid: bool | None
+    """Whether a sigmoid ends the model; None if it does not say."""
+    activation: str | None
+    """Activation of hidden layers; None if it does not say."""
+
+
+def _read_module(
+    source: TrainerTensors, deep_tables: Sequence[str], wide_tables: Sequence[str]
+) -> _Module | None:
+    """Return what the pickled module says; None without one, or if it has other tables.
+
+    Args:
+        source: The tensors.
+        deep_tables: Names of the tables of embeddings.
+        wide_tables: Names of the tables of linear terms.
+
+    Raises:
+        ArchitectureError: It is another model of the trainer, or has columns that cannot be
+            converted.
+    """
+    said = source.checkpoint.documents.get(DEEPCTR_MODULE)
+    if not isinstance(said, dict):
+        return None
+    package, _, name = str(said["class"]).rpartition(".")
+    if package.startswith("deepctr_torch.") and name not in _MODELS:
+        raise source.refuse(
+            f"a pickled {name}",
+            expected="one of " + ", ".join(_MODELS),
+            hint="other models of the trainer cannot be converted yet",
+        )
+    deep, wide = said["deep"], said["linear"]
+    if deep is None or wide is None:
+        return None
+    if {row[1] for row in deep["sparse"]} != set(deep_tables) or {
+        row[1] for row in wide["sparse"]
+    } != set(wide_tables):
+        return None
+    rows = _join(source, deep["sparse"], wide["sparse"])
+    use_fm = said["use_fm"]
+    return _Module(
+        features=tuple(
+            FeatureConfig(name=name, table=table, pooling=_pooling(source, name, kind))
+            for name, table, kind in rows
+        ),
+        deep=frozenset(row[0] for row in deep["sparse"]),
+        deep_dense=_dense(deep["dense"]),
+        wide_dense=_dense(wide["dense"]),
+        fm=False if use_fm is None and name == "WDL" else use_fm,
+        final_sigmoid=None if said["task"] is None else said["task"] == "binary",
+        activation=_activation(source, said["activations"]),
+    )
+
+
+def _join(source: TrainerTensors, deep: list[list[Any]], wide: list[list[Any]]) -> list[list[Any]]:
+    """List the features of both parts. Features of one table must be in the same parts."""
+    rows = {row[0]: row for row in (*wide, *deep)}
+    parts = {
+        name: (name in [row[0] for row in deep], name in [row[0] for row in wide]) for name in rows
+    }
+    by_table: dict[str, set[tuple[bool, bool]]] = {}
+    for name, row in rows.items():
+        by_table.setdefault(row[1], set()).add(parts[name])
+    odd = [table for table, kinds in by_table.items() if len(kinds) > 1]
+    odd += [row[0] for row in (*wide, *deep) if rows[row[0]] != row]
+    if odd or len(rows) != len({*map(tuple, (*deep, *wide))}):
+        raise source.refuse(
+            f"the features of {', '.join(odd[:5])} differ between linear and deep columns",
+            expected="features of one table in the same parts of the model, pooled the same way",
+            hint="such a model cannot be converted yet",
+        )
+    deep_names = [row[0] for row in deep]
+    return [rows[name] for name in dict.fromkeys([*deep_names, *(row[0] for row in wide)])]
+
+
+def _pooling(source: TrainerTensors, name: str, kind: str | None) -> Pooling:
+    config = source.config
+    if isinstance(config.pooling, Mapping):
+        kind = config.pooling.get(name, kind)
+    elif config.pooling is not None:
+        kind = config.pooling
+    if kind not in (None, "sum", "mean"):
+        raise source.refuse(
+            f"the feature {name} is pooled by {kind!r}",
+            expected="sum or mean",
+            hint="a model with another pooling cannot be converted",
+        )
+    return cast(Pooling, kind or "mean")
+
+
+def _dense(rows: list[list[Any]]) -> tuple[tuple[str, int], ...]:
+    columns: list[tuple[str, int]] = []
+    for name, width in rows:
+        # A damaged width shows later, when the sum is compared with the network's width.
+        columns += [(name, i) for i in range(min(width, 100_000 - len(columns)))]
+    return tuple(columns)
+
+
+def _activation(source: TrainerTensors, classes: list[str]) -> str | None:
+    names = {name.rpartition(".")[2] for name in classes}
+    if not names or source.config.activation is not None:
+        return None
+    known = {_ACTIVATIONS.get(name) for name in names}
+    if len(known) > 1 or None in known:
+        raise source.refuse(
+            f"the activation {', '.join(sorted(names))}",
+            expected="one of " + ", ".join(_ACTIVATIONS),
+            hint="if it computes the same as a known one, set `activation` in --model-config",
+        )
+    return known.pop()
+
+
+DEEPCTR: Final = DeepCtr(
     name="deepctr",
     trainer="DeepCTR-Torch (DCN, DCNMix, DeepFM, WDL)",
     anchor=r"(?P<prefix>.*?)(?<!linear_model\.)embedding_dict\.(?P<table>[^.]+)\.weight",
-    final_sigmoid=True,
-    describe=describe_deepctr,
 )

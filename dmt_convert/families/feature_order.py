@@ -1,25 +1,26 @@
-"""Which feature is looked up in which table, and in which order they enter the interaction."""
+"""Which feature is looked up in which table, and in which order features enter the interaction."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dmt_convert.checkpoint import FlatCheckpoint
 from dmt_convert.errors import ArchitectureError, ConfigError
-from dmt_convert.families.architecture import Architecture
-from dmt_convert.families.facts import Fact
 from dmt_convert.families.model_config import FeatureConfig, ModelConfig
+from dmt_convert.families.model_info import Fact, Source
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
 
 _MODULE = "the configs of the tables in the pickled module"
 
 
 def features_of_module(
-    checkpoint: FlatCheckpoint, tables: list[TableSpec]
+    checkpoint: FlatCheckpoint, tables: Sequence[TableSpec]
 ) -> tuple[FeatureConfig, ...] | None:
-    """Return what a pickled module says of its features; None where it is not of these tables."""
+    """Return what a pickled module says about its features; None if it has other tables."""
     configs = checkpoint.table_configs
     features = tuple(
         FeatureConfig(name=name, table=config.name, pooling=config.pooling)
@@ -32,96 +33,142 @@ def features_of_module(
     return features if known and distinct and all(c.features for c in configs) else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureNaming:
+    """How a trainer relates the names of tables to those of features."""
+
+    numbered: bool = False
+    """Whether features have numbers instead of names."""
+    prefix: str = ""
+    """Prefix that makes a table's name of a feature's name."""
+
+    def feature_of(self, table: str) -> str:
+        """Return the name of the feature that a table is named after."""
+        return f"f{table}" if self.numbered else table.removeprefix(self.prefix) or table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listing:
+    """Features with their tables, and how they were determined."""
+
+    pairs: list[tuple[str, str]]
+    """Feature and table, in interaction order."""
+    facts: list[Fact]
+    poolings: Mapping[str, Pooling] = field(default_factory=dict)
+    """Poolings that are listed with the features, by feature."""
+    pooling_fact: Fact | None = None
+    """What to say about pooling, if the list decides it."""
+
+
 def infer_features(
+    source: TrainerTensors,
     tables: list[str],
+    naming: FeatureNaming | None = None,
     *,
-    ordered: bool,
-    family: Architecture,
-    config: ModelConfig,
-    known_order: Fact | None = None,
-    told: tuple[FeatureConfig, ...] | None = None,
+    stored: tuple[FeatureConfig, ...] | None = None,
 ) -> tuple[tuple[FeatureSpec, ...], list[Fact]]:
     """Name the features and put them in order.
 
     Args:
+        source: The model; `ordered` and `order` say how far to trust the order of the tables.
         tables: Table names in the order of the checkpoint.
-        ordered: Whether that order is the order in which the model was built.
-        family: The family.
-        config: What the user says.
-        known_order: Why that order is the interaction's, where the checkpoint says so.
-        told: What a pickled module says, which counts where the user says nothing.
+        naming: How the trainer names tables. Default: after their features.
+        stored: What a pickled module says; counts if the user says nothing.
+
+    Returns:
+        The features, and how they were determined.
 
     Raises:
         ArchitectureError: The order was lost and cannot be restored.
         ConfigError: The user's features do not fit the tables.
     """
-    derived = {_feature_name(table, family): table for table in tables}
-    if len(derived) < len(tables):
-        derived = {table: table for table in tables}
-    pooling, facts = _pooling(config)
+    naming, config = naming or FeatureNaming(), source.config
+    table_of = {naming.feature_of(table): table for table in tables}
+    if len(table_of) < len(tables):
+        table_of = {table: table for table in tables}
     if config.features is not None:
-        order = tables
-        if known_order is None and not _names_tables(config.features, derived, tables):
-            order, _ = _order(tables, ordered=ordered, family=family)
-        pairs = _given_features(config.features, derived, order)
-        facts.append(_fact("features", f"{len(pairs)} features", "given", "--model-config"))
-        own = {f.name: f.pooling for f in config.features if f.pooling is not None}
-    elif told is not None:
-        pairs = [(f.name, f.table or f.name) for f in told]
-        facts.append(_fact("features", f"{len(pairs)} features", "read", _MODULE))
-        own = {}
-        if config.pooling is None:
-            own = {f.name: f.pooling for f in told if f.pooling is not None}
-            kinds = " and ".join(sorted(set(own.values())))
-            facts[0] = _fact("pooling", kinds, "read", _MODULE)
-        elif isinstance(pooling, Mapping):
-            own = {f.name: f.pooling for f in told if f.pooling and f.name not in pooling}
+        listing = _listed_by_user(source, config.features, table_of, tables, naming)
+    elif stored is not None:
+        listing = _listed_by_module(stored, config)
     else:
-        order, fact = tables, known_order
-        if fact is None:
-            order, fact = _order(tables, ordered=ordered, family=family)
-        names = {table: name for name, table in derived.items()}
-        pairs = [(names[table], table) for table in order]
-        facts += [fact, _naming_fact(pairs, family)]
-        own = {}
-    unknown = set(pooling if isinstance(pooling, Mapping) else ()) - {name for name, _ in pairs}
+        listing = _one_per_table(source, table_of, tables, naming)
+    names = [name for name, _ in listing.pairs]
+    general, fact = _pooling(config)
+    unknown = sorted(set(general if isinstance(general, Mapping) else ()) - set(names))
     if unknown:
         raise ConfigError(
-            f"the model config gives the pooling of unknown features {sorted(unknown)}",
-            expected="names among " + ", ".join(name for name, _ in pairs[:8]) + ", ...",
-            hint="list the features with `dmt inspect`",
+            f"the model config gives the pooling of unknown features {unknown}",
+            expected="names among " + ", ".join(names[:8]) + ", ...",
+            hint="`dmt inspect` lists the features",
         )
     features = tuple(
-        FeatureSpec(name=name, table=table, pooling=own.get(name) or _pooling_of(pooling, name))
-        for name, table in pairs
+        FeatureSpec(
+            name=name, table=table, pooling=listing.poolings.get(name) or _pooling_of(general, name)
+        )
+        for name, table in listing.pairs
     )
-    return features, facts
+    return features, [listing.pooling_fact or fact, *listing.facts]
 
 
-def _fact(subject: str, value: str, source: str, reason: str) -> Fact:
-    return Fact(subject=subject, value=value, source=source, reason=reason)  # type: ignore[arg-type]
+def _listed_by_user(
+    source: TrainerTensors,
+    features: tuple[FeatureConfig, ...],
+    table_of: Mapping[str, str],
+    tables: list[str],
+    naming: FeatureNaming,
+) -> _Listing:
+    order = tables
+    if source.order is None and not _names_tables(features, table_of, tables):
+        order, _ = _order(source, tables, naming)
+    pairs = _given_features(features, table_of, order)
+    return _Listing(
+        pairs=pairs,
+        facts=[_fact("features", f"{len(pairs)} features", "given", "--model-config")],
+        poolings={f.name: f.pooling for f in features if f.pooling is not None},
+    )
 
 
-def _feature_name(table: str, family: Architecture) -> str:
-    if family.positional:
-        return f"f{table}"
-    return table.removeprefix(family.feature_prefix) or table
+def _listed_by_module(features: tuple[FeatureConfig, ...], config: ModelConfig) -> _Listing:
+    poolings = {f.name: f.pooling for f in features if f.pooling is not None}
+    fact = None
+    if config.pooling is None:
+        fact = _fact("pooling", " and ".join(sorted(set(poolings.values()))), "read", _MODULE)
+    elif isinstance(config.pooling, Mapping):
+        poolings = {name: kind for name, kind in poolings.items() if name not in config.pooling}
+    else:
+        poolings = {}
+    return _Listing(
+        pairs=[(f.name, f.table or f.name) for f in features],
+        facts=[_fact("features", f"{len(features)} features", "read", _MODULE)],
+        poolings=poolings,
+        pooling_fact=fact,
+    )
 
 
-def _naming_fact(pairs: list[tuple[str, str]], family: Architecture) -> Fact:
+def _one_per_table(
+    source: TrainerTensors, table_of: Mapping[str, str], tables: list[str], naming: FeatureNaming
+) -> _Listing:
+    order, fact = tables, source.order
+    if fact is None:
+        order, fact = _order(source, tables, naming)
+    names = {table: name for name, table in table_of.items()}
+    pairs = [(names[table], table) for table in order]
     first, last = pairs[0][0], pairs[-1][0]
     value = first if len(pairs) == 1 else f"{first} ... {last}"
-    if family.positional:
-        return _fact("feature names", value, "assumed", "the trainer numbers its features")
-    return _fact(
-        "feature names", value, "assumed", "one feature per table, named after it; not stored"
-    )
+    reason = "one feature per table, named after it; not stored"
+    if naming.numbered:
+        reason = "the trainer numbers its features"
+    return _Listing(pairs=pairs, facts=[fact, _fact("feature names", value, "assumed", reason)])
 
 
-def _pooling(config: ModelConfig) -> tuple[Pooling | Mapping[str, Pooling], list[Fact]]:
+def _fact(subject: str, value: str, source: Source, reason: str) -> Fact:
+    return Fact(subject=subject, value=value, source=source, reason=reason)
+
+
+def _pooling(config: ModelConfig) -> tuple[Pooling | Mapping[str, Pooling], Fact]:
     if config.pooling is not None:
-        return config.pooling, [_fact("pooling", str(config.pooling), "given", "--model-config")]
-    return "sum", [_fact("pooling", "sum", "assumed", "the trainer's default; not stored")]
+        return config.pooling, _fact("pooling", str(config.pooling), "given", "--model-config")
+    return "sum", _fact("pooling", "sum", "assumed", "the trainer's default; not stored")
 
 
 def _pooling_of(pooling: Pooling | Mapping[str, Pooling], name: str) -> Pooling:
@@ -129,28 +176,28 @@ def _pooling_of(pooling: Pooling | Mapping[str, Pooling], name: str) -> Pooling:
 
 
 def _names_tables(
-    features: tuple[FeatureConfig, ...], derived: Mapping[str, str], tables: list[str]
+    features: tuple[FeatureConfig, ...], table_of: Mapping[str, str], tables: list[str]
 ) -> bool:
-    """Tell whether the user's list says which tables are meant; else it is new names in order."""
-    known = [f.table is not None or f.name in derived or f.name in tables for f in features]
+    """Tell whether the user's list names tables; otherwise it gives new names in order."""
+    known = [f.table is not None or f.name in table_of or f.name in tables for f in features]
     return any(known) or len(features) != len(tables)
 
 
 def _given_features(
     features: tuple[FeatureConfig, ...],
-    derived: Mapping[str, str],
+    table_of: Mapping[str, str],
     tables: list[str],
 ) -> list[tuple[str, str]]:
     """Resolve the user's list: explicit tables, known names, or new names by position."""
-    if not _names_tables(features, derived, tables):
+    if not _names_tables(features, table_of, tables):
         return [(f.name, table) for f, table in zip(features, tables, strict=True)]
-    names = {table: name for name, table in derived.items()}
+    names = {table: name for name, table in table_of.items()}
     pairs = []
     for feature in features:
         if feature.table is not None:
             pairs.append((feature.name, feature.table))
-        elif feature.name in derived:
-            pairs.append((feature.name, derived[feature.name]))
+        elif feature.name in table_of:
+            pairs.append((feature.name, table_of[feature.name]))
         else:
             pairs.append((names.get(feature.name, feature.name), feature.name))
     used = {table for _, table in pairs}
@@ -170,30 +217,35 @@ def _given_features(
     return pairs
 
 
-def _order(tables: list[str], *, ordered: bool, family: Architecture) -> tuple[list[str], Fact]:
-    natural, gapless = _natural_order(tables)
-    shown = f"{tables[0]} ... " if len(tables) > 1 else tables[0]
-    sorted_as_strings = ordered and tables == sorted(tables) and not family.positional
-    if natural is not None and natural != tables and sorted_as_strings and not gapless:
-        # either the model was built so, or DMP sorted it: nothing tells
+def _order(
+    source: TrainerTensors, tables: list[str], naming: FeatureNaming
+) -> tuple[list[str], Fact]:
+    """Put tables in the order of their features, by their numbers or by the file.
+
+    DistributedModelParallel (DMP) sorts tables by name as strings, so that t_10 precedes t_2. An
+    order of the file that is not alphabetical is therefore the model's own.
+    """
+    ordered, natural, gapless = source.ordered, *_natural_order(tables)
+    alphabetical = tables == sorted(tables)
+    perhaps_sorted = ordered and alphabetical and not naming.numbered
+    if natural is not None and natural != tables and perhaps_sorted and not gapless:
+        # t_30, t_7: the model may have been built so, or DMP may have sorted t_7, t_30
         raise _order_lost(tables)
-    if natural is not None and (not ordered or tables == sorted(tables) or family.positional):
+    if natural is not None and (not ordered or alphabetical or naming.numbered):
         reason = "table names are numbered"
         if ordered and tables != natural:
             reason = "table names are numbered, and stand sorted as strings, as DMP leaves them"
         elif not ordered:
             reason = "table names are numbered; the file does not keep the order"
-        source = "read" if ordered and tables == natural else "inferred"
+        kind: Source = "read" if ordered and tables == natural else "inferred"
         value = f"{natural[0]} ... {natural[-1]}" if len(natural) > 1 else natural[0]
-        return natural, _fact("feature order", value, source, reason)
+        return natural, _fact("feature order", value, kind, reason)
     if ordered:
-        source = "assumed" if len(tables) > 2 and tables == sorted(tables) else "read"
-        reason = "order of the file"
-        if source == "assumed":
-            reason += "; it is alphabetical, as DMP would leave it: check it"
-        return tables, _fact(
-            "feature order", shown + tables[-1] * (len(tables) > 1), source, reason
-        )
+        value = f"{tables[0]} ... {tables[-1]}" if len(tables) > 1 else tables[0]
+        if len(tables) > 2 and alphabetical:
+            reason = "order of the file; it is alphabetical, as DMP would leave it: check it"
+            return tables, _fact("feature order", value, "assumed", reason)
+        return tables, _fact("feature order", value, "read", "order of the file")
     if len(tables) == 1:
         return tables, _fact("feature order", tables[0], "inferred", "there is one table")
     raise _order_lost(tables)
@@ -213,8 +265,8 @@ def _natural_order(tables: list[str]) -> tuple[list[str] | None, bool]:
     """Sort by the one number in every name.
 
     Returns:
-        The tables in order, None where their names are no sequence (`clicks_7d`, `clicks_30d`
-        are none); and whether the numbers run from 0 or 1 without gaps.
+        The tables in order, or None if their names are not a sequence (such as `clicks_7d`,
+        `clicks_30d`); and whether the numbers run from 0 or 1 without gaps.
     """
     keyed = []
     for table in tables:

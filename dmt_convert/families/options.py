@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from dmt_convert.adapter import load_adapter
@@ -20,7 +19,8 @@ def read_model_options(options: ModelOptions | BundleOptions) -> ModelConfig | N
     if isinstance(facts, Path):
         config = read_model_config(facts)
     else:
-        config = None if facts is None else parse_model_config("model_config", facts)
+        config = None if facts is None else parse_model_config("model_config", dict(facts))
     if options.model is None:
         return config
-    return replace(config or ModelConfig(), adapter=load_adapter(options.model))
+    loaded = load_adapter(options.model)
+    return (config or ModelConfig()).model_copy(update={"adapter": loaded})

@@ -1,148 +1,114 @@
-"""A flat model as a user's adapter describes it."""
+"""A model of the user's own, as an adapter file describes it (`--model`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from typing import Final, cast
 
 from dmt_convert.adapter import Feature, LoadedAdapter, build_user_network, run_network
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.errors import ArchitectureError
-from dmt_convert.families.architecture import Architecture
-from dmt_convert.families.facts import Fact
-from dmt_convert.families.findings import FlatModelInfo
-from dmt_convert.families.matching import Match
+from dmt_convert.families.family import Family
 from dmt_convert.families.model_config import ModelConfig
-from dmt_convert.families.name_map import NameMap, strip_wrappers
-from dmt_convert.families.optimizer_state import find_optimizer_state
+from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
+from dmt_convert.families.name_map import strip_wrappers
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import DTYPE_BYTES, Dtype, FeatureSpec, ModelSpec, TableSpec, network_model
 
 _TABLES: Final = "tables."
 _NETWORK: Final = "network."
 
 
-def infer_user_model(
-    checkpoint: FlatCheckpoint, loaded: LoadedAdapter, config: ModelConfig
-) -> FlatModelInfo:
-    """Understand a flat checkpoint by a user's adapter.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserFamily(Family):
+    """The family of the models that one adapter describes."""
 
-    Args:
-        checkpoint: An opened checkpoint.
-        loaded: The adapter.
-        config: `container`, `ignore` and `final_sigmoid` count; the rest the adapter says.
+    adapter: LoadedAdapter
+    """The adapter, and its file."""
 
-    Raises:
-        ArchitectureError: The checkpoint does not hold the tables or the network's tensors.
-        ConfigError: The adapter's own code fails.
-    """
-    container = _container(checkpoint, loaded, config)
-    held = [tensor for tensor in checkpoint.tensors if tensor.container == container]
-    tensors, unknown = _name_tensors(held, loaded, config)
-    tables = _tables(tensors)
-    features = _features(checkpoint, loaded, tables)
-    sigmoid = config.final_sigmoid
-    spec = network_model(
-        family=loaded.adapter.name,
-        tables=tables,
-        features=features,
-        num_dense=loaded.adapter.num_dense,
-        network=loaded.network,
-        final_sigmoid=loaded.adapter.final_sigmoid if sigmoid is None else sigmoid,
+    def matches(self, checkpoint: FlatCheckpoint) -> list[ModelPlace]:
+        """Return the dicts that hold tables."""
+        found = dict.fromkeys(
+            tensor.container
+            for tensor in checkpoint.tensors
+            if len(tensor.shape) == 2
+            and re.fullmatch(self.anchor, strip_wrappers(tensor.name)) is not None
+        )
+        return [ModelPlace(container=container, prefix="") for container in found]
+
+    def find(self, checkpoint: FlatCheckpoint, config: ModelConfig) -> ModelPlace:
+        """Find the dict that holds the tables.
+
+        Raises:
+            ArchitectureError: There is none, or there are several and the user does not choose.
+        """
+        found = self.matches(checkpoint)
+        if config.container is not None:
+            found = [place for place in found if ".".join(place.container) == config.container]
+        if len(found) == 1:
+            return found[0]
+        names = [tensor.path for tensor in checkpoint.tensors]
+        raise ArchitectureError(
+            f"{checkpoint.source} holds {len(found)} dicts with tables named {self.anchor!r}",
+            expected="one",
+            hint="say which one with `container:` in --model-config"
+            if found
+            else f"set `tables` in {self.adapter.path.name}: a regular expression with a group "
+            "`table`",
+            details=[".".join(place.container) or "(top)" for place in found] or names[:10],
+        )
+
+    def describe(self, source: TrainerTensors) -> FlatModelInfo:
+        """Describe a model by its adapter, and run its network once.
+
+        Of the model config, `container`, `ignore` and `final_sigmoid` count; the adapter says the
+        rest.
+        """
+        loaded, sigmoid = self.adapter, source.config.final_sigmoid
+        unknown = _name_tensors(source, loaded)
+        tables = _tables(source.canonical)
+        spec = network_model(
+            family=self.name,
+            tables=tables,
+            features=_features(source.checkpoint, loaded, tables),
+            num_dense=loaded.adapter.num_dense,
+            network=loaded.network,
+            final_sigmoid=loaded.adapter.final_sigmoid if sigmoid is None else sigmoid,
+        )
+        _check_network(source, loaded, spec, unknown)
+        _note_facts(source, loaded, spec)
+        return source.finish(spec)
+
+
+def user_family(loaded: LoadedAdapter) -> UserFamily:
+    """Return the family of the models that an adapter describes."""
+    adapter = loaded.adapter
+    return UserFamily(
+        name=adapter.name, trainer="the user's own", anchor=adapter.tables, adapter=loaded
     )
-    _check_network(checkpoint, loaded, spec, tensors, unknown)
-    match = Match(
-        family=_FAMILY,
-        container=container,
-        prefix="",
-        tensors=tensors,
-        extra=(),
-        unsupported=(),
-        parameter_names=tuple(tensor.name for tensor in held),
-    )
-    others = {tensor.container for tensor in checkpoint.tensors} - {container}
-    return FlatModelInfo(
-        checkpoint=checkpoint,
-        spec=spec,
-        tensors=tensors,
-        optimizer_state=find_optimizer_state(checkpoint, match),
-        facts=_facts(loaded, spec),
-        ignored=tuple(f"{'.'.join(other) or '(top level)'}" for other in sorted(others)),
-    )
 
 
-_FAMILY: Final = Architecture(
-    name="user",
-    trainer="the user's own",
-    anchor="",
-    names=NameMap({}),
-    interactions=(),
-    pair_order="triu",
-    allows_self_pairs=False,
-    final_sigmoid=False,
-    positional=False,
-)
-
-
-def _facts(loaded: LoadedAdapter, spec: ModelSpec) -> tuple[Fact, ...]:
+def _note_facts(source: TrainerTensors, loaded: LoadedAdapter, spec: ModelSpec) -> None:
     reason = f"--model {loaded.path.name}"
-    ordered = loaded.adapter.features is not None
-    return (
-        Fact(subject="family", value=spec.family, source="given", reason=reason),
-        Fact(
-            subject="features",
-            value=f"{len(spec.features)}",
-            source="given" if ordered else "read",
-            reason=reason if ordered else "one per table, in the checkpoint's order",
-        ),
-        Fact(
-            subject="dense part",
-            value=f"a network of {spec.num_dense} dense inputs",
-            source="given",
-            reason=f"{reason}, sha256 {loaded.sha256[:12]}",
-        ),
-    )
+    source.fact("family", spec.family, "given", reason)
+    if loaded.adapter.features is not None:
+        source.fact("features", f"{len(spec.features)}", "given", reason)
+    else:
+        listed = "one per table, in the checkpoint's order"
+        source.fact("features", f"{len(spec.features)}", "read", listed)
+    value = f"a network of {spec.num_dense} dense inputs"
+    source.fact("dense part", value, "given", f"{reason}, sha256 {loaded.sha256[:12]}")
 
 
-def _container(
-    checkpoint: FlatCheckpoint, loaded: LoadedAdapter, config: ModelConfig
-) -> tuple[str, ...]:
-    """Find the dict that holds the tables."""
-    pattern = re.compile(loaded.adapter.tables)
-    found = dict.fromkeys(
-        tensor.container
-        for tensor in checkpoint.tensors
-        if len(tensor.shape) == 2 and pattern.fullmatch(strip_wrappers(tensor.name))
-    )
-    if config.container is not None:
-        found = {key: None for key in found if ".".join(key) == config.container}
-    if len(found) == 1:
-        return next(iter(found))
-    names = [tensor.path for tensor in checkpoint.tensors]
-    raise ArchitectureError(
-        f"{checkpoint.source} holds {len(found)} dicts with tables named {loaded.adapter.tables!r}",
-        expected="one",
-        hint="say which one with `container:` in --model-config"
-        if found
-        else f"set `tables` in {loaded.path.name}: a regular expression with a group `table`",
-        details=[".".join(key) or "(top)" for key in found] or names[:10],
-    )
-
-
-def _name_tensors(
-    held: Sequence[TensorInfo], loaded: LoadedAdapter, config: ModelConfig
-) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Give tensors canonical names; those without one are returned by their own."""
-    adapter, pattern = loaded.adapter, re.compile(loaded.adapter.tables)
-    tensors: dict[str, TensorInfo] = {}
-    unknown = []
-    for tensor in held:
-        name = strip_wrappers(tensor.name)
-        target: str | None = None
-        if match := pattern.fullmatch(name):
-            target = f"{_TABLES}{match.group('table')}.weight"
-        elif any(fnmatch(tensor.name, glob) for glob in config.ignore):
+def _name_tensors(source: TrainerTensors, loaded: LoadedAdapter) -> list[str]:
+    """Give tensors canonical names, and return the names of those that have none."""
+    adapter, unknown = loaded.adapter, [*source.others]
+    for name, tensor in source.tensors.items():
+        if match := re.fullmatch(adapter.tables, name):
+            target: str | None = f"{_TABLES}{match['table']}.weight"
+        elif source.is_ignored(tensor):
             continue
         elif name.startswith(adapter.prefix):
             with loaded.blame(f"rename({name.removeprefix(adapter.prefix)!r})"):
@@ -150,11 +116,13 @@ def _name_tensors(
             if own is None:
                 continue
             target = f"{_NETWORK}{own}"
-        if target is None or target in tensors:
+        else:
+            target = None
+        if target is None or target in source.canonical:
             unknown.append(tensor.path)
         else:
-            tensors[target] = tensor
-    return tensors, unknown
+            source.canonical[target] = tensor
+    return unknown
 
 
 def _tables(tensors: Mapping[str, TensorInfo]) -> list[TableSpec]:
@@ -196,7 +164,7 @@ def _features(
         ]
     if not checkpoint.ordered and len(tables) > 1:
         raise ArchitectureError(
-            f"{checkpoint.source} ({checkpoint.format}) does not tell the order of its "
+            f"{checkpoint.source} ({checkpoint.format}) does not keep the order of its "
             f"{len(tables)} tables",
             expected="the features in the order in which the network takes them",
             hint=f"set `features` in {loaded.path.name}",
@@ -206,18 +174,14 @@ def _features(
 
 
 def _check_network(
-    checkpoint: FlatCheckpoint,
-    loaded: LoadedAdapter,
-    spec: ModelSpec,
-    tensors: Mapping[str, TensorInfo],
-    unknown: Sequence[str],
+    source: TrainerTensors, loaded: LoadedAdapter, spec: ModelSpec, unknown: Sequence[str]
 ) -> None:
     """Compare the network's state with the checkpoint's tensors, and run it once on zeros."""
     import torch
 
     network = build_user_network(loaded.network, spec.feature_dims, spec.num_dense)
     own = {f"{_NETWORK}{name}": tuple(t.shape) for name, t in network.state_dict().items()}
-    held = {name: info for name, info in tensors.items() if name.startswith(_NETWORK)}
+    held = {name: info for name, info in source.canonical.items() if name.startswith(_NETWORK)}
     details = [f"missing: {name.removeprefix(_NETWORK)}" for name in own if name not in held]
     details += [f"unknown: {info.path}" for name, info in held.items() if name not in own]
     details += [f"unknown: {path}" for path in unknown]
@@ -228,11 +192,11 @@ def _check_network(
     ]
     if details:
         raise ArchitectureError(
-            f"{checkpoint.source} and the network of {loaded.path.name} do not fit: "
+            f"{source.checkpoint.source} and the network of {loaded.path.name} do not fit: "
             f"{len(details)} tensors",
             expected="exactly the tensors of the network's state dict beside the tables",
-            hint="mend the network, set `prefix` or `rename` in the adapter, or pass over tensors "
-            "with `ignore: [pattern]` in --model-config",
+            hint="correct the network, set `prefix` or `rename` in the adapter, or list tensors "
+            "that do not belong to the model under `ignore: [pattern]` in --model-config",
             details=details,
         )
     pooled = [torch.zeros(2, dim) for dim in spec.feature_dims]

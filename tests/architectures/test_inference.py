@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import ArchitectureError, ConfigError
-from dmt_convert.families import ARCHITECTURES, ModelConfig, infer_model, infer_spec
+from dmt_convert.families import FAMILIES, DlrmFamily, ModelConfig, infer_model, infer_spec
 from dmt_convert.families.name_map import WRAPPERS, strip_wrappers
 from dmt_convert.spec import ModelSpec
 from support.checkpoints.shapes import facebook_shapes, make_checkpoint, torchrec_shapes
@@ -52,7 +52,7 @@ def test_wrappers_anywhere(data):
     assert strip_wrappers(wrapped) == name
 
 
-PLAIN = [family for family in ARCHITECTURES if family.describe is None]
+PLAIN = [family for family in FAMILIES if isinstance(family, DlrmFamily)]
 
 
 @pytest.mark.parametrize("family", PLAIN, ids=lambda family: family.name)

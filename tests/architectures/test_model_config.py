@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmt_convert.errors import ConfigError
-from dmt_convert.families import read_model_config
+from dmt_convert.families import ModelConfig, read_model_config
 from dmt_convert.families.model_config import EXAMPLE
 
 
@@ -42,31 +42,35 @@ def test_numbers_are_names(tmp_path):
         ("- a", "list"),
         ("pooling: sum\nfoo: 1", "unknown key 'foo'"),
         ("1: 2", "unknown key 1"),
-        ("interaction: fm", "interaction: 'fm' is not one of dot"),
-        ("interaction: [dot]", "is not one of dot"),
+        ("interaction: fm", "interaction: should be 'dot'"),
+        ("interaction: [dot]", "should be 'dot'"),
         ("pair_order: upper", "pair_order"),
-        ("qr_operation: sum", "qr_operation: 'sum' is not one of mult"),
-        ("self_pairs: 1", "self_pairs: 1 is neither true nor false"),
+        ("qr_operation: sum", "qr_operation: should be 'mult'"),
+        ("self_pairs: 1", "self_pairs: should be true or false, got 1"),
         ("final_sigmoid: 'yes'", "final_sigmoid"),
-        ("family: 3", "family: 3 is not a string"),
+        ("family: 3", "family: should be a valid string, got 3"),
         ("container: [model]", "container"),
         ("prefix: {}", "prefix"),
-        ("pooling: max", "pooling: 'max' is neither"),
-        ("pooling: {a: max}", "pooling: 'max' is neither"),
-        ("pooling: {a: }", "pooling: None is neither"),
-        ("pooling: {3: mean}", "pooling: 3 is no name"),
-        ("pooling: [mean]", "is neither sum nor mean"),
-        ("features: a", "features: not a list"),
-        ("features: []", "features: not a list"),
-        ("features: [[a]]", "neither a name"),
-        ("features: [{table: a}]", "neither a name"),
-        ("features: [{name: a, dim: 3}]", "neither a name"),
-        ("features: [no]", "features: False is neither a name"),
-        ("features: [{name: a, table: [b]}]", "neither a name"),
-        ("features: [{name: a, pooling: max}]", "a pooling that is neither"),
-        ("ignore: a", "ignore: not a list"),
-        ("ignore: [1]", "ignore: not a list"),
-        ("a: &a [x,x,x,x,x,x,x,x]\nfeatures: [[*a,*a,*a,*a,*a,*a,*a,*a]]", "neither a name"),
+        ("pooling: max", "pooling: should be 'sum' or 'mean', got 'max'"),
+        ("pooling: {a: max}", "pooling.a: should be 'sum' or 'mean', got 'max'"),
+        ("pooling: {a: }", "pooling.a: should be 'sum' or 'mean', got None"),
+        ("pooling: {3: mean}", "pooling.3: should be a valid string"),
+        ("pooling: [mean]", "pooling: should be 'sum' or 'mean'"),
+        ("features: a", "features: should be a list"),
+        ("features: []", "features: should not be empty"),
+        ("features: !!set {a, b}", "features: should be a list"),
+        ("features: [[a]]", "features.0.name: should be a valid string"),
+        ("features: [{table: a}]", "features.0.name: is missing"),
+        ("features: [{name: a, dim: 3}]", "features.0.dim: is not a key"),
+        ("features: [no]", "features.0.name: should be a valid string, got False"),
+        ("features: ['']", "features.0.name: should not be empty"),
+        ("features: [{name: a, table: [b]}]", "features.0.table: should be"),
+        ("features: [{name: a, pooling: max}]", "features.0.pooling: should be"),
+        ("ignore: a", "ignore: should be a list"),
+        ("ignore: [1]", "ignore.0: should be a valid string"),
+        ("a: &a [x,x,x,x,x,x,x,x]\nfeatures: [[*a,*a,*a,*a,*a,*a,*a,*a]]", "features.0"),
+        ("features: &a [*a]", "features.0"),
+        ("adapter: x", "unknown key 'adapter'"),
     ],
 )
 def test_refusals(text, match, tmp_path):
@@ -75,6 +79,15 @@ def test_refusals(text, match, tmp_path):
     assert match in str(caught.value)
     assert "an example:" in caught.value.hint
     assert len(str(caught.value)) < 3000
+
+
+def test_keys_without_a_value_say_nothing(tmp_path):
+    config = read_model_config(write(tmp_path, "family:\npooling:\nfeatures:\nignore:\n"))
+    assert config == ModelConfig()
+
+
+def test_every_key_is_described():
+    assert all(field.description for field in ModelConfig.model_fields.values())
 
 
 def test_a_file_that_is_not_there(tmp_path):

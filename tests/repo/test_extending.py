@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError
-from dmt_convert.families import ARCHITECTURES, FeatureConfig, ModelConfig, inference
+from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
 from dmt_convert.model import open_flat_model
 from support.paths import REPOSITORY
 
@@ -39,15 +38,13 @@ def install(site: Path, code: str, declared: str) -> None:
 
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both examples, put where the page says: the reader is a distribution of its own."""
+    """Both examples, as distributions of their own, put where the page says."""
     page = (REPOSITORY / "docs" / "extending.md").read_text()
-    container, family = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (declared,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
-    install(tmp_path / "site", container, declared)
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    declared = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    for code, toml in zip(examples, declared, strict=True):
+        install(tmp_path / "site", code, toml)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    (tmp_path / "documented.py").write_text(family)
-    names = runpy.run_path(str(tmp_path / "documented.py"))
-    monkeypatch.setattr(inference, "ARCHITECTURES", (names["EXAMPLE"], *ARCHITECTURES))
 
 
 @pytest.fixture
@@ -96,7 +93,7 @@ def logits(folder: Path, rows: Batch) -> torch.Tensor:
 @pytest.mark.usefixtures("documented")
 def test_the_examples_read_a_checkpoint(saved: Path) -> None:
     config = ModelConfig(features=tuple(FeatureConfig(name=name) for name in ROWS))
-    info = inference.infer_model(open_checkpoint(saved), config)
+    info = infer_model(open_checkpoint(saved), config)
     assert info.spec.family == "example" and info.checkpoint.format == "npy-folder"
     rows = batch()
     expected = logits(saved, rows)
@@ -104,7 +101,7 @@ def test_the_examples_read_a_checkpoint(saved: Path) -> None:
         found = open_flat_model(info)(rows)
         torch.testing.assert_close(found, expected)
         np.save(saved / "top.0.bias.npy", np.load(saved / "top.0.bias.npy") + np.float32(0.1))
-        changed = open_flat_model(inference.infer_model(open_checkpoint(saved), config))(rows)
+        changed = open_flat_model(infer_model(open_checkpoint(saved), config))(rows)
     assert not torch.allclose(changed, expected)
 
 

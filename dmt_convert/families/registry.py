@@ -1,0 +1,162 @@
+"""All families, and the way from a checkpoint to a model of one of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dmt_convert.checkpoint import FlatCheckpoint
+from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.families.deepctr import DEEPCTR
+from dmt_convert.families.facebook import FACEBOOK_DLRM
+from dmt_convert.families.family import Family
+from dmt_convert.families.fuxictr import FUXICTR
+from dmt_convert.families.hugectr import HUGECTR
+from dmt_convert.families.model_config import ModelConfig
+from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
+from dmt_convert.families.nvidia import NVIDIA_DLRM
+from dmt_convert.families.torcheasyrec import TORCHEASYREC
+from dmt_convert.families.torchrec import TORCHREC_DLRM
+from dmt_convert.families.trainer_tensors import TrainerTensors
+from dmt_convert.families.user_model import user_family
+from dmt_convert.plugins import load_plugins
+from dmt_convert.spec import ModelSpec
+
+FAMILIES: Final[tuple[Family, ...]] = (
+    TORCHREC_DLRM,
+    FACEBOOK_DLRM,
+    NVIDIA_DLRM,
+    DEEPCTR,
+    FUXICTR,
+    TORCHEASYREC,
+    HUGECTR,
+)
+"""The families of this package; see `list_families` for those of others."""
+
+
+def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> FlatModelInfo:
+    """Understand a flat checkpoint from its headers.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        config: What the user says about the model.
+
+    Raises:
+        ArchitectureError: The checkpoint does not hold a model of a known family, or not a whole
+            one; every missing, extra and misshapen tensor is listed.
+        ConfigError: What the user says does not fit the checkpoint, or a plugin is broken.
+    """
+    config = config or ModelConfig()
+    family: Family
+    if config.adapter is not None:
+        user = user_family(config.adapter)
+        family, place = user, user.find(checkpoint, config)
+    else:
+        family, place = find_model(checkpoint, list_families(), config)
+    source = TrainerTensors(
+        family=family.name,
+        trainer=family.trainer,
+        checkpoint=checkpoint,
+        place=place,
+        config=config,
+    )
+    return family.describe(source)
+
+
+def infer_spec(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> ModelSpec:
+    """Return only the spec; see `infer_model`."""
+    return infer_model(checkpoint, config).spec
+
+
+def list_families() -> tuple[Family, ...]:
+    """Return `FAMILIES` and those that other installed packages add.
+
+    A package adds a family by an entry point of the group `dmt_convert.families` that points to
+    an instance of `Family`.
+
+    Raises:
+        ConfigError: An entry point cannot be loaded, is not a family, or has a name that is taken.
+    """
+    families, owners = [*FAMILIES], dict.fromkeys([f.name for f in FAMILIES], "dmt-convert")
+    for plugin in load_plugins("dmt_convert.families"):
+        family = plugin.value
+        if not isinstance(family, Family):
+            raise plugin.refuse(
+                f"points to an object of type {type(family).__name__}",
+                expected="an instance of dmt_convert.families.Family, such as a DlrmFamily",
+            )
+        if family.name in owners:
+            raise plugin.refuse(
+                f"adds the family {family.name!r}, which {owners[family.name]} has already",
+                expected="a name that no other family has",
+            )
+        families.append(family)
+        owners[family.name] = plugin.distribution
+    return tuple(families)
+
+
+def find_model(
+    checkpoint: FlatCheckpoint, families: tuple[Family, ...], config: ModelConfig
+) -> tuple[Family, ModelPlace]:
+    """Find the one model that the checkpoint holds: its family, and where it is.
+
+    Args:
+        checkpoint: The checkpoint.
+        families: The families to try.
+        config: What the user says: `family`, `container` and `prefix` restrict the search.
+
+    Raises:
+        ArchitectureError: No family knows the names of the tensors, or there are several models.
+        ConfigError: The user names a family that does not exist.
+    """
+    names = [family.name for family in families]
+    if config.family is not None and config.family not in names:
+        raise ConfigError(
+            f"the model config names the family {config.family!r}",
+            expected="one of " + ", ".join(names),
+            hint="leave it out: the family shows in the names of the tensors",
+        )
+    candidates = [
+        (family, place)
+        for family in families
+        if config.family in (None, family.name)
+        for place in family.matches(checkpoint)
+        if config.container in (None, ".".join(place.container))
+        and (
+            config.prefix is None
+            or config.prefix.removesuffix(".") == place.prefix.removesuffix(".")
+        )
+    ]
+    if not candidates:
+        raise _no_model(checkpoint, families, config)
+    if len(candidates) > 1:
+        raise ArchitectureError(
+            f"{checkpoint.source} holds {len(candidates)} models",
+            expected="one model",
+            hint="say which one with --model-config (keys container, prefix, family)",
+            details=[
+                f"family: {family.name}, container: {'.'.join(place.container) or '(top)'!r}, "
+                f"prefix: {place.prefix!r}"
+                for family, place in candidates
+            ],
+        )
+    return candidates[0]
+
+
+def _no_model(
+    checkpoint: FlatCheckpoint, families: tuple[Family, ...], config: ModelConfig
+) -> ArchitectureError:
+    chosen = [
+        f"{key}={value!r}"
+        for key in ("family", "container", "prefix")
+        if (value := getattr(config, key)) is not None
+    ]
+    names = [tensor.path for tensor in checkpoint.tensors]
+    details = [*names[:6], f"... and {len(names) - 6} more"] if len(names) > 6 else names
+    return ArchitectureError(
+        f"{checkpoint.source} ({checkpoint.format}, {len(names)} tensors) holds no model of a "
+        "known family" + (f" with {', '.join(chosen)}" if chosen else ""),
+        expected="a checkpoint of " + ", or ".join(family.trainer for family in families),
+        hint="if it is one of these models with other names, rename its tensors and save it "
+        "again; for a model of your own, write an adapter (--model)",
+        details=details,
+    )
