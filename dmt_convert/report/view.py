@@ -31,19 +31,13 @@ from dmt_convert.report.quantities import (
     show_share,
     show_small,
 )
+from dmt_convert.report.verdict import Verdict, judge_close, judge_exact
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Manifest
     from dmt_convert.families import Fact
     from dmt_convert.model import DmtSpec
     from dmt_convert.placement import Exchange, TowerPlan
-
-EXACT_TOLERANCE: Final = 1e-3
-"""Largest difference of logits that the order of float32 sums explains."""
-CLOSE_R2: Final = 0.99
-"""A model with at least this R² is called close."""
-FAIR_R2: Final = 0.9
-"""A model with at least this R² is called an approximation, any other is called far."""
 
 FLAT_ROW: Final = "flat"
 """Name of the quality row of the flat model."""
@@ -77,20 +71,7 @@ _SOURCES: Final = {
 }
 """Sources of facts; those to check come first."""
 
-Level = Literal["exact", "close", "fair", "far", "unknown"]
 Badge = Literal["", "this bundle", "yardstick"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The one line that a decision starts from."""
-
-    level: Level
-    """How near the converted model is to the flat one."""
-    headline: str
-    """In a few words."""
-    text: str
-    """Why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,8 +237,8 @@ class ReportView:
                 text=self.finetune_summary,
             )
         if self.spec.is_passthrough:
-            return _judge_exact(None if row is None else row.max_abs_diff)
-        return _judge_close(None if row is None else row.r2)
+            return judge_exact(None if row is None else row.max_abs_diff)
+        return judge_close(None if row is None else row.r2)
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -648,54 +629,6 @@ class ReportView:
             if self.spec.is_passthrough
             else (verify, evaluate, plan, exact)
         )
-
-
-def _judge_exact(difference: float | None) -> Verdict:
-    if difference is None:
-        return Verdict(
-            level="exact",
-            headline="Exact by construction",
-            text="Passthrough towers pass the embeddings on unchanged. The logits were not "
-            "compared: run dmt verify.",
-        )
-    if difference <= EXACT_TOLERANCE:
-        return Verdict(
-            level="exact",
-            headline="Exact",
-            text="Passthrough towers pass the embeddings on unchanged. Largest difference of a "
-            f"logit from the flat model's: {show_small(difference)}.",
-        )
-    return Verdict(
-        level="far",
-        headline="Not exact, though it should be",
-        text=f"A logit differs from the flat model's by {show_small(difference)}, more than the "
-        "order of float32 sums explains. Tables stored in fewer bits (--dtype) can cause that; "
-        "otherwise run dmt verify before you use this model.",
-    )
-
-
-def _judge_close(r2: float | None) -> Verdict:
-    if r2 is None or not math.isfinite(r2):
-        return Verdict(
-            level="unknown",
-            headline="Not exact; agreement not known",
-            text="The towers compress, so the logits differ from the flat model's. By how much "
-            "was not measured: run dmt verify.",
-        )
-    text = f"R² = {show_agreement(r2)} with the flat model's logits on held-out rows."
-    if r2 >= CLOSE_R2:
-        return Verdict(level="close", headline="Close, not exact", text=text)
-    if r2 >= FAIR_R2:
-        return Verdict(
-            level="fair",
-            headline="An approximation",
-            text=f"{text} Distil or fine-tune before you serve it.",
-        )
-    return Verdict(
-        level="far",
-        headline="Far from the flat model",
-        text=f"{text} Do not serve it as it is: distil, fine-tune, or compress less.",
-    )
 
 
 def _explained(r2: float) -> str:
