@@ -177,7 +177,9 @@ def setting(default: Any, help_: str, **more: Any) -> Any:
             (False: how to run, not what to make, so no bundle records it), and bounds and `alias`
             as pydantic's `Field` takes them.
     """
-    extra = {key: more.pop(key) for key in ("auto", "metavar", "panel", "record") if key in more}
+    extra: dict[str, Any] = {
+        key: more.pop(key) for key in ("auto", "metavar", "panel", "record") if key in more
+    }
     return Field(default, description=help_, json_schema_extra=extra, **more)
 
 

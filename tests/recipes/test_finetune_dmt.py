@@ -196,6 +196,7 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_copy_runs_as_a_file(scene, tmp_path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
     script = shutil.copy(REPOSITORY / "recipes" / "finetune_dmt.py", tmp_path / "mine.py")
