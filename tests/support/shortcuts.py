@@ -14,6 +14,7 @@ def sample_few(patch: pytest.MonkeyPatch, rows: int = 1024) -> None:
 
 def skip_report(patch: pytest.MonkeyPatch) -> None:
     """Convert without drawing and writing the report, which takes longest for tiny models."""
+    # at the front, which keeps what it has looked up: patched behind it, the patch might outlast
     patch.setattr(report, "describe_conversion", lambda *_: {})
 
 
