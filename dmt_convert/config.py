@@ -34,7 +34,6 @@ from dmt_convert.spec import CommDtype, Dtype
 
 Strategy = Literal["coherent", "diverse", "round-robin"]
 AffinityKind = Literal["cosine", "weights"]
-TowerModuleChoice = Literal["auto", "passthrough", "dlrm", "dcn", "linear"]
 TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
 DenseOptimizerKind = Literal["adam", "sgd"]
 Decay = Literal["constant", "linear", "cosine"]
@@ -196,6 +195,7 @@ class Config(BaseModel):
         validate_by_alias=True,
         serialize_by_alias=True,
         validate_default=False,
+        defer_build=True,  # help is shown without building validators
     )
     command: ClassVar[str] = ""
     """The command that takes these settings."""
@@ -460,8 +460,8 @@ class PartitionOptions(Config):
         "coherent puts features that interact into one tower, diverse keeps them apart, "
         "round-robin deals them out; or a JSON file with the towers.",
         metavar="coherent|diverse|round-robin|FILE",
-        auto="coherent; diverse if a tower may emit combinations of its features (--c 0 or "
-        "--compression with a dot interaction)",
+        auto="coherent; diverse if a tower may emit combinations of its features (c = 0, or a "
+        "compression, with a dot interaction)",
         panel=_TOWERS,
     )
     affinity: AffinityKind = setting(
@@ -557,7 +557,7 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
 
     command: ClassVar[str] = "convert"
 
-    tower_module: TowerModuleChoice = setting(
+    tower_module: str = setting(
         "auto",
         "Kind of tower module. auto takes the architecture's own; passthrough computes exactly "
         "what the flat model computes.",
