@@ -31,6 +31,7 @@ from dmt_convert.model.tower_kinds import TowerModule
 from dmt_convert.placement.predict.cost_model import count_work
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from dmt_convert.training import load_bundle
+from support.models import build_flat, build_sample, split_towers
 
 DIMS = (4, 2, 6)
 ROWS = 30
@@ -267,12 +268,12 @@ def test_without_formulas_parameters_are_counted():
 
 
 @pytest.mark.usefixtures("_registered")
-def test_a_module_without_a_closed_form_starts_at_random(monkeypatch, make):
+def test_a_module_without_a_closed_form_starts_at_random(monkeypatch):
     monkeypatch.setattr(starts, "CLOSED_FORMS", starts.CLOSED_FORMS[:-1])
-    flat = make.flat(_spec())
+    flat = build_flat(_spec())
     module = TowerModuleSpec(kind="leading", dim=2)
-    sample = make.sample(flat, 50)
-    spec = make.towers(flat.spec, 2, module)
+    sample = build_sample(flat, 50)
+    spec = split_towers(flat.spec, 2, module)
     model, notes = initialise(
         flat, spec, sample, method="closed-form", trace=trace_flat(flat, sample)
     )
