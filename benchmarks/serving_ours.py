@@ -70,13 +70,13 @@ def _place(weights: Path, spec: DmtSpec, prefix: str) -> PlacedWeights:
 
 def write_onnx(job: ExportJob, part: str) -> Path:
     """Write the whole graph, or the one tower's, whose output are the pooled embeddings."""
-    from dmt_convert.serving.onnx_writer import write_tower_graph, write_whole_graph
+    from dmt_convert.serving.onnx_writer import OnnxGraphs
 
     path = job.folder / f"{part}.onnx"
     if part == "lookup":
-        write_tower_graph(job, 0, path)
+        OnnxGraphs(job).write_tower(0, path)
     else:
-        write_whole_graph(job, path)
+        OnnxGraphs(job).write_whole(path)
     return path
 
 

@@ -24,11 +24,10 @@ from torch.export.graph_signature import InputKind
 
 from dmt_convert.adapter import load_adapter
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
-from dmt_convert.model import DmtModel, DmtSpec, state_name
+from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.graph_inputs import GraphInputs
-from dmt_convert.serving.load_pt2 import MappedFile
-from dmt_convert.serving.pt2_graphs import (
+from dmt_convert.serving.graphs import (
     Graph,
     OverArchGraph,
     TowerGraph,
@@ -37,6 +36,7 @@ from dmt_convert.serving.pt2_graphs import (
     list_over_arch_inputs,
     traced,
 )
+from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_linear import OneDnnLinear
 from dmt_convert.serving.pt2_lookup import TowerLookup, stack_tables
 
@@ -81,7 +81,7 @@ class CompileJob:
         return json.dumps(asdict(self))
 
 
-class GraphBuilder:
+class MappedGraphs:
     """Builds the graphs of an export over mapped weights: no table is read.
 
     Args:
@@ -151,7 +151,7 @@ class GraphBuilder:
         graph = OverArchGraph(self._model, list_over_arch_inputs(self.spec, self.inputs))
         self._model.towers = nn.ModuleList()
         path = self.job.over_arch
-        names = {f"model.{state_name(name)}": name for name in self._file(path)[1]}
+        names = {OverArchGraph.weight_name(name): name for name in self._file(path)[1]}
         self._assign(graph, names, path, prefix, weights)
         return graph
 
@@ -244,7 +244,7 @@ def name_constants(program: torch.export.ExportedProgram) -> dict[str, dict[str,
         program: A traced graph; literals and plain attributes of its modules become buffers.
 
     Returns:
-        Where the values of all its constants come from, as `GraphBuilder.build` says it.
+        Where the values of all its constants come from, as `MappedGraphs.build` says it.
     """
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.CONSTANT_TENSOR:
@@ -258,7 +258,7 @@ def _values(tensor: Tensor) -> dict[str, Any]:
     return {"values": tensor.tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
-def compile_part(builder: GraphBuilder, part: str) -> None:
+def compile_part(builder: MappedGraphs, part: str) -> None:
     """Compile one graph to its `.pt2` file."""
     job = builder.job
     graph, weights = builder.build(part)
@@ -273,7 +273,7 @@ def compile_part(builder: GraphBuilder, part: str) -> None:
 
 
 def _describe(
-    builder: GraphBuilder, graph: Graph, path: Path, weights: Mapping[str, Mapping[str, Any]]
+    builder: MappedGraphs, graph: Graph, path: Path, weights: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return what `load_pt2.py` has to know of a package."""
     root = Path(builder.job.folder)
@@ -325,7 +325,7 @@ def main() -> int:
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             part = line.strip()
-            compile_part(GraphBuilder(job), part)
+            compile_part(MappedGraphs(job), part)
             answers.write(json.dumps({"part": part}) + "\n")
             answers.flush()
     return 0

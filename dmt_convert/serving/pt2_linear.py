@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from dmt_convert.serving.columns import Columns
+
 
 class OneDnnLinear(TorchFunctionMode):
     """While active, `torch.nn.functional.linear` is traced as oneDNN's operator.
@@ -36,6 +38,9 @@ class OneDnnLinear(TorchFunctionMode):
     ) -> Any:
         """Replace linear layers; all else is called as it is."""
         if func is functional.linear and self._active:
+            if isinstance(args[0], Columns):
+                with self:  # for the products of its parts
+                    return args[0].linear(*args[1:], **(kwargs or {}))
             return _linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -11,7 +11,7 @@ import numpy as np
 from dmt_convert.serving.export_config import ExportConfig
 from dmt_convert.serving.export_manifest import OVER_ARCH, ExportFormat, tower_name
 from dmt_convert.serving.graph_writer import ExportJob, Written
-from dmt_convert.serving.onnx_writer import ONNX_DETAILS, write_over_arch_graph, write_tower_graph
+from dmt_convert.serving.onnx_writer import ONNX_DETAILS, OnnxGraphs
 from dmt_convert.serving.triton_checks import check_inputs, check_model_name, check_repository
 from dmt_convert.serving.triton_config import (
     WARMUP_FOLDER,
@@ -53,12 +53,13 @@ class TritonWriter:
     def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
         """See `GraphWriter.write`."""
         check_inputs(job)
+        graphs = OnnxGraphs(job)
         towers = [tower_name(t) for t in range(len(job.spec.towers))]
         parts = {part: f"{self.folder_of(part)}/model.onnx" for part in (*towers, OVER_ARCH)}
         for t, part in enumerate(towers):
-            write_tower_graph(job, t, job.folder / parts[part])
+            graphs.write_tower(t, job.folder / parts[part])
             on_part(t + 1, len(parts))
-        write_over_arch_graph(job, job.folder / parts[OVER_ARCH])
+        graphs.write_over_arch(job.folder / parts[OVER_ARCH])
         on_part(len(parts), len(parts))
         configs = make_configs(job)
         for config in configs:

@@ -45,7 +45,7 @@ def failed_checks(bundle, tmp_path, monkeypatch):
 
 
 def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
-    from dmt_convert.serving import onnx_over_arch
+    from dmt_convert.serving.onnx_dense import DenseNodes
 
     assert failed_checks("plain") == set()
     graph = (tmp_path / "plain/over_arch/over_arch.onnx").read_bytes()
@@ -53,8 +53,14 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     assert len(graph) < 16_000, "weights stay in their file"
     assert b"xlrm.py" not in graph, "nothing of where the user's file is"
     assert failed_checks("requests", per_request=("user", "shop")) == set()
-    plain = onnx_over_arch.in_order
-    monkeypatch.setattr(onnx_over_arch, "in_order", lambda *given: plain(*given)[::-1])
+    plain = DenseNodes.add_head
+    monkeypatch.setattr(
+        DenseNodes,
+        "add_head",
+        lambda self, graph, dense, emitted, output: plain(
+            self, graph, dense, emitted[::-1], output
+        ),
+    )
     assert failed_checks("sabotaged") == {"joined", "whole"}
 
 
@@ -65,7 +71,7 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     programs = {}
 
     def trace(job):
-        graph, weights = pt2_compile.GraphBuilder(job).build("over_arch")
+        graph, weights = pt2_compile.MappedGraphs(job).build("over_arch")
         programs["over_arch"] = program = pt2_compile.trace_graph(graph, "cpu")
         assert {*program.state_dict, *program.constants} <= weights.keys()
         return job.parts
@@ -87,7 +93,7 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
 
 def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
-    from dmt_convert.serving import onnx_network
+    from dmt_convert.serving import onnx_dense
 
     loaded = adapter.load_adapter(example.model)
     kind = type(loaded.adapter.network([16] * 4, 6))
@@ -95,7 +101,7 @@ def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path,
     monkeypatch.setattr(
         kind, "forward", lambda self, d, p: plain(self, d, p) if d.sum() > 0 else d[:, 0]
     )
-    onnx_network._write_nodes.cache_clear()
+    onnx_dense.trace_parts.cache_clear()
     config = ExportConfig(format="onnx")
     with pytest.raises(ExportError, match=r"torch cannot write the network xlrm\.py as a graph"):
         export_bundle(bundle, tmp_path / "out", config)

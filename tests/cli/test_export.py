@@ -68,12 +68,15 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmt_convert.serving import onnx_over_arch
+    from dmt_convert.serving.onnx_dense import DenseNodes
 
-    right = onnx_over_arch.pair_positions
+    right = DenseNodes.add_head
     monkeypatch.setattr(
-        "dmt_convert.serving.onnx_over_arch.pair_positions",
-        lambda job: tuple(side[::-1] for side in right(job)),
+        DenseNodes,
+        "add_head",
+        lambda self, graph, dense, emitted, output: right(
+            self, graph, dense, emitted[::-1], output
+        ),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")
     assert done.code == 4

@@ -63,7 +63,7 @@ def test_constants_of_the_code_are_weights_of_pt2_graphs(
     found = {}
 
     def trace(job: Any) -> Any:
-        graph, weights = pt2_compile.GraphBuilder(job).build("whole")
+        graph, weights = pt2_compile.MappedGraphs(job).build("whole")
         found["program"] = program = pt2_compile.trace_graph(graph, "cpu")
         weights |= pt2_compile.name_constants(program)
         assert {*program.state_dict, *program.constants} <= weights.keys()

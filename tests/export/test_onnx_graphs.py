@@ -170,9 +170,11 @@ def forget_the_range(model: onnx.ModelProto) -> None:
 
 def swap_pairs(model: onnx.ModelProto) -> None:
     """Put two dot products in each other's place."""
-    tensor = next(t for t in model.graph.initializer if t.name == "constants/pairs")
+    (picked,) = (node for node in model.graph.node if node.op_type == "GatherElements")
+    (expanded,) = (node for node in model.graph.node if picked.input[1] in node.output)
+    tensor = next(t for t in model.graph.initializer if t.name == expanded.input[0])
     cells = onnx.numpy_helper.to_array(tensor).copy()
-    cells[0, :2] = cells[0, 1::-1]
+    cells[..., :2] = cells[..., 1::-1]
     tensor.CopyFrom(onnx.numpy_helper.from_array(cells, tensor.name))
 
 

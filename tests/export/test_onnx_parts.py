@@ -20,7 +20,7 @@ from dmt_convert.model.table_lookup import pool_bag
 from dmt_convert.serving import ExportConfig, open_graph, plan_inputs
 from dmt_convert.serving.check_batches import generate_batch
 from dmt_convert.serving.graph_writer import ExportJob
-from dmt_convert.serving.onnx_writer import write_over_arch_graph, write_tower_graph
+from dmt_convert.serving.onnx_writer import OnnxGraphs
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 from dmt_convert.spec import ModelSpec
 
@@ -84,7 +84,7 @@ def test_quantised_tables(
         weights=weights,
         config=config,  # type: ignore[arg-type]
     )
-    write_tower_graph(job, 0, tmp_path / "tower.onnx")
+    OnnxGraphs(job).write_tower(0, tmp_path / "tower.onnx")
     batch = generate_batch(spec.flat, inputs, 33, seed=1)
     bags = dict(zip(batch.feature_names, batch.bags, strict=True))
     known = {feature.name: feature for feature in spec.flat.features}
@@ -128,7 +128,7 @@ def test_towers_of_different_widths_meet_in_dot_products(
         weights=PlacedWeights(towers=(), over_arch=file),
         config=config,
     )
-    write_over_arch_graph(job, tmp_path / "over_arch.onnx")
+    OnnxGraphs(job).write_over_arch(tmp_path / "over_arch.onnx")
     dense = torch.randn(9, spec.flat.num_dense)
     emitted = [torch.randn(9, width) for width in spec.tower_widths]
     with torch.inference_mode():
@@ -165,4 +165,4 @@ def test_a_feature_called_like_an_output(
         config=config,
     )
     with pytest.raises(ExportError, match="tower_000"):
-        write_tower_graph(job, 0, tmp_path / "tower.onnx")
+        OnnxGraphs(job).write_tower(0, tmp_path / "tower.onnx")
