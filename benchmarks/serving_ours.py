@@ -16,7 +16,7 @@ from serving_weights import WEIGHTS
 from dmt_convert.checkpoint import SafetensorsReader, TensorInfo
 from dmt_convert.model import DmtSpec
 from dmt_convert.serving import OVER_ARCH, WHOLE, ExportConfig, ExportFormat, tower_name
-from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 
 
@@ -84,7 +84,7 @@ def write_pt2(job: ExportJob, part: str) -> Path:
     """Compile the whole graph, or the one tower's, for this processor."""
     from serving_pt2 import SharedBuilder
 
-    from dmt_convert.serving.pt2_compile import CompileJob, compile_part
+    from dmt_convert.serving.pt2 import CompileJob, compile_part
 
     name = tower_name(0) if part == "lookup" else WHOLE
     compile_job = CompileJob(

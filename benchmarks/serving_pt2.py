@@ -7,7 +7,7 @@ from typing import Any
 from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
-from dmt_convert.serving.pt2_compile import CompileJob, MappedGraphs
+from dmt_convert.serving.pt2 import CompileJob, MappedGraphs
 
 
 class SharedBuilder(MappedGraphs):

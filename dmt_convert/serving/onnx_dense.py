@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import DmtError, ExportError
 from dmt_convert.model import DmtModel, TowerModuleSpec, as_state, build_tower_module
-from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.graphs import (
     BATCH,
     OverArchGraph,

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dmt_convert import __version__
+from dmt_convert.arrays import AnyArray
 from dmt_convert.serving.placed_weights import PlacedFile
 
 OPSET: Final = 20
@@ -119,7 +120,7 @@ class GraphBuilder:
         """Return a uint8 constant that is stored in the graph."""
         return self._constant(name, np.asarray(values, dtype=np.uint8))
 
-    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
+    def constant(self, name: str, values: AnyArray) -> str:
         """Return a constant of its own type that is stored in the graph."""
         return self._constant(f"{self._scope}{name}", values)
 
@@ -208,7 +209,7 @@ class GraphBuilder:
     def _root(self) -> GraphBuilder:
         return self if self._parent is None else self._parent._root
 
-    def _constant(self, name: str, array: npt.NDArray[Any]) -> str:
+    def _constant(self, name: str, array: AnyArray) -> str:
         root = self._root
         key = (name, array.dtype.str, array.shape, array.tobytes())
         if key not in root._constants:

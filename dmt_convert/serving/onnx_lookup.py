@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.graph_inputs import PADDING, GraphInputs
-from dmt_convert.serving.graph_writer import ExportJob
 from dmt_convert.serving.onnx_graph import GraphBuilder
-from dmt_convert.serving.onnx_ids import Lookup, checked_ids, stacked_ids
-from dmt_convert.serving.onnx_jagged import pool_jagged, pool_jagged_stack
-from dmt_convert.serving.onnx_jagged_stacked import can_stack
+from dmt_convert.serving.onnx_jagged import can_stack, pool_jagged, pool_jagged_stack
 from dmt_convert.serving.onnx_tables import (
+    Lookup,
     TableStack,
+    checked_ids,
     find_stacks,
     plain_rows,
     read_rows,
+    stacked_ids,
     weighted_sum,
 )
 

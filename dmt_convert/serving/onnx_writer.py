@@ -10,7 +10,7 @@ from typing import Any, Final
 from dmt_convert.errors import ExportError
 from dmt_convert.serving.export_config import ExportConfig
 from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, ExportFormat, tower_name
-from dmt_convert.serving.graph_writer import ExportJob, Written
+from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.onnx_dense import DenseNodes
 from dmt_convert.serving.onnx_graph import IR_VERSION, OPSET, GraphBuilder
 from dmt_convert.serving.onnx_lookup import add_dense_input, add_inputs, join, pool_tower, rows_of

@@ -13,7 +13,7 @@ from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.errors import ConfigError, ExportError
 from dmt_convert.families import ModelConfig
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
-from dmt_convert.serving.check_process import run_checks
+from dmt_convert.serving.checks import run_checks
 
 GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
@@ -66,18 +66,18 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
 
 def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     """All but the compiler: traced graphs, of another batch size, with the weights named."""
-    from dmt_convert.serving import exporter, pt2_compile, pt2_writer
+    from dmt_convert.serving import exporter, pt2
 
     programs = {}
 
     def trace(job):
-        graph, weights = pt2_compile.MappedGraphs(job).build("over_arch")
-        programs["over_arch"] = program = pt2_compile.trace_graph(graph, "cpu")
+        graph, weights = pt2.MappedGraphs(job).build("over_arch")
+        programs["over_arch"] = program = pt2.trace_graph(graph, "cpu")
         assert {*program.state_dict, *program.constants} <= weights.keys()
         return job.parts
 
-    monkeypatch.setattr(pt2_writer, "_compile", trace)
-    monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
+    monkeypatch.setattr(pt2, "_compile", trace)
+    monkeypatch.setattr(pt2, "_find_compiler", lambda: "none")
     monkeypatch.setattr(exporter, "check_graphs", lambda *_: ())
     export_bundle(bundle, tmp_path / "pt2", ExportConfig(format="pt2"))
     model = open_bundle_model(bundle)

@@ -15,7 +15,7 @@ from dmt_convert.convert import convert_checkpoint
 from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
-from dmt_convert.serving.check_process import run_checks
+from dmt_convert.serving.checks import run_checks
 
 BundleMaker = Callable[..., Bundle]
 Exporter = Callable[..., ExportedModel]

@@ -15,8 +15,7 @@ from dmt_convert.serving import (
     ExportedModel,
     export_bundle,
     exporter,
-    pt2_compile,
-    pt2_writer,
+    pt2,
 )
 
 FEATURES = ("t0", "t1", "t2", "t3")
@@ -63,16 +62,16 @@ def test_constants_of_the_code_are_weights_of_pt2_graphs(
     found = {}
 
     def trace(job: Any) -> Any:
-        graph, weights = pt2_compile.MappedGraphs(job).build("whole")
-        found["program"] = program = pt2_compile.trace_graph(graph, "cpu")
-        weights |= pt2_compile.name_constants(program)
+        graph, weights = pt2.MappedGraphs(job).build("whole")
+        found["program"] = program = pt2.trace_graph(graph, "cpu")
+        weights |= pt2.name_constants(program)
         assert {*program.state_dict, *program.constants} <= weights.keys()
         found["weights"] = weights
         found["inputs"] = [entry.name for entry in graph.inputs]
         return job.parts
 
-    monkeypatch.setattr(pt2_writer, "_compile", trace)
-    monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
+    monkeypatch.setattr(pt2, "_compile", trace)
+    monkeypatch.setattr(pt2, "_find_compiler", lambda: "none")
     monkeypatch.setattr(exporter, "check_graphs", lambda *_: ())
     config = ExportConfig(format="pt2", form="single")
     export_bundle(make_network_bundle(num_dense=num_dense), tmp_path / "out", config)

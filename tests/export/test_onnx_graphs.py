@@ -16,7 +16,7 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError
 from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.checks import generate_batch
 
 Exporter = Callable[..., ExportedModel]
 Checks = Callable[[ExportedModel, Bundle], list[GraphCheck]]
@@ -220,7 +220,7 @@ LONG[1, 7], LONG[2, 299], LONG[2, 0] = 5000, 65, 9
 def unstacked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Read one feature after the other, however few bags there are."""
     return lambda: monkeypatch.setattr(
-        "dmt_convert.serving.onnx_jagged_stacked._CACHED_BYTES", -1000
+        "dmt_convert.serving.onnx_jagged._CACHED_BYTES", -1000
     )
 
 

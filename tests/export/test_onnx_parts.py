@@ -18,8 +18,8 @@ from dmt_convert.errors import DataError, ExportError
 from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.model.table_lookup import pool_bag
 from dmt_convert.serving import ExportConfig, open_graph, plan_inputs
-from dmt_convert.serving.check_batches import generate_batch
-from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving.checks import generate_batch
+from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.onnx_writer import OnnxGraphs
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 from dmt_convert.spec import ModelSpec

@@ -14,7 +14,7 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.conversion.partition import PartitionConfig
 from dmt_convert.errors import ExportError
 from dmt_convert.serving import ExportedModel, GraphCheck
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.checks import generate_batch
 
 MODELS = [("torchrec", "dot"), ("torchrec", "dcn"), ("torchrec", "projection"), ("facebook", "cat")]
 SIDES = [((0, 3), False), ((0, 2, 3), True), ((1,), True)]

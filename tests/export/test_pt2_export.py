@@ -16,9 +16,9 @@ import torch
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.errors import ExportError
 from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.checks import generate_batch
+from dmt_convert.serving.exported_model import Pt2Runner
 from dmt_convert.serving.load_pt2 import MappedFile
-from dmt_convert.serving.pt2_runner import Pt2Runner
 
 FORMS: dict[str, Any] = {
     "forms": {"cat_0": "single", "cat_1": "padded", "cat_2": "fixed", "cat_3": "jagged"},

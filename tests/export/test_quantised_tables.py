@@ -24,8 +24,7 @@ from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.model.table_codes import CodedRows, RowCode, decode_rows
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, exporter, plan_inputs
 from dmt_convert.serving.placed_weights import PlacedWeights, place_weights
-from dmt_convert.serving.quantisation_cost import measure_quantisation
-from dmt_convert.serving.quantised_tables import coded_bytes, write_coded
+from dmt_convert.serving.quantisation import coded_bytes, measure_quantisation, write_coded
 
 Maker = Callable[..., Path]
 Quality = Mapping[str, Any]
@@ -166,7 +165,7 @@ def test_tables_that_fp16_cannot_hold(
     flat = make_flat(tmp_path / "ckpt.safetensors", rows=ROWS, dim=DIM, edit=edit)
     bundle = convert(flat, tmp_path / "bundle")
     for looked_at in (1 << 20, 0):  # and where the row is met only when it is to be written
-        monkeypatch.setattr("dmt_convert.serving.quantisation_cost._SAMPLED_ROWS", looked_at)
+        monkeypatch.setattr("dmt_convert.serving.quantisation._SAMPLED_ROWS", looked_at)
         with pytest.raises(ExportError, match="too large for fp16") as raised:
             export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx", quantize="fp16"))
         assert raised.value.found.startswith("row 199990 of table 't_cat_1'")

@@ -13,8 +13,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from dmt_convert.bundle import Bundle
 from dmt_convert.errors import ExportError
 from dmt_convert.serving import ExportConfig, ExportedModel, GraphCheck, export_bundle
-from dmt_convert.serving.graph_writer import ExportJob
-from dmt_convert.serving.triton_checks import check_inputs, check_repository
+from dmt_convert.serving.exporter import ExportJob
+from dmt_convert.serving.triton import check_inputs, check_repository
 
 Exporter = Callable[..., ExportedModel]
 
@@ -189,5 +189,5 @@ def test_without_tritons_client_nothing_is_written(
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(ExportError, match="client is not installed") as refused:
         export_bundle(bundle, tmp_path / "out", ExportConfig(format="triton"))
-    assert "dmt-convert[triton]" in refused.value.hint
+    assert "'.[triton]'" in refused.value.hint
     assert not list(tmp_path.iterdir())

@@ -25,8 +25,7 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Batch
 from dmt_convert.model import DmtModel
 from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
-from dmt_convert.serving.check_batches import generate_batch
-from dmt_convert.serving.check_process import ATOL, RTOL
+from dmt_convert.serving.checks import ATOL, RTOL, generate_batch
 
 Feeds = dict[str, npt.NDArray[Any]]
 PROTOCOLS = ("http", "grpc")
