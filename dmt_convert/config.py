@@ -715,7 +715,9 @@ class ExportConfig(BundleOptions):
     command: ClassVar[str] = "export"
 
     format: ExportFormat = setting(..., "What to write.")
-    out: PathValue = setting(..., "Folder to write; it must not exist.", metavar="DIR")
+    out: PathValue | None = setting(
+        None, "Folder to write; it must not exist.", auto="required", metavar="DIR"
+    )
     quantize: TableCode = setting(
         "none", "Storage type of the tables. Prints the cost in accuracy before writing."
     )
@@ -755,6 +757,13 @@ class ExportConfig(BundleOptions):
     request_group: str = setting(
         "user", "That group, as `dmt convert --group` named it.", panel=_REQUESTS
     )
+    per_request: Names = setting(
+        (),
+        "Features that come once per request. Repeatable.",
+        metavar="f,g",
+        panel=_REQUESTS,
+        auto="those of --request-group",
+    )
     dense_per_request: bool = setting(
         False, "Dense inputs also come once per request.", panel=_REQUESTS
     )
@@ -768,11 +777,12 @@ class ExportConfig(BundleOptions):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.dense_per_request and not self.request_batching:
+        batching = self.request_batching or bool(self.per_request)
+        if self.dense_per_request and not batching:
             raise ValueError("--dense-per-request needs --request-batching")
         if self.max_auc_loss is not None and self.quantize == "none":
             raise ValueError("--max-auc-loss without quantisation: add --quantize int8")
-        if self.request_batching and self.format != "onnx":
+        if batching and self.format != "onnx":
             raise ValueError(
                 f"--request-batching for {self.format}: only --format onnx can do it (Triton's "
                 "batcher cannot take batches of two sizes in one request)"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.serving import onnx_over_arch
 from support.commands import run_dmt
 
 Dmt = Callable[..., Any]
@@ -73,11 +72,15 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = onnx_over_arch.pair_positions
+    from dmt_convert.serving.onnx_dense import DenseNodes
+
+    right = DenseNodes.add_head
     monkeypatch.setattr(
-        onnx_over_arch,
-        "pair_positions",
-        lambda job: tuple(side[::-1] for side in right(job)),
+        DenseNodes,
+        "add_head",
+        lambda self, graph, dense, emitted, output: right(
+            self, graph, dense, emitted[::-1], output
+        ),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")
     assert done.code == 4

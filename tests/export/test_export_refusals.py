@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from dmt_convert.bundle import open_bundle
+from dmt_convert.config import ExportConfig
+from dmt_convert.documents import GraphCheck
 from dmt_convert.errors import BundleError, DmtError
-from dmt_convert.serving import ExportConfig, GraphCheck, export_bundle, exporter
+from dmt_convert.serving import export_bundle, exporter
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 
