@@ -26,7 +26,7 @@ from dmt_convert.adapter import load_adapter
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.data import Bag, Batch, adapt_batches, open_data
-from dmt_convert.documents import GraphCheck
+from dmt_convert.documents import GraphCheck, to_json
 from dmt_convert.errors import DataError, DmtError, ExportError, GraphsDifferError
 from dmt_convert.model import DmtModel
 from dmt_convert.progress import Progress
