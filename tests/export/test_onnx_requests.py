@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
-from dmt_convert.errors import ExportError
+from dmt_convert.errors import DmtError
 from dmt_convert.serving import ExportedModel
 from dmt_convert.serving.checks import generate_batch
 from support.exports import checks_of
@@ -120,7 +120,7 @@ def test_the_user_side_has_one_row(
     [
         ({"places": (0,)}, "1 towers mix features"),
         ({"places": (0, 1, 2, 3), "dense_per_request": True}, "every input comes once"),
-        ({"places": (), "dense_per_request": True}, "without --request-batching"),
+        ({"places": (), "dense_per_request": True}, "needs --request-batching"),
         ({"places": (1,), "format": "triton"}, "--request-batching for triton"),
     ],
 )
@@ -133,6 +133,6 @@ def test_requests_that_cannot_be(
 ) -> None:
     bundle = bundle_of("torchrec", "dot", "auto")
     user = per_request(bundle, options.pop("places"))
-    with pytest.raises(ExportError, match=found):
+    with pytest.raises(DmtError, match=found):
         export_unchecked(bundle, pooling_input="single", per_request=user, **options)
     assert list(tmp_path.glob("*out*")) == []

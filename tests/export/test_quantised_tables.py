@@ -209,10 +209,9 @@ def test_cost_on_labelled_data(small: Bundle, click_data: Path, tmp_path: Path) 
 
 def refuse(bundle: Bundle, folder: Path, found: str, **options: Any) -> list[Quality]:
     told: list[Quality] = []
-    data = options.pop("data", None)
     config = ExportConfig(format="onnx", **options)
     with pytest.raises(ExportError, match=found) as raised:
-        export_bundle(bundle, folder / "out", config, data=data, on_quality=told.append)
+        export_bundle(bundle, folder / "out", config, on_quality=told.append)
     assert raised.value.expected
     assert raised.value.hint
     assert not any(path.name.startswith((".out", "out")) for path in folder.iterdir())

@@ -235,7 +235,7 @@ def test_leading_towers_emit_less_and_are_restored(checkpoint):
 def test_linear_towers_are_the_default_of_an_interaction_without_its_own(checkpoint):
     done = _convert(checkpoint)
     assert done.manifest.model.kind == "linear"
-    assert done.partition.affinity_kind == "cosine"  # nobody knows what a gate's weights tell
+    assert done.manifest.partition.affinity == "cosine"  # nobody knows what a gate's weights tell
 
 
 def test_it_trains(checkpoint):
