@@ -273,10 +273,11 @@ def finetune(
     Returns:
         The new bundle; None on a host that does not see it.
     """
-    from dmt_convert.cluster import run_finetune
+    from dmt_convert.cluster import FinetuneJob, run_finetune
 
     config = _settings(FinetuneConfig, config, settings | _given(data=data))
-    return run_finetune(_opened(bundle), config, capture=capture).bundle
+    job = FinetuneJob(bundle=_opened(bundle), config=config, capture=capture)
+    return run_finetune(job).bundle
 
 
 def export(

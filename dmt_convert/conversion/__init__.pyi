@@ -3,8 +3,6 @@ from .drawn_inputs import draw_rows as draw_rows
 from .module_choice import choose_modules as choose_modules
 from .module_choice import default_strategy as default_strategy
 from .module_choice import may_allot as may_allot
-from .quality import Quality as Quality
-from .quality import QualityRow as QualityRow
 from .sample import Sample as Sample
 from .sample import draw_sample as draw_sample
 from .sample import pool_batch as pool_batch

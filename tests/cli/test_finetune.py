@@ -67,8 +67,8 @@ def test_a_place_without_a_bundle_is_refused_before_anything_starts(
 
 def test_a_second_host_needs_a_place_to_meet(compressed: Path, call_dmt: Call) -> None:
     run = call_dmt("finetune", compressed, "--data", "clicks", "--nnodes", 2)
-    assert run.code == 3
-    assert "--nnodes 2 without --rdzv-endpoint" in run.stderr
+    assert run.code == 2
+    assert "--nnodes 2 needs --rdzv-endpoint" in run.stderr
 
 
 def test_what_is_no_option_is_a_usage_error(compressed: Path, call_dmt: Call) -> None:

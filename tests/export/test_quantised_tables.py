@@ -224,7 +224,8 @@ def test_too_much_auc_lost(
     limited = {"quantize": "int4", "max_auc_loss": 0.001}
     assert not refuse(small, tmp_path, "without labelled data", **limited)
     for wrong in (-0.1, float("nan"), float("inf")):
-        assert not refuse(small, tmp_path, "--max-auc-loss", quantize="int4", max_auc_loss=wrong)
+        with pytest.raises(ConfigError, match="max_auc_loss must be"):
+            ExportConfig(format="onnx", quantize="int4", max_auc_loss=wrong)
     bare = {name: array for name, array in np.load(click_data).items() if name != "label"}
     np.savez(tmp_path / "test.npz", **bare)
     (tmp_path / "schema.json").write_bytes((click_data.parent / "schema.json").read_bytes())

@@ -171,7 +171,7 @@ def _draw_matrices(axes: Sequence[Axes], spec: ModelSpec, partition: Partition) 
         axes[1].add_patch(Rectangle(corner, size, size, fill=False, ec="#5ee0c0", lw=width))
         begin += size
     bar = axes[0].figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=40, shrink=0.8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _order_towers(
