@@ -16,8 +16,9 @@ from dmt_convert.conversion.initialisation import (
     initialise,
     trace_flat,
 )
-from dmt_convert.conversion.quality import Quality, compare_models
+from dmt_convert.conversion.quality import compare_models
 from dmt_convert.conversion.sample import Sample
+from dmt_convert.documents import Quality
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model, to_tensor
 from dmt_convert.spec import Dtype

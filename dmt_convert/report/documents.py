@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from dmt_convert.adapter import model_option
 from dmt_convert.bundle import Manifest
-from dmt_convert.conversion import Quality, Sample
+from dmt_convert.conversion import Sample
 from dmt_convert.conversion.partition import Partition, figure_svg, measure_loads
 from dmt_convert.documents import (
     Initialisation,
     PartitionRecord,
+    Quality,
     Source,
     SourceFile,
     TowerLoadRecord,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from dmt_convert.conversion import QualityRow
+from dmt_convert.documents import QualityRow
 from dmt_convert.report.finetune_section import FINETUNED_ROW, show_gain, show_rows
 from dmt_convert.report.markup import (
     EMPTY,

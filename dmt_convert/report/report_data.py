@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dmt_convert.conversion import QualityRow
 from dmt_convert.conversion.partition import Partition
+from dmt_convert.documents import QualityRow
 from dmt_convert.families import Fact
 from dmt_convert.model import DmtSpec
 from dmt_convert.placement import TowerPlan

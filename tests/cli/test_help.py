@@ -34,7 +34,8 @@ OPTIONS = {
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
     "--async-checkpoints --resume --no-prefetch --timeout --log --model",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
-    "--out-of-range --request-batching --request-group --per-request --dense-per-request --model-name --gpu "
+    "--out-of-range --request-batching --request-group --per-request --dense-per-request "
+    "--model-name --gpu "
     "--checksums --model --json --quiet",
     "unshard": "--out --only --force --json --quiet",
 }

@@ -16,7 +16,7 @@ from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.config import ExportConfig
 from dmt_convert.data import Bag
-from dmt_convert.errors import BundleError, ExportError, GraphsDifferError
+from dmt_convert.errors import BundleError, ConfigError, ExportError, GraphsDifferError
 from dmt_convert.files.digest import TreeDigest
 from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.model.table_codes import CodedRows, RowCode, decode_rows

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dmt_convert.conversion import QualityRow
+from dmt_convert.documents import QualityRow
 from dmt_convert.report import partition_section, render_report
 from dmt_convert.report.headline_section import judge
 from dmt_convert.report.markup import EMPTY

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dmt_convert.conversion import QualityRow
+from dmt_convert.documents import QualityRow
 from dmt_convert.families import Fact
 from dmt_convert.report import partition_section, render_report
 from dmt_convert.report.markup import EMPTY

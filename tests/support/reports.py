@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from dmt_convert.config import PartitionConfig
-from dmt_convert.conversion import QualityRow
 from dmt_convert.conversion.partition import Partition, partition_features
+from dmt_convert.documents import QualityRow
 from dmt_convert.families import Fact
 from dmt_convert.model import DmtSpec, TowerSpec, module_spec
 from dmt_convert.placement import Cluster, plan_towers
