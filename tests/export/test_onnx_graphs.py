@@ -219,9 +219,7 @@ LONG[1, 7], LONG[2, 299], LONG[2, 0] = 5000, 65, 9
 @pytest.fixture
 def unstacked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Read one feature after the other, however few bags there are."""
-    return lambda: monkeypatch.setattr(
-        "dmt_convert.serving.onnx_jagged._CACHED_BYTES", -1000
-    )
+    return lambda: monkeypatch.setattr("dmt_convert.serving.onnx_jagged._CACHED_BYTES", -1000)
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])
