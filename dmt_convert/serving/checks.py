@@ -35,6 +35,20 @@ from dmt_convert.serving.exported_model import ExportedModel
 from dmt_convert.serving.graph_inputs import FeatureInput, GraphInputs
 from dmt_convert.spec import ModelSpec
 
+RTOL: Final = 2e-5
+"""Of the largest value that the model gives: runtimes add fp32 numbers in another order, and sums
+over thousands of products then differ by a few 1e-6 of it. A swapped column differs by about 1."""
+ATOL: Final = 1e-6
+"""For outputs that are zero throughout."""
+ROW_COUNTS: Final = (1, 2, 7, 130)
+"""Batch sizes that are run; none is the one that a graph was traced with."""
+MANY_ROWS: Final = 2048
+"""Rows of jagged bags that are too many to be read as one rectangle."""
+LONG_BAG: Final = 100
+"""Ids of a bag that no rectangle is made for."""
+DATA_ROWS: Final = 1024
+"""Rows of the given data that are run."""
+
 
 def generate_batch(
     spec: ModelSpec,
@@ -47,8 +61,8 @@ def generate_batch(
 ) -> Batch:
     """Make rows that fit the forms of the inputs.
 
-    Where the form allows it, bags hold 0 to 4 ids, the first one none; the first and the last row
-    of every table occur. Features that come once per request have the same bag in every row.
+    If the form allows it, bags hold 0 to 4 ids and the first bag is empty. The first and the last
+    row of every table occur. Features that come once per request have the same bag in every row.
 
     Args:
         spec: The model.
@@ -164,7 +178,7 @@ def check_graphs(
         bundle: The bundle that it was made of.
         data: Rows to run on, beside generated ones.
         progress: Told of checks done and in all.
-        model: The user's file that defines the bundle's model, where there is one.
+        model: The user's file that defines the bundle's model, if there is one.
 
     Raises:
         GraphsDifferError: A graph does not answer like the model.
@@ -192,16 +206,16 @@ def check_graphs(
         last = (complaint.strip().splitlines() or ["no message"])[-1]
         raise ExportError(
             f"the process that runs the graphs ended with code {process.returncode} ({last})",
-            expected="every graph to run to its end",
-            hint="free memory and try again; report it with what DMT_TRACEBACK=1 prints",
+            hint="free some memory and try again. If it fails again, report it with the output of "
+            "DMT_TRACEBACK=1",
         )
     failed = [check for check in checks if not check.passed]
     if failed or not checks:
         raise GraphsDifferError(
             f"{len(failed)} of {len(checks)} checks failed: the graphs differ from the model",
             expected="the model's own outputs, within rounding",
-            hint="this is a bug unless the model overflows on such inputs; report it. Nothing was "
-            "left in place",
+            hint="unless the model overflows on such inputs, this is a bug: please report it. No "
+            "export was written",
             details=[check.line for check in failed],
         )
     return tuple(checks)
@@ -213,20 +227,6 @@ def _error(value: Mapping[str, Any]) -> DmtError:
         value["found"], expected=value["expected"], hint=value["hint"], details=value["details"]
     )
 
-
-RTOL: Final = 2e-5
-"""Of the largest value that the model gives: runtimes add fp32 numbers in another order, and sums
-over thousands of products then differ by a few 1e-6 of it. A swapped column differs by about 1."""
-ATOL: Final = 1e-6
-"""For outputs that are zero throughout."""
-ROW_COUNTS: Final = (1, 2, 7, 130)
-"""Batch sizes that are run; none is the one that a graph was traced with."""
-MANY_ROWS: Final = 2048
-"""Rows of jagged bags that are too many to be read as one rectangle."""
-LONG_BAG: Final = 100
-"""Ids of a bag that no rectangle is made for."""
-DATA_ROWS: Final = 1024
-"""Rows of the given data that are run."""
 
 Checks = Iterator[GraphCheck]
 

@@ -142,7 +142,7 @@ class Columns:
             self._joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return self._joined
 
-    def split(self, widths: int | Sequence[int], dim: int = 0) -> Sequence[Columns | Tensor]:
+    def split(self, widths: int | list[int], dim: int = 0) -> Sequence[Columns | Tensor]:
         """Cut the matrix into neighbouring columns."""
         if dim != 1 or isinstance(widths, int):
             return torch.split(self.joined(), widths, dim)
@@ -156,7 +156,7 @@ class Columns:
         once = self.once
         if once.all() or not once.any():
             product = functional.linear(self.side(), weight, bias)
-            return Columns.of(self.batch, product, once=bool(once[0]))
+            return Columns.of(self.batch, product, once=bool(once.any()))
         products = []
         for wanted, added in ((once, None), (~once, bias)):
             places = self.stored_order(np.flatnonzero(wanted))
@@ -207,7 +207,7 @@ class Columns:
         return getattr(self.joined(), name)
 
     def __add__(self, other: Any) -> Any:
-        return torch.add(self, other)  # type: ignore[arg-type]
+        return torch.add(self, other)  # type: ignore[call-overload]
 
     def __mul__(self, other: Any) -> Any:
         return torch.mul(self, other)  # type: ignore[arg-type]

@@ -29,6 +29,8 @@ from dmt_convert.serving.load_pt2 import Graph
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+_SUFFIXES: Final = (".onnx", ".pt2")
+
 
 class GraphRunner(Protocol):
     """An opened graph."""
@@ -79,7 +81,6 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     except ImportError:
         raise ExportError(
             "ONNX Runtime is not installed",
-            expected="the package onnxruntime, to run exported graphs",
             hint="pip install onnxruntime",
         ) from None
     options = ort.SessionOptions()
@@ -98,11 +99,11 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def refused(path: Path, error: Exception) -> DataError:
-    """Make an error of what a runtime says of the inputs."""
+    """Turn a runtime's complaint about the inputs into an error."""
     return DataError(
         f"the graph {path.name} refused its inputs ({_first_line(error)})",
-        expected="ids from 0 to the rows of their table, less one (-1 pads padded bags)",
-        hint="mend the ids, or export with --out-of-range clip",
+        expected="ids from 0 to the number of rows of their table minus 1 (-1 fills padded bags)",
+        hint="correct the ids, or export with --out-of-range clip",
     )
 
 
@@ -149,9 +150,6 @@ class Pt2Runner:
         return array
 
 
-_SUFFIXES: Final = (".onnx", ".pt2")
-
-
 class ExportedModel:
     """The graphs of an export, each opened when it is first asked.
 
@@ -159,7 +157,7 @@ class ExportedModel:
         path: The export's folder.
 
     Raises:
-        ExportError: It is no export, or damaged.
+        ExportError: The folder is not an export, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:

@@ -38,6 +38,16 @@ from dmt_convert.serving.quantisation import (
     measure_quantisation,
 )
 
+_CHECKED_BYTES: Final = 4 << 30
+"""Up to this size, weights are compared with their digests by default; larger ones take long."""
+_GRAPH_BYTES: Final = 64 << 20
+"""Room for graphs, documents and weights outside tables."""
+_WRITERS: Final = {
+    "onnx": "dmt_convert.serving.onnx_writer:OnnxWriter",
+    "pt2": "dmt_convert.serving.pt2:Pt2Writer",
+    "triton": "dmt_convert.serving.triton:TritonWriter",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
@@ -85,17 +95,6 @@ class GraphWriter(Protocol):
             ExportError: The format cannot express what is asked for.
         """
         ...
-
-
-_CHECKED_BYTES: Final = 4 << 30
-"""Weights of so many bytes are compared with their digests unasked; more would take long."""
-_GRAPH_BYTES: Final = 64 << 20
-"""Room for graphs, documents and weights outside tables."""
-_WRITERS: Final = {
-    "onnx": "dmt_convert.serving.onnx_writer:OnnxWriter",
-    "pt2": "dmt_convert.serving.pt2:Pt2Writer",
-    "triton": "dmt_convert.serving.triton:TritonWriter",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

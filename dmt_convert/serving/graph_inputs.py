@@ -74,7 +74,7 @@ class FeatureInput:
         weights = bag.weights
         if not self.weighted and weights is not None:
             raise DataError(
-                f"the bags of feature {self.feature!r} have weights, its input has none",
+                f"the bags of feature {self.feature!r} have weights, but its input takes none",
                 expected="unweighted bags",
                 hint=f"export it again with --weighted {self.feature}",
             )
@@ -122,7 +122,7 @@ class GraphInputs:
     """Everything that a whole-model graph takes."""
 
     num_dense: int
-    """D: columns of the dense input; without any there is no such input."""
+    """D: columns of the dense input; a graph for a model without dense inputs has no such input."""
     features: tuple[FeatureInput, ...]
     """One per feature, in the flat model's order."""
     per_request: tuple[str, ...] = ()

@@ -130,16 +130,16 @@ def towers_per_request(spec: DmtSpec, inputs: GraphInputs) -> tuple[bool, ...]:
     if mixed:
         raise ExportError(
             f"{len(mixed)} towers mix features that come once per request with others",
-            expected="towers of one side each",
-            hint="convert with --group user=f1,f2 --group item=f3,f4, every feature in a group",
+            expected="towers whose features all come once per request, or all per candidate",
+            hint="convert with --group user=f1,f2 --group item=f3,f4, and name every feature",
             details=mixed,
         )
     once = tuple(user >= set(tower.features) for tower in spec.towers)
     if all(once) and (inputs.dense_per_request or not inputs.num_dense):
         raise ExportError(
             "every input comes once per request",
-            expected="some inputs per candidate",
-            hint="name fewer features, or leave out --dense-per-request",
+            expected="some inputs that differ between candidates",
+            hint="name fewer features, or omit --dense-per-request",
         )
     return once
 
@@ -225,7 +225,7 @@ class WholeGraph(nn.Module):
     Args:
         towers: The tower graphs.
         over_arch: The over_arch graph.
-        inputs: What it takes, in order, the dense inputs first where there are any.
+        inputs: What it takes, in order, the dense inputs first if there are any.
     """
 
     def __init__(

@@ -27,6 +27,11 @@ from dmt_convert.serving.onnx_tables import (
 
 _CACHED_BYTES: Final = 1 << 20
 """Rows that one rectangle may hold: as much as a core's own cache."""
+CHUNK: Final = 8
+"""C, where bags differ much in length."""
+WASTE: Final = (3, 8)
+"""A rectangle as wide as the longest bag is used if it has at most 3 cells per id plus 8
+per bag."""
 
 
 def can_stack(lookups: Sequence[Lookup]) -> bool:
@@ -125,13 +130,6 @@ def _counts(graph: GraphBuilder, means: Sequence[bool], lengths_FB: str) -> str:
         some = graph.node("Where", is_sum, one, some, name="divisors")
     column = graph.node("Reshape", some, graph.ints("column", [-1, 1]), name="divisors_column")
     return graph.cast(column, "fp32", name="counts")
-
-
-CHUNK: Final = 8
-"""C, where bags differ much in length."""
-WASTE: Final = (3, 8)
-"""A rectangle as wide as the longest bag is taken if it holds at most so many times the ids that
-there are, and so many per bag beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +356,7 @@ def _pool_chunks(
 def _join_chunks(graph: GraphBuilder, several: str, counts: str, starts: str, sums: str) -> str:
     """Add up runs of rows, (T, N), in chunks of chunks until each run is one row: (K, N).
 
-    Where there is no run of several rows, the rows come back as they are.
+    If no run has several rows, the rows come back unchanged.
     """
     with graph.branch("chunks_of_chunks") as inner:
         inner.input(f"{inner.prefix}turn", "int64", [])

@@ -168,7 +168,7 @@ def _side_by_side(graph: GraphBuilder, tensors: Sequence[str], name: str) -> str
 
 
 def _of_the_shape_of(graph: GraphBuilder, weights: str, ids: str) -> str:
-    """Make the graph fail where there is not one weight per id; one for many would be repeated."""
+    """Make the graph fail unless every id has a weight; runtimes would repeat a single weight."""
     shape = graph.node("Shape", ids, name="shape_of_ids")
     return graph.node("Reshape", weights, shape, name="one_weight_per_id")
 

@@ -134,9 +134,8 @@ def _builder(job: ExportJob, name: str, path: Path, outputs: Sequence[str]) -> G
     taken = sorted(set(outputs) & {*job.inputs.names})
     if taken:
         raise ExportError(
-            f"a feature's input is called {taken[0]!r}, as the output of the {name} graph is",
-            expected="features with other names than the graphs' outputs",
-            hint="convert again with another name for it under `features` in --model-config",
+            f"a feature's input has the name of the {name} graph's output: {taken[0]!r}",
+            hint="convert again, and rename the feature under `features` in --model-config",
         )
     return GraphBuilder(name, job.folder, path)
 

@@ -192,8 +192,8 @@ class _Placer:
         changed = [f"{source}: {name}" for name, digest in read.items() if digest != expected[name]]
         if changed:
             raise BundleError(
-                f"the bundle {self._bundle.path} changed on disk: {len(changed)} tensors have "
-                "other bytes",
+                f"the bundle {self._bundle.path} changed on disk: {len(changed)} tensors "
+                "differ from what was written",
                 expected="the digests in its manifest",
                 hint="copy it again, or convert the checkpoint again",
                 details=changed,

@@ -60,6 +60,20 @@ from dmt_convert.serving.graphs import (
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_lookup import TowerLookup, stack_tables
 
+_TORCH_NAMES: Final = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "uint8": "uint8",
+}
+_MARCH: Final = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
+"""What g++ calls the machines that torch's own kernels know: a package runs on all such, and not
+only on the very processor that compiled it (which is what `native` would give)."""
+LOADER: Final = "load_pt2.py"
+_MAX_WORKERS: Final = 2
+"""Compiler processes at a time: each takes up to 1 GB and a core."""
+Worker = tuple["subprocess.Popen[str]", IO[str]]
+
 
 class OneDnnLinear(TorchFunctionMode):
     """While active, `torch.nn.functional.linear` is traced as oneDNN's operator.
@@ -93,17 +107,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-_TORCH_NAMES: Final = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "uint8": "uint8",
-}
-_MARCH: Final = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
-"""What g++ calls the machines that torch's own kernels know: a package runs on all such, and not
-only on the very processor that compiled it (which is what `native` would give)."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileJob:
     """All that a graph of an export depends on."""
@@ -127,7 +130,7 @@ class CompileJob:
     device: str
     """cpu or cuda."""
     model_file: str = ""
-    """The user's file that defines the model, where there is one."""
+    """The user's file that defines the model, if there is one."""
 
     def to_json(self) -> str:
         """Return one line."""
@@ -384,11 +387,6 @@ def main() -> int:
     return 0
 
 
-LOADER: Final = "load_pt2.py"
-_MAX_WORKERS: Final = 2
-"""Compiler processes at a time: each takes up to 1 GB and a core."""
-
-
 class Pt2Writer:
     """Compiles the graphs of an export.
 
@@ -449,9 +447,8 @@ def _check_gpu() -> None:
     if not torch.cuda.is_available():
         raise ExportError(
             "a pt2 export for a GPU on a machine that has none",
-            expected="a CUDA device and a build of torch for it: packages are compiled where they "
-            "are exported",
-            hint="export on a machine like the one that serves, or leave --gpu out",
+            expected="a CUDA device and a torch build for it: exporting compiles the packages",
+            hint="export on a machine like your server, or omit --gpu",
         )
 
 
@@ -459,7 +456,7 @@ def _find_compiler() -> str:
     """Return the first line that the C++ compiler says of its version.
 
     Raises:
-        ExportError: There is none.
+        ExportError: The machine has no C++ compiler.
     """
     name = os.environ.get("CXX", "g++")
     path = shutil.which(name)
@@ -470,8 +467,8 @@ def _find_compiler() -> str:
     raise ExportError(
         f"no C++ compiler: {name} cannot be run",
         expected="a compiler for AOTInductor, such as g++ 10 or later",
-        hint="apt-get install g++, or name another one in the environment variable CXX; "
-        "--format onnx needs none",
+        hint="apt-get install g++, or set the environment variable CXX to another compiler; "
+        "--format onnx needs no compiler",
     )
 
 
@@ -501,9 +498,6 @@ def _compile(job: CompileJob) -> Iterator[str]:
                 yield answer
         finally:
             _stop(workers, threads)
-
-
-Worker = tuple["subprocess.Popen[str]", IO[str]]
 
 
 def _start(job: CompileJob, logs: ExitStack) -> Worker:
@@ -565,9 +559,8 @@ def _failed(part: str, process: subprocess.Popen[str], log: IO[str]) -> ExportEr
     lines = [line.rstrip() for line in log if line.strip()]
     return ExportError(
         f"the graph {part!r} cannot be compiled (the process ended with code {code})",
-        expected="AOTInductor to compile every part",
-        hint="see whether memory or disk ran out (a part takes about 1 GB); --format onnx does "
-        "without a compiler; report it with the lines below",
+        hint="check whether memory or disk ran out (a part needs about 1 GB). Otherwise report the "
+        "lines below; --format onnx needs no compiler",
         details=lines[-12:],
     )
 

@@ -47,6 +47,15 @@ OnBytes = Callable[[int], None]
 _KINDS: Final = ("quantized", "scale", "zero_point")
 _MAX_CODERS: Final = 8
 """Threads that code rows; one thread reads for them and one writes."""
+GENERATED_ROWS: Final = 4096
+"""Rows that are generated where no data is given."""
+_BATCH_ROWS: Final = 2048
+_SAMPLED_ROWS: Final = 1 << 19
+"""Rows of tables that are looked at in all; small tables are looked at whole."""
+_LEAST_ROWS: Final = 1024
+"""Rows that are looked at of every table, however many tables there are."""
+_RUN_ROWS: Final = 64
+"""Length of the runs in which rows are sampled: single rows would each cost a page of the disk."""
 
 
 def coded_bytes(table: TableSpec, code: RowCode) -> int:
@@ -220,17 +229,6 @@ def _write_at(descriptor: int, view: memoryview, position: int) -> None:
         view, position = view[written:], position + written
 
 
-GENERATED_ROWS: Final = 4096
-"""Rows that are generated where no data is given."""
-_BATCH_ROWS: Final = 2048
-_SAMPLED_ROWS: Final = 1 << 19
-"""Rows of tables that are looked at in all; small tables are looked at whole."""
-_LEAST_ROWS: Final = 1024
-"""Rows that are looked at of every table, however many tables there are."""
-_RUN_ROWS: Final = 64
-"""Sampled rows come in runs of so many: single ones would each cost a page of the disk."""
-
-
 def measure_quantisation(
     bundle: Bundle,
     inputs: GraphInputs,
@@ -271,10 +269,10 @@ def measure_quantisation(
 
 
 def check_auc_limit(limit: float | None, code: TableCode, data: Path | None) -> None:
-    """Refuse a limit for the AUC lost that cannot be held against anything.
+    """Refuse a limit for the lost AUC that cannot be checked.
 
     Raises:
-        ExportError: It is no number from 0 on, or there is no labelled data.
+        ExportError: The limit is not a number >= 0, or labelled data is missing.
         DataError: The data cannot be read.
     """
     if limit is None:
@@ -282,15 +280,15 @@ def check_auc_limit(limit: float | None, code: TableCode, data: Path | None) -> 
     if not 0 <= limit < math.inf:
         raise ExportError(
             f"--max-auc-loss {limit}",
-            expected="how much AUC may be lost, 0 or more",
+            expected="the AUC that may be lost: a number >= 0",
             hint="for example --max-auc-loss 0.0005",
         )
     if code != "none" and (data is None or not open_data(data).has_labels):
         raise ExportError(
             "--max-auc-loss without labelled data"
             + ("" if data is None else f": {data} has no labels"),
-            expected="rows with a label of 0 or 1 each, to measure AUC on",
-            hint="give such rows with --data, or leave --max-auc-loss out",
+            expected="rows with labels of 0 or 1, to measure AUC on",
+            hint="pass such rows with --data, or omit --max-auc-loss",
         )
 
 
@@ -308,17 +306,17 @@ def check_auc_lost(quality: Mapping[str, Any], limit: float | None) -> None:
         return
     if "auc" not in quality:
         raise ExportError(
-            "--max-auc-loss with data whose labels are all the same",
+            "--max-auc-loss, but all labels of the data are the same",
             expected="rows of both classes, to measure AUC on",
-            hint="give other rows with --data, or leave --max-auc-loss out",
+            hint="pass other rows with --data, or omit --max-auc-loss",
         )
     lost = quality["auc"]["lost"]
     if not lost <= limit:
         raise ExportError(
             f"--quantize {quality['code']} loses {lost:.6f} of the AUC "
             f"({quality['auc']['before']:.6f} -> {quality['auc']['after']:.6f})",
-            expected=f"at most {limit:g}, as --max-auc-loss says",
-            hint="use a finer code (int4 < int8 < fp16 < none), or allow more",
+            expected=f"at most {limit:g} (--max-auc-loss)",
+            hint="use a more exact code (int4 < int8 < fp16 < none), or raise --max-auc-loss",
         )
 
 
@@ -406,7 +404,7 @@ def _measure_logits(
         raise DataError(
             f"{data} has no rows",
             expected="at least one row to score",
-            hint="name a data set that has rows",
+            hint="pass a data set that has rows",
         )
     before, after = (np.concatenate(logits) for logits in zip(*parts, strict=True))
     agreement = measure_agreement(before, after)
@@ -414,7 +412,7 @@ def _measure_logits(
     logits = {
         "data": name,
         "rows": len(before),
-        # of logits that are all the same there is none
+        # undefined if all logits are the same
         "r2": agreement.r2 if math.isfinite(agreement.r2) else None,
         "max_abs_diff": agreement.max_abs_diff,
     }

@@ -23,10 +23,8 @@ from dmt_convert.errors import ExportError
 from dmt_convert.serving.export_manifest import OVER_ARCH, ExportFormat, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import PADDING, FeatureInput
-from dmt_convert.serving.onnx_writer import ONNX_DETAILS, OnnxGraphs
+from dmt_convert.serving.onnx_writer import LOGITS, ONNX_DETAILS, OnnxGraphs
 
-LOGITS: Final = "logits"
-"""Output of the ensemble and of the over_arch."""
 MAX_BATCH: Final = 4096
 """Rows of one request, and of several that are answered together."""
 QUEUE_DELAY_US: Final = 100
@@ -37,7 +35,6 @@ WARM_ROWS: Final = (1, 64)
 """Rows of the batches that are run before a model counts as ready."""
 WARMUP_FOLDER: Final = "warmup"
 """Where a model's folder has the data of its warm-up."""
-
 _PARAMETERS: Final[Mapping[str, str]] = {"enable_mem_pattern": "0"}
 """Batches differ in shape, and ONNX Runtime would keep a plan of the memory for every one."""
 _TOWER_PARAMETERS: Final[Mapping[str, str]] = {"intra_op_thread_count": "1"}
@@ -45,10 +42,32 @@ _TOWER_PARAMETERS: Final[Mapping[str, str]] = {"intra_op_thread_count": "1"}
 machine for each would only get in the others' way."""
 _GPU_PARAMETERS: Final[Mapping[str, str]] = {"session.use_device_allocator_for_initializers": "1"}
 """Tables take what they need on the GPU, instead of the next power of two."""
+_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""Names that are one part of a path and of a URL as they stand."""
+_TYPES: Final = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+Tensor = tuple[str, tuple[int, ...]]
+"""Type, and shape with the batch; -1 is any size."""
+CONTAINER: Final = "nvcr.io/nvidia/tritonserver:26.09-py3"
+"""A release whose ONNX Runtime is new enough for our graphs; it must be 1.17 at least."""
+SAFE_RELEASE: Final = "26.05"
+"""The first release cut after https://github.com/triton-inference-server/core/pull/483."""
+TESTED: Final = "Triton 2.51 (the release of container 24.10)"
+"""The server that the tests of dmt-convert load such repositories with."""
+_FORMS: Final = {
+    "single": "exactly one id per row",
+    "fixed": "the same number of ids in every row of a request",
+    "padded": f"up to L ids per row, the rest filled with {PADDING}",
+    "jagged": "the ids of all rows one after another; the lengths say how many each row has",
+}
+CONFIG: Final = "config.pbtxt"
+_PLACEHOLDER: Final = (
+    "An ensemble has no file of its own, but Triton wants a folder for its version, and what\n"
+    "copies folders often leaves out empty ones.\n"
+)
 
 
 def triton_messages() -> Any:
-    """Import Triton's messages.
+    """Import the messages of Triton's configs.
 
     Raises:
         ExportError: Its client is not installed.
@@ -58,7 +77,7 @@ def triton_messages() -> Any:
     except ImportError:
         raise ExportError(
             "Triton's client is not installed",
-            expected="the package tritonclient, whose messages config.pbtxt is written with",
+            expected="the package tritonclient, which defines the messages of config.pbtxt",
             hint="pip install '.[triton]' in a clone of the repository",
         ) from None
     return model_config_pb2
@@ -213,29 +232,21 @@ def _add_warmup(config: Any, lengths: Container[str | None] = ()) -> None:
 
 
 def ones_file(rows: int) -> str:
-    """Name of a warm-up's file with the lengths of so many bags of one id."""
+    """Name of the warm-up file with the lengths of `rows` bags of one id."""
     return f"{rows}_ones"
 
 
-_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""Names that are one part of a path and of a URL as they stand."""
-_TYPES: Final = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
-
-Tensor = tuple[str, tuple[int, ...]]
-"""Type, and shape with the batch; -1 is any size."""
-
-
 def check_model_name(name: str) -> None:
-    """Refuse a name that models, folders and URLs cannot have.
+    """Refuse a name that is not valid for models, folders and URLs.
 
     Raises:
-        ExportError: It is such a name.
+        ExportError: The name is not valid.
     """
     if not _MODEL_NAME.fullmatch(name):
         raise ExportError(
-            f"the model name {name!r}",
-            expected="letters, digits, '.', '_' and '-' only, the first a letter or digit: Triton "
-            "has it in paths and URLs",
+            f"invalid model name {name!r}",
+            expected="only letters, digits, '.', '_' and '-', starting with a letter or digit: "
+            "Triton uses the name in paths and URLs",
             hint="choose another --model-name",
         )
 
@@ -252,9 +263,9 @@ def check_inputs(job: ExportJob) -> None:
     ]
     if wrong:
         raise ExportError(
-            f"{len(wrong)} inputs cannot be called in Triton as their features are",
+            f"{len(wrong)} inputs cannot have the names of their features in Triton",
             expected="names of printable characters that no other tensor has",
-            hint="give these features other names in --model-config when converting",
+            hint="rename these features in --model-config when converting",
             details=wrong,
         )
 
@@ -294,7 +305,7 @@ def check_repository(folder: Path, configs: Sequence[Any]) -> None:
         raise ExportError(
             f"{len(problems)} mistakes in the configs for Triton",
             expected="configs that fit the graphs and each other",
-            hint="this is a bug; report it. Nothing was left in place",
+            hint="this is a bug: please report it. No repository was written",
             details=problems,
         )
 
@@ -343,7 +354,7 @@ def _check_ensemble(ensemble: Any, models: Mapping[str, Any]) -> Iterator[str]:
     for step in ensemble.ensemble_scheduling.step:
         model = models.get(step.model_name)
         if model is None:
-            yield f"step {step.model_name}: there is no such model"
+            yield f"step {step.model_name}: the repository has no such model"
             continue
         if 0 < model.max_batch_size < ensemble.max_batch_size:
             yield f"step {step.model_name}: it takes {model.max_batch_size} rows at most"
@@ -375,21 +386,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
         and len(a[1]) == len(b[1])
         and all(x == y or -1 in (x, y) for x, y in zip(a[1], b[1], strict=True))
     )
-
-
-CONTAINER: Final = "nvcr.io/nvidia/tritonserver:26.09-py3"
-"""A release whose ONNX Runtime is new enough for our graphs; it must be 1.17 at least."""
-SAFE_RELEASE: Final = "26.05"
-"""The first release cut after https://github.com/triton-inference-server/core/pull/483."""
-TESTED: Final = "Triton 2.51 (the release of container 24.10)"
-"""The server that the tests of dmt-convert load such repositories with."""
-
-_FORMS: Final = {
-    "single": "exactly one id per row",
-    "fixed": "the same number of ids in every row of a request",
-    "padded": f"up to L ids per row, the rest filled with {PADDING}",
-    "jagged": "the ids of all rows one after another; the lengths say how many each row has",
-}
 
 
 def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
@@ -467,13 +463,6 @@ def _describe_feature(job: ExportJob, feature: FeatureInput) -> dict[str, Any]:
         "example": examples[feature.form],
         "example_shape": {"single": "(2, 1)", "jagged": "3"}.get(feature.form, "(2, 2)"),
     }
-
-
-CONFIG: Final = "config.pbtxt"
-_PLACEHOLDER: Final = (
-    "An ensemble has no file of its own, but Triton wants a folder for its version, and what\n"
-    "copies folders often leaves out empty ones.\n"
-)
 
 
 class TritonWriter:

@@ -127,7 +127,7 @@ def _damage(configs: list[Any], what: str) -> None:
         ("twice", "2 inputs are called"),
         ("map", "not all of its tensors"),
         ("order", "nothing before it gives 'tower_000'"),
-        ("model", "there is no such model"),
+        ("model", "has no such model"),
         ("unused", "no step takes 'more'"),
         ("output", "no step gives 'scores'"),
     ],
@@ -159,11 +159,11 @@ def _job(bundle: Bundle, exported: ExportedModel, **changes: Any) -> ExportJob:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feature": "line\nfeed"}, "cannot be called"),
-        ({"feature": " "}, "cannot be called"),
-        ({"feature": "nul\0"}, "cannot be called"),
-        ({"feature": "tower_001"}, "cannot be called"),
-        ({"feature": "logits"}, "cannot be called"),
+        ({"feature": "line\nfeed"}, "cannot have the names"),
+        ({"feature": " "}, "cannot have the names"),
+        ({"feature": "nul\0"}, "cannot have the names"),
+        ({"feature": "tower_001"}, "cannot have the names"),
+        ({"feature": "logits"}, "cannot have the names"),
     ],
 )
 def test_what_triton_cannot_have_is_refused(
