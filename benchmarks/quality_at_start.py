@@ -13,11 +13,10 @@ from quality_tables import Record
 from shared_projection import convert_shared
 
 from dmt_convert.config import PartitionConfig, Strategy
-from dmt_convert.conversion import Sample
+from dmt_convert.conversion import Sample, find_towers
 from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.conversion.module_choice import alternative_modules
 from dmt_convert.conversion.start import Starter
-from dmt_convert.flow import find_towers
 from dmt_convert.model import (
     DmtModel,
     DmtSpec,

@@ -17,8 +17,8 @@ from .options import command
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
+    from dmt_convert.conversion import Preview
     from dmt_convert.documents import PartitionRecord
-    from dmt_convert.flow import Preview
     from dmt_convert.model import TowerModuleSpec
 
 NAME = "convert"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +27,13 @@ def run(
 
     Example: `dmt partition ckpt.pt --towers 4 --out towers.json --plot towers.png`
     """
+    from dmt_convert.conversion import describe_partition
     from dmt_convert.documents import to_json
-    from dmt_convert.report import describe_partition
 
     with output.progress() as progress:
         found = dmt.partition(source, config=config, progress=progress)
     assignment = found.assignment.towers
-    record = replace(describe_partition(found), groups=dict(config.group))
+    record = describe_partition(found, dict(config.group))
     value = {"towers": assignment, **to_json(record), "sample": found.sample}
     value["files"] = [str(path) for path in (config.out, config.plot) if path is not None]
     rows = [

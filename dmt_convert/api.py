@@ -35,10 +35,10 @@ from dmt_convert.errors import UsageError
 from dmt_convert.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from dmt_convert.conversion import Preview
     from dmt_convert.conversion.partition import Partition
     from dmt_convert.families import FlatModelInfo
     from dmt_convert.files import Unsharded
-    from dmt_convert.flow import Preview
     from dmt_convert.placement import TowerPlan
     from dmt_convert.placement.predict import PredictionReport
     from dmt_convert.scoring import Evaluation, ScoredModel, Scores, VerifyReport
@@ -59,7 +59,7 @@ def inspect(
         config: Settings of `dmt inspect`.
         **settings: Settings that differ from `config`, or from the defaults.
     """
-    from dmt_convert.flow import describe_flat
+    from dmt_convert.conversion import describe_flat
     from dmt_convert.serving import is_export, read_export_manifest
 
     path, config = Path(source), _settings(InspectConfig, config, settings)
@@ -88,7 +88,7 @@ def convert(
         **settings: Settings that differ from `config`, or from the defaults: `towers=16`,
             `compression=4`, ...
     """
-    from dmt_convert.flow import convert_checkpoint
+    from dmt_convert.conversion import convert_checkpoint
 
     config = _settings(ConvertConfig, config, settings | _given(out=out))
     return convert_checkpoint(Path(source), config, progress)
@@ -96,7 +96,7 @@ def convert(
 
 def preview(source: AnyPath, *, config: ConvertConfig | None = None, **settings: Any) -> Preview:
     """Say what `convert` would do with the same settings; reads headers, writes nothing."""
-    from dmt_convert.flow import preview_conversion
+    from dmt_convert.conversion import preview_conversion
 
     return preview_conversion(Path(source), _settings(ConvertConfig, config, settings))
 
@@ -127,7 +127,7 @@ def partition(
         progress: Called as work goes on.
         **settings: Settings that differ from `config`, or from the defaults.
     """
-    from dmt_convert.flow import partition_checkpoint
+    from dmt_convert.conversion import partition_checkpoint
 
     return partition_checkpoint(
         Path(source), _settings(PartitionConfig, config, settings), progress
@@ -144,7 +144,7 @@ def plan(
         config: Settings of `dmt plan`.
         **settings: Settings that differ from `config`: `hosts` and `ranks_per_host` are needed.
     """
-    from dmt_convert.flow import plan_bundle
+    from dmt_convert.bundle import plan_bundle
 
     return plan_bundle(_opened(bundle), _settings(PlanConfig, config, settings))
 
@@ -159,7 +159,7 @@ def predict(
         config: Settings of `dmt plan`.
         **settings: Settings that differ from `config`: `hosts` and `ranks_per_host` are needed.
     """
-    from dmt_convert.flow import plan_bundle, predict_plan
+    from dmt_convert.bundle import plan_bundle, predict_plan
 
     opened = _opened(bundle)
     config = _settings(PlanConfig, config, settings)

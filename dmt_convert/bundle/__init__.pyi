@@ -14,6 +14,8 @@ from .bundle import open_bundle as open_bundle
 from .bundle_model import open_bundle_model as open_bundle_model
 from .bundle_model import split_state as split_state
 from .manifest import Manifest as Manifest
+from .placing import plan_bundle as plan_bundle
+from .placing import predict_plan as predict_plan
 from .weights import DENSE_FILE as DENSE_FILE
 from .weights import SmallWeights as SmallWeights
 from .weights import plan_table_files as plan_table_files

@@ -41,7 +41,7 @@ from dmt_convert.files import TensorSource, check_space, check_target, digest_na
 from dmt_convert.metrics import Accuracy
 from dmt_convert.model import DmtModel
 from dmt_convert.placement import TowerPlan
-from dmt_convert.report import describe_bundle
+from dmt_convert.report import render_documents
 from dmt_convert.training.data import TrainingData
 from dmt_convert.training.in_memory import measure_rows, table_infos
 from dmt_convert.training.loop import Evaluation, TrainResult
@@ -226,7 +226,7 @@ def write_trained(
             quality=extend_quality(parent.manifest.quality, after, data),
             tool=Tool(),
         )
-        return manifest, plan, lambda final: describe_bundle(final, plan, out, figure=figure)
+        return manifest, plan, lambda final: render_documents(final, plan, out, figure=figure)
 
     bundle = write_bundle(
         out,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dmt_convert.bundle import open_bundle
-from dmt_convert.report import documents
+from dmt_convert.report.view import ReportView
 
 
 def _json(run):
@@ -64,13 +64,14 @@ def test_linear_towers_by_default(example, call_dmt, tmp_path, few_rows, no_repo
     assert value["partition"]["affinity"] == "cosine"
 
 
-def test_the_report_names_the_file_in_its_commands(bundle, monkeypatch):
+def test_the_report_names_the_file_in_its_commands(bundle):
     opened = open_bundle(bundle)
-    found = []
-    monkeypatch.setattr(documents, "render_report", found.append)
-    documents.describe_bundle(opened.manifest, opened.plan, bundle, figure="<svg/>")
-    assert f"dmt evaluate {bundle.name} --data DATA --model xlrm.py" in found[0].commands
-    assert f"dmt plan {bundle.name} --hosts 2 --ranks-per-host 8" in found[0].commands
+    view = ReportView(
+        manifest=opened.manifest, plan=opened.plan, folder=bundle.name, figure="<svg/>"
+    )
+    commands = [command for _, command in view.commands]
+    assert f"dmt evaluate {bundle.name} --data DATA --model xlrm.py" in commands
+    assert f"dmt plan {bundle.name} --hosts 2 --ranks-per-host 8" in commands
 
 
 def test_a_bundle_wants_its_file(example, call_dmt, bundle, tmp_path, monkeypatch):

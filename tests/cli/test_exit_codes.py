@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmt_convert import flow
+from dmt_convert.conversion import convert
 from dmt_convert.files.digest import TreeDigest
 from support.checkpoints.flat import make_flat
 
@@ -228,7 +228,7 @@ def test_a_bug_is_called_one(flat: Path, call_dmt: Call, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(flow, "open_checkpoint", fail)
+    monkeypatch.setattr(convert, "open_checkpoint", fail)
     run = call_dmt("inspect", flat, "--json")
     assert run.code == 1
     value = json.loads(run.stdout)
@@ -251,7 +251,7 @@ def test_what_the_system_refuses_is_no_bug(
     def fail(path: Path) -> None:
         raise OSError(code, "The system says no", str(path))
 
-    monkeypatch.setattr(flow, "open_checkpoint", fail)
+    monkeypatch.setattr(convert, "open_checkpoint", fail)
     run = call_dmt("inspect", flat, "--json")
     assert run.code == 3
     assert json.loads(run.stdout)["found"] == f"{flat}: The system says no"

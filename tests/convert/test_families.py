@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import dmt_convert as dmt
+from dmt_convert.conversion import default_out
 from dmt_convert.documents import Quality, QualityRow
 from dmt_convert.errors import ConfigError
-from dmt_convert.flow import default_out
 from dmt_convert.scoring import open_model
 from dmt_convert.scoring.verify import verify_models
 from support.checkpoints.flat import make_flat

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import dmt_convert as dmt
-from dmt_convert import flow
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.checkpoint import gather_rows
+from dmt_convert.conversion import convert as conversion_steps
 from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import CheckpointError
 from support.bundles import convert_quickly
@@ -276,7 +276,7 @@ def test_what_is_said_before_and_after(make, call_dmt, tmp_path) -> None:
 
 def test_the_free_space_must_hold_them_too(make, tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(flow, "check_space", lambda out, size: seen.append(size))
+    monkeypatch.setattr(conversion_steps, "check_space", lambda out, size: seen.append(size))
     for state in ("keep", "drop"):
         dmt.preview(make(), towers=2, optimizer_state=state, out=tmp_path / "out")
     assert seen[0] - seen[1] == sum(ROWS) * 4

@@ -6,7 +6,13 @@ import re
 
 import pytest
 
-from dmt_convert.report.style_sheet import DARK, LIGHT, STYLE
+from support.paths import REPOSITORY
+
+STYLE = (REPOSITORY / "dmt_convert/report/report.css").read_text()
+LIGHT, DARK = (
+    dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block))
+    for block in re.findall(r":root \{(.*?)\}", STYLE, re.S)
+)
 
 PAIRS = [
     ("ink", "paper"),

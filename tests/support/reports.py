@@ -6,15 +6,29 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from dmt_convert.bundle import Manifest
 from dmt_convert.config import PartitionConfig
+from dmt_convert.conversion import describe_partition
 from dmt_convert.conversion.partition import Partition, partition_features
-from dmt_convert.documents import QualityRow
+from dmt_convert.documents import (
+    Initialisation,
+    Quality,
+    QualityRow,
+    Source,
+    SourceFile,
+    Tool,
+    WeightsFile,
+)
 from dmt_convert.families import Fact
 from dmt_convert.model import DmtSpec, TowerSpec, module_spec
 from dmt_convert.placement import Cluster, plan_towers
-from dmt_convert.report import ReportData
+from dmt_convert.report.figures import figure_svg
+from dmt_convert.report.view import ReportView
 from support.affinities import planted_affinity
 from support.specs import build_spec
+
+NO_FIGURE = '<svg viewBox="0 0 1 1"></svg>'
+"""Drawing takes a second."""
 
 FACTS = (
     Fact(subject="embedding dim", value="8", source="read", reason="metadata of the checkpoint"),
@@ -60,7 +74,7 @@ def _partitioned(
     return DmtSpec(flat=flat, towers=towers_of), partition
 
 
-def build_data(
+def build_view(
     features: int = 6,
     towers: int = 2,
     *,
@@ -70,33 +84,52 @@ def build_data(
     module: Any = "auto",
     hosts: int | None = None,
     dim: int = 8,
+    figure: str | None = NO_FIGURE,
+    rows: tuple[QualityRow, ...] = QUALITY,
+    labelled: str | None = None,
     **changes: Any,
-) -> ReportData:
-    """A report; `changes` are fields of `ReportData`."""
+) -> ReportView:
+    """What a report says; `changes` are fields of the manifest.
+
+    Args:
+        figure: None draws it.
+        rows: The quality table.
+        labelled: Description of the held-out rows, if they have labels.
+    """
     named = tuple(names) if names else features
     spec, partition = _partitioned(named, towers, strategy, affinity, module, dim)
-    flat = spec.flat
     cluster = Cluster(hosts=hosts or towers, ranks_per_host=8)
+    record = describe_partition(partition)
     fields: dict[str, Any] = {
-        "title": "ckpt.pt",
-        "tool_version": "0.1.0",
-        "source": {
-            "format": "torch",
-            "files": [{"name": "ckpt.pt", "bytes": 123_456_789}],
-            "nbytes": 123_450_000,
-            "digest": "sha256-tree:0011223344556677",
-        },
+        "tool": Tool(version="0.1.0"),
+        "source": Source(
+            format="torch",
+            name="ckpt.pt",
+            files=(SourceFile(name="ckpt.pt", bytes=123_456_789),),
+            bytes=123_450_000,
+            digest="sha256-tree:0011223344556677",
+        ),
         "facts": FACTS,
-        "spec": spec,
-        "partition": partition,
-        "plan": plan_towers(flat, partition.assignment, cluster, tower_widths=spec.tower_widths),
-        "initialisation_method": "closed form",
-        "initialisation_notes": ("over_arch.0 refitted: R^2 of pre-activations 0.97 -> 0.998",),
-        "sample_description": "4096 sampled inputs, table rows drawn uniformly",
-        "quality": QUALITY,
-        "quality_data": "1024 held-out rows of: sampled inputs",
-        "labelled_data": None,
-        "weight_files": (("weights/dense.safetensors", 12_345),),
-        "commands": ("dmt verify ckpt.pt ckpt-dmt2", "dmt evaluate ckpt-dmt2 --data DATA"),
+        "model": spec,
+        "partition": record,
+        "initialisation": Initialisation(
+            method="closed form",
+            sample="4096 sampled inputs, table rows drawn uniformly",
+            notes=("over_arch.0 refitted: R^2 of pre-activations 0.97 -> 0.998",),
+        ),
+        "quality": Quality(
+            rows=rows,
+            data=labelled or "sampled inputs",
+            count=1024,
+            labelled=labelled is not None,
+        ),
+        "weights": {"weights/dense.safetensors": WeightsFile(bytes=12_345, digests={})},
     }
-    return ReportData(**{**fields, **changes})
+    return ReportView(
+        manifest=Manifest(**{**fields, **changes}),
+        plan=plan_towers(spec.flat, partition.assignment, cluster, tower_widths=spec.tower_widths),
+        folder=f"ckpt-dmt{towers}",
+        figure=figure
+        or figure_svg(spec.flat, partition.assignment.towers, record, partition.affinity),
+        shows_affinity=affinity,
+    )

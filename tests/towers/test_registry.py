@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dmt_convert as dmt
-from dmt_convert import flow, interactions
+from dmt_convert import interactions
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
-from dmt_convert.conversion import sample
+from dmt_convert.conversion import convert, sample
 from dmt_convert.conversion.initialisation import initialise, starts, trace_flat
 from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Start
 from dmt_convert.data import Bag, Batch
@@ -142,7 +142,7 @@ def checkpoint(_registered, tmp_path: Path, monkeypatch) -> Path:
             ignored=(),
         )
 
-    monkeypatch.setattr(flow, "infer_model", describe)
+    monkeypatch.setattr(convert, "infer_model", describe)
     monkeypatch.setattr(sample, "sample_size", lambda spec: 1024)
     return tmp_path / "flat.safetensors"
 

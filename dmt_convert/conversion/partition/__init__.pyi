@@ -2,9 +2,6 @@
 from .affinity import cosine_affinity as cosine_affinity
 from .affinity import measure_affinity as measure_affinity
 from .affinity import tells_pairs as tells_pairs
-from .figure import figure_svg as figure_svg
-from .figure import plot_partition as plot_partition
-from .figure import tower_colours as tower_colours
 from .partitioner import Partition as Partition
 from .partitioner import TowerLoad as TowerLoad
 from .partitioner import measure_loads as measure_loads

@@ -8,24 +8,16 @@ import re
 import pytest
 
 from dmt_convert.documents import QualityRow
-from dmt_convert.report import partition_section, render_report
-from dmt_convert.report.headline_section import judge
-from dmt_convert.report.markup import EMPTY
-from support.reports import build_data
+from dmt_convert.report.page import render_page
+from support.reports import build_view
 
 FLAT = QualityRow(name="flat", r2=1.0, max_abs_diff=0.0, rank_correlation=1.0)
 
 
-@pytest.fixture(autouse=True)
-def _without_figure(monkeypatch):
-    """Drawing takes a second, and these tests do not look at it."""
-    monkeypatch.setattr(partition_section, "embed_figure", lambda *_, **__: EMPTY)
-
-
-def plain(data) -> str:
+def plain(view) -> str:
     """The text of the page."""
-    body = render_report(data).split("<body>")[1]
-    return html.unescape(re.sub(r"<[^>]+>", " ", body))
+    body = render_page(view).split("<body>")[1]
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
 
 
 def row(name: str = "closed form", **values: float | None) -> QualityRow:
@@ -48,33 +40,33 @@ def row(name: str = "closed form", **values: float | None) -> QualityRow:
     ],
 )
 def test_verdict_of_a_compressed_model(r2, level):
-    data = build_data(quality=(FLAT, row(r2=r2)))
-    assert judge(data).level == level
-    assert f'class="verdict {level}"' in render_report(data)
-    assert "--tower-module passthrough" in plain(data)
+    view = build_view(rows=(FLAT, row(r2=r2)))
+    assert view.verdict.level == level
+    assert f'class="verdict {level}"' in render_page(view)
+    assert "--tower-module passthrough" in plain(view)
 
 
 @pytest.mark.parametrize(
     ("difference", "level"), [(0.0, "exact"), (1e-6, "exact"), (None, "exact"), (0.2, "far")]
 )
 def test_verdict_of_passthrough(difference, level):
-    data = build_data(
-        module="passthrough", quality=(FLAT, row("passthrough", r2=1.0, max_abs_diff=difference))
+    view = build_view(
+        module="passthrough", rows=(FLAT, row("passthrough", r2=1.0, max_abs_diff=difference))
     )
-    assert judge(data).level == level
-    assert "with --tower-module passthrough" not in plain(data)
+    assert view.verdict.level == level
+    assert "with --tower-module passthrough" not in plain(view)
 
 
 def test_a_passthrough_that_is_not_a_number_is_not_exact():
-    data = build_data(
-        module="passthrough", quality=(FLAT, row("passthrough", max_abs_diff=float("nan")))
+    view = build_view(
+        module="passthrough", rows=(FLAT, row("passthrough", max_abs_diff=float("nan")))
     )
-    assert judge(data).level == "far"
+    assert view.verdict.level == "far"
 
 
 def test_a_compressed_model_is_never_called_exact():
     perfect = row(r2=1.0, max_abs_diff=0.0, rank_correlation=1.0)
-    verdict = judge(build_data(quality=(FLAT, perfect)))
+    verdict = build_view(rows=(FLAT, perfect)).verdict
     assert "not exact" in verdict.headline
 
 
@@ -86,7 +78,7 @@ def test_changes_of_accuracy_are_signed_and_coloured():
         (worse, "worse", "−0.00100", "+0.50 %"),
         (better, "better", "+0.00100", "−0.50 %"),
     ):
-        text = render_report(build_data(quality=(flat, converted), labelled_data="rows of day 23"))
+        text = render_page(build_view(rows=(flat, converted), labelled="rows of day 23"))
         assert text.count(f'class="change {kind}"') == 3
         assert auc in text and ne in text and "rows of day 23" in text
         assert text.count('class="change ') == 3
@@ -94,28 +86,26 @@ def test_changes_of_accuracy_are_signed_and_coloured():
 
 def test_equal_accuracy_is_no_change():
     flat = row("flat", auc=0.8, log_loss=0.45, ne=0.8)
-    data = build_data(
-        quality=(flat, row(auc=0.8, log_loss=0.45, ne=0.8)), labelled_data="rows of day 23"
-    )
-    assert render_report(data).count('class="change same"') == 3
+    view = build_view(rows=(flat, row(auc=0.8, log_loss=0.45, ne=0.8)), labelled="rows of day 23")
+    assert render_page(view).count('class="change same"') == 3
 
 
 def test_what_is_not_known_is_a_dash():
     unknown = row(r2=None, max_abs_diff=None, rank_correlation=None)
-    data = build_data(quality=(unknown,))
-    page = render_report(data)
+    view = build_view(rows=(unknown,))
+    page = render_page(view)
     cells = re.search(r'<table class="quality">.*?<tbody>(.*?)</tbody>', page, re.S)
     assert cells is not None
     assert re.findall(r"<td[^>]*><div>(.*?)</div>", cells.group(1)) == [
         '<span class="bar dmt" aria-hidden="true"><span style="width:0.0%"></span></span>–',
         *["–"] * 5,
     ]
-    assert "None" not in plain(data) and "nan" not in plain(data)
-    assert "No labels were given" in plain(data)
+    assert "None" not in plain(view) and "nan" not in plain(view)
+    assert "No labels were given" in plain(view)
 
 
 def test_the_headline_counts_what_crosses_hosts():
-    text = plain(build_data(features=6, towers=2))
+    text = plain(build_view(features=6, towers=2))
     # 6 features of 8 floats, half of them for the other host; half of that after the modules
     assert "96 → 48 bytes" in text and "2.00×" in text and "6 → 2" in text
-    assert "one host" in plain(build_data(hosts=1))
+    assert "one host" in plain(build_view(hosts=1))

@@ -1,9 +1,8 @@
-"""From a flat checkpoint to a bundle."""
+"""From a flat checkpoint to a bundle: the steps of a conversion, in order."""
 
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -11,63 +10,34 @@ from typing import TYPE_CHECKING, Final
 from dmt_convert.bundle import (
     Bundle,
     BundleWriter,
-    Documents,
-    Manifest,
     StreamedWeights,
     accumulator_bytes,
-    describe_accumulators,
     open_bundle,
     plan_accumulator_files,
     plan_table_files,
     table_bytes,
 )
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.config import (
-    ConvertConfig,
-    ModelOptions,
-    PartitionConfig,
-    PartitionOptions,
-    PlanConfig,
-)
-from dmt_convert.conversion import (
-    Sample,
-    choose_modules,
-    default_strategy,
-    draw_sample,
-    may_allot,
-)
+from dmt_convert.config import ConvertConfig, ModelOptions, PartitionConfig, PartitionOptions
+from dmt_convert.conversion.module_choice import choose_modules, default_strategy, may_allot
 from dmt_convert.conversion.partition import (
     Partition,
     measure_affinity,
     partition_features,
-    plot_partition,
     tells_pairs,
 )
+from dmt_convert.conversion.record import describe_manifest, describe_partition
+from dmt_convert.conversion.sample import Sample, draw_sample
 from dmt_convert.errors import BundleError, DataError, PlanError
 from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
-from dmt_convert.files import (
-    check_checksums,
-    check_space,
-    check_target,
-    staged_file,
-    write_text,
-)
+from dmt_convert.files import check_checksums, check_space, check_target, staged_file, write_text
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
-from dmt_convert.placement import (
-    Cluster,
-    TowerPlan,
-    default_cluster,
-    make_cluster,
-    make_machine,
-    plan_towers,
-)
-from dmt_convert.placement.predict import PredictionReport, plot_scaling, predict_bundle
+from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_towers
 from dmt_convert.progress import Progress, no_progress
+from dmt_convert.report import plot_partition
 
 if TYPE_CHECKING:
-    from dmt_convert.conversion import StartedModel
-
-logger = logging.getLogger(__name__)
+    from dmt_convert.conversion.start import StartedModel
 
 _MIN_ROWS: Final = 16
 _MAX_HOSTS_PER_TOWER: Final = 64
@@ -80,34 +50,42 @@ def convert_checkpoint(
 
     Args:
         source: The checkpoint.
-        config: What is asked for.
-        progress: Told of the steps.
+        config: The settings.
+        progress: Called as work goes on.
 
     Raises:
         DmtError: The checkpoint, the settings or the target cannot be used; nothing is changed.
     """
+    from dmt_convert.report import render_documents
+
     flat = describe_flat(source, config)
-    out = check_out(flat, config)
+    out = _check_out(flat, config)
     for tensor in flat.dense_tensors.values():
         check_checksums(tensor, tensor.path)
     progress("sampling", 0, 0)
-    sample = draw_rows(flat, config)
+    sample = _draw_sample(flat, config)
     progress("partitioning", 0, 0)
-    candidates = candidate_modules(flat, config)
-    partition = find_towers(flat, sample, config, candidates)
-    specs = [converted_spec(flat.spec, partition.assignment.towers, m) for m in candidates]
-    # that the cluster can hold the tables is known before anything is written
-    plan = _plan(specs[0], _cluster(config))
-    weights = _stream(flat, partition, config)
+    modules = _candidate_modules(flat, config)
+    partition = find_towers(flat, sample, config, modules)
+    specs = [converted_spec(flat.spec, partition.towers, module) for module in modules]
+    # made before anything is written, because the cluster may be too small for the tables
+    plan = _plan(specs[0], _requested_cluster(config))
+    weights = _streamed_weights(flat, partition, config)
     with BundleWriter(out, weights, force=config.force, progress=progress) as writer:
         started = _start(flat, specs, sample, config, _checked(progress, writer))
         progress("initialising", 0, 0)
         writer.wait()
-        manifest = _describe(flat, partition, sample, started, weights, config)
-        # the towers may emit less than was asked for, or something else
-        final = _plan(started.spec, plan.cluster)
-        documents = _documents(flat, partition, final, started, out)
-        writer.finish(started.weights, manifest, final, documents)
+        manifest = describe_manifest(
+            flat, partition, sample, started, weights=weights, config=config
+        )
+        # the towers may emit less than the ones planned for
+        final_plan = _plan(started.spec, plan.cluster)
+        writer.finish(
+            started.weights,
+            manifest,
+            final_plan,
+            lambda final: render_documents(final, final_plan, out, affinity=partition.affinity),
+        )
     return open_bundle(out)
 
 
@@ -144,13 +122,13 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
         DmtError: The conversion would be refused.
     """
     flat = describe_flat(source, config)
-    out = check_out(flat, config)
+    out = _check_out(flat, config)
     known = isinstance(config.partition, Path) or config.partition == "round-robin"
     # towers are found from the weights later; that there can be so many is known now
     dealt = partition_features(
         flat.spec, config if known else config.replace(partition="round-robin")
     )
-    modules = candidate_modules(flat, config)
+    modules = _candidate_modules(flat, config)
     towers = dealt.assignment.towers
     return Preview(
         flat=flat,
@@ -165,10 +143,10 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
 
 
 def describe_flat(source: Path, options: ModelOptions) -> FlatModelInfo:
-    """Open a flat checkpoint by its headers, with what the user says of the model.
+    """Open a flat checkpoint by its headers, with what the user says about the model.
 
     Raises:
-        DmtError: It cannot be read, or is not a model that is known.
+        DmtError: It cannot be read, or is not a known model.
     """
     return infer_model(open_checkpoint(source), read_model_options(options))
 
@@ -183,8 +161,8 @@ def default_out(source: Path, num_towers: int | None) -> Path:
     return source.parent / f"{stem or 'model'}-dmt{num_towers or ''}"
 
 
-def check_out(flat: FlatModelInfo, config: ConvertConfig) -> Path:
-    """Return where the bundle goes, once that is known to be possible.
+def _check_out(flat: FlatModelInfo, config: ConvertConfig) -> Path:
+    """Return the folder of the bundle, after checking that it can be written there.
 
     Raises:
         BundleError: The target is taken, lies in the checkpoint, or the disk has too little space.
@@ -206,8 +184,8 @@ def _accumulator_bytes(flat: FlatModelInfo, config: ConvertConfig) -> int:
     return accumulator_bytes(flat) if config.optimizer_state == "keep" else 0
 
 
-def draw_rows(flat: FlatModelInfo, options: PartitionOptions) -> Sample:
-    """Draw the rows that a model is looked at on.
+def _draw_sample(flat: FlatModelInfo, options: PartitionOptions) -> Sample:
+    """Draw the rows that towers are fitted to and measured on.
 
     Raises:
         DataError: The calibration data holds too few rows, or does not fit the model.
@@ -233,7 +211,7 @@ def find_towers(
     Args:
         flat: The flat model.
         sample: Rows on which affinity is measured.
-        options: What is asked for.
+        options: The settings.
         modules: Candidates for the tower module. If towers may combine features, strongly paired
             features are better kept apart, so the default strategy is `diverse`.
 
@@ -248,8 +226,8 @@ def find_towers(
     return replace(partition_features(flat.spec, options, affinity), sample=sample.description)
 
 
-def candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:
-    """Return the tower module that is asked for, and others that emit as little.
+def _candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:
+    """Return the requested tower module, and alternatives that emit as little.
 
     Raises:
         ConfigError: The settings contradict each other, or the model cannot have such a module.
@@ -261,8 +239,8 @@ def _towers_in_file(flat: FlatModelInfo, config: ConvertConfig) -> int:
     return len(partition_features(flat.spec, config).assignment.towers)
 
 
-def _cluster(config: ConvertConfig) -> Cluster | None:
-    """Return the cluster that is asked for, if any of it is."""
+def _requested_cluster(config: ConvertConfig) -> Cluster | None:
+    """Return the cluster that the settings describe, if they do."""
     if config.hosts is None and config.ranks_per_host is None and config.hbm_gib is None:
         return None
     return make_cluster(config, hosts=config.towers or 1)
@@ -287,8 +265,10 @@ def _plan(spec: DmtSpec, cluster: Cluster | None) -> TowerPlan:
             hosts *= 2
 
 
-def _stream(flat: FlatModelInfo, partition: Partition, config: ConvertConfig) -> StreamedWeights:
-    towers = partition.assignment.towers
+def _streamed_weights(
+    flat: FlatModelInfo, partition: Partition, config: ConvertConfig
+) -> StreamedWeights:
+    towers = partition.towers
     kept = config.optimizer_state == "keep"
     return StreamedWeights(
         tables=plan_table_files(flat, towers, dtype=config.dtype),
@@ -314,7 +294,7 @@ def _start(
     progress: Progress,
 ) -> StartedModel:
     # imports torch, which takes seconds: only now, while tables are being copied
-    from dmt_convert.conversion import start_model
+    from dmt_convert.conversion.start import start_model
 
     return start_model(
         flat,
@@ -329,52 +309,15 @@ def _start(
     )
 
 
-def _describe(
-    flat: FlatModelInfo,
-    partition: Partition,
-    sample: Sample,
-    started: StartedModel,
-    weights: StreamedWeights,
-    config: ConvertConfig,
-) -> Manifest:
-    """Say all that `dmt.json` says, but for the weights."""
-    from dmt_convert.report import describe_manifest
-
-    manifest = describe_manifest(flat, partition, started, sample)
-    return replace(
-        manifest,
-        partition=replace(manifest.partition, groups=dict(config.group)),
-        optimizer_state=describe_accumulators(
-            flat, weights.accumulators, keep=config.optimizer_state == "keep"
-        ),
-        config={"command": config.command, **config.record()},
-    )
-
-
-def _documents(
-    flat: FlatModelInfo,
-    partition: Partition,
-    plan: TowerPlan,
-    started: StartedModel,
-    out: Path,
-) -> Documents:
-    """Make the report and the picture of the towers from the final manifest."""
-    from dmt_convert.report import describe_conversion
-
-    return lambda manifest: describe_conversion(
-        manifest, flat, partition, plan, started.quality, out
-    )
-
-
 def partition_checkpoint(
     source: Path, config: PartitionConfig, progress: Progress = no_progress
 ) -> Partition:
-    """Find towers for a flat checkpoint; write and draw them if that is asked for.
+    """Find towers for a flat checkpoint; write and draw them if the settings say so.
 
     Args:
         source: The checkpoint.
-        config: What is asked for.
-        progress: Told of the steps.
+        config: The settings.
+        progress: Called as work goes on.
 
     Raises:
         DmtError: The request cannot be met, or a file cannot be written.
@@ -385,46 +328,15 @@ def partition_checkpoint(
     progress("partitioning", 0, 0)
     partition = find_towers(flat, sample, config)
     if config.out is not None:
-        towers = {"towers": partition.assignment.towers}
+        towers = {"towers": partition.towers}
         write_text(config.out, json.dumps(towers, indent=1, ensure_ascii=False) + "\n")
     if config.plot is not None:
         with staged_file(config.plot) as staged:
-            plot_partition(flat.spec, partition, staged)
+            plot_partition(
+                staged,
+                flat.spec,
+                partition.towers,
+                describe_partition(partition),
+                partition.affinity,
+            )
     return partition
-
-
-def plan_bundle(bundle: Bundle, config: PlanConfig) -> TowerPlan:
-    """Place a bundle's towers on a cluster; write the plan if that is asked for.
-
-    Raises:
-        DmtError: The cluster cannot hold the towers, or the file cannot be written.
-    """
-    read_model_options(config)
-    model = bundle.manifest.model
-    plan = plan_towers(
-        model.flat, model.assignment, make_cluster(config), tower_widths=model.tower_widths
-    )
-    if config.out is not None:
-        write_text(config.out, json.dumps(plan.to_json(), indent=1) + "\n")
-    return plan
-
-
-def predict_plan(bundle: Bundle, plan: TowerPlan, config: PlanConfig) -> PredictionReport:
-    """Predict the steps of a placed bundle; draw them if that is asked for.
-
-    Raises:
-        DmtError: The settings describe no machine, or the file cannot be written.
-    """
-    machine = make_machine(config, plan.cluster)
-    report = predict_bundle(
-        bundle.manifest.model,
-        plan,
-        machine,
-        config.ids_per_bag or 1.0,
-        predict=config.predict,
-        scaling=config.predict_scaling,
-    )
-    if config.plot is not None and report.scaling is not None:
-        with staged_file(config.plot) as staged:
-            plot_scaling(report.scaling, machine.title, staged)
-    return report

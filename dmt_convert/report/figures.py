@@ -1,5 +1,7 @@
 """The figure of a partition: affinity before and after, and the load of every tower.
 
+matplotlib is imported when something is drawn.
+
 Letters: F features, T towers.
 """
 
@@ -15,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dmt_convert.arrays import Float64Array, FloatArray
-from dmt_convert.conversion.partition.partitioner import Partition
+from dmt_convert.documents import PartitionRecord, TowerLoadRecord
 from dmt_convert.errors import PartitionError
 from dmt_convert.spec import ModelSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+Towers = tuple[tuple[str, ...], ...]
+"""Feature names of every tower."""
 
 _STYLE: Final[dict[str, Any]] = {
     "svg.hashsalt": "dmt-convert",
@@ -56,12 +60,26 @@ _WIDTH: Final = 9.5
 _MAX_NAMED_FEATURES: Final = 64
 _MAX_NUMBERED_TOWERS: Final = 32
 _MAX_MATRIX_PIXELS: Final = 800
+_ELEMENT_BYTES: Final = 4
+"""Pooled embeddings are float32."""
 
 
-def plot_partition(spec: ModelSpec, partition: Partition, path: Path) -> None:
+def plot_partition(
+    path: Path,
+    spec: ModelSpec,
+    towers: Towers,
+    record: PartitionRecord,
+    affinity: FloatArray | None = None,
+) -> None:
     """Draw a partition into a .svg or .png file; the same partition gives the same bytes.
 
-    Without an affinity only the loads are drawn.
+    Args:
+        path: The file.
+        spec: The flat model.
+        towers: Features of every tower.
+        record: How the towers were chosen, and what they cost.
+        affinity: Affinity of features in model order, shape (F, F); without it only the loads are
+            drawn.
 
     Raises:
         PartitionError: The suffix is neither .svg nor .png.
@@ -72,13 +90,34 @@ def plot_partition(spec: ModelSpec, partition: Partition, path: Path) -> None:
             expected=f"a name that ends in {' or '.join(_SUFFIXES)}",
             hint="rename the plot file",
         )
-    path.write_bytes(_render(spec, partition, path.suffix.lower().removeprefix(".")))
+    kind = path.suffix.lower().removeprefix(".")
+    path.write_bytes(_render(kind, spec, towers, record, affinity))
 
 
-def figure_svg(spec: ModelSpec, partition: Partition) -> str:
-    """Draw a partition as an `<svg>` element, to be embedded in HTML."""
-    text = _render(spec, partition, "svg").decode("utf-8")
+def figure_svg(
+    spec: ModelSpec, towers: Towers, record: PartitionRecord, affinity: FloatArray | None = None
+) -> str:
+    """Draw a partition as an `<svg>` element, to be embedded in HTML; see `plot_partition`."""
+    text = _render("svg", spec, towers, record, affinity).decode("utf-8")
     return text[text.index("<svg") :]
+
+
+def tower_loads(
+    spec: ModelSpec, towers: Towers, record: PartitionRecord
+) -> tuple[TowerLoadRecord, ...]:
+    """Return what every tower costs: as recorded, or else computed with one id per feature."""
+    if len(record.loads) == len(towers) and all(load.lookups is not None for load in record.loads):
+        return record.loads
+    return tuple(
+        TowerLoadRecord(
+            features=len(names),
+            table_bytes=sum(
+                {spec.table_of(n).name: spec.table_of(n).nbytes for n in names}.values()
+            ),
+            lookups=float(len(names)),
+        )
+        for names in towers
+    )
 
 
 def tower_colours(count: int) -> tuple[str, ...]:
@@ -95,62 +134,65 @@ def _spread_hue(tower: int) -> str:
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
 
 
-def _render(spec: ModelSpec, partition: Partition, kind: str) -> bytes:
+def _render(
+    kind: str,
+    spec: ModelSpec,
+    towers: Towers,
+    record: PartitionRecord,
+    affinity: FloatArray | None,
+) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     buffer = io.BytesIO()
     style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # Names may use any script; a glyph that the font lacks is shown as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = _draw(spec, partition)
+        shown = affinity is not None
+        figure = Figure(figsize=(_WIDTH, 8.2 if shown else 3.6), layout="constrained")
+        grid = figure.add_gridspec(1 + shown, 1, height_ratios=[2.1, 1] if shown else [1])
+        if affinity is not None:
+            top = grid[0].subgridspec(1, 2)
+            axes = [figure.add_subplot(top[0, k]) for k in range(2)]
+            _draw_matrices(axes, spec, towers, affinity)
+        bottom = grid[-1].subgridspec(1, 4)
+        axes = [figure.add_subplot(bottom[0, k]) for k in range(4)]
+        _draw_loads(axes, spec, towers, tower_loads(spec, towers, record))
+        figure.suptitle(_title(spec, towers, record), fontsize=10.5, x=0.01, ha="left")
         FigureCanvasAgg(figure)
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
     return buffer.getvalue()
 
 
-def _draw(spec: ModelSpec, partition: Partition) -> Figure:
-    from matplotlib.figure import Figure
-
-    shown = partition.affinity is not None
-    figure = Figure(figsize=(_WIDTH, 8.2 if shown else 3.6), layout="constrained")
-    grid = figure.add_gridspec(1 + shown, 1, height_ratios=[2.1, 1] if shown else [1])
-    if shown:
-        top = grid[0].subgridspec(1, 2)
-        _draw_matrices([figure.add_subplot(top[0, k]) for k in range(2)], spec, partition)
-    bottom = grid[-1].subgridspec(1, 4)
-    _draw_loads([figure.add_subplot(bottom[0, k]) for k in range(4)], partition)
-    figure.suptitle(_title(spec, partition), fontsize=10.5, x=0.01, ha="left")
-    return figure
-
-
-def _title(spec: ModelSpec, partition: Partition) -> str:
-    features, towers = len(spec.features), len(partition.assignment.towers)
-    title = f"{features} feature{'s' * (features > 1)} in {towers} tower{'s' * (towers > 1)}"
-    title += f", {partition.strategy}"
-    if partition.within_affinity is not None and partition.between_affinity is not None:
+def _title(spec: ModelSpec, towers: Towers, record: PartitionRecord) -> str:
+    features = len(spec.features)
+    title = f"{features} feature{'s' * (features > 1)} in {len(towers)} "
+    title += f"tower{'s' * (len(towers) > 1)}, {record.strategy}"
+    if record.within_affinity is not None and record.between_affinity is not None:
         title += (
-            f"; mean {partition.affinity_kind} affinity {partition.within_affinity:.3f} inside "
-            f"towers, {partition.between_affinity:.3f} between"
+            f"; mean {record.affinity} affinity {record.within_affinity:.3f} inside "
+            f"towers, {record.between_affinity:.3f} between"
         )
     return title
 
 
-def _draw_matrices(axes: Sequence[Axes], spec: ModelSpec, partition: Partition) -> None:
+def _draw_matrices(
+    axes: Sequence[Axes], spec: ModelSpec, towers: Towers, affinity: FloatArray
+) -> None:
     from matplotlib.patches import Rectangle
 
-    affinity, names = partition.affinity, spec.feature_names
-    assert affinity is not None
+    names = spec.feature_names
     count = len(names)
-    towers = _order_towers(affinity, spec, partition)
+    ordered = _order_towers(affinity, spec, towers)
     away = affinity[~np.eye(count, dtype=bool)]
     # The colours end at quantiles: a few extreme pairs would leave all others dark.
     low, top = np.quantile(away, (0.005, 0.995)) if len(away) else (0.0, 1.0)
     orders = {
         "Affinity, model order": np.arange(count),
-        "Affinity, by tower": np.concatenate(towers),
+        "Affinity, by tower": np.concatenate(ordered),
     }
     for ax, (title, order) in zip(axes, orders.items(), strict=True):
         image = ax.imshow(
@@ -165,7 +207,7 @@ def _draw_matrices(axes: Sequence[Axes], spec: ModelSpec, partition: Partition) 
         ax.spines[:].set_visible(False)
         _name_axes(ax, [names[i] for i in order])
     begin = 0
-    for tower in towers:
+    for tower in ordered:
         corner, size = (begin - 0.5, begin - 0.5), len(tower)
         width = 1.4 if count <= 200 else 0.7
         axes[1].add_patch(Rectangle(corner, size, size, fill=False, ec="#5ee0c0", lw=width))
@@ -175,12 +217,12 @@ def _draw_matrices(axes: Sequence[Axes], spec: ModelSpec, partition: Partition) 
 
 
 def _order_towers(
-    affinity: FloatArray, spec: ModelSpec, partition: Partition
+    affinity: FloatArray, spec: ModelSpec, towers: Towers
 ) -> list[np.ndarray[Any, Any]]:
     """Feature indices of every tower, those with the highest affinity to their tower first."""
     index = {name: i for i, name in enumerate(spec.feature_names)}
     ordered = []
-    for names in partition.assignment.towers:
+    for names in towers:
         tower = np.array([index[name] for name in names])
         strength = affinity[np.ix_(tower, tower)].sum(axis=1)
         ordered.append(tower[np.argsort(-strength, kind="stable")])
@@ -221,17 +263,21 @@ def _shrink(affinity: FloatArray) -> Float64Array:
     return np.asarray(np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0))
 
 
-def _draw_loads(axes: Sequence[Axes], partition: Partition) -> None:
+def _draw_loads(
+    axes: Sequence[Axes], spec: ModelSpec, towers: Towers, loads: Sequence[TowerLoadRecord]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    loads = partition.loads
     table_bytes = [float(load.table_bytes) for load in loads]
     factor, unit = _byte_unit(max(table_bytes))
     panels = {
         "Features": [float(load.features) for load in loads],
         f"Tables ({unit})": [value / factor for value in table_bytes],
-        "Lookups per sample": [load.lookups for load in loads],
-        "Emitted bytes per sample": [float(load.emitted_bytes) for load in loads],
+        "Lookups per sample": [load.lookups or 0.0 for load in loads],
+        "Emitted bytes per sample": [
+            float(_ELEMENT_BYTES * sum(spec.table_of(name).dim for name in tower))
+            for tower in towers
+        ],
     }
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         ax.bar(range(len(values)), values, color=tower_colours(len(loads)), width=0.8)
