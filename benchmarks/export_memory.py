@@ -30,7 +30,7 @@ LOAD = """
 import json, resource, sys, time
 from pathlib import Path
 import numpy as np
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.checks import generate_batch
 from dmt_convert.serving import ExportedModel, open_graph
 folder = Path(sys.argv[1])
 exported = ExportedModel(folder)

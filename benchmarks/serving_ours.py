@@ -14,9 +14,10 @@ from serving_case import TOWERS, Case, Inputs, graph_inputs, tower_spec
 from serving_weights import WEIGHTS
 
 from dmt_convert.checkpoint import TensorInfo, read_safetensors
+from dmt_convert.config import ExportConfig
 from dmt_convert.model import DmtSpec
-from dmt_convert.serving import OVER_ARCH, WHOLE, ExportConfig, ExportFormat, tower_name
-from dmt_convert.serving.graph_writer import ExportJob
+from dmt_convert.serving import OVER_ARCH, WHOLE, ExportFormat, tower_name
+from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 
 
@@ -44,7 +45,7 @@ def build_job(
         spec=spec,
         inputs=graph_inputs(case.form),
         weights=placed,
-        config=ExportConfig(format=export_format, form=case.form),  # type: ignore[arg-type]
+        config=ExportConfig(format=export_format, pooling_input=case.form),  # type: ignore[arg-type]
     )
 
 
@@ -70,13 +71,13 @@ def _place(weights: Path, spec: DmtSpec, prefix: str) -> PlacedWeights:
 
 def write_onnx(job: ExportJob, part: str) -> Path:
     """Write the whole graph, or the one tower's, whose output are the pooled embeddings."""
-    from dmt_convert.serving.onnx_writer import write_tower_graph, write_whole_graph
+    from dmt_convert.serving.onnx_writer import OnnxGraphs
 
     path = job.folder / f"{part}.onnx"
     if part == "lookup":
-        write_tower_graph(job, 0, path)
+        OnnxGraphs(job).write_tower(0, path)
     else:
-        write_whole_graph(job, path)
+        OnnxGraphs(job).write_whole(path)
     return path
 
 
@@ -84,7 +85,7 @@ def write_pt2(job: ExportJob, part: str) -> Path:
     """Compile the whole graph, or the one tower's, for this processor."""
     from serving_pt2 import SharedBuilder
 
-    from dmt_convert.serving.pt2_compile import CompileJob, compile_part
+    from dmt_convert.serving.pt2 import CompileJob, compile_part
 
     name = tower_name(0) if part == "lookup" else WHOLE
     compile_job = CompileJob(

@@ -7,10 +7,10 @@ from typing import Any
 from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
-from dmt_convert.serving.pt2_compile import CompileJob, GraphBuilder
+from dmt_convert.serving.pt2 import CompileJob, MappedGraphs
 
 
-class SharedBuilder(GraphBuilder):
+class SharedBuilder(MappedGraphs):
     """Takes the tensors of a part from where they lie in the shared file.
 
     Args:

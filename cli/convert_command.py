@@ -57,6 +57,8 @@ def run(
 
 
 def _show_preview(output: Output, preview: Preview) -> None:
+    from dmt_convert.documents import to_json
+
     spec, module = preview.flat.spec, preview.modules[0]
     towers = None if preview.partition is None else preview.partition.assignment.towers
     value = {
@@ -66,8 +68,8 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "facts": [asdict(fact) for fact in preview.flat.facts],
         "towers": preview.num_towers,
         "assignment": towers,
-        "tower_module": asdict(module),
-        "alternatives": [asdict(other) for other in preview.modules[1:]],
+        "tower_module": to_json(module),
+        "alternatives": [to_json(other) for other in preview.modules[1:]],
         "compression": preview.compression,
         "table_bytes": preview.table_bytes,
         "accumulator_bytes": preview.accumulator_bytes,
@@ -89,14 +91,10 @@ def _show_preview(output: Output, preview: Preview) -> None:
 
 
 def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
-    module = modules[0]
-    if module.kind == "passthrough":
-        return "passthrough (exact)"
-    dims = [str(other.dim) for other in modules]
-    width = dims[0] if len(set(dims)) == 1 else "/".join(dims)
-    if module.kind in ("dcn", "linear"):
-        return f"{module.kind}, D={width}"
-    return f"dlrm, c={module.c}, p={module.p}, D={width}"
+    """Describe the module of all towers, which may differ in D."""
+    dims = list(dict.fromkeys(str(module.dim) for module in modules))
+    shown = [str(module.dim) for module in modules] if len(dims) > 1 else dims
+    return modules[0].describe("/".join(shown))
 
 
 def _partition_text(partition: PartitionRecord) -> str:
@@ -118,7 +116,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
             "strategy": manifest.partition.strategy,
             "affinity": manifest.partition.affinity,
         },
-        "tower_module": asdict(model.towers[0].module),
+        "tower_module": to_json(model.towers[0].module),
         "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
         "initialisation": to_json(manifest.initialisation),

@@ -20,6 +20,7 @@ NAME = "finetune"
 @command(FinetuneConfig)
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle to start from; it is not changed.")],
+    extra: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     *,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the torchrun command and run nothing.")
@@ -29,22 +30,30 @@ def run(
 ) -> None:
     """Train a bundle further on labelled rows, on the ranks of one host or several.
 
-    Starts `torchrun` on the recipe `finetune_dmt.py`, which you can copy and change.
+    Starts `torchrun` on the recipe `finetune_dmt.py`, which you can copy and change. What
+    follows `--` goes to the recipe as it is.
 
     Example: `dmt finetune ckpt-dmt16 --data clicks --nproc 8`
     """
-    from dmt_convert.cluster import RanksFailedError, run_finetune, show_finetune
+    from dmt_convert.cluster import FinetuneJob, RanksFailedError, run_finetune, show_command
 
-    opened = dmt.open_bundle(bundle)
+    if extra and "--" not in sys.argv:
+        raise typer.BadParameter(f"unexpected {extra[0]}; arguments of the recipe follow --")
+    job = FinetuneJob(
+        bundle=dmt.open_bundle(bundle),
+        config=config,
+        capture=output.json,
+        quiet=output.quiet,
+        extra=extra or (),
+    )
     if dry_run:
-        words, text = show_finetune(opened, config)
         if output.json:
-            output.result({"dry_run": True, "command": words})
+            output.result({"dry_run": True, "command": job.command})
         else:
-            print(text)
+            print(show_command(job.command))
         return
     try:
-        done = run_finetune(opened, config, capture=output.json, quiet=output.quiet)
+        done = run_finetune(job)
     except RanksFailedError as error:
         if output.json:
             output.result(error.to_json())
@@ -52,4 +61,4 @@ def run(
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.code) from None
     if output.json:
-        output.result(done.summary or {"node_rank": config.node_rank})
+        output.result(done.summary or {"bundle": str(job.out), "node_rank": config.node_rank})

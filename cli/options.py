@@ -60,7 +60,9 @@ def _given(kind: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that options give, by key; those that were not given are left out."""
     keys = {name: key_of(name, field) for name, field in kind.model_fields.items()}
     given = {name.removeprefix(_PREFIX): value for name, value in options.items()}
-    return {keys[name]: value for name, value in given.items() if value not in (None, [])}
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    turned_off = {name for name in given if kind.model_fields[name].default is True}
+    return {keys[name]: name not in turned_off and value for name, value in given.items()}
 
 
 def _parameters(run: Command) -> list[inspect.Parameter]:
@@ -74,12 +76,15 @@ def _setting_options(kind: type[Config]) -> Iterable[inspect.Parameter]:
         plain = base_type(field.annotation)
         # what a value must be is checked by the settings, with the same words for every source
         type_ = list[str] if plain is list else (str if plain is Path else plain)
-        switch = plain is bool and (field.default is not False)
+        if plain is bool and field.default is True:  # such a setting is only ever turned off
+            option = f"--no-{option[2:]}"
+        elif plain is bool and field.default is None:
+            option = f"{option}/--no-{option[2:]}"
         yield _option(
             _PREFIX + name,  # an argument may be called like a setting: MODEL and --model
             type_ | None,
             typer.Option(
-                f"{option}/--no-{option[2:]}" if switch else option,
+                option,
                 help=_help(field),
                 metavar=extra["metavar"]
                 or "|".join(choices)

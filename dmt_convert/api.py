@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import Bundle, is_bundle
 from dmt_convert.bundle import open_bundle as _open_bundle
 from dmt_convert.config import (
@@ -30,6 +31,7 @@ from dmt_convert.config import (
     UnshardConfig,
     VerifyConfig,
 )
+from dmt_convert.errors import UsageError
 from dmt_convert.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -271,10 +273,11 @@ def finetune(
     Returns:
         The new bundle; None on a host that does not see it.
     """
-    from dmt_convert.cluster import run_finetune
+    from dmt_convert.cluster import FinetuneJob, run_finetune
 
     config = _settings(FinetuneConfig, config, settings | _given(data=data))
-    return run_finetune(_opened(bundle), config, capture=capture).bundle
+    job = FinetuneJob(bundle=_opened(bundle), config=config, capture=capture)
+    return run_finetune(job).bundle
 
 
 def export(
@@ -301,7 +304,13 @@ def export(
     from dmt_convert.serving import export_bundle
 
     config = _settings(ExportConfig, config, settings | _given(format=format, out=out))
-    return export_bundle(_opened(bundle), config, on_quality=on_quality, progress=progress)
+    if config.out is None:
+        raise UsageError("--out is missing", expected="the folder to write")
+    if config.model is not None:
+        load_adapter(config.model)
+    return export_bundle(
+        _opened(bundle), config.out, config, on_quality=on_quality, progress=progress
+    )
 
 
 def unshard(

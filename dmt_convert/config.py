@@ -34,7 +34,6 @@ from dmt_convert.spec import CommDtype, Dtype
 
 Strategy = Literal["coherent", "diverse", "round-robin"]
 AffinityKind = Literal["cosine", "weights"]
-TowerModuleChoice = Literal["auto", "passthrough", "dlrm", "dcn", "linear"]
 TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
 DenseOptimizerKind = Literal["adam", "sgd"]
 Decay = Literal["constant", "linear", "cosine"]
@@ -177,7 +176,9 @@ def setting(default: Any, help_: str, **more: Any) -> Any:
             (False: how to run, not what to make, so no bundle records it), and bounds and `alias`
             as pydantic's `Field` takes them.
     """
-    extra = {key: more.pop(key) for key in ("auto", "metavar", "panel", "record") if key in more}
+    extra: dict[str, Any] = {
+        key: more.pop(key) for key in ("auto", "metavar", "panel", "record") if key in more
+    }
     return Field(default, description=help_, json_schema_extra=extra, **more)
 
 
@@ -194,6 +195,7 @@ class Config(BaseModel):
         validate_by_alias=True,
         serialize_by_alias=True,
         validate_default=False,
+        defer_build=True,  # help is shown without building validators
     )
     command: ClassVar[str] = ""
     """The command that takes these settings."""
@@ -458,8 +460,8 @@ class PartitionOptions(Config):
         "coherent puts features that interact into one tower, diverse keeps them apart, "
         "round-robin deals them out; or a JSON file with the towers.",
         metavar="coherent|diverse|round-robin|FILE",
-        auto="coherent; diverse if a tower may emit combinations of its features (--c 0 or "
-        "--compression with a dot interaction)",
+        auto="coherent; diverse if a tower may emit combinations of its features (c = 0, or a "
+        "compression, with a dot interaction)",
         panel=_TOWERS,
     )
     affinity: AffinityKind = setting(
@@ -555,7 +557,7 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
 
     command: ClassVar[str] = "convert"
 
-    tower_module: TowerModuleChoice = setting(
+    tower_module: str = setting(
         "auto",
         "Kind of tower module. auto takes the architecture's own; passthrough computes exactly "
         "what the flat model computes.",
@@ -713,7 +715,9 @@ class ExportConfig(BundleOptions):
     command: ClassVar[str] = "export"
 
     format: ExportFormat = setting(..., "What to write.")
-    out: PathValue = setting(..., "Folder to write; it must not exist.", metavar="DIR")
+    out: PathValue | None = setting(
+        None, "Folder to write; it must not exist.", auto="required", metavar="DIR"
+    )
     quantize: TableCode = setting(
         "none", "Storage type of the tables. Prints the cost in accuracy before writing."
     )
@@ -753,6 +757,13 @@ class ExportConfig(BundleOptions):
     request_group: str = setting(
         "user", "That group, as `dmt convert --group` named it.", panel=_REQUESTS
     )
+    per_request: Names = setting(
+        (),
+        "Features that come once per request. Repeatable.",
+        metavar="f,g",
+        panel=_REQUESTS,
+        auto="those of --request-group",
+    )
     dense_per_request: bool = setting(
         False, "Dense inputs also come once per request.", panel=_REQUESTS
     )
@@ -766,11 +777,12 @@ class ExportConfig(BundleOptions):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.dense_per_request and not self.request_batching:
+        batching = self.request_batching or bool(self.per_request)
+        if self.dense_per_request and not batching:
             raise ValueError("--dense-per-request needs --request-batching")
         if self.max_auc_loss is not None and self.quantize == "none":
             raise ValueError("--max-auc-loss without quantisation: add --quantize int8")
-        if self.request_batching and self.format != "onnx":
+        if batching and self.format != "onnx":
             raise ValueError(
                 f"--request-batching for {self.format}: only --format onnx can do it (Triton's "
                 "batcher cannot take batches of two sizes in one request)"

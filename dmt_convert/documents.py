@@ -249,6 +249,37 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GraphCheck:
+    """One check of one graph."""
+
+    part: str
+    """`whole`, `tower_000`, ..., `over_arch`, or `joined`: the towers' outputs into over_arch."""
+    what: str
+    """What it ran on, or what it must refuse."""
+    rows: int
+    """Rows compared."""
+    max_abs_diff: float | None
+    """Largest absolute difference from the model; None for a refusal."""
+    limit: float | None
+    """Largest difference allowed; None for a refusal."""
+    passed: bool
+    """Whether it held."""
+    found: str = ""
+    """What went wrong, if something did."""
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        verdict = "ok" if self.passed else f"FAILED {self.found}".rstrip()
+        if self.max_abs_diff is None:
+            return f"{self.part}, {self.what}: {verdict}"
+        return (
+            f"{self.part}, {self.what}: max |diff| {self.max_abs_diff:.2g} of {self.limit:.2g} "
+            f"allowed, {self.rows} rows: {verdict}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsFile:
     """A weights file of a bundle or an export."""
 

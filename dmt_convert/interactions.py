@@ -139,7 +139,7 @@ class InteractionSpec:
 
     @property
     def rules(self) -> Interaction:
-        """What follows from the kind."""
+        """The kind: answers what follows from it."""
         return find_interaction(self.kind)
 
     def output_width(self, dims: Sequence[int]) -> int:
@@ -311,7 +311,7 @@ def find_interaction(kind: str) -> Interaction:
     """Return the interaction of that name.
 
     Raises:
-        ArchitectureError: There is none.
+        ArchitectureError: The kind is unknown.
     """
     for interaction in INTERACTIONS:
         if interaction.kind == kind:

@@ -71,8 +71,8 @@ class FeatureSpec:
 class ModelSpec:
     """A flat model: sparse_arch (tables, features), dense_arch, interaction, over_arch.
 
-    Where a network takes the place of the three, it is the interaction: dense_arch and over_arch
-    have no layers then, and let the dense inputs and the logit through (see `network_model`).
+    A network takes the place of the last three. It is the interaction then; dense_arch and
+    over_arch have no layers, and let the dense inputs and the logit through (see `network_model`).
     """
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = MODEL_CONFIG

@@ -45,7 +45,8 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     given = None if config.plan is None else read_plan(config.plan)
     plan = cluster.choose_plan(bundle, layout, given)
     data = training.open_training_data(config.data, config.valid)
-    folder = config.checkpoints or Path(f"{config.out}.checkpoints")
+    out = config.out or cluster.default_out(options.bundle)
+    folder = config.checkpoints or Path(f"{out}.checkpoints")
     is_first = layout.rank == 0
     monitor = training.Monitor(
         config,
@@ -70,7 +71,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
         plan=plan,
         data=data,
         config=config,
-        out=config.out,
+        out=out,
         checkpoints=folder,
         resume=config.resume,
         force=config.force,
@@ -206,7 +207,8 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     The loop is `dmt_convert.training.train`: the one above, with the best state kept in memory.
     """
     bundle = bundles.open_bundle(options.bundle)
-    training.check_out(bundle, config.out, force=config.force)
+    out = config.out or cluster.default_out(options.bundle)
+    training.check_out(bundle, out, force=config.force)
     data = training.open_training_data(config.data, config.valid)
     training.check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
     model = training.load_bundle(bundle)
@@ -221,7 +223,7 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
             on_evaluation=monitor.on_evaluation,
         )
     written = training.write_finetuned(
-        bundle, config.out, model, result, config=config, data=data, force=config.force
+        bundle, out, model, result, config=config, data=data, force=config.force
     )
     monitor.finish(result, written)
     return training.summarise(bundle, written, result, data)
@@ -254,8 +256,6 @@ def main(arguments: list[str] | None = None) -> None:
         json_errors=options.json, quiet=options.quiet or options.json, timeout=timeout
     ):
         config = parse_arguments(RunConfig, vars(options))
-        if config.out is None:
-            config = config.replace(out=cluster.default_out(options.bundle))
         if config.model is not None:
             load_adapter(config.model)
         alone = cluster.current_rank() is None

@@ -47,8 +47,8 @@ class StreamedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
-        groups = (*self.tables.values(), *self.accumulators.values())
-        return sum(source.nbytes for sources in groups for source in sources)
+        tables = sum(s.nbytes for sources in self.tables.values() for s in sources)
+        return tables + sum(s.nbytes for sources in self.accumulators.values() for s in sources)
 
 
 class BundleWriter:

@@ -3,10 +3,10 @@ from .checkpoints import ClusterJob as ClusterJob
 from .checkpoints import TrainingCheckpoints as TrainingCheckpoints
 from .cluster_model import ShardedModel as ShardedModel
 from .cluster_model import shard_model as shard_model
+from .finetune import FinetuneJob as FinetuneJob
 from .finetune import Finetuning as Finetuning
 from .finetune import RanksFailedError as RanksFailedError
 from .finetune import run_finetune as run_finetune
-from .finetune import show_finetune as show_finetune
 from .index_route import JaggedBatch as JaggedBatch
 from .index_route import to_jagged as to_jagged
 from .launcher import Launched as Launched

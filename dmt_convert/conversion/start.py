@@ -207,5 +207,5 @@ def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
 
 
 def _say(spec: DmtSpec) -> str:
-    said = dict.fromkeys(tower.module.describe() for tower in spec.towers)
-    return " | ".join(said)
+    dims = [str(tower.module.dim) for tower in spec.towers]
+    return spec.towers[0].module.describe(dims[0] if len(set(dims)) == 1 else "/".join(dims))

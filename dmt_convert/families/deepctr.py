@@ -470,7 +470,7 @@ def _activation(source: TrainerTensors, classes: list[str]) -> str | None:
     return known.pop()
 
 
-DEEPCTR: Final = DeepCtr(
+DEEPCTR: Final[DeepCtr] = DeepCtr(
     name="deepctr",
     trainer="DeepCTR-Torch (DCN, DCNMix, DeepFM, WDL)",
     anchor=r"(?P<prefix>.*?)(?<!linear_model\.)embedding_dict\.(?P<table>[^.]+)\.weight",

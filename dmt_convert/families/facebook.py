@@ -174,7 +174,7 @@ def _double(index: int) -> int:
     return 2 * index
 
 
-FACEBOOK_DLRM: Final = DlrmFamily(
+FACEBOOK_DLRM: Final[DlrmFamily] = DlrmFamily(
     name="facebook-dlrm",
     trainer="facebookresearch/dlrm (dlrm_s_pytorch.py)",
     anchor=r"(?P<prefix>.*?)emb_l\.(?P<table>\d+)\.(weight|weight_q|embs\.weight)",

@@ -469,7 +469,7 @@ def _inputs(
     return inputs
 
 
-FUXICTR: Final = FuxiCtr(
+FUXICTR: Final[FuxiCtr] = FuxiCtr(
     name="fuxictr",
     trainer="FuxiCTR (DLRM, DCNv2)",
     anchor=(

@@ -379,7 +379,7 @@ def _row_places(
     return places
 
 
-HUGECTR: Final = HugeCtr(
+HUGECTR: Final[HugeCtr] = HugeCtr(
     name="hugectr",
     trainer="HugeCTR",
     anchor=r"(?P<prefix>)sparse\.(?P<table>\d+)\.emb_vector",

@@ -80,7 +80,7 @@ def _drop_padding(source: TrainerTensors) -> None:
         )
 
 
-NVIDIA_DLRM: Final = DlrmFamily(
+NVIDIA_DLRM: Final[DlrmFamily] = DlrmFamily(
     name="nvidia-dlrm",
     trainer="NVIDIA DeepLearningExamples (PyTorch/Recommendation/DLRM)",
     anchor=r"(?P<prefix>.*?)bottom_model\.embeddings\.(?P<table>\d+)\.weight",

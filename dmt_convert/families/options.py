@@ -16,6 +16,7 @@ def read_model_options(options: ModelOptions | BundleOptions) -> ModelConfig | N
         ConfigError: One of them cannot be read, or is wrong.
     """
     facts = options.model_facts if isinstance(options, ModelOptions) else None
+    config: ModelConfig | None
     if isinstance(facts, Path):
         config = read_model_config(facts)
     else:

@@ -401,7 +401,7 @@ def _last(message: Mapping[str, Any], name: str) -> Any:
     return values[-1] if isinstance(values, list) and values else None
 
 
-TORCHEASYREC: Final = TorchEasyRec(
+TORCHEASYREC: Final[TorchEasyRec] = TorchEasyRec(
     name="torcheasyrec",
     trainer="TorchEasyRec (DLRM, DCNv2)",
     anchor=(

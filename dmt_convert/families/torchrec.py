@@ -111,7 +111,7 @@ def _decode_parts(source: TrainerTensors, found: Mapping[str, TensorInfo]) -> Te
     return derived.decode_rows(table, scale, bias)
 
 
-TORCHREC_DLRM: Final = DlrmFamily(
+TORCHREC_DLRM: Final[DlrmFamily] = DlrmFamily(
     name="torchrec-dlrm",
     trainer="TorchRec (DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain)",
     anchor=(

@@ -59,7 +59,7 @@ class DmtSpec:
 
     @property
     def rules(self) -> TowerModule:
-        """What follows from the kind of the tower modules."""
+        """The kind of the tower modules: answers what follows from it."""
         return self.towers[0].module.rules
 
     @property

@@ -1,7 +1,7 @@
 """Codes for the rows of tables: fp16, or 8 and 4 bits per value with a scale and a zero point.
 
-Every row is coded by itself, and the same values give the same code to the bit, whichever rows
-are coded with it: what a graph finds in a coded table can be had from the table as it is.
+Every row is coded by itself. The same values give the same code to the bit, whichever rows are
+coded with it, so the values that a graph reads from a coded table follow from the original table.
 
 Letters: R rows, N embedding dim, W bytes of a coded row.
 """
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dmt_convert.arrays import Float32Array
 from dmt_convert.errors import ExportError
 
 RowCode = Literal["fp16", "int8", "int4"]
 IntCode = Literal["int8", "int4"]
-FloatRows = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
 
 LEVELS: Final = {"int8": 255, "int4": 15}
 """Steps between the least and the largest value of a row."""
@@ -31,7 +32,7 @@ _SHRUNKEN: Final = (0.92, 0.84)
 """int4: shares of a row's range that are tried beside the whole. On normal and on trained rows
 they take 3 to 5 % off the error (dims 16 to 128); further ones take less than 0.5 %."""
 _HALF_LIMIT: Final = 65520.0
-"""What fp16 rounds to infinity, and all beyond."""
+"""fp16 rounds this number and larger ones to infinity."""
 _ROUNDER: Final = np.float32(1 << 23)
 """float32 numbers from here on are whole: adding it rounds, and leaves the sum in the low bits."""
 
@@ -40,17 +41,17 @@ _ROUNDER: Final = np.float32(1 << 23)
 class CodedRows:
     """Rows in an integer code: value = (q - zero_point) * scale, in float32."""
 
-    quantized: npt.NDArray[np.uint8]
+    quantized: ByteArray
     """q, shape (R, W): one per byte for int8; for int4 the low nibbles are the first half of the
     columns and the high nibbles the second one, W = ceil(N / 2)."""
-    scale: FloatRows
+    scale: Float32Array
     """Shape (R,); 0 for rows of zeros, whose code is zero throughout."""
-    zero_point: npt.NDArray[np.uint8]
+    zero_point: ByteArray
     """Shape (R,)."""
 
 
 NameRow = Callable[[int], str]
-"""What errors call a row, given its index among the rows coded."""
+"""Returns the name of a row for errors, given its index among the coded rows."""
 
 
 def coded_width(dim: int, code: IntCode) -> int:
@@ -58,7 +59,7 @@ def coded_width(dim: int, code: IntCode) -> int:
     return dim if code == "int8" else -(-dim // 2)
 
 
-def encode_rows(rows_RN: FloatRows, code: IntCode, name_row: NameRow) -> CodedRows:
+def encode_rows(rows_RN: Float32Array, code: IntCode, name_row: NameRow) -> CodedRows:
     """Code rows by integers.
 
     A row's range is that of its values and zero: zero stays zero. For int4 the scale is the one
@@ -67,7 +68,7 @@ def encode_rows(rows_RN: FloatRows, code: IntCode, name_row: NameRow) -> CodedRo
     Args:
         rows_RN: The rows.
         code: int8 or int4.
-        name_row: What errors call a row.
+        name_row: Names a row for errors.
 
     Raises:
         ExportError: A row holds NaN or Inf, or so large a value that rounding would overflow.
@@ -93,7 +94,7 @@ def encode_rows(rows_RN: FloatRows, code: IntCode, name_row: NameRow) -> CodedRo
     return CodedRows(quantized=quantized, scale=scale, zero_point=zero_point)
 
 
-def decode_rows(coded: CodedRows, dim: int, code: IntCode) -> FloatRows:
+def decode_rows(coded: CodedRows, dim: int, code: IntCode) -> Float32Array:
     """Return the values of coded rows, shape (R, N)."""
     quantized = coded.quantized
     if code == "int4":
@@ -104,7 +105,7 @@ def decode_rows(coded: CodedRows, dim: int, code: IntCode) -> FloatRows:
     return steps
 
 
-def to_half(rows_RN: FloatRows, name_row: NameRow) -> npt.NDArray[np.float16]:
+def to_half(rows_RN: Float32Array, name_row: NameRow) -> npt.NDArray[np.float16]:
     """Round rows to fp16.
 
     Raises:
@@ -120,18 +121,18 @@ def to_half(rows_RN: FloatRows, name_row: NameRow) -> npt.NDArray[np.float16]:
     return halves
 
 
-def recode_rows(rows_RN: FloatRows, code: RowCode, name_row: NameRow) -> FloatRows:
-    """Return what a table stored in this code gives back for rows, shape (R, N).
+def recode_rows(rows_RN: Float32Array, code: RowCode, name_row: NameRow) -> Float32Array:
+    """Code rows and decode them again, shape (R, N): the rows of a table stored in this code.
 
     Raises:
-        ExportError: The code does not take them.
+        ExportError: The code cannot hold them.
     """
     if code == "fp16":
         return to_half(rows_RN, name_row).astype(np.float32)
     return decode_rows(encode_rows(rows_RN, code, name_row), rows_RN.shape[1], code)
 
 
-def _ranges(rows: FloatRows, levels: int) -> tuple[FloatRows, npt.NDArray[np.uint8]]:
+def _ranges(rows: Float32Array, levels: int) -> tuple[Float32Array, ByteArray]:
     """Scale and zero point of every row, from its least and largest value."""
     least, most = (value.numpy() for value in torch.aminmax(torch.from_numpy(rows), dim=1))
     least, most = np.minimum(least, 0), np.maximum(most, 0)
@@ -146,9 +147,9 @@ def _ranges(rows: FloatRows, levels: int) -> tuple[FloatRows, npt.NDArray[np.uin
     return scale, zero_point.astype(np.uint8)
 
 
-def _divisor(scale: FloatRows) -> FloatRows:
-    """Return the scales as a column; rows of zeros have none."""
-    divisor: FloatRows = np.where(scale == 0, np.float32(1), scale)
+def _divisor(scale: Float32Array) -> Float32Array:
+    """Return the scales as a column, 1 instead of 0."""
+    divisor: Float32Array = np.where(scale == 0, np.float32(1), scale)
     return divisor[:, None]
 
 
@@ -157,9 +158,9 @@ def _name_later(name_row: NameRow, first: int, row: int) -> str:
 
 
 def _check_range(
-    rows: FloatRows,
-    scale: FloatRows,
-    zeros: npt.NDArray[np.uint8],
+    rows: Float32Array,
+    scale: Float32Array,
+    zeros: ByteArray,
     code: IntCode,
     name_row: NameRow,
 ) -> None:
@@ -174,21 +175,21 @@ def _check_range(
         raise _uncodable(rows[row], name_row(row), code)
 
 
-def _round_rows(steps: FloatRows, zeros: npt.NDArray[np.uint8], levels: int) -> FloatRows:
+def _round_rows(steps: Float32Array, zeros: ByteArray, levels: int) -> Float32Array:
     """Round values in steps of their row's scale to q; they become q + `_ROUNDER`."""
     steps += zeros[:, None] + _ROUNDER
     np.clip(steps, _ROUNDER, _ROUNDER + np.float32(levels), out=steps)
     return steps
 
 
-def _low_bytes(rounded: FloatRows) -> npt.NDArray[np.uint8]:
+def _low_bytes(rounded: Float32Array) -> ByteArray:
     """Return the q that `_round_rows` left in the low bits."""
     return rounded.view(np.uint32).astype(np.uint8)
 
 
 def _search_scales(
-    rows: FloatRows, scale: FloatRows, zeros: npt.NDArray[np.uint8]
-) -> tuple[FloatRows, FloatRows]:
+    rows: Float32Array, scale: Float32Array, zeros: ByteArray
+) -> tuple[Float32Array, Float32Array]:
     """Round to 4 bits with the best of a few scales, each then fitted by least squares.
 
     With k = q - zero_point and y the values in steps of the plain scale, the error that remains
@@ -217,7 +218,7 @@ def _search_scales(
     return best, divisor[:, 0] * best_factor * (scale != 0)
 
 
-def _row_sums(values: FloatRows) -> FloatRows:
+def _row_sums(values: Float32Array) -> Float32Array:
     """Add up rows in an order of our own, shape (R,); overwrites the values.
 
     numpy's order depends on how many rows there are.
@@ -230,7 +231,7 @@ def _row_sums(values: FloatRows) -> FloatRows:
     return values[:, 0]
 
 
-def _pack(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _pack(codes: ByteArray) -> ByteArray:
     """Put two codes into a byte: the second half of the columns into the high nibbles."""
     half = -(-codes.shape[1] // 2)
     packed = codes[:, :half].copy()
@@ -238,7 +239,7 @@ def _pack(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return packed
 
 
-def _uncodable(row: FloatRows, name: str, code: RowCode) -> ExportError:
+def _uncodable(row: Float32Array, name: str, code: RowCode) -> ExportError:
     if not np.isfinite(row).all():
         return ExportError(
             f"{name} holds NaN or Inf",

@@ -23,7 +23,7 @@ _TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": to
 
 
 def to_tensor(array: npt.NDArray[np.generic]) -> Tensor:
-    """Share an array's memory, or copy it where it is read-only (torch knows no such tensor)."""
+    """Share an array's memory, or copy it if it is read-only (torch has no read-only tensors)."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 

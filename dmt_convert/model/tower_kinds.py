@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from dmt_convert.documents import OMITTED_IF_EMPTY
-from dmt_convert.errors import ConfigError
+from dmt_convert.errors import ConfigError, UsageError
 from dmt_convert.interactions import NO_WORK, DenseWork, cross_work, linear_work
 from dmt_convert.spec import ModelSpec
 
@@ -61,7 +61,7 @@ class TowerModuleSpec:
 
     @property
     def rules(self) -> TowerModule:
-        """What follows from the kind."""
+        """The kind: answers what follows from it."""
         return find_tower_module(self.kind)
 
     def num_vectors(self, num_features: int) -> int:
@@ -80,14 +80,14 @@ class TowerModuleSpec:
         """
         return sum(self.vector_dims(dims))
 
-    def describe(self) -> str:
-        """Say what it is, for people."""
-        return self.rules.describe(self)
+    def describe(self, dim: str = "") -> str:
+        """Describe it for people; `dim` is shown instead of D, for towers that differ in it."""
+        return self.rules.describe(self, dim or str(self.dim))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRequest:
-    """What a user asks of a tower module's size; None: not said."""
+    """The size that a user asks for; None: not given."""
 
     c: int | None = None
     """Vectors per feature."""
@@ -134,7 +134,7 @@ class TowerModule:
         return self.keeps_network or self.kind in flat.interaction.rules.tower_modules
 
     def is_sound(self, spec: TowerModuleSpec) -> bool:
-        """Whether such a module can be."""
+        """Whether the fields of a spec are possible."""
         return spec.dim >= 1
 
     def num_vectors(self, spec: TowerModuleSpec, num_features: int) -> int:
@@ -153,9 +153,9 @@ class TowerModule:
         """Count FLOPs and parameters; None: count the parameters of the module that is built."""
         return None
 
-    def describe(self, spec: TowerModuleSpec) -> str:
-        """Say what it is, for people."""
-        return f"{self.kind}, D={spec.dim}"
+    def describe(self, spec: TowerModuleSpec, dim: str) -> str:
+        """Describe it for people; `dim` is D, or the D of all towers."""
+        return f"{self.kind}, D={dim}"
 
     def build(self, spec: TowerModuleSpec, dims: Sequence[int]) -> nn.Module:
         """Build the torch module, with random weights."""
@@ -213,8 +213,8 @@ class PassthroughKind(TowerModule):
         """Nothing is computed."""
         return NO_WORK
 
-    def describe(self, spec: TowerModuleSpec) -> str:
-        """Say that nothing changes."""
+    def describe(self, spec: TowerModuleSpec, dim: str) -> str:
+        """Describe it."""
         return "passthrough (identity)"
 
     def choose(self, flat: ModelSpec, num_towers: int, request: ModuleRequest) -> TowerModuleSpec:
@@ -252,12 +252,12 @@ class DlrmKind(TowerModule):
         per_feature = DenseWork(flops=2.0 * width * out, parameters=(width + len(dims)) * out)
         return per_feature + linear_work(width, spec.p * spec.dim)
 
-    def describe(self, spec: TowerModuleSpec) -> str:
-        """Say c, p and D."""
-        return f"dlrm, c={spec.c}, p={spec.p}, D={spec.dim}"
+    def describe(self, spec: TowerModuleSpec, dim: str) -> str:
+        """Give c, p and D."""
+        return f"dlrm, c={spec.c}, p={spec.p}, D={dim}"
 
     def choose(self, flat: ModelSpec, num_towers: int, request: ModuleRequest) -> TowerModuleSpec:
-        """By default c = 1, p = 0 and D = N / 2, or 1 where that is less."""
+        """By default c = 1, p = 0 and D = N / 2, at least 1."""
         c, p = request.c, request.p
         c, p = 1 if c is None else c, 0 if p is None else p
         dim = _vector_dim(flat, num_towers, c, p, request)
@@ -295,10 +295,10 @@ class DcnKind(TowerModule):
         crossed = cross_work(width, min(spec.cross_rank, width), spec.cross_layers)
         return crossed + linear_work(width, len(dims) * spec.dim)
 
-    def describe(self, spec: TowerModuleSpec) -> str:
-        """Say D and the cross layers."""
+    def describe(self, spec: TowerModuleSpec, dim: str) -> str:
+        """Give D and the cross layers."""
         layers = "1 cross layer" if spec.cross_layers == 1 else f"{spec.cross_layers} cross layers"
-        return f"dcn, D={spec.dim}, {layers} of rank {spec.cross_rank}"
+        return f"dcn, D={dim}, {layers} of rank {spec.cross_rank}"
 
     def choose(self, flat: ModelSpec, num_towers: int, request: ModuleRequest) -> TowerModuleSpec:
         """One cross layer of the flat model's rank."""
@@ -371,7 +371,7 @@ def find_tower_module(kind: str) -> TowerModule:
     """Return the kind of tower module of that name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The kind is unknown.
     """
     for entry in TOWER_MODULES:
         if entry.kind == kind:
@@ -409,6 +409,9 @@ def module_spec(
     Raises:
         ConfigError: The options contradict each other, or do not fit the model.
     """
+    kinds = ("auto", *(entry.kind for entry in TOWER_MODULES))
+    if kind not in kinds:
+        raise UsageError(f"--tower-module must be one of {', '.join(kinds)}, got {kind!r}")
     own = next(iter(spec.interaction.rules.tower_modules), LinearKind.kind)
     chosen = find_tower_module(own if kind == "auto" else kind)
     if not chosen.fits(spec):

@@ -48,12 +48,12 @@ def load_dense(
     Args:
         model: The model, dense parts on the meta device or in memory.
         arrays: Canonical name -> array.
-        origins: Canonical name -> what the checkpoint calls it, for errors.
+        origins: Canonical name -> name in the checkpoint, for errors.
 
     Raises:
         CheckpointError: An array holds NaN or Inf.
         ArchitectureError: They are not the tensors of the model's network, or hold whole numbers
-            that float32 does not.
+            that float32 cannot hold.
     """
     own, state = model.state_dict(), {}
     for name, array in arrays.items():
@@ -92,7 +92,7 @@ def as_state(array: AnyArray, like: Tensor | None) -> Tensor:
 
     Args:
         array: Numbers.
-        like: The model's own tensor; float32 where it has none.
+        like: The model's own tensor; None: float32.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return tensor if like is None else tensor.reshape(array.shape).to(like.dtype)

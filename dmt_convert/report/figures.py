@@ -23,6 +23,7 @@ from dmt_convert.spec import ModelSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Towers = tuple[tuple[str, ...], ...]
 """Feature names of every tower."""
@@ -154,9 +155,7 @@ def _render(
         figure = Figure(figsize=(_WIDTH, 8.2 if shown else 3.6), layout="constrained")
         grid = figure.add_gridspec(1 + shown, 1, height_ratios=[2.1, 1] if shown else [1])
         if affinity is not None:
-            top = grid[0].subgridspec(1, 2)
-            axes = [figure.add_subplot(top[0, k]) for k in range(2)]
-            _draw_matrices(axes, spec, towers, affinity)
+            _draw_matrices(figure, grid[0], spec, towers, affinity)
         bottom = grid[-1].subgridspec(1, 4)
         axes = [figure.add_subplot(bottom[0, k]) for k in range(4)]
         _draw_loads(axes, spec, towers, tower_loads(spec, towers, record))
@@ -180,7 +179,7 @@ def _title(spec: ModelSpec, towers: Towers, record: PartitionRecord) -> str:
 
 
 def _draw_matrices(
-    axes: Sequence[Axes], spec: ModelSpec, towers: Towers, affinity: FloatArray
+    figure: Figure, cell: Any, spec: ModelSpec, towers: Towers, affinity: FloatArray
 ) -> None:
     from matplotlib.patches import Rectangle
 
@@ -190,10 +189,11 @@ def _draw_matrices(
     away = affinity[~np.eye(count, dtype=bool)]
     # The colours end at quantiles: a few extreme pairs would leave all others dark.
     low, top = np.quantile(away, (0.005, 0.995)) if len(away) else (0.0, 1.0)
-    orders = {
-        "Affinity, model order": np.arange(count),
-        "Affinity, by tower": np.concatenate(ordered),
-    }
+    orders = {"Affinity, by tower": np.concatenate(ordered)}
+    if (orders["Affinity, by tower"] != np.arange(count)).any():
+        orders = {"Affinity, model order": np.arange(count), **orders}
+    grid = cell.subgridspec(1, len(orders))
+    axes = [figure.add_subplot(grid[0, k]) for k in range(len(orders))]
     for ax, (title, order) in zip(axes, orders.items(), strict=True):
         image = ax.imshow(
             _shrink(affinity[np.ix_(order, order)]),
@@ -210,9 +210,9 @@ def _draw_matrices(
     for tower in ordered:
         corner, size = (begin - 0.5, begin - 0.5), len(tower)
         width = 1.4 if count <= 200 else 0.7
-        axes[1].add_patch(Rectangle(corner, size, size, fill=False, ec="#5ee0c0", lw=width))
+        axes[-1].add_patch(Rectangle(corner, size, size, fill=False, ec="#5ee0c0", lw=width))
         begin += size
-    bar = axes[0].figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=40, shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=40, shrink=0.8)
     bar.outline.set_visible(False)
 
 

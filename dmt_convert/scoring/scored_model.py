@@ -121,7 +121,9 @@ class Scores:
         return None if self.truth is None else float(np.abs(self.truth).max())
 
 
-def open_scored(model: ScoredModel | str | os.PathLike[str], options: ModelOptions) -> ScoredModel:
+def open_scored(
+    model: ScoredModel | Bundle | str | os.PathLike[str], options: ModelOptions
+) -> ScoredModel:
     """Open a model by its path, with what the user says of it; one that is open stays as it is.
 
     Raises:

@@ -1,5 +1,4 @@
 # What other folders use.
-from .export_config import ExportConfig as ExportConfig
 from .export_config import plan_inputs as plan_inputs
 from .export_manifest import OVER_ARCH as OVER_ARCH
 from .export_manifest import WHOLE as WHOLE
@@ -13,7 +12,6 @@ from .exported_model import ExportedModel as ExportedModel
 from .exported_model import open_graph as open_graph
 from .exporter import Export as Export
 from .exporter import export_bundle as export_bundle
-from .graph_checks import GraphCheck as GraphCheck
 from .graph_inputs import PADDING as PADDING
 from .graph_inputs import FeatureInput as FeatureInput
 from .graph_inputs import GraphInputs as GraphInputs

@@ -1,91 +1,43 @@
-"""What is asked of an export, as data; refuses itself where it cannot be done."""
+"""What the graphs of an export take, from the settings of `dmt export`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
+from dmt_convert.bundle import Bundle
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtSpec
-from dmt_convert.serving.export_manifest import (
-    EXPORT_FORMATS,
-    TABLE_CODES,
-    ExportFormat,
-    OutOfRange,
-    TableCode,
-)
-from dmt_convert.serving.graph_inputs import INPUT_FORMS, FeatureInput, GraphInputs, InputForm
+from dmt_convert.serving.graph_inputs import FeatureInput, GraphInputs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """Options of `dmt export`."""
+def request_features(bundle: Bundle, config: ExportConfig) -> tuple[str, ...]:
+    """Return the features that come once per request; empty without request batching.
 
-    format: ExportFormat
-    """onnx, pt2 or triton."""
-    form: InputForm | None = None
-    """Form of all inputs; by default padded for triton, jagged otherwise."""
-    forms: Mapping[str, InputForm] = field(default_factory=dict)
-    """Form of single features, where it differs."""
-    weighted: tuple[str, ...] = ()
-    """Features whose ids come with weights; `*` for all."""
-    quantize: TableCode = "none"
-    """How tables are stored."""
-    max_auc_loss: float | None = None
-    """Largest loss of AUC by quantisation, on labelled data; None: any."""
-    out_of_range: OutOfRange = "refuse"
-    """What becomes of ids outside their table."""
-    per_request: tuple[str, ...] = ()
-    """Request batching: features that come once per request; empty without it."""
-    dense_per_request: bool = False
-    """Request batching: whether the dense inputs come once per request as well."""
-    model_name: str = "dmt"
-    """triton: name of the ensemble, and what the names of its parts begin with."""
-    gpu: bool = False
-    """triton, pt2: serve on a GPU."""
-
-    def __post_init__(self) -> None:
-        if self.dense_per_request and not self.per_request:
-            raise ExportError(
-                "--dense-per-request without --request-batching",
-                expected="request batching, for features of one group",
-                hint="add --request-batching",
-            )
-        if self.max_auc_loss is not None and self.quantize == "none":
-            raise ExportError(
-                f"--max-auc-loss {self.max_auc_loss:g} without quantisation",
-                expected="tables that are quantised, which may lose AUC",
-                hint="add --quantize int8, or leave it out",
-            )
-        if self.per_request and self.format != "onnx":
-            raise ExportError(
-                f"--request-batching for {self.format}",
-                expected="--format onnx",
-                hint="export ONNX graphs, and serve them with a runtime of your own: batches of "
-                "two sizes in one request cannot be told to Triton's batcher",
-            )
-        for value, known, option in (
-            (self.format, EXPORT_FORMATS, "--format"),
-            (self.quantize, TABLE_CODES, "--quantize"),
-            (self.out_of_range, ("refuse", "clip"), "--out-of-range"),
-            *((form, INPUT_FORMS, "--pooling-input") for form in self.forms.values()),
-            *(((self.form, INPUT_FORMS, "--pooling-input"),) if self.form else ()),
-        ):
-            if value not in known:
-                raise ExportError(
-                    f"{option} {value}",
-                    expected="one of " + ", ".join(known),
-                    hint="see dmt export --help",
-                )
-
-    @property
-    def default_form(self) -> InputForm:
-        """Form of the features that `forms` does not name."""
-        return self.form or ("padded" if self.format == "triton" else "jagged")
+    Raises:
+        ExportError: The bundle has no such group of features.
+    """
+    if config.per_request or not config.request_batching:
+        return config.per_request
+    groups = bundle.manifest.partition.groups
+    if config.request_group not in groups:
+        raise ExportError(
+            f"the bundle has no group {config.request_group!r} (groups: "
+            f"{', '.join(groups) or 'none'})",
+            expected="a group of features that shares no tower with others",
+            hint="convert with --group user=f1,f2 --group item=f3,f4, or name another group with "
+            "--request-group",
+        )
+    return tuple(groups[config.request_group])
 
 
-def plan_inputs(spec: DmtSpec, config: ExportConfig) -> GraphInputs:
+def plan_inputs(
+    spec: DmtSpec, config: ExportConfig, per_request: tuple[str, ...] | None = None
+) -> GraphInputs:
     """Say what the graphs of an export take.
+
+    Args:
+        spec: The model.
+        config: What is asked for.
+        per_request: Features that come once per request; by default those that `config` lists.
 
     Raises:
         ExportError: An option names a feature, or dense inputs, that the model does not have.
@@ -97,7 +49,10 @@ def plan_inputs(spec: DmtSpec, config: ExportConfig) -> GraphInputs:
             hint="leave it out",
         )
     names = spec.flat.feature_names
-    asked = [*config.forms, *(name for name in config.weighted if name != "*"), *config.per_request]
+    once = config.per_request if per_request is None else per_request
+    forms = {name: form for name, form in config.pooling_input.items() if name}
+    usual = config.pooling_input.get("", "padded" if config.format == "triton" else "jagged")
+    asked = [*forms, *(name for name in config.weighted if name != "*"), *once]
     unknown = sorted(set(asked) - set(names))
     if unknown:
         raise ExportError(
@@ -111,11 +66,11 @@ def plan_inputs(spec: DmtSpec, config: ExportConfig) -> GraphInputs:
         features=tuple(
             FeatureInput(
                 feature=name,
-                form=config.forms.get(name, config.default_form),
+                form=forms.get(name, usual),
                 weighted=everything or name in config.weighted,
             )
             for name in names
         ),
-        per_request=config.per_request,
+        per_request=once,
         dense_per_request=config.dense_per_request,
     )

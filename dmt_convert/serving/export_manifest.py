@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from dmt_convert.checkpoint import read_safetensors
-from dmt_convert.documents import Layout, Tool, WeightsFile, from_json, to_json
+from dmt_convert.documents import GraphCheck, Layout, Tool, WeightsFile, from_json, to_json
 from dmt_convert.errors import ExportError
 from dmt_convert.files import digest_of
 from dmt_convert.model import DmtSpec
-from dmt_convert.serving.graph_checks import GraphCheck
 from dmt_convert.serving.graph_inputs import GraphInputs
 
 ExportFormat = Literal["onnx", "pt2", "triton"]

@@ -1,45 +1,100 @@
-"""The flow of an export: check, place the weights, write the graphs, run them, put in place."""
+"""Export a bundle, and what a format has to do: write the graphs of a model in place."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
-from dmt_convert.documents import WeightsFile
+from dmt_convert.config import ExportConfig
+from dmt_convert.documents import GraphCheck, WeightsFile
 from dmt_convert.files import EXPORT, check_free, staged_folder
-from dmt_convert.serving.export_config import ExportConfig, plan_inputs
-from dmt_convert.serving.export_manifest import EXPORT_MANIFEST, ExportedBundle, ExportManifest
-from dmt_convert.serving.graph_checks import GraphCheck, check_graphs
-from dmt_convert.serving.graph_writer import ExportJob, GraphWriter
+from dmt_convert.model import DmtSpec
+from dmt_convert.progress import Progress, no_progress
+from dmt_convert.serving.checks import check_graphs
+from dmt_convert.serving.export_config import plan_inputs, request_features
+from dmt_convert.serving.export_manifest import (
+    EXPORT_MANIFEST,
+    ExportedBundle,
+    ExportFormat,
+    ExportManifest,
+)
+from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.placed_weights import (
     PlacedFile,
     PlacedWeights,
     place_weights,
     placed_bytes,
 )
-from dmt_convert.serving.quantisation_cost import (
+from dmt_convert.serving.quantisation import (
     check_auc_limit,
     check_auc_lost,
     measure_quantisation,
 )
 
-Progress = Callable[[str, int, int], None]
 _CHECKED_BYTES: Final = 4 << 30
-"""Weights of so many bytes are compared with their digests unasked; more would take long."""
+"""Up to this size, weights are compared with their digests by default; larger ones take long."""
 _GRAPH_BYTES: Final = 64 << 20
 """Room for graphs, documents and weights outside tables."""
 _WRITERS: Final = {
     "onnx": "dmt_convert.serving.onnx_writer:OnnxWriter",
-    "pt2": "dmt_convert.serving.pt2_writer:Pt2Writer",
-    "triton": "dmt_convert.serving.triton_writer:TritonWriter",
+    "pt2": "dmt_convert.serving.pt2:Pt2Writer",
+    "triton": "dmt_convert.serving.triton:TritonWriter",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """All that the graphs of an export depend on."""
+
+    folder: Path
+    """The export's folder while it is being written."""
+    spec: DmtSpec
+    """The converted model."""
+    inputs: GraphInputs
+    """What its graphs take."""
+    weights: PlacedWeights
+    """Its weights, already below `folder`."""
+    config: ExportConfig
+    """What is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a format wrote."""
+
+    parts: Mapping[str, str]
+    """Part (`whole`, `tower_000`, ..., `over_arch`) -> its graph's file below the folder."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What `export.json` should say of this format."""
+
+
+class GraphWriter(Protocol):
+    """A format; made with the config of the export as its one argument."""
+
+    format: ExportFormat
+
+    def folder_of(self, part: str) -> str:
+        """Folder of a part's weights below the export; its graph lies there or above."""
+        ...
+
+    def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
+        """Write all graphs, and what else the format needs.
+
+        Args:
+            job: What to write.
+            on_part: Told of graphs done and in all, for progress.
+
+        Raises:
+            ExportError: The format cannot express what is asked for.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +114,8 @@ def export_bundle(
     out: Path,
     config: ExportConfig,
     *,
-    data: Path | None = None,
-    all_digests: bool | None = None,
     on_quality: Callable[[Mapping[str, Any]], None] = lambda quality: None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> Export:
     """Export a bundle; nothing is left in place unless every graph answers like the model.
 
@@ -70,8 +123,6 @@ def export_bundle(
         bundle: The bundle.
         out: The export's folder; must not exist.
         config: What is asked for.
-        data: Rows to run the graphs on, beside generated ones.
-        all_digests: Compare all tables with their digests; by default where they are few enough.
         on_quality: Told what quantisation costs, before anything is written.
         progress: Told of step, done and total.
 
@@ -83,11 +134,11 @@ def export_bundle(
     """
     check_free(out, EXPORT)
     user_file(bundle.manifest.model.flat)
-    inputs = plan_inputs(bundle.manifest.model, config)
+    inputs = plan_inputs(bundle.manifest.model, config, request_features(bundle, config))
     writer = load_writer(config)
-    check_auc_limit(config.max_auc_loss, config.quantize, data)
-    _check_weights(bundle, all_digests, progress)
-    quality = measure_quantisation(bundle, inputs, config.quantize, data, progress)
+    check_auc_limit(config.max_auc_loss, config.quantize, config.data)
+    _check_weights(bundle, config.checksums, progress)
+    quality = measure_quantisation(bundle, inputs, config.quantize, config.data, progress)
     if quality:
         on_quality(quality)
         check_auc_lost(quality, config.max_auc_loss)
@@ -121,7 +172,7 @@ def export_bundle(
             quality=quality,
         )
         _write_manifest(staging, manifest)
-        checks = check_graphs(staging, bundle.path, data, progress, user_file(job.spec.flat))
+        checks = check_graphs(staging, bundle.path, config.data, progress, user_file(job.spec.flat))
         manifest = replace(manifest, checks=checks)
         _write_manifest(staging, manifest)
         _settle(staging)

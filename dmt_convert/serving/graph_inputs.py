@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from dmt_convert.arrays import AnyArray
 from dmt_convert.data import Bag, Batch, take_rows
 from dmt_convert.documents import from_json, to_json
 from dmt_convert.errors import DataError, ExportError
@@ -21,8 +21,6 @@ InputForm = Literal["single", "fixed", "padded", "jagged"]
 INPUT_FORMS: Final[tuple[str, ...]] = get_args(InputForm)
 PADDING: Final = -1
 """The id that fills up padded bags; every other negative id is refused."""
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +64,7 @@ class FeatureInput:
         """Names of all its tensors: ids, lengths, weights."""
         return tuple(name for name in (self.ids, self.lengths, self.weights) if name is not None)
 
-    def fill(self, bag: Bag) -> Iterator[tuple[str, Array]]:
+    def fill(self, bag: Bag) -> Iterator[tuple[str, AnyArray]]:
         """Yield the tensors of one bag per row.
 
         Raises:
@@ -76,7 +74,7 @@ class FeatureInput:
         weights = bag.weights
         if not self.weighted and weights is not None:
             raise DataError(
-                f"the bags of feature {self.feature!r} have weights, its input has none",
+                f"the bags of feature {self.feature!r} have weights, but its input takes none",
                 expected="unweighted bags",
                 hint=f"export it again with --weighted {self.feature}",
             )
@@ -93,8 +91,8 @@ class FeatureInput:
             yield f"{self.feature}.weights", np.ascontiguousarray(weights, dtype=np.float32)
 
     def _rectangle(
-        self, bag: Bag, lengths: Array, weights: Array | None
-    ) -> tuple[Array, Array | None]:
+        self, bag: Bag, lengths: AnyArray, weights: AnyArray | None
+    ) -> tuple[AnyArray, AnyArray | None]:
         width = max(1, int(lengths.max(initial=0)))
         expected = 1 if self.form == "single" else width
         if self.form != "padded" and (lengths != expected).any():
@@ -124,7 +122,7 @@ class GraphInputs:
     """Everything that a whole-model graph takes."""
 
     num_dense: int
-    """D: columns of the dense input; without any there is no such input."""
+    """D: columns of the dense input; a graph for a model without dense inputs has no such input."""
     features: tuple[FeatureInput, ...]
     """One per feature, in the flat model's order."""
     per_request: tuple[str, ...] = ()
@@ -161,7 +159,7 @@ class GraphInputs:
         """Return the input of a feature."""
         return next(feature for feature in self.features if feature.feature == name)
 
-    def feeds(self, batch: Batch, features: Sequence[str] | None = None) -> dict[str, Array]:
+    def feeds(self, batch: Batch, features: Sequence[str] | None = None) -> dict[str, AnyArray]:
         """Fill the inputs of some features from a batch.
 
         Args:
@@ -182,7 +180,7 @@ class GraphInputs:
                 feeds.update(feature.fill(bag))
         return feeds
 
-    def dense_feed(self, batch: Batch) -> dict[str, Array]:
+    def dense_feed(self, batch: Batch) -> dict[str, AnyArray]:
         """Fill the dense input from a batch, if there is one."""
         if not self.num_dense:
             return {}

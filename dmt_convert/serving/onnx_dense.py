@@ -1,90 +1,357 @@
-"""Dense layers in a graph. Letters: B batch, M width of the concatenation, R rank."""
+"""The dense parts of a model in ONNX graphs: torch's own exporter writes the nodes.
+
+All parts of an export (the head and one tower module of every kind and shape) are traced as one
+program, because the exporter takes seconds however little it is given. Their weights are inputs of
+that program, so that none is read, and every node finds its weights by name: in our graphs they are
+tensors of the export's `.safetensors` files.
+
+Letters: B batch, M widths' sum of a tower, O output of a tower.
+"""
 
 from __future__ import annotations
 
-from dmt_convert.serving.onnx_graph import GraphBuilder
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Final
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from dmt_convert.checkpoint import read_tensor
+from dmt_convert.errors import DmtError, ExportError
+from dmt_convert.model import DmtModel, TowerModuleSpec, as_state, build_tower_module
+from dmt_convert.serving.exporter import ExportJob
+from dmt_convert.serving.graphs import (
+    BATCH,
+    OverArchGraph,
+    TensorInput,
+    list_over_arch_inputs,
+    traced,
+)
+from dmt_convert.serving.onnx_graph import OPSET, GraphBuilder
 from dmt_convert.serving.placed_weights import PlacedFile
-from dmt_convert.spec import MlpSpec
+
+_TOWER_PREFIX: Final = "tower_module."
+_Shape = tuple[TowerModuleSpec, tuple[int, ...]]
 
 
-def linear(
-    b: GraphBuilder,
-    file: PlacedFile,
-    prefix: str,
-    x: str,
-    *,
-    weight: str = "weight",
-    bias: str = "bias",
-    output: str | None = None,
-) -> str:
-    """Add a linear layer: (B, in) to (B, out).
+class DenseNodes:
+    """The dense parts of an export, as nodes to be added to any of its graphs.
 
     Args:
-        b: The graph.
-        file: Where its weights are, as `prefix.weight` (out, in) and `prefix.bias` (out,).
-        prefix: What their names begin with.
-        x: Its input.
-        weight: What the weight is called behind the prefix.
-        bias: What the bias is called; empty for none.
-        output: Name of the output.
+        job: What is exported.
     """
-    tensors = [b.weight(file, f"{prefix}.{name}") for name in (weight, bias) if name]
-    name = f"{prefix}.{weight}".removesuffix(".weight")
-    return b.node("Gemm", x, *tensors, name=name, output=output, transB=1)
+
+    def __init__(self, job: ExportJob) -> None:
+        self._job = job
+        self._shapes: list[_Shape] = [
+            (tower.module, tuple(job.spec.tower_dims(t))) for t, tower in enumerate(job.spec.towers)
+        ]
+
+    def passes_on(self, tower: int) -> bool:
+        """Tell whether the module of a tower emits its input."""
+        return not self._nodes[self._shapes[tower]].nodes
+
+    def add_tower(self, graph: GraphBuilder, tower: int, pooled: str, output: str) -> None:
+        """Apply the module of a tower: (B, M) to (B, O).
+
+        Args:
+            graph: The graph.
+            tower: Which tower.
+            pooled: Its pooled embeddings, in its order.
+            output: Name of what it emits.
+
+        Raises:
+            ExportError: torch cannot write a dense part of the model as a graph.
+        """
+        file = self._job.weights.towers[tower]
+        names = {
+            name: f"{_TOWER_PREFIX}{name}" for name in self._nodes[self._shapes[tower]].weights
+        }
+        self._nodes[self._shapes[tower]].add(graph, file, names, [pooled], output)
+
+    def add_head(
+        self, graph: GraphBuilder, dense: str | None, emitted: Sequence[str], output: str
+    ) -> None:
+        """Add everything behind the towers: logits, (B, 1).
+
+        Args:
+            graph: The graph.
+            dense: The dense inputs, if there are any.
+            emitted: What every tower emits, (B, O), or (1, O) if it runs once per request.
+            output: Name of the logits.
+
+        Raises:
+            ExportError: torch cannot write a dense part of the model as a graph.
+        """
+        file = self._job.weights.over_arch
+        names = {OverArchGraph.weight_name(name): name for name in file.tensors}
+        tensors = [*([] if dense is None else [dense]), *emitted]
+        self._nodes[None].add(graph, file, names, tensors, output)
+
+    @cached_property
+    def _nodes(self) -> Mapping[_Shape | None, _PartNodes]:
+        """The nodes of every part; the head is None."""
+        job = self._job
+        parts: dict[_Shape | None, _Part] = {}
+        for shape in dict.fromkeys(self._shapes):
+            with torch.device("meta"):
+                module = build_tower_module(*shape)
+            entry = TensorInput(name="pooled", dtype="float32", shape=(BATCH, sum(shape[1])))
+            parts[shape] = _Part(module, (entry,), {})
+        with torch.device("meta"):
+            model = DmtModel(job.spec, [nn.Identity() for _ in job.spec.towers])
+        model.towers = nn.ModuleList()
+        head = OverArchGraph(model, list_over_arch_inputs(job.spec, job.inputs))
+        integers = _integers(head, job)
+        parts[None] = _Part(head, head.inputs, integers)
+        network = job.spec.flat.interaction.network
+        structure = _Structure(
+            model=json.dumps(job.spec.to_json(), sort_keys=True),
+            inputs=head.inputs,
+            integers=tuple((name, value.numpy().tobytes()) for name, value in integers.items()),
+            what="dense part" if network is None else f"network {network.file or network.name}",
+            parts=tuple(parts.values()),
+        )
+        return dict(zip(parts, trace_parts(structure), strict=True))
 
 
-def mlp(
-    b: GraphBuilder, file: PlacedFile, prefix: str, x: str, spec: MlpSpec, output: str | None = None
-) -> str:
-    """Add linear layers with ReLU between them: (B, in) to (B, out)."""
-    x = linear(b, file, f"{prefix}.0", x, output=_named(spec, 0, output))
-    return mlp_tail(b, file, prefix, x, spec, output)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Structure:
+    """All that the nodes of a model's dense parts depend on; weights are not among it."""
+
+    model: str
+    """The converted model as JSON."""
+    inputs: tuple[TensorInput, ...]
+    """What the head takes."""
+    integers: tuple[tuple[str, bytes], ...]
+    """Its tensors that are not float32."""
+    what: str = field(compare=False)
+    """What to call the parts in errors."""
+    parts: tuple[_Part, ...] = field(compare=False)
+    """The parts."""
 
 
-def mlp_tail(
-    b: GraphBuilder, file: PlacedFile, prefix: str, x: str, spec: MlpSpec, output: str | None = None
-) -> str:
-    """Add what follows the first linear layer of an MLP."""
-    for i in range(spec.num_layers):
-        if i:
-            x = linear(b, file, f"{prefix}.{i}", x, output=_named(spec, i, output))
-        last = i == spec.num_layers - 1
-        if spec.final_relu or not last:
-            named = output if last else None
-            x = b.node("Relu", x, name=f"{prefix}.{i}.relu", output=named)
-    return x
+@lru_cache(maxsize=8)
+def trace_parts(structure: _Structure) -> tuple[_PartNodes, ...]:
+    """Return the nodes of all parts; kept for further exports of such a model."""
+    with _explained(structure.what):
+        model = _export(structure.parts)
+    _check_operators(model, structure.what)
+    return tuple(_take_apart(model, structure.parts))
 
 
-def _named(spec: MlpSpec, layer: int, output: str | None) -> str | None:
-    """Name of a linear layer's output: that of the whole MLP where no ReLU follows the last."""
-    return output if layer == spec.num_layers - 1 and not spec.final_relu else None
-
-
-def cross(
-    b: GraphBuilder,
-    file: PlacedFile,
-    prefix: str,
-    x0: str,
-    layers: int,
-    *,
-    first: str | None = None,
-) -> str:
-    """Add a low-rank cross network: (B, M) to (B, M).
+class _Part:
+    """A module to be traced.
 
     Args:
-        b: The graph.
-        file: Where its weights are.
-        prefix: What their names begin with.
-        x0: Its input.
-        layers: How many.
-        first: The first layer's V x, (B, R), where that is known.
+        module: The module.
+        inputs: What it takes.
+        fixed: Those of its tensors that are not float32, by name: they are kept in the graph.
     """
-    x = x0
-    for i in range(layers):
-        layer = f"{prefix}.{i}"
-        known = first if i == 0 else None
-        z = linear(b, file, layer, x, weight="v", bias="") if known is None else known
-        y = linear(b, file, layer, z, weight="w")
-        product = b.node("Mul", x0, y, name=f"{layer}.product")
-        x = b.node("Add", product, x, name=f"{layer}.sum")
-    return x
+
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[TensorInput], fixed: Mapping[str, Tensor]
+    ) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.inputs = tuple(inputs)
+        state = module.state_dict()
+        self.weights = {
+            name: torch.empty(v.shape) for name, v in state.items() if name not in fixed
+        }
+        module.load_state_dict(fixed, strict=False, assign=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PartNodes:
+    """What torch's exporter made of a module."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    """Its nodes, in order."""
+    constants: tuple[onnx.TensorProto, ...]
+    """Tensors that the nodes use, beside weights."""
+    weights: Mapping[str, str]
+    """Name in the module's state dict -> name that the nodes use."""
+    inputs: tuple[str, ...]
+    """Names that the nodes use for what the module takes."""
+    output: str
+    """Name of what it gives."""
+
+    def add(
+        self,
+        graph: GraphBuilder,
+        file: PlacedFile,
+        names: Mapping[str, str],
+        tensors: Sequence[str],
+        output: str,
+    ) -> None:
+        """Add the nodes to a graph.
+
+        Args:
+            graph: The graph.
+            file: Where the weights are.
+            names: Name in the module's state dict -> name in the file.
+            tensors: What the module takes.
+            output: What to call what it gives.
+        """
+        known = dict(zip(self.inputs, tensors, strict=True))
+        used = {name for node in self.nodes for name in node.input}
+        for weight, name in self.weights.items():
+            if name in used:
+                known[name] = graph.weight(file, names[weight])
+        for constant in self.constants:
+            known[constant.name] = graph.constant(constant.name, numpy_helper.to_array(constant))
+        if not self.nodes:
+            graph.node("Identity", known[self.output], name="passed_on", output=output)
+        with graph.scope("dense"):
+            graph.merge(self.nodes, known, {self.output: output})
+
+
+class _Program(nn.Module):
+    """All parts beside each other; their weights are inputs."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        super().__init__()
+        self._parts = tuple(parts)  # no modules: what they hold beside weights become constants
+
+    def forward(
+        self, weights: Sequence[Mapping[str, Tensor]], tensors: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Return what every part gives."""
+        return tuple(
+            torch.func.functional_call(part.module, dict(own), tuple(given), strict=False)
+            for part, own, given in zip(self._parts, weights, tensors, strict=True)
+        )
+
+
+def _export(parts: Sequence[_Part]) -> onnx.ModelProto:
+    """Let torch write all parts as one graph; its inputs are all weights, then all tensors."""
+    # no dim is shared, or a part would take it from another one's tensors
+    flat, free = traced(
+        [
+            replace(entry, shape=tuple(f"{d}{i}" if isinstance(d, str) else d for d in entry.shape))
+            for i, part in enumerate(parts)
+            for entry in part.inputs
+        ],
+        "cpu",
+    )
+    examples, dims = iter(flat), iter(free)
+    with torch.no_grad(), _hushed():
+        program = torch.export.export(
+            _Program(parts),
+            (
+                [part.weights for part in parts],
+                [[next(examples) for _ in part.inputs] for part in parts],
+            ),
+            dynamic_shapes=(
+                [dict.fromkeys(part.weights) for part in parts],
+                [[next(dims) for _ in part.inputs] for part in parts],
+            ),
+            strict=False,
+        )
+        written = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
+    assert written is not None
+    model: onnx.ModelProto = written.model_proto
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
+
+
+def _take_apart(model: onnx.ModelProto, parts: Sequence[_Part]) -> Iterator[_PartNodes]:
+    """Yield the nodes of every part: those that its output depends on."""
+    names = iter([value.name for value in model.graph.input])
+    weights = [{weight: next(names) for weight in part.weights} for part in parts]
+    inputs = [tuple(next(names) for _ in part.inputs) for part in parts]
+    assert next(names, None) is None
+    for own, taken, output in zip(weights, inputs, model.graph.output, strict=True):
+        wanted, nodes = {output.name}, []
+        for node in reversed(model.graph.node):
+            if wanted & {*node.output}:
+                nodes.append(node)
+                wanted |= _names_used(node) - {""}
+        nodes = [node for node in reversed(nodes) if node.op_type != "Identity" or len(nodes) > 1]
+        passed_on = not nodes
+        yield _PartNodes(
+            nodes=tuple(nodes),
+            constants=tuple(t for t in model.graph.initializer if t.name in wanted),
+            weights=own,
+            inputs=taken,
+            output=taken[0] if passed_on else output.name,
+        )
+
+
+def _names_used(node: onnx.NodeProto) -> set[str]:
+    """Names of the tensors that a node takes, also inside its branches."""
+    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    names = {name for graph in inner for child in graph.node for name in _names_used(child)}
+    names |= {value.name for graph in inner for value in graph.output}
+    return {*node.input} | names
+
+
+def _integers(head: OverArchGraph, job: ExportJob) -> dict[str, Tensor]:
+    """Read the tensors of a network that are not float32: the values of indices matter."""
+    own = {name: value for name, value in head.state_dict().items() if value.dtype != torch.float32}
+    if not own:
+        return {}
+    names = {OverArchGraph.weight_name(name): name for name in job.weights.over_arch.tensors}
+    return {
+        name: as_state(np.asarray(read_tensor(job.weights.over_arch.weight(names[name]))), value)
+        for name, value in own.items()
+    }
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise what torch says of a model's code as an error that names the code."""
+    try:
+        yield
+    except ImportError as error:
+        raise ExportError(
+            f"models cannot be exported to ONNX without {error.name}",
+            hint="pip install onnxscript",
+        ) from None
+    except Exception as error:  # torch gives no narrower class
+        # a user's network is run by code that blames it for whatever it raises
+        cause = error.__cause__ if isinstance(error, DmtError) else error
+        if isinstance(error, DmtError) and not type(cause).__module__.startswith("torch"):
+            raise
+        text = (str(cause).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"torch cannot write the {what} as a graph ({type(cause).__name__}: {text})",
+            expected="a forward() without branches on values, for any number of rows",
+            hint="change forward(): shapes may only depend on dense.shape[0]",
+        ) from cause
+
+
+def _check_operators(model: onnx.ModelProto, what: str) -> None:
+    domains = {entry.domain: entry.version for entry in model.opset_import}
+    used = {node.domain for node in model.graph.node}
+    if domains.get("") != OPSET or used - {"", "ai.onnx"}:
+        found = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in domains.items())
+        raise ExportError(
+            f"torch wrote the {what} with operators of {found}",
+            expected=f"ai.onnx {OPSET}",
+            hint="use plainer operators in forward(), or export to pt2",
+        )
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep from the terminal what torch's exporter says to its own developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

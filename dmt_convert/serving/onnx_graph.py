@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dmt_convert import __version__
+from dmt_convert.arrays import AnyArray
 from dmt_convert.serving.placed_weights import PlacedFile
 
 OPSET: Final = 20
@@ -103,6 +104,10 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, list(inputs), list(named), name=full, **at))
         return named
 
+    def cast(self, tensor: str, dtype: str, *, name: str) -> str:
+        """Convert a tensor to another element type."""
+        return self.node("Cast", tensor, name=name, to=_TYPES[dtype])
+
     def ints(self, name: str, values: npt.ArrayLike) -> str:
         """Return an int64 constant that is stored in the graph."""
         return self._constant(name, np.asarray(values, dtype=np.int64))
@@ -115,19 +120,23 @@ class GraphBuilder:
         """Return a uint8 constant that is stored in the graph."""
         return self._constant(name, np.asarray(values, dtype=np.uint8))
 
-    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
+    def constant(self, name: str, values: AnyArray) -> str:
         """Return a constant of its own type that is stored in the graph."""
         return self._constant(f"{self._scope}{name}", values)
 
-    def merge(self, nodes: Iterable[onnx.NodeProto], names: dict[str, str]) -> None:
-        """Add the nodes of another graph.
+    def merge(
+        self, nodes: Iterable[onnx.NodeProto], inputs: Mapping[str, str], outputs: Mapping[str, str]
+    ) -> None:
+        """Add the nodes of another graph; their other tensors and they themselves join the scope.
 
         Args:
-            nodes: They, sorted; left as they are.
-            names: What their inputs are called here; takes the names of all their outputs.
+            nodes: The nodes, sorted; they are copied.
+            inputs: What the tensors that they take from outside are called here.
+            outputs: What some of the tensors that they give are to be called here.
         """
+        names = dict(inputs)
         for node in nodes:
-            self._nodes.append(_renamed(node, names, self._scope))
+            self._nodes.append(_renamed(node, names, outputs, self._scope))
 
     def weight(
         self, file: PlacedFile, name: str, *, shape: Sequence[int] | None = None, begin: int = 0
@@ -163,13 +172,13 @@ class GraphBuilder:
 
     @contextmanager
     def branch(self, name: str) -> Iterator[GraphBuilder]:
-        """Build a graph inside this one, for `If` and `Loop`; see `graph`."""
+        """Build a graph inside this one, for `If` and `Loop`; see `to_proto`."""
         inner = GraphBuilder(f"{self._scope}{name}", self._folder, self._path)
         inner._parent = self
         inner._scope = f"{self._scope}{name}/"
         yield inner
 
-    def graph(self) -> onnx.GraphProto:
+    def to_proto(self) -> onnx.GraphProto:
         """Return what was built."""
         return helper.make_graph(
             self._nodes,
@@ -186,7 +195,7 @@ class GraphBuilder:
             metadata: Texts to keep in the file.
         """
         model = helper.make_model(
-            self.graph(),
+            self.to_proto(),
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="dmt-convert",
@@ -200,7 +209,7 @@ class GraphBuilder:
     def _root(self) -> GraphBuilder:
         return self if self._parent is None else self._parent._root
 
-    def _constant(self, name: str, array: npt.NDArray[Any]) -> str:
+    def _constant(self, name: str, array: AnyArray) -> str:
         root = self._root
         key = (name, array.dtype.str, array.shape, array.tobytes())
         if key not in root._constants:
@@ -219,7 +228,9 @@ class GraphBuilder:
         return unique
 
 
-def _renamed(node: onnx.NodeProto, names: dict[str, str], scope: str) -> onnx.NodeProto:
+def _renamed(
+    node: onnx.NodeProto, names: dict[str, str], outputs: Mapping[str, str], scope: str
+) -> onnx.NodeProto:
     """Copy a node of another graph, with the names that its tensors have here."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
@@ -229,7 +240,8 @@ def _renamed(node: onnx.NodeProto, names: dict[str, str], scope: str) -> onnx.No
     for i, name in enumerate(node.input):
         copy.input[i] = names[name] if name else ""
     for i, name in enumerate(node.output):
-        names[name] = copy.output[i] = f"{scope}{name}" if name else ""
+        given = outputs.get(name, f"{scope}{name}")
+        names[name] = copy.output[i] = given if name else ""
     for attribute in copy.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             _rename_inside(attribute.g, dict(names), scope)
@@ -240,7 +252,7 @@ def _rename_inside(graph: onnx.GraphProto, names: dict[str, str], scope: str) ->
     """Rename the tensors of a branch or a loop's body."""
     for value in (*graph.input, *graph.initializer):
         names[value.name] = value.name = f"{scope}{value.name}"
-    nodes = [_renamed(node, names, scope) for node in graph.node]
+    nodes = [_renamed(node, names, {}, scope) for node in graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

@@ -1,6 +1,6 @@
-"""Rows of stored tables in a graph: found, read, dequantised, pooled.
+"""Rows of stored tables in a graph: ids kept inside their tables; rows read, dequantised, pooled.
 
-Letters: B batch, L ids per bag, N embedding dim, I any shape of ids.
+Letters: B batch, F features, L ids per bag, N embedding dim, I any shape of ids.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from dmt_convert.checkpoint import TensorInfo
+from dmt_convert.serving.graph_inputs import FeatureInput
 from dmt_convert.serving.onnx_graph import GraphBuilder
 from dmt_convert.serving.placed_weights import PlacedFile
+from dmt_convert.spec import FeatureSpec
 
 _LOW_NIBBLE: Final = 15
 
@@ -42,15 +46,17 @@ class TableStack:
             file=self.file, tables=(table,), rows=(rows,), dim=self.dim, quantized=self.quantized
         )
 
-    def tensor(self, b: GraphBuilder, kind: str) -> str:
+    def tensor(self, graph: GraphBuilder, kind: str) -> str:
         """Return one tensor of all rows, which stays in its file.
 
         Args:
-            b: The graph.
+            graph: The graph.
             kind: weight; or quantized, scale, zero_point.
         """
         name = f"tables.{self.tables[0]}.{kind}"
-        return b.weight(self.file, name, shape=(sum(self.rows), *self.file.weight(name).shape[1:]))
+        return graph.weight(
+            self.file, name, shape=(sum(self.rows), *self.file.weight(name).shape[1:])
+        )
 
     def dtype(self, kind: str) -> str:
         """Element type of one of its tensors."""
@@ -96,75 +102,79 @@ class Rows:
     """Shape I, as float32."""
 
 
-def read_rows(b: GraphBuilder, stack: TableStack, ids: str) -> Rows:
+def read_rows(graph: GraphBuilder, stack: TableStack, ids: str) -> Rows:
     """Read rows of tables; an id outside them makes the graph fail, unless it is negative.
 
     Args:
-        b: The graph.
+        graph: The graph.
         stack: The tables.
         ids: Rows in the stack, int64, shape I; not negative.
     """
     if not stack.quantized:
-        values = b.node("Gather", stack.tensor(b, "weight"), ids, name="rows")
+        values = graph.node("Gather", stack.tensor(graph, "weight"), ids, name="rows")
         if stack.dtype("weight") != "fp32":
-            values = b.node("Cast", values, name="rows_as_fp32", to=1)
+            values = graph.cast(values, "fp32", name="rows_as_fp32")
         return Rows(values=values)
-    codes = b.node("Gather", stack.tensor(b, "quantized"), ids, name="rows")
+    codes = graph.node("Gather", stack.tensor(graph, "quantized"), ids, name="rows")
     if stack.file.weight(f"tables.{stack.tables[0]}.quantized").shape[1] != stack.dim:
-        codes = _unpack_nibbles(b, codes, stack.dim)
-    zero = b.node("Gather", stack.tensor(b, "zero_point"), ids, name="zero_points")
+        codes = _unpack_nibbles(graph, codes, stack.dim)
+    zero = graph.node("Gather", stack.tensor(graph, "zero_point"), ids, name="zero_points")
     return Rows(
-        values=b.node("Cast", codes, name="codes_as_fp32", to=1),
-        scale=b.node("Gather", stack.tensor(b, "scale"), ids, name="scales"),
-        zero_point=b.node("Cast", zero, name="zero_points_as_fp32", to=1),
+        values=graph.cast(codes, "fp32", name="codes_as_fp32"),
+        scale=graph.node("Gather", stack.tensor(graph, "scale"), ids, name="scales"),
+        zero_point=graph.cast(zero, "fp32", name="zero_points_as_fp32"),
     )
 
 
-def plain_rows(b: GraphBuilder, rows: Rows) -> str:
+def plain_rows(graph: GraphBuilder, rows: Rows) -> str:
     """Return the rows' values, shape (*I, N)."""
     if rows.scale is None or rows.zero_point is None:
         return rows.values
-    last = b.ints("last_axis", [-1])
-    zero = b.node("Unsqueeze", rows.zero_point, last, name="zero_points_of_rows")
-    scale = b.node("Unsqueeze", rows.scale, last, name="scales_of_rows")
-    shifted = b.node("Sub", rows.values, zero, name="shifted_rows")
-    return b.node("Mul", shifted, scale, name="scaled_rows")
+    last = graph.ints("last_axis", [-1])
+    zero = graph.node("Unsqueeze", rows.zero_point, last, name="zero_points_of_rows")
+    scale = graph.node("Unsqueeze", rows.scale, last, name="scales_of_rows")
+    shifted = graph.node("Sub", rows.values, zero, name="shifted_rows")
+    return graph.node("Mul", shifted, scale, name="scaled_rows")
 
 
-def weighted_sum(b: GraphBuilder, rows: Rows, weights: str) -> str:
+def weighted_sum(graph: GraphBuilder, rows: Rows, weights: str) -> str:
     """Add up rows: (B, L, N) to (B, N).
 
     Args:
-        b: The graph.
+        graph: The graph.
         rows: The rows.
         weights: What every row counts, shape (B, L).
     """
     if rows.scale is not None:
-        weights = b.node("Mul", weights, rows.scale, name="scaled_weights")
-    one = b.ints("axis_1", [1])
-    row = b.node("Unsqueeze", weights, one, name="weights_as_row")
-    total = b.node("MatMul", row, rows.values, name="weighted_sum")
-    pooled = b.node("Squeeze", total, one, name="pooled")
+        weights = graph.node("Mul", weights, rows.scale, name="scaled_weights")
+    one = graph.ints("axis_1", [1])
+    row = graph.node("Unsqueeze", weights, one, name="weights_as_row")
+    total = graph.node("MatMul", row, rows.values, name="weighted_sum")
+    pooled = graph.node("Squeeze", total, one, name="pooled")
     if rows.zero_point is None:
         return pooled
-    zeros = b.node("Mul", weights, rows.zero_point, name="weighted_zero_points")
-    shift = b.node("ReduceSum", zeros, one, name="shift", keepdims=1)
-    return b.node("Sub", pooled, shift, name="pooled_and_shifted")
+    zeros = graph.node("Mul", weights, rows.zero_point, name="weighted_zero_points")
+    shift = graph.node("ReduceSum", zeros, one, name="shift", keepdims=1)
+    return graph.node("Sub", pooled, shift, name="pooled_and_shifted")
 
 
-def _unpack_nibbles(b: GraphBuilder, packed: str, dim: int) -> str:
+def _unpack_nibbles(graph: GraphBuilder, packed: str, dim: int) -> str:
     """Split bytes into their low nibbles (the first half of the columns) and their high ones."""
-    low = b.node("BitwiseAnd", packed, b.bytes("low_nibble", _LOW_NIBBLE), name="low_nibbles")
-    high = b.node("BitShift", packed, b.bytes("four", 4), name="high_nibbles", direction="RIGHT")
-    codes = b.node("Concat", low, high, name="codes", axis=-1)
+    low = graph.node(
+        "BitwiseAnd", packed, graph.bytes("low_nibble", _LOW_NIBBLE), name="low_nibbles"
+    )
+    high = graph.node(
+        "BitShift", packed, graph.bytes("four", 4), name="high_nibbles", direction="RIGHT"
+    )
+    codes = graph.node("Concat", low, high, name="codes", axis=-1)
     if dim % 2 == 0:
         return codes
-    return b.node(
+    return graph.node(
         "Slice",
         codes,
-        b.ints("zero", [0]),
-        b.ints("dim", [dim]),
-        b.ints("last_axis", [-1]),
+        graph.ints("zero", [0]),
+        graph.ints("dim", [dim]),
+        graph.ints("last_axis", [-1]),
         name="codes_without_filler",
     )
 
@@ -197,3 +207,66 @@ def _adjoin(file: PlacedFile, table: str, other: str) -> bool:
         == file.offset(f"tables.{other}.{kind}")
         for kind, info in kinds.items()
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """One feature, and where it is looked up."""
+
+    feature: FeatureSpec
+    """The feature."""
+    input: FeatureInput
+    """How its bags come."""
+    stack: TableStack
+    """The tables among which its own is."""
+    rows: int
+    """Rows of its table."""
+    clip: bool
+    """Whether an id outside it takes the nearest row; else the graph fails."""
+
+
+def checked_ids(graph: GraphBuilder, lookup: Lookup, ids: str) -> str:
+    """Return ids of any shape such that reading their rows fails where one is outside the table.
+
+    Runtimes refuse ids behind a table's end, but take negative ones from there backwards: these are
+    moved to just behind the end.
+    """
+    if lookup.clip:
+        low, high = graph.ints("id_low", 0), graph.ints("id_high", lookup.rows - 1)
+        return graph.node("Clip", ids, low, high, name="ids_clipped")
+    negative = graph.node("Less", ids, graph.ints("zero", [0]), name="ids_below_zero")
+    behind = graph.ints("behind_the_end", [lookup.rows])
+    return graph.node("Where", negative, behind, ids, name="ids_or_behind_the_end")
+
+
+def stacked_ids(graph: GraphBuilder, group: Sequence[Lookup], ids: str, *, axis: int) -> str:
+    """Turn ids into rows of the stack; those outside their table go behind its end.
+
+    So the lookup itself fails, and the number that it complains about, less the stack's rows,
+    says which of the features it was.
+
+    Args:
+        graph: The graph.
+        group: Features of one stack.
+        ids: Their ids: shape (B, F), or (F, any).
+        axis: Where the features stand, 1 or 0.
+    """
+    stack = group[0].stack
+    shape = (1, -1) if axis else (-1, 1)
+
+    def each(name: str, values: Sequence[int]) -> str:
+        return graph.ints(name, np.reshape(np.asarray(values, dtype=np.int64), shape))
+
+    last = each("last_rows", [lookup.rows - 1 for lookup in group])
+    first = each("first_rows", [stack.first_row(lookup.feature.table) for lookup in group])
+    if group[0].clip:
+        low = graph.node("Max", ids, graph.ints("zero", [0]), name="ids_from_zero")
+        return graph.node(
+            "Add", graph.node("Min", low, last, name="ids_clipped"), first, name="rows_of_stack"
+        )
+    below = graph.node("Less", ids, graph.ints("zero", [0]), name="ids_below_zero")
+    above = graph.node("Greater", ids, last, name="ids_above_last_row")
+    outside = graph.node("Or", below, above, name="ids_outside_their_table")
+    behind = each("behind_the_end", [sum(stack.rows) + i for i in range(len(group))])
+    moved = graph.node("Add", ids, first, name="ids_in_the_stack")
+    return graph.node("Where", outside, behind, moved, name="ids_or_behind_the_end")

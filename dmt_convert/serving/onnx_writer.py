@@ -7,28 +7,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
-from dmt_convert.serving.export_config import ExportConfig
 from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, ExportFormat, tower_name
-from dmt_convert.serving.graph_writer import ExportJob, Written
+from dmt_convert.serving.exporter import ExportJob, Written
+from dmt_convert.serving.onnx_dense import DenseNodes
 from dmt_convert.serving.onnx_graph import IR_VERSION, OPSET, GraphBuilder
-from dmt_convert.serving.onnx_lookup import add_dense_input, add_inputs, pool_tower, rows_of
-from dmt_convert.serving.onnx_over_arch import LOGITS, emit_logits
-from dmt_convert.serving.onnx_requests import emit_request_logits
-from dmt_convert.serving.onnx_tower import emit_tower
+from dmt_convert.serving.onnx_lookup import add_dense_input, add_inputs, join, pool_tower, rows_of
 
+LOGITS: Final = "logits"
+"""Output of the over_arch and of the whole graph."""
 METADATA_SCHEMA: Final = 1
 """Raised when the texts inside the graphs can no longer be read as before."""
 ONNX_DETAILS: Final = {"opset": OPSET, "ir_version": IR_VERSION}
 
 
 class OnnxWriter:
-    """Writes `whole.onnx` and, in folders of their own, `tower_000.onnx` and its like."""
+    """Writes `whole.onnx` and, in folders of their own, `tower_000.onnx` and its like.
+
+    Args:
+        config: What is asked for.
+    """
 
     format: ExportFormat = "onnx"
 
     def __init__(self, config: ExportConfig) -> None:
-        """Take nothing of it before `write`."""
+        self.config = config
 
     def folder_of(self, part: str) -> str:
         """See `GraphWriter.folder_of`."""
@@ -36,88 +40,102 @@ class OnnxWriter:
 
     def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
         """See `GraphWriter.write`."""
+        graphs = OnnxGraphs(job)
         count = len(job.spec.towers)
         parts = {}
         for t in range(count):
             parts[tower_name(t)] = f"{tower_name(t)}/tower.onnx"
-            write_tower_graph(job, t, job.folder / parts[tower_name(t)])
+            graphs.write_tower(t, job.folder / parts[tower_name(t)])
             on_part(t + 1, count + 2)
         parts[OVER_ARCH] = f"{OVER_ARCH}/{OVER_ARCH}.onnx"
-        write_over_arch_graph(job, job.folder / parts[OVER_ARCH])
+        graphs.write_over_arch(job.folder / parts[OVER_ARCH])
         on_part(count + 1, count + 2)
         parts[WHOLE] = f"{WHOLE}.onnx"
-        write_whole_graph(job, job.folder / parts[WHOLE])
+        graphs.write_whole(job.folder / parts[WHOLE])
         on_part(count + 2, count + 2)
         return Written(parts=parts, details=dict(ONNX_DETAILS))
 
 
-def write_tower_graph(job: ExportJob, tower: int, path: Path) -> None:
-    """Write the graph of one tower: its features' inputs to `tower_000`, (B, O).
+class OnnxGraphs:
+    """Writes the graphs of an export: look-ups made here, dense parts by torch's exporter.
 
     Args:
         job: What is exported.
-        tower: Which tower.
-        path: The `.onnx` file; the tower's weights must lie in its folder, or below.
     """
-    name = tower_name(tower)
-    features = job.spec.towers[tower].features
-    b = _builder(job, name, path, outputs=[name])
-    add_inputs(b, job.inputs, features)
-    emit_tower(b, job, tower, pool_tower(b, job, tower), name)
-    b.output(name, "fp32", ["batch", job.spec.tower_widths[tower]])
-    b.save(_metadata(job, name, features))
 
+    def __init__(self, job: ExportJob) -> None:
+        self._job = job
+        self._dense = DenseNodes(job)
 
-def write_over_arch_graph(job: ExportJob, path: Path) -> None:
-    """Write the graph over the towers: dense inputs and all towers' outputs to `logits`, (B, 1).
+    def write_tower(self, tower: int, path: Path) -> None:
+        """Write the graph of one tower: its features' inputs to `tower_000`, (B, O).
 
-    Args:
-        job: What is exported.
-        path: The `.onnx` file; the weights outside towers must lie in its folder, or below.
-    """
-    b = _builder(job, OVER_ARCH, path, outputs=[LOGITS])
-    add_dense_input(b, job.inputs)
-    emitted = []
-    for t, width in enumerate(job.spec.tower_widths):
-        rows = rows_of(job.inputs, job.spec.towers[t].features[0])
-        emitted.append(b.input(tower_name(t), "fp32", [rows, width]))
-    _emit_logits(b, job, emitted)
-    b.output(LOGITS, "fp32", ["batch", 1])
-    b.save(_metadata(job, OVER_ARCH, ()))
+        Args:
+            tower: Which tower.
+            path: The `.onnx` file; the tower's weights must lie in its folder, or below.
+        """
+        job, name = self._job, tower_name(tower)
+        features = job.spec.towers[tower].features
+        graph = _builder(job, name, path, outputs=[name])
+        add_inputs(graph, job.inputs, features)
+        self._add_tower(graph, tower, name)
+        graph.output(name, "fp32", ["batch", job.spec.tower_widths[tower]])
+        graph.save(_metadata(job, name, features))
 
+    def write_over_arch(self, path: Path) -> None:
+        """Write the graph over the towers: dense inputs and their outputs to `logits`, (B, 1).
 
-def write_whole_graph(job: ExportJob, path: Path) -> None:
-    """Write the graph of the whole model: all inputs to `logits`, (B, 1).
+        Args:
+            path: The `.onnx` file; the weights outside towers must lie in its folder, or below.
+        """
+        job = self._job
+        graph = _builder(job, OVER_ARCH, path, outputs=[LOGITS])
+        add_dense_input(graph, job.inputs)
+        emitted = []
+        for t, width in enumerate(job.spec.tower_widths):
+            rows = rows_of(job.inputs, job.spec.towers[t].features[0])
+            emitted.append(graph.input(tower_name(t), "fp32", [rows, width]))
+        self._add_head(graph, emitted)
+        graph.save(_metadata(job, OVER_ARCH, ()))
 
-    Args:
-        job: What is exported.
-        path: The `.onnx` file; all weights must lie in its folder, or below.
-    """
-    b = _builder(job, WHOLE, path, outputs=[LOGITS])
-    add_inputs(b, job.inputs)
-    emitted = []
-    for t in range(len(job.spec.towers)):
-        with b.scope(tower_name(t)):
-            emitted.append(f"{b.prefix}emitted")
-            emit_tower(b, job, t, pool_tower(b, job, t), emitted[-1])
-    with b.scope(OVER_ARCH):
-        _emit_logits(b, job, emitted)
-    b.output(LOGITS, "fp32", ["batch", 1])
-    b.save(_metadata(job, WHOLE, job.spec.flat.feature_names))
+    def write_whole(self, path: Path) -> None:
+        """Write the graph of the whole model: all inputs to `logits`, (B, 1).
 
+        Args:
+            path: The `.onnx` file; all weights must lie in its folder, or below.
+        """
+        job = self._job
+        graph = _builder(job, WHOLE, path, outputs=[LOGITS])
+        add_inputs(graph, job.inputs)
+        emitted = []
+        for t in range(len(job.spec.towers)):
+            with graph.scope(tower_name(t)):
+                emitted.append(f"{graph.prefix}emitted")
+                self._add_tower(graph, t, emitted[-1])
+        with graph.scope(OVER_ARCH):
+            self._add_head(graph, emitted)
+        graph.save(_metadata(job, WHOLE, job.spec.flat.feature_names))
 
-def _emit_logits(b: GraphBuilder, job: ExportJob, emitted: Sequence[str]) -> None:
-    emit = emit_request_logits if job.inputs.per_request else emit_logits
-    emit(b, job, job.inputs.dense if job.inputs.num_dense else None, emitted)
+    def _add_tower(self, graph: GraphBuilder, tower: int, output: str) -> None:
+        pieces = pool_tower(graph, self._job, tower)
+        if self._dense.passes_on(tower):
+            join(graph, pieces, output)
+        else:
+            self._dense.add_tower(graph, tower, join(graph, pieces), output)
+
+    def _add_head(self, graph: GraphBuilder, emitted: Sequence[str]) -> None:
+        inputs = self._job.inputs
+        dense = inputs.dense if inputs.num_dense else None
+        self._dense.add_head(graph, dense, emitted, LOGITS)
+        graph.output(LOGITS, "fp32", ["batch", 1])
 
 
 def _builder(job: ExportJob, name: str, path: Path, outputs: Sequence[str]) -> GraphBuilder:
     taken = sorted(set(outputs) & {*job.inputs.names})
     if taken:
         raise ExportError(
-            f"a feature's input is called {taken[0]!r}, as the output of the {name} graph is",
-            expected="features with other names than the graphs' outputs",
-            hint="convert again with another name for it under `features` in --model-config",
+            f"a feature's input has the name of the {name} graph's output: {taken[0]!r}",
+            hint="convert again, and rename the feature under `features` in --model-config",
         )
     return GraphBuilder(name, job.folder, path)
 

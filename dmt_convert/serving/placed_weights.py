@@ -16,10 +16,9 @@ from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
 from dmt_convert.errors import BundleError
 from dmt_convert.files import AlignedWriter, TreeDigest
 from dmt_convert.model import RowCode
+from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving.export_manifest import OVER_ARCH, TableCode, tower_name
-from dmt_convert.serving.quantised_tables import coded_bytes, read_ahead, write_coded
-
-Progress = Callable[[str, int, int], None]
+from dmt_convert.serving.quantisation import coded_bytes, read_ahead, write_coded
 
 TOWER_WEIGHTS: Final = "tower.safetensors"
 OVER_ARCH_WEIGHTS: Final = "over_arch.safetensors"
@@ -66,7 +65,7 @@ def place_weights(
     folder_of: Callable[[str], str],
     *,
     quantize: TableCode = "none",
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> PlacedWeights:
     """Share or copy the weights of a bundle, or write quantised tables.
 
@@ -193,8 +192,8 @@ class _Placer:
         changed = [f"{source}: {name}" for name, digest in read.items() if digest != expected[name]]
         if changed:
             raise BundleError(
-                f"the bundle {self._bundle.path} changed on disk: {len(changed)} tensors have "
-                "other bytes",
+                f"the bundle {self._bundle.path} changed on disk: {len(changed)} tensors "
+                "differ from what was written",
                 expected="the digests in its manifest",
                 hint="copy it again, or convert the checkpoint again",
                 details=changed,

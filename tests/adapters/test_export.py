@@ -7,8 +7,9 @@ import torch
 
 import dmt_convert as dmt
 from dmt_convert.bundle import open_bundle_model
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ConfigError, ExportError
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from dmt_convert.serving import ExportedModel, export_bundle
 from support.exports import checks_of
 from support.shortcuts import skip_export_checks
 
@@ -38,7 +39,7 @@ def failed_checks(bundle, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
-    from dmt_convert.serving import onnx_over_arch
+    from dmt_convert.serving.onnx_dense import DenseNodes
 
     assert failed_checks("plain") == set()
     graph = (tmp_path / "plain/over_arch/over_arch.onnx").read_bytes()
@@ -46,25 +47,31 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     assert len(graph) < 16_000, "weights stay in their file"
     assert b"xlrm.py" not in graph, "nothing of where the user's file is"
     assert failed_checks("requests", per_request=("user", "shop")) == set()
-    plain = onnx_over_arch.in_order
-    monkeypatch.setattr(onnx_over_arch, "in_order", lambda *given: plain(*given)[::-1])
+    plain = DenseNodes.add_head
+    monkeypatch.setattr(
+        DenseNodes,
+        "add_head",
+        lambda self, graph, dense, emitted, output: plain(
+            self, graph, dense, emitted[::-1], output
+        ),
+    )
     assert failed_checks("sabotaged") == {"joined", "whole"}
 
 
 def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     """All but the compiler: traced graphs, of another batch size, with the weights named."""
-    from dmt_convert.serving import pt2_compile, pt2_writer
+    from dmt_convert.serving import pt2
 
     programs = {}
 
     def trace(job):
-        graph, weights = pt2_compile.GraphBuilder(job).build("over_arch")
-        programs["over_arch"] = program = pt2_compile.trace_graph(graph, "cpu")
+        graph, weights = pt2.MappedGraphs(job).build("over_arch")
+        programs["over_arch"] = program = pt2.trace_graph(graph, "cpu")
         assert {*program.state_dict, *program.constants} <= weights.keys()
         return job.parts
 
-    monkeypatch.setattr(pt2_writer, "_compile", trace)
-    monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
+    monkeypatch.setattr(pt2, "_compile", trace)
+    monkeypatch.setattr(pt2, "_find_compiler", lambda: "none")
     skip_export_checks(monkeypatch)
     export_bundle(bundle, tmp_path / "pt2", ExportConfig(format="pt2"))
     model = open_bundle_model(bundle)
@@ -80,7 +87,7 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
 
 def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path, monkeypatch):
     from dmt_convert import adapter
-    from dmt_convert.serving import onnx_network
+    from dmt_convert.serving import onnx_dense
 
     loaded = adapter.load_adapter(example.model)
     kind = type(loaded.adapter.network([16] * 4, 6))
@@ -88,7 +95,7 @@ def test_a_network_that_branches_on_values_is_refused(example, bundle, tmp_path,
     monkeypatch.setattr(
         kind, "forward", lambda self, d, p: plain(self, d, p) if d.sum() > 0 else d[:, 0]
     )
-    onnx_network._write_nodes.cache_clear()
+    onnx_dense.trace_parts.cache_clear()
     config = ExportConfig(format="onnx")
     with pytest.raises(ExportError, match=r"torch cannot write the network xlrm\.py as a graph"):
         export_bundle(bundle, tmp_path / "out", config)

@@ -12,6 +12,7 @@ import torch
 
 from dmt_convert.errors import ConfigError
 from dmt_convert.families import FAMILIES, infer_model, list_families
+from support.checkpoints.shapes import make_checkpoint
 
 FAMILY = """
 from dmt_convert.families import DlrmFamily, NameMap
@@ -60,10 +61,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return make
 
 
-def test_a_family_of_another_package_is_known(install, checkpoint):
+def test_a_family_of_another_package_is_known(install):
     install("acme", FAMILY.format(name="acme-dlrm"), "acme_module:ACME")
     assert [family.name for family in list_families()] == [f.name for f in FAMILIES] + ["acme-dlrm"]
-    info = infer_model(checkpoint(("", SHAPES)))
+    info = infer_model(make_checkpoint(("", SHAPES)))
     assert info.spec.family == "acme-dlrm" and info.spec.feature_names == ("user", "item")
 
 
@@ -96,10 +97,10 @@ def test_its_checkpoints_convert(install, tmp_path, call_dmt):
         (FAMILY.format(name="torchrec-dlrm"), "acme_module:ACME", "which dmt-convert has already"),
     ],
 )
-def test_a_broken_plugin_is_refused_by_its_package(code, point, says, install, checkpoint):
+def test_a_broken_plugin_is_refused_by_its_package(code, point, says, install):
     install("acme", code, point)
     with pytest.raises(ConfigError, match=r"the plugin 'mine' of acme 2\.1") as caught:
-        infer_model(checkpoint(("", SHAPES)))
+        infer_model(make_checkpoint(("", SHAPES)))
     assert says in caught.value.found and "uninstall acme" in caught.value.hint
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dmt_convert.serving import onnx_over_arch
 from support.commands import run_dmt
 
 Dmt = Callable[..., Any]
@@ -73,11 +72,15 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = onnx_over_arch.pair_positions
+    from dmt_convert.serving.onnx_dense import DenseNodes
+
+    right = DenseNodes.add_head
     monkeypatch.setattr(
-        onnx_over_arch,
-        "pair_positions",
-        lambda job: tuple(side[::-1] for side in right(job)),
+        DenseNodes,
+        "add_head",
+        lambda self, graph, dense, emitted, output: right(
+            self, graph, dense, emitted[::-1], output
+        ),
     )
     done = call_dmt("export", compressed, "--format", "onnx", "--out", tmp_path / "out")
     assert done.code == 4
@@ -86,25 +89,31 @@ def test_a_graph_that_differs_is_not_left_in_place(
 
 
 @pytest.mark.parametrize(
-    ("options", "found", "hint"),
+    ("options", "code", "found", "hint"),
     [
-        (["--format", "tflite"], "--format tflite", "onnx, pt2, triton"),
-        (["--format", "onnx", "--pooling-input", "ragged"], "--pooling-input ragged", "jagged"),
-        (["--format", "onnx", "--pooling-input", "who=single"], "who", "cat_0"),
-        (["--format", "onnx", "--quantize", "int2"], "--quantize int2", "int4"),
-        (["--format", "onnx", "--request-batching"], "no group 'user'", "--group user"),
-        (["--format", "onnx", "--dense-per-request"], "--dense-per-request", "--request-batching"),
-        (["--format", "onnx", "--max-auc-loss", "0.1"], "--max-auc-loss", "--quantize"),
+        (["--format", "tflite"], 2, "--format must be one of", "onnx, pt2, triton"),
+        (["--format", "onnx", "--pooling-input", "ragged"], 2, "--pooling-input must", "jagged"),
+        (["--format", "onnx", "--pooling-input", "who=single"], 3, "who", "cat_0"),
+        (["--format", "onnx", "--quantize", "int2"], 2, "--quantize must be one of", "int4"),
+        (["--format", "onnx", "--request-batching"], 3, "no group 'user'", "--group user"),
+        (["--format", "onnx", "--dense-per-request"], 2, "--dense-per-request", "needs --request"),
+        (["--format", "onnx", "--max-auc-loss", "0.1"], 2, "--max-auc-loss", "--quantize"),
     ],
 )
 def test_requests_that_cannot_be(
-    compressed: Path, call_dmt: Dmt, tmp_path: Path, options: list[str], found: str, hint: str
+    compressed: Path,
+    call_dmt: Dmt,
+    tmp_path: Path,
+    options: list[str],
+    code: int,
+    found: str,
+    hint: str,
 ) -> None:
     done = call_dmt("export", compressed, *options, "--out", tmp_path / "out", "--json")
-    assert done.code == 3, done.stderr
+    assert done.code == code, done.stderr
     value = json.loads(done.stdout)
     assert found in value["found"]
-    assert hint in value["expected"] + value["hint"]
+    assert hint in value["found"] + value["expected"] + value["hint"]
     assert list(tmp_path.iterdir()) == []
 
 

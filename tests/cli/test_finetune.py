@@ -67,8 +67,8 @@ def test_a_place_without_a_bundle_is_refused_before_anything_starts(
 
 def test_a_second_host_needs_a_place_to_meet(compressed: Path, call_dmt: Call) -> None:
     run = call_dmt("finetune", compressed, "--data", "clicks", "--nnodes", 2)
-    assert run.code == 3
-    assert "--nnodes 2 without --rdzv-endpoint" in run.stderr
+    assert run.code == 2
+    assert "--nnodes 2 needs --rdzv-endpoint" in run.stderr
 
 
 def test_what_is_no_option_is_a_usage_error(compressed: Path, call_dmt: Call) -> None:
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_what_torchrun_would_get(compressed: Path, call_dmt: Ca
     run = call_dmt("finetune", compressed, *options, "--dry-run", "--", "--new", 1)
     assert run.code == 0
     assert " -m torch.distributed.run --standalone --nproc-per-node=2 " in run.stdout
-    assert "finetune_dmt.py " in run.stdout
+    assert " -m dmt_convert.recipes.finetune_dmt " in run.stdout
     assert "--data 'my clicks' " in run.stdout
     assert run.stdout.endswith(f"--bundle {compressed} --out {compressed}-tuned --new 1\n")
     listed = json.loads(call_dmt("finetune", compressed, *options, "--dry-run", "--json").stdout)

@@ -13,10 +13,12 @@ import pytest
 
 OPTIONS = {
     "inspect": "--model-config --model --json --quiet",
-    "convert": "--towers --out --partition --affinity --tower-module --c --p --dim --compression "
-    "--together --apart --group --calibration --distill-steps --hosts --ranks-per-host --hbm-gib "
+    "convert": "--towers --out --partition --affinity --size-ratio --load-ratio --tower-module --c "
+    "--p --dim --compression --together --apart --group --calibration --distill-steps --hosts "
+    "--ranks-per-host --hbm-gib "
     "--dtype --optimizer-state --model-config --model --seed --dry-run --force --json --quiet",
-    "partition": "--towers --partition --affinity --together --apart --group --calibration "
+    "partition": "--towers --partition --affinity --size-ratio --load-ratio --together --apart "
+    "--group --calibration "
     "--model-config --model --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
     "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
@@ -24,13 +26,18 @@ OPTIONS = {
     "score": "--data --out --model-config --model --json --quiet",
     "evaluate": "--data --model-config --model --json --quiet",
     "verify": "--data --atol --rtol --checksums --model-config --model --json --quiet",
-    "unshard": "--out --only --force --json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
-    "--rdzv-timeout --max-restarts --config --epochs --max-steps --batch-size --eval-every "
+    "--rdzv-timeout --max-restarts --shutdown-timeout --epochs --max-steps --batch-size "
+    "--eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
     "--async-checkpoints --resume --no-prefetch --timeout --log --model",
+    "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
+    "--out-of-range --request-batching --request-group --per-request --dense-per-request "
+    "--model-name --gpu "
+    "--checksums --model --json --quiet",
+    "unshard": "--out --only --force --json --quiet",
 }
 ARGUMENTS = {
     "inspect": ["source"],
@@ -40,8 +47,9 @@ ARGUMENTS = {
     "score": ["model"],
     "evaluate": ["model"],
     "verify": ["a", "b"],
-    "unshard": ["source"],
     "finetune": ["bundle"],
+    "export": ["bundle"],
+    "unshard": ["source"],
 }
 DMT = Path(sys.executable).with_name("dmt")
 
@@ -60,7 +68,7 @@ def test_options_of_a_command(command: str, call_dmt: Callable[..., Any]) -> Non
     assert run.code == 0
     options = re.findall(r"^│ \*? +(--[a-z-]+)", run.stdout, re.MULTILINE)
     options += re.findall(r"^│ (--[a-z-]+)", run.stdout, re.MULTILINE)
-    assert sorted(set(options) - {"--help"}) == sorted(OPTIONS[command].split())
+    assert sorted(set(options) - {"--help"}) == sorted(["--config", *OPTIONS[command].split()])
     arguments = re.findall(r"^│ \* +([a-z]\w*) ", run.stdout, re.MULTILINE)
     assert arguments == ARGUMENTS[command]
 

@@ -102,20 +102,20 @@ def test_people_are_told_that_it_is_modelled(
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "code", "found"),
     [
-        (["--batch", 64], "--batch without a prediction"),
-        (["--gpu", "h100", "--assume", "scale_loss=0"], "--gpu, --assume without a prediction"),
-        (["--predict", "--plot", "x.png"], "--plot x.png without sizes to draw"),
-        (["--predict", "--gpu", "b200"], "--gpu b200"),
-        (["--predict", "--batch", 0], "--batch 0"),
-        (["--predict", "--comm-dtype", "fp64"], "--comm-dtype fp64"),
-        (["--predict", "--ids-per-bag", 0], "--ids-per-bag 0"),
-        (["--predict", "--ids-per-bag", "nan"], "--ids-per-bag nan"),
-        (["--predict", "--assume", "speed=9"], "--assume speed=9"),
-        (["--predict", "--inter-gbps", -1], "inter_gbps is -1"),
-        (["--predict", "--hbm-gib", 1e-8], "cannot hold theirs"),
-        (["--predict-scaling", "--plot", "x.gif"], "a plot named x.gif"),
+        (["--batch", 64], 2, "--batch without a prediction"),
+        (["--gpu", "h100", "--assume", "scale_loss=0"], 2, "--gpu, --assume without a prediction"),
+        (["--predict", "--plot", "x.png"], 2, "--plot x.png without sizes to draw"),
+        (["--predict", "--gpu", "b200"], 3, "--gpu b200"),
+        (["--predict", "--batch", 0], 2, "--batch must be"),
+        (["--predict", "--comm-dtype", "fp64"], 2, "--comm-dtype must be one of"),
+        (["--predict", "--ids-per-bag", 0], 2, "--ids-per-bag must be"),
+        (["--predict", "--ids-per-bag", "nan"], 2, "--ids-per-bag must be a finite number"),
+        (["--predict", "--assume", "speed=9"], 3, "--assume speed=9"),
+        (["--predict", "--inter-gbps", -1], 2, "--inter-gbps must be"),
+        (["--predict", "--hbm-gib", 1e-8], 3, "cannot hold theirs"),
+        (["--predict-scaling", "--plot", "x.gif"], 3, "a plot named x.gif"),
     ],
 )
 def test_nonsense_is_refused(
@@ -123,14 +123,15 @@ def test_nonsense_is_refused(
     tmp_path: Path,
     call_dmt: Call,
     options: list[object],
+    code: int,
     found: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = call_dmt("plan", compressed, *PLAN, *options)
-    assert run.code == 3
+    assert run.code == code
     assert found in run.stderr
-    assert "expected:" in run.stderr and "try:" in run.stderr
+    assert "try:" in run.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,7 +38,7 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (ConvertConfig, {"towers": 2.5}, "towers must be an integer"),
     (ConvertConfig, {"towers": "4"}, "towers must be an integer"),
     (ConvertConfig, {}, "towers is missing"),
-    (ConvertConfig, {"towers": 2, "tower_module": "foo"}, "tower_module must be one of auto"),
+    (ConvertConfig, {"towers": 2, "affinity": "foo"}, "affinity must be one of cosine, weights"),
     (ConvertConfig, {"towers": 2, "partition": "coherant"}, "neither a strategy"),
     (ConvertConfig, {"towers": 2, "compression": math.nan}, "compression must be a finite number"),
     (ConvertConfig, {"towers": 2, "hbm_gib": 0}, "hbm_gib must be a number > 0"),
@@ -112,8 +112,8 @@ def test_options_override_a_file(tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_is_a_usage_error_and_a_wrong_file_is_not(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--tower-module must be one of"):
-        make_config(ConvertConfig, {"towers": 2, "tower_module": "foo"}, None)
+    with pytest.raises(UsageError, match="--affinity must be one of"):
+        make_config(ConvertConfig, {"towers": 2, "affinity": "foo"}, None)
     path = tmp_path / "recipe.yaml"
     path.write_text("towers: 0\nseeds: 1\n")
     with pytest.raises(ConfigError) as caught:

@@ -69,6 +69,7 @@ def test_every_family_from_every_container(
     assert not different.same
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("towers", [1, 3, 4])
 @pytest.mark.parametrize(("names", "interaction"), FAMILIES)

@@ -97,7 +97,11 @@ CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
         "CheckpointError",
         "system",
     ),
-    "no tensors": (lambda s: (s.saved({"epoch": 3}), "--towers", 2), "CheckpointError", "no tens"),
+    "no tensors": (
+        lambda s: (s.saved({"epoch": 3}), "--towers", 2),
+        "CheckpointError",
+        "does not hold any tensor",
+    ),
     "other model": (other_model, "ArchitectureError", "holds no model of a known family"),
     "three problems": (three_problems, "ArchitectureError", "1 missing, 1 misshapen, 1 extra"),
     # towers

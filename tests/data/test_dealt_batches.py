@@ -73,6 +73,7 @@ orders = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, "range"])
 @settings(max_examples=20)
 @given(order=orders)

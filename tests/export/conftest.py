@@ -10,7 +10,8 @@ import torch
 
 from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import Bundle, open_bundle
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from dmt_convert.config import ExportConfig
+from dmt_convert.serving import ExportedModel, export_bundle
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 from support.shortcuts import skip_export_checks

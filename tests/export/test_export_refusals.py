@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from dmt_convert.bundle import open_bundle
+from dmt_convert.config import ExportConfig
+from dmt_convert.documents import GraphCheck
 from dmt_convert.errors import BundleError, DmtError
-from dmt_convert.serving import ExportConfig, GraphCheck, export_bundle, exporter
+from dmt_convert.serving import export_bundle, exporter
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 
@@ -43,9 +45,8 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def export(bundle: Path, **options: Any) -> Any:
-    digests = options.pop("all_digests", None)
     config = ExportConfig(**{"format": "onnx", **options})
-    return export_bundle(open_bundle(bundle), bundle.parent / "out", config, all_digests=digests)
+    return export_bundle(open_bundle(bundle), bundle.parent / "out", config)
 
 
 def refuse(
@@ -83,7 +84,7 @@ def test_an_untouched_bundle_is_exported(bundle: Path) -> None:
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 def test_altered_weights(bundle: Path, quantize: str) -> None:
     name = flip(bundle, "tower_module.")
-    error = refuse(bundle, "changed on disk", quantize=quantize, all_digests=False)
+    error = refuse(bundle, "changed on disk", quantize=quantize, checksums=False)
     assert error.details == (f"{TOWER}: {name}",)
 
 
@@ -93,7 +94,7 @@ def test_altered_tables(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.details == (f"{TOWER}: {name}",)
     # of large bundles they are read when they are asked for, or when they have to be read anyway
     monkeypatch.setattr(exporter, "_CHECKED_BYTES", 1000)
-    refuse(bundle, "changed on disk", all_digests=True)
+    refuse(bundle, "changed on disk", checksums=True)
     refuse(bundle, "changed on disk", quantize="int8")
     monkeypatch.setattr(os, "link", no_link)
     refuse(bundle, "changed on disk")

@@ -9,15 +9,9 @@ import pytest
 import torch
 from torch.export.graph_signature import InputKind
 
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import (
-    ExportConfig,
-    ExportedModel,
-    export_bundle,
-    exporter,
-    pt2_compile,
-    pt2_writer,
-)
+from dmt_convert.serving import ExportedModel, export_bundle, exporter, pt2
 from support.exports import checks_of
 
 FEATURES = ("t0", "t1", "t2", "t3")
@@ -66,18 +60,18 @@ def test_constants_of_the_code_are_weights_of_pt2_graphs(
     found = {}
 
     def trace(job: Any) -> Any:
-        graph, weights = pt2_compile.GraphBuilder(job).build("whole")
-        found["program"] = program = pt2_compile.trace_graph(graph, "cpu")
-        weights |= pt2_compile.name_constants(program)
+        graph, weights = pt2.MappedGraphs(job).build("whole")
+        found["program"] = program = pt2.trace_graph(graph, "cpu")
+        weights |= pt2.name_constants(program)
         assert {*program.state_dict, *program.constants} <= weights.keys()
         found["weights"] = weights
         found["inputs"] = [entry.name for entry in graph.inputs]
         return job.parts
 
-    monkeypatch.setattr(pt2_writer, "_compile", trace)
-    monkeypatch.setattr(pt2_writer, "_find_compiler", lambda: "none")
+    monkeypatch.setattr(pt2, "_compile", trace)
+    monkeypatch.setattr(pt2, "_find_compiler", lambda: "none")
     monkeypatch.setattr(exporter, "check_graphs", lambda *_: ())
-    config = ExportConfig(format="pt2", form="single")
+    config = ExportConfig(format="pt2", pooling_input="single")
     export_bundle(make_network_bundle(num_dense=num_dense), tmp_path / "out", config)
     kinds = {spec.kind for spec in found["program"].graph_signature.input_specs}
     assert kinds == {InputKind.PARAMETER, InputKind.BUFFER, InputKind.USER_INPUT}

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
+from dmt_convert.config import ExportConfig
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, onnx_jagged_stacked
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving import ExportedModel, export_bundle, onnx_jagged
+from dmt_convert.serving.checks import generate_batch
 from support.exports import checks_of
 
 Exporter = Callable[..., ExportedModel]
@@ -73,7 +74,7 @@ def test_tables_of_different_widths_and_forms(
     names = bundle.manifest.model.flat.feature_names
     assert len(set(bundle.manifest.model.flat.feature_dims)) == 2
     forms = dict(zip(names, ("single", "single", "padded", "jagged"), strict=True))
-    exported = export_unchecked(bundle, forms=forms, weighted=(names[0], names[3]))
+    exported = export_unchecked(bundle, pooling_input=forms, weighted=(names[0], names[3]))
     assert not [check.line for check in checks_of(exported, bundle) if not check.passed]
 
 
@@ -89,7 +90,7 @@ def test_half_precision_tables(
             strict=True,
         )
     )
-    exported = export_unchecked(bundle, forms=forms)
+    exported = export_unchecked(bundle, pooling_input=forms)
     assert not [check.line for check in checks_of(exported, bundle) if not check.passed]
 
 
@@ -105,7 +106,7 @@ def test_files_say_what_they_are_and_hold_no_table(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, tmp_path: Path
 ) -> None:
     bundle = make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
-    exported = export_unchecked(bundle, form="padded")
+    exported = export_unchecked(bundle, pooling_input="padded")
     folder = tmp_path / "copy"
     for path in exported.path.rglob("*"):  # the checker refuses hard links
         if path.is_file():
@@ -168,9 +169,11 @@ def forget_the_range(model: onnx.ModelProto) -> None:
 
 def swap_pairs(model: onnx.ModelProto) -> None:
     """Put two dot products in each other's place."""
-    tensor = next(t for t in model.graph.initializer if t.name == "constants/pairs")
+    (picked,) = (node for node in model.graph.node if node.op_type == "GatherElements")
+    (expanded,) = (node for node in model.graph.node if picked.input[1] in node.output)
+    tensor = next(t for t in model.graph.initializer if t.name == expanded.input[0])
     cells = onnx.numpy_helper.to_array(tensor).copy()
-    cells[0, :2] = cells[0, 1::-1]
+    cells[..., :2] = cells[..., 1::-1]
     tensor.CopyFrom(onnx.numpy_helper.from_array(cells, tensor.name))
 
 
@@ -183,7 +186,7 @@ def test_checks_notice_a_broken_graph(
     break_it: Callable[[onnx.ModelProto], None],
 ) -> None:
     bundle = make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
-    exported = export_unchecked(bundle, form="single")
+    exported = export_unchecked(bundle, pooling_input="single")
     path = exported.path / "whole.onnx"
     model = onnx.load(str(path), load_external_data=False)
     before = model.SerializeToString()
@@ -214,7 +217,7 @@ LONG[1, 7], LONG[2, 299], LONG[2, 0] = 5000, 65, 9
 @pytest.fixture
 def unstacked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Read one feature after the other, however few bags there are."""
-    return lambda: monkeypatch.setattr(onnx_jagged_stacked, "_CACHED_BYTES", -1000)
+    return lambda: monkeypatch.setattr(onnx_jagged, "_CACHED_BYTES", -1000)
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])
@@ -233,7 +236,7 @@ def test_jagged_bags_of_any_length(
     if not stacked:
         unstacked()
     bundle = make_bundle("passthrough")
-    exported = export_unchecked(bundle, form="jagged")
+    exported = export_unchecked(bundle, pooling_input="jagged")
     batch = jagged(exported, lengths)
     with torch.inference_mode():
         expected = open_bundle_model(bundle)(batch).numpy()
@@ -245,7 +248,7 @@ def test_jagged_bags_of_any_length(
 def test_no_rows_have_no_logits(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:
-    exported = export_unchecked(make_bundle("passthrough"), form="jagged")
+    exported = export_unchecked(make_bundle("passthrough"), pooling_input="jagged")
     feeds = exported.manifest.inputs.feeds(jagged(exported, LONG[:, :0]))
     assert exported._runner("whole").run(feeds).shape == (0, 1)
 
@@ -254,7 +257,7 @@ def test_large_batches_of_the_checks_touch_few_rows(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:
     """Each page that a lookup maps is resident: 2,048 rows of a large bundle would take GBs."""
-    exported = export_unchecked(make_bundle("passthrough"), form="jagged")
+    exported = export_unchecked(make_bundle("passthrough"), pooling_input="jagged")
     spec = exported.spec.flat
     batch = generate_batch(spec, exported.manifest.inputs, 300, seed=0, longest=50, first_rows=3)
     for name, bag in zip(batch.feature_names, batch.bags, strict=True):
@@ -282,7 +285,7 @@ def test_lengths_that_do_not_fit_are_refused(
 ) -> None:
     if way != "stacked":
         unstacked()
-    exported = export_unchecked(make_bundle("passthrough"), form="jagged")
+    exported = export_unchecked(make_bundle("passthrough"), pooling_input="jagged")
     batch = jagged(exported, LONG if way == "chunks" else LONG[:, 10:20])
     feeds = exported.manifest.inputs.feeds(batch)
     name = f"{exported.spec.flat.feature_names[2]}.lengths"
@@ -293,7 +296,9 @@ def test_lengths_that_do_not_fit_are_refused(
 
 
 def test_one_weight_per_id(make_bundle: Callable[..., Bundle], export_unchecked: Exporter) -> None:
-    exported = export_unchecked(make_bundle("passthrough"), form="jagged", weighted=("cat_2",))
+    exported = export_unchecked(
+        make_bundle("passthrough"), pooling_input="jagged", weighted=("cat_2",)
+    )
     feeds = exported.manifest.inputs.feeds(jagged(exported, LONG[:, 10:20]))
     for changed in (np.append(feeds["cat_2.weights"], np.float32(1)), feeds["cat_2.weights"][:-1]):
         with pytest.raises(DataError, match="do_not_fit_their_ids"):
@@ -304,7 +309,7 @@ def test_one_weight_per_id(make_bundle: Callable[..., Bundle], export_unchecked:
 def test_one_weight_is_not_taken_for_many(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, form: str
 ) -> None:
-    exported = export_unchecked(make_bundle("passthrough"), form=form, weighted=("cat_2",))
+    exported = export_unchecked(make_bundle("passthrough"), pooling_input=form, weighted=("cat_2",))
     batch = jagged(exported, np.ones((4, 3), dtype=int))
     bags = [*batch.bags]
     bags[2] = replace(bags[2], weights=np.ones(3, dtype=np.float32))
@@ -318,7 +323,7 @@ def test_one_weight_is_not_taken_for_many(
 def test_an_id_outside_its_table_names_the_place(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, form: str
 ) -> None:
-    exported = export_unchecked(make_bundle("passthrough"), form=form)
+    exported = export_unchecked(make_bundle("passthrough"), pooling_input=form)
     batch = jagged(exported, np.ones((4, 3), dtype=int))
     for bad in (-3, 50, 2**40, -(2**63), 1 - 2**63, 2**63 - 1):
         bag = replace(batch.bags[1], values=np.array([0, bad, 1]))

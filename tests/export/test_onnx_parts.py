@@ -14,13 +14,14 @@ from safetensors.numpy import save_file
 from dmt_convert.bundle import Bundle
 from dmt_convert.bundle.bundle_model import split_state
 from dmt_convert.checkpoint import read_safetensors
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import DataError, ExportError
 from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.model.table_lookup import pool_bag
-from dmt_convert.serving import ExportConfig, open_graph, plan_inputs
-from dmt_convert.serving.check_batches import generate_batch
-from dmt_convert.serving.graph_writer import ExportJob
-from dmt_convert.serving.onnx_writer import write_over_arch_graph, write_tower_graph
+from dmt_convert.serving import open_graph, plan_inputs
+from dmt_convert.serving.checks import generate_batch
+from dmt_convert.serving.exporter import ExportJob
+from dmt_convert.serving.onnx_writer import OnnxGraphs
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 from dmt_convert.spec import ModelSpec
 
@@ -58,7 +59,7 @@ def test_quantised_tables(
     weighted: tuple[str, ...],
 ) -> None:
     spec = narrow(make_bundle("passthrough").manifest.model, dim)
-    config = ExportConfig(format="onnx", form=form, quantize=code, weighted=weighted)
+    config = ExportConfig(format="onnx", pooling_input=form, quantize=code, weighted=weighted)
     inputs = plan_inputs(spec, config)
     rng = np.random.default_rng(dim)
     features = spec.towers[0].features
@@ -84,7 +85,7 @@ def test_quantised_tables(
         weights=weights,
         config=config,  # type: ignore[arg-type]
     )
-    write_tower_graph(job, 0, tmp_path / "tower.onnx")
+    OnnxGraphs(job).write_tower(0, tmp_path / "tower.onnx")
     batch = generate_batch(spec.flat, inputs, 33, seed=1)
     bags = dict(zip(batch.feature_names, batch.bags, strict=True))
     known = {feature.name: feature for feature in spec.flat.features}
@@ -119,7 +120,7 @@ def test_towers_of_different_widths_meet_in_dot_products(
     spec = wide_and_narrow(bundle.manifest.model, dims)
     torch.manual_seed(0)
     model = DmtModel(spec).eval()
-    config = ExportConfig(format="onnx", form="single")
+    config = ExportConfig(format="onnx", pooling_input="single")
     file = place(tmp_path, "over_arch.safetensors", split_state(model).dense)
     job = ExportJob(
         folder=tmp_path,
@@ -128,7 +129,7 @@ def test_towers_of_different_widths_meet_in_dot_products(
         weights=PlacedWeights(towers=(), over_arch=file),
         config=config,
     )
-    write_over_arch_graph(job, tmp_path / "over_arch.onnx")
+    OnnxGraphs(job).write_over_arch(tmp_path / "over_arch.onnx")
     dense = torch.randn(9, spec.flat.num_dense)
     emitted = [torch.randn(9, width) for width in spec.tower_widths]
     with torch.inference_mode():
@@ -155,7 +156,7 @@ def test_a_feature_called_like_an_output(
         features=tuple("tower_000" if f == name else f for f in spec.towers[0].features),
     )
     renamed = DmtSpec(flat=flat, towers=(first, *spec.towers[1:]))
-    config = ExportConfig(format="onnx", form="single")
+    config = ExportConfig(format="onnx", pooling_input="single")
     weights = SimpleNamespace(towers=())
     job = ExportJob(
         folder=tmp_path,
@@ -165,4 +166,4 @@ def test_a_feature_called_like_an_output(
         config=config,
     )
     with pytest.raises(ExportError, match="tower_000"):
-        write_tower_graph(job, 0, tmp_path / "tower.onnx")
+        OnnxGraphs(job).write_tower(0, tmp_path / "tower.onnx")

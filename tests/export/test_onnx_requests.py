@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
-from dmt_convert.errors import ExportError
+from dmt_convert.errors import DmtError
 from dmt_convert.serving import ExportedModel
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving.checks import generate_batch
 from support.exports import checks_of
 
 MODELS = [("torchrec", "dot"), ("torchrec", "dcn"), ("torchrec", "projection"), ("facebook", "cat")]
@@ -75,7 +75,9 @@ def test_scores_are_the_models(
     bundle = bundle_of(names, interaction, module)
     user = per_request(bundle, places)
     form = "jagged" if module == "passthrough" else "single"
-    exported = export_unchecked(bundle, form=form, per_request=user, dense_per_request=dense)
+    exported = export_unchecked(
+        bundle, pooling_input=form, per_request=user, dense_per_request=dense
+    )
     checks = checks_of(exported, bundle)
     assert {check.part for check in checks} > {"whole", "joined"}
     assert [check.line for check in checks if not check.passed] == []
@@ -85,7 +87,9 @@ def test_rows_of_several_users_are_several_requests(
     bundle_of: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:
     bundle = bundle_of("torchrec", "dot", "auto")
-    exported = export_unchecked(bundle, form="jagged", per_request=per_request(bundle, (0, 3)))
+    exported = export_unchecked(
+        bundle, pooling_input="jagged", per_request=per_request(bundle, (0, 3))
+    )
     plain = replace(exported.manifest.inputs, per_request=())
     batch = generate_batch(bundle.manifest.model.flat, plain, 50, seed=3)  # every row another user
     with torch.inference_mode():
@@ -101,7 +105,9 @@ def test_the_user_side_has_one_row(
     import onnxruntime as ort
 
     bundle = bundle_of("torchrec", "dot", "auto")
-    exported = export_unchecked(bundle, form="single", per_request=per_request(bundle, (0, 3)))
+    exported = export_unchecked(
+        bundle, pooling_input="single", per_request=per_request(bundle, (0, 3))
+    )
     plain = replace(exported.manifest.inputs, per_request=())
     batch = generate_batch(bundle.manifest.model.flat, plain, 4, seed=1)
     session = ort.InferenceSession(str(exported.path / "whole.onnx"))
@@ -114,7 +120,7 @@ def test_the_user_side_has_one_row(
     [
         ({"places": (0,)}, "1 towers mix features"),
         ({"places": (0, 1, 2, 3), "dense_per_request": True}, "every input comes once"),
-        ({"places": (), "dense_per_request": True}, "without --request-batching"),
+        ({"places": (), "dense_per_request": True}, "needs --request-batching"),
         ({"places": (1,), "format": "triton"}, "--request-batching for triton"),
     ],
 )
@@ -127,6 +133,6 @@ def test_requests_that_cannot_be(
 ) -> None:
     bundle = bundle_of("torchrec", "dot", "auto")
     user = per_request(bundle, options.pop("places"))
-    with pytest.raises(ExportError, match=found):
-        export_unchecked(bundle, form="single", per_request=user, **options)
+    with pytest.raises(DmtError, match=found):
+        export_unchecked(bundle, pooling_input="single", per_request=user, **options)
     assert list(tmp_path.glob("*out*")) == []

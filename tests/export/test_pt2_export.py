@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle, exporter
-from dmt_convert.serving.check_batches import generate_batch
+from dmt_convert.serving import ExportedModel, export_bundle, exporter
+from dmt_convert.serving.checks import generate_batch
+from dmt_convert.serving.exported_model import Pt2Runner
 from dmt_convert.serving.load_pt2 import MappedFile
-from dmt_convert.serving.pt2_runner import Pt2Runner
 from support.exports import checks_of
 
 pytestmark = pytest.mark.slow

@@ -14,22 +14,15 @@ from safetensors.numpy import load_file
 
 from dmt_convert.bundle import Bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
+from dmt_convert.config import ExportConfig
 from dmt_convert.data import Bag
-from dmt_convert.errors import BundleError, ExportError, GraphsDifferError
+from dmt_convert.errors import BundleError, ConfigError, ExportError, GraphsDifferError
 from dmt_convert.files.digest import TreeDigest
 from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.model.table_codes import CodedRows, RowCode, decode_rows
-from dmt_convert.serving import (
-    ExportConfig,
-    ExportedModel,
-    export_bundle,
-    exporter,
-    plan_inputs,
-    quantisation_cost,
-)
+from dmt_convert.serving import ExportedModel, export_bundle, exporter, plan_inputs, quantisation
 from dmt_convert.serving.placed_weights import PlacedWeights, place_weights
-from dmt_convert.serving.quantisation_cost import measure_quantisation
-from dmt_convert.serving.quantised_tables import coded_bytes, write_coded
+from dmt_convert.serving.quantisation import coded_bytes, measure_quantisation, write_coded
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 
@@ -163,7 +156,7 @@ def test_tables_that_fp16_cannot_hold(tmp_path: Path, monkeypatch: pytest.Monkey
     flat = make_flat(tmp_path / "ckpt.safetensors", rows=ROWS, dim=DIM, edit=edit)
     bundle = convert(flat, tmp_path / "bundle")
     for looked_at in (1 << 20, 0):  # and where the row is met only when it is to be written
-        monkeypatch.setattr(quantisation_cost, "_SAMPLED_ROWS", looked_at)
+        monkeypatch.setattr(quantisation, "_SAMPLED_ROWS", looked_at)
         with pytest.raises(ExportError, match="too large for fp16") as raised:
             export_bundle(bundle, tmp_path / "out", ExportConfig(format="onnx", quantize="fp16"))
         assert raised.value.found.startswith("row 199990 of table 't_cat_1'")
@@ -216,10 +209,9 @@ def test_cost_on_labelled_data(small: Bundle, click_data: Path, tmp_path: Path) 
 
 def refuse(bundle: Bundle, folder: Path, found: str, **options: Any) -> list[Quality]:
     told: list[Quality] = []
-    data = options.pop("data", None)
     config = ExportConfig(format="onnx", **options)
     with pytest.raises(ExportError, match=found) as raised:
-        export_bundle(bundle, folder / "out", config, data=data, on_quality=told.append)
+        export_bundle(bundle, folder / "out", config, on_quality=told.append)
     assert raised.value.expected
     assert raised.value.hint
     assert not any(path.name.startswith((".out", "out")) for path in folder.iterdir())
@@ -232,7 +224,8 @@ def test_too_much_auc_lost(
     limited = {"quantize": "int4", "max_auc_loss": 0.001}
     assert not refuse(small, tmp_path, "without labelled data", **limited)
     for wrong in (-0.1, float("nan"), float("inf")):
-        assert not refuse(small, tmp_path, "--max-auc-loss", quantize="int4", max_auc_loss=wrong)
+        with pytest.raises(ConfigError, match="max_auc_loss must be"):
+            ExportConfig(format="onnx", quantize="int4", max_auc_loss=wrong)
     bare = {name: array for name, array in np.load(click_data).items() if name != "label"}
     np.savez(tmp_path / "test.npz", **bare)
     (tmp_path / "schema.json").write_bytes((click_data.parent / "schema.json").read_bytes())

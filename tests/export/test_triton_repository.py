@@ -11,10 +11,11 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from dmt_convert.bundle import Bundle
+from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
-from dmt_convert.serving.graph_writer import ExportJob
-from dmt_convert.serving.triton_checks import check_inputs, check_repository
+from dmt_convert.serving import ExportedModel, export_bundle
+from dmt_convert.serving.exporter import ExportJob
+from dmt_convert.serving.triton import check_inputs, check_repository
 from support.exports import checks_of
 
 Exporter = Callable[..., ExportedModel]
@@ -65,7 +66,7 @@ def test_padded_models_batch_and_their_graphs_answer_like_the_model(
 
 
 def test_models_behind_jagged_ids_do_not_batch_and_others_do(triton: Exporter) -> None:
-    exported = triton(forms={"cat_0": "jagged"}, form="single", weighted=("cat_0",), gpu=True)
+    exported = triton(pooling_input=["single", "cat_0=jagged"], weighted=("cat_0",), gpu=True)
     with_jagged = next(t for t, own in enumerate(exported.spec.towers) if "cat_0" in own.features)
     configs = {config.name: config for config in configs_of(exported.path)}
     mine, other = (configs[f"dmt_tower_00{t}"] for t in (with_jagged, 1 - with_jagged))
@@ -126,7 +127,7 @@ def _damage(configs: list[Any], what: str) -> None:
         ("twice", "2 inputs are called"),
         ("map", "not all of its tensors"),
         ("order", "nothing before it gives 'tower_000'"),
-        ("model", "there is no such model"),
+        ("model", "has no such model"),
         ("unused", "no step takes 'more'"),
         ("output", "no step gives 'scores'"),
     ],
@@ -158,11 +159,11 @@ def _job(bundle: Bundle, exported: ExportedModel, **changes: Any) -> ExportJob:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feature": "line\nfeed"}, "cannot be called"),
-        ({"feature": " "}, "cannot be called"),
-        ({"feature": "nul\0"}, "cannot be called"),
-        ({"feature": "tower_001"}, "cannot be called"),
-        ({"feature": "logits"}, "cannot be called"),
+        ({"feature": "line\nfeed"}, "cannot have the names"),
+        ({"feature": " "}, "cannot have the names"),
+        ({"feature": "nul\0"}, "cannot have the names"),
+        ({"feature": "tower_001"}, "cannot have the names"),
+        ({"feature": "logits"}, "cannot have the names"),
     ],
 )
 def test_what_triton_cannot_have_is_refused(
@@ -188,5 +189,5 @@ def test_without_tritons_client_nothing_is_written(
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(ExportError, match="client is not installed") as refused:
         export_bundle(bundle, tmp_path / "out", ExportConfig(format="triton"))
-    assert "dmt-convert[triton]" in refused.value.hint
+    assert "'.[triton]'" in refused.value.hint
     assert not list(tmp_path.iterdir())

@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_note(
     folder.close()
     assert found is not None
     assert found.step == 10
-    assert "step_000000020 is passed over" in caplog.text
+    assert "step_000000020 is skipped" in caplog.text
 
 
 def test_all_ranks_resume_from_the_one_before_a_damaged_one(

@@ -269,3 +269,28 @@ def test_thousands_of_grouped_features():
     )
     towers = partition_features(build_spec(1500), config).assignment.towers
     assert set(towers) == {users, items}
+
+
+@pytest.mark.parametrize("strategy", ["coherent", "diverse"])
+@pytest.mark.parametrize(("count", "towers"), [(8, 2), (7, 3), (8, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_all_balanced_towers_is_found(count, towers, strategy, seed):
+    affinity = random_affinity(count, seed).astype(np.float64)
+    mean = (affinity.sum() - count) / (count * (count - 1))
+    sign = 1 if strategy == "coherent" else -1
+    gain = sign * (affinity - mean)
+
+    def inside(found):
+        found = np.asarray(found)
+        return float(np.triu(gain * (found[:, None] == found), 1).sum())
+
+    limits = {count // towers, -(-count // towers)}
+    best = max(
+        inside(found)
+        for found in itertools.product(range(towers), repeat=count)
+        if set(np.bincount(found, minlength=towers)) <= limits
+    )
+    spec = build_spec(count)
+    config = PartitionConfig(towers=towers, partition=strategy)
+    partition = partition_features(spec, config, random_affinity(count, seed))
+    assert inside(_indices(spec, partition)) == pytest.approx(best)

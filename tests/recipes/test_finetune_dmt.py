@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmt_convert import training
 from dmt_convert.bundle import open_bundle
 from dmt_convert.recipes.finetune_dmt import main
-from dmt_convert.training import finetuned, in_memory
+from dmt_convert.training import finetuned
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
 from support.paths import REPOSITORY, read_files
@@ -155,7 +156,7 @@ def test_what_can_be_mended_is_said(tune, tmp_path, capsys, changes, options, fo
 def test_a_taken_target_is_refused_before_training(tune, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
-    monkeypatch.setattr(in_memory, "train", None)
+    monkeypatch.setattr(training, "train", None)
     assert tune("--force") == 3
     assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "new" / "mine").read_text() == "kept"
@@ -196,6 +197,7 @@ def test_a_bar_on_a_terminal_only(tune, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_copy_runs_as_a_file(scene, tmp_path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
     script = shutil.copy(REPOSITORY / "recipes" / "finetune_dmt.py", tmp_path / "mine.py")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from support.paths import REPOSITORY
+
 CONFIG = '''"""A config.
 
 Two more lines.
@@ -68,7 +70,7 @@ Give `table_lr` in the file.
 
 
 @pytest.fixture
-def measured(tmp_path: Path, repository: Path) -> dict[str, Any]:
+def measured(tmp_path: Path) -> dict[str, Any]:
     files = {
         "dmt_convert/train/config.py": CONFIG,
         "dmt_convert/__init__.py": "",
@@ -80,7 +82,7 @@ def measured(tmp_path: Path, repository: Path) -> dict[str, Any]:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    script = repository / "scripts" / "measure_house.py"
+    script = REPOSITORY / "scripts" / "measure_house.py"
     command = [sys.executable, str(script), "--repo", str(tmp_path), "--no-runs", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -10,7 +10,7 @@ import pytest
 
 from support.paths import REPOSITORY
 
-MAX_LINES = 400
+MAX_LINES = 750
 MACHINE_PATH = re.compile(r"(^|[^A-Za-z0-9_.])/(work|farm)/", re.MULTILINE)
 # import-linter sees cli/ and recipes/ under these names only, so here the other names are refused.
 MAPPED = ("dmt_convert.cli", "dmt_convert.recipes")

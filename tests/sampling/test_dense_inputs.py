@@ -105,6 +105,7 @@ def _true_rms():
     return np.sqrt(np.square(_draw_training_dense(_rng(9), 100_000)).mean(axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_sample_looks_like_the_data_that_trained_the_model(trained, optimizer):
     sample = draw_sample(trained[optimizer], rows=16_000)

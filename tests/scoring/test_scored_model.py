@@ -58,7 +58,7 @@ def test_batches_keep_the_order_of_rows(scored_checkpoint, tmp_path, monkeypatch
     whole = score_data(model, data)
     monkeypatch.setattr(scored_model, "BATCH_ROWS", 7)
     seen = []
-    parts = score_data(model, data, on_rows=lambda done, total: seen.append((done, total)))
+    parts = score_data(model, data, progress=lambda step, done, total: seen.append((done, total)))
     np.testing.assert_allclose(parts.logits, whole.logits, rtol=1e-4, atol=1e-4)
     assert np.array_equal(parts.truth, logits)
     assert seen[0] == (7, 50) and seen[-1] == (50, 50)

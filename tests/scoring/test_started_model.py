@@ -34,6 +34,7 @@ def _r2(started):
     return {row.name: row.r2 for row in started.quality.rows}
 
 
+@pytest.mark.slow
 def test_distillation_is_kept_only_where_it_is_better(info, monkeypatch):
     started = _start(info, _spec(info, c=1, dim=2), distill_steps=300)
     assert started.method == "closed form, then distilled"
@@ -49,6 +50,7 @@ def test_distillation_is_kept_only_where_it_is_better(info, monkeypatch):
     assert any("did not beat the closed form" in note for note in spoilt.notes)
 
 
+@pytest.mark.slow
 def test_unasked_it_distils_where_there_is_something_to_gain(info):
     lossy = _start(info, _spec(info, c=1, dim=2))
     assert any("distilled, best after" in note for note in lossy.notes)
@@ -86,6 +88,7 @@ def test_dense_arch_stays_the_flat_models(info):
         assert torch.equal(torch.from_numpy(started.weights.dense[name]), value)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(info):
     one, two = (
         _start(info, _spec(info, c=1, dim=2), distill_steps=100, allot=True) for _ in range(2)

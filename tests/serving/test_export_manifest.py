@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.documents import WeightsFile
+from dmt_convert.documents import GraphCheck, WeightsFile
 from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
 from dmt_convert.serving import ExportManifest, read_export_manifest
 from dmt_convert.serving.export_manifest import ExportedBundle
-from dmt_convert.serving.graph_checks import GraphCheck
 from dmt_convert.serving.graph_inputs import FeatureInput, GraphInputs
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 

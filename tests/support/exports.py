@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
-from dmt_convert.serving import ExportedModel, GraphCheck
-from dmt_convert.serving.check_process import run_checks
+from dmt_convert.documents import GraphCheck
+from dmt_convert.serving import ExportedModel
+from dmt_convert.serving.checks import run_checks
 
 
 def checks_of(exported: ExportedModel, bundle: Bundle) -> list[GraphCheck]:

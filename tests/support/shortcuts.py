@@ -2,8 +2,8 @@
 
 import pytest
 
+from dmt_convert import report
 from dmt_convert.conversion import sample
-from dmt_convert.report import page
 from dmt_convert.serving import exporter
 
 
@@ -14,7 +14,8 @@ def sample_few(patch: pytest.MonkeyPatch, rows: int = 1024) -> None:
 
 def skip_report(patch: pytest.MonkeyPatch) -> None:
     """Convert without drawing and writing the report, which takes longest for tiny models."""
-    patch.setattr(page, "render_documents", lambda *_, **__: {})
+    # at the front, which keeps what it has looked up: patched behind it, the patch might outlast
+    patch.setattr(report, "render_documents", lambda *_, **__: {})
 
 
 def skip_export_checks(patch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ import tritonclient.http
 from dmt_convert.data import Batch
 from dmt_convert.model import DmtModel
 from dmt_convert.serving import ExportedModel
-from dmt_convert.serving.check_batches import generate_batch
-from dmt_convert.serving.check_process import ATOL, RTOL
+from dmt_convert.serving.checks import ATOL, RTOL, generate_batch
 from support.paths import REPOSITORY
 
 Feeds = dict[str, npt.NDArray[Any]]

@@ -15,22 +15,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmt_convert import convert, interactions
+import dmt_convert as dmt
+from dmt_convert import interactions
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.conversion import convert, sample
 from dmt_convert.conversion.initialisation import initialise, starts, trace_flat
 from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Start
-from dmt_convert.conversion.partition import PartitionConfig
-from dmt_convert.convert_config import ConvertConfig
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import BundleError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.interactions import Interaction
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec, tower_kinds
 from dmt_convert.model.tower_kinds import TowerModule
-from dmt_convert.placement.predict.model_work import count_work
+from dmt_convert.placement.predict.cost_model import count_work
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from dmt_convert.training import load_bundle
+from support.models import build_flat, build_sample, split_towers
 
 DIMS = (4, 2, 6)
 ROWS = 30
@@ -142,13 +143,13 @@ def checkpoint(_registered, tmp_path: Path, monkeypatch) -> Path:
         )
 
     monkeypatch.setattr(convert, "infer_model", describe)
-    monkeypatch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 1024)
+    monkeypatch.setattr(sample, "sample_size", lambda spec: 1024)
     return tmp_path / "flat.safetensors"
 
 
 def _convert(checkpoint: Path, **options):
-    config = ConvertConfig(partition=PartitionConfig(num_towers=2), distill_steps=0, **options)
-    return convert.convert_checkpoint(checkpoint, checkpoint.parent / "bundle", config=config)
+    out = checkpoint.parent / "bundle"
+    return dmt.convert(checkpoint, out, towers=2, distill_steps=0, **options)
 
 
 def _batch(rows: int = 40) -> Batch:
@@ -207,38 +208,38 @@ def test_a_converted_model_scores_like_the_flat_one(checkpoint, module):
     """Leading towers that emit all their elements lose nothing."""
     dim = {"dim": sum(DIMS)} if module == "leading" else {}
     done = _convert(checkpoint, tower_module=module, **dim)
-    spec = done.bundle.manifest.model
+    spec = done.manifest.model
     assert spec.kind == module and spec.flat.interaction.kind == "gate"
     np.testing.assert_allclose(
-        _logits(done.bundle.path), _expected(checkpoint, _batch()), rtol=1e-4, atol=1e-5
+        _logits(done.path), _expected(checkpoint, _batch()), rtol=1e-4, atol=1e-5
     )
 
 
 def test_leading_towers_emit_less_and_are_restored(checkpoint):
     done = _convert(checkpoint, tower_module="leading", dim=3)
-    spec, state = done.bundle.manifest.model, open_bundle_model(done.bundle).state_dict()
+    spec, state = done.manifest.model, open_bundle_model(done).state_dict()
     assert spec.tower_widths == (3, 3) and spec.compression == 2
     assert spec.towers[0].module.config == {"scale": 2.0}
     assert DmtSpec.from_json(spec.to_json()) == spec
     assert torch.equal(state["towers.0.tower_module.scale"], torch.full((3,), 2.0))
     restored = _restore(spec, state, _pooled(checkpoint, _batch()))
     np.testing.assert_allclose(
-        _logits(done.bundle.path), _head(checkpoint, _batch(), restored), rtol=1e-4, atol=1e-5
+        _logits(done.path), _head(checkpoint, _batch(), restored), rtol=1e-4, atol=1e-5
     )
     # a random guess of the lost elements is as far off as their spread; a regression is closer
     expected = _expected(checkpoint, _batch())
-    error = np.square(_logits(done.bundle.path) - expected).mean()
+    error = np.square(_logits(done.path) - expected).mean()
     assert 0 < error < np.square(expected - expected.mean()).mean()
 
 
 def test_linear_towers_are_the_default_of_an_interaction_without_its_own(checkpoint):
     done = _convert(checkpoint)
-    assert done.bundle.manifest.model.kind == "linear"
-    assert done.partition.affinity_kind == "cosine"  # nobody knows what a gate's weights tell
+    assert done.manifest.model.kind == "linear"
+    assert done.manifest.partition.affinity == "cosine"  # nobody knows what a gate's weights tell
 
 
 def test_it_trains(checkpoint):
-    bundle = _convert(checkpoint, tower_module="leading", dim=3).bundle
+    bundle = _convert(checkpoint, tower_module="leading", dim=3)
     model, batch = load_bundle(bundle), _batch()
     labels = torch.from_numpy((np.arange(batch.num_rows) % 2).astype(np.float32))
     parameters = model.dense_parameters()
@@ -267,12 +268,12 @@ def test_without_formulas_parameters_are_counted():
 
 
 @pytest.mark.usefixtures("_registered")
-def test_a_module_without_a_closed_form_starts_at_random(monkeypatch, make):
+def test_a_module_without_a_closed_form_starts_at_random(monkeypatch):
     monkeypatch.setattr(starts, "CLOSED_FORMS", starts.CLOSED_FORMS[:-1])
-    flat = make.flat(_spec())
+    flat = build_flat(_spec())
     module = TowerModuleSpec(kind="leading", dim=2)
-    sample = make.sample(flat, 50)
-    spec = make.towers(flat.spec, 2, module)
+    sample = build_sample(flat, 50)
+    spec = split_towers(flat.spec, 2, module)
     model, notes = initialise(
         flat, spec, sample, method="closed-form", trace=trace_flat(flat, sample)
     )
@@ -281,7 +282,7 @@ def test_a_module_without_a_closed_form_starts_at_random(monkeypatch, make):
 
 
 def test_a_bundle_needs_what_it_is_made_of(checkpoint, monkeypatch):
-    bundle = _convert(checkpoint, tower_module="leading", dim=3).bundle
+    bundle = _convert(checkpoint, tower_module="leading", dim=3)
     known, modules = interactions.INTERACTIONS[:-1], tower_kinds.TOWER_MODULES[:-1]
     with monkeypatch.context() as patch:
         patch.setattr(interactions, "INTERACTIONS", known)

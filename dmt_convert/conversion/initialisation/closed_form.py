@@ -136,7 +136,7 @@ def _take_dims(
 def _fill(
     loss: Loss, dims: list[int], costs: Sequence[int], limits: Sequence[int], budget: int
 ) -> None:
-    """Give back what the last dim taken left of the budget."""
+    """Spend the rest of the budget after the last dim was taken."""
     while True:
         left = budget - sum(cost * dim for cost, dim in zip(costs, dims, strict=True))
         options = []

@@ -139,7 +139,7 @@ def _refit_layers(
 
 
 def _carry(weight: Float32Array, blocks: list[tuple[Indices, Float64Array]]) -> Float64Array:
-    """Weights on the chosen coordinates that read what the flat weights read of the rebuilt."""
+    """Return weights on the chosen coordinates that equal the flat weights on rebuilt ones."""
     return np.concatenate([weight[:, rows] @ block for rows, block in blocks], axis=1)
 
 

@@ -6,7 +6,7 @@ Tables stay frozen, so pooled embeddings are computed once and training needs no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -81,15 +81,13 @@ def distill(
     with torch.no_grad():
         target = flat.forward_pooled(dense, pooled)
     cut = max(1, int(len(dense) * (1 - _VALIDATION)))
-    held = (dense[cut:], pooled[cut:], target[cut:])
     student, trained = _trainable_copy(model)
+    generator = torch.Generator().manual_seed(seed)
+    best = _Best(student, trained, (dense[cut:], pooled[cut:], target[cut:]))
     optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
-    start = best = _error(student, *held)
-    best_state, best_step = None, 0
-    generator = torch.Generator().manual_seed(seed)
     with _few_threads(model.spec):
         for step in range(1, steps + 1):
             rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
@@ -102,19 +100,52 @@ def distill(
             schedule.step()
             if step % _CHECK_EVERY == 0 or step == steps:
                 on_step(step, steps)
-                error = _error(student, *held)
-                if error < best:
-                    best, best_step = error, step
-                    best_state = {name: value.detach().clone() for name, value in trained.items()}
-                elif step - best_step >= _PATIENCE * _CHECK_EVERY:
+                if not best.improves(step):
                     break
-    if best_state is None:
+    if best.state is None:
         return model, f"distillation ({steps} steps) did not beat the closed form, which stays"
-    student.load_state_dict(best_state, strict=False)
+    student.load_state_dict(best.state, strict=False)
     for value in trained.values():
         value.requires_grad_(False)
-    note = f"distilled, best after {best_step} steps: logit MSE {start:.3g} -> {best:.3g}"
-    return student.eval(), note
+    return student.eval(), f"distilled, {best.describe()}"
+
+
+class _Best:
+    """The best state so far, by rows that are never trained on.
+
+    Args:
+        model: The model that is trained.
+        trained: Its parameters that are trained, by name.
+        held: Dense inputs, pooled embeddings and logits of the rows.
+    """
+
+    def __init__(
+        self,
+        model: DmtModel,
+        trained: Mapping[str, nn.Parameter],
+        held: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        self._model, self._trained, self._held = model, trained, held
+        self._start = self._error = self._measure()
+        self._step = 0
+        self.state: dict[str, Tensor] | None = None
+
+    def improves(self, step: int) -> bool:
+        """Keep the current state if it is better; False once there was no better one for long."""
+        error = self._measure()
+        if error < self._error:
+            self._error, self._step = error, step
+            self.state = {name: value.detach().clone() for name, value in self._trained.items()}
+        return step - self._step < _PATIENCE * _CHECK_EVERY
+
+    def describe(self) -> str:
+        """Say when it was reached, and by how much it is better than the start."""
+        return f"best after {self._step} steps: logit MSE {self._start:.3g} -> {self._error:.3g}"
+
+    def _measure(self) -> float:
+        dense, pooled, target = self._held
+        with torch.no_grad():
+            return float((self._model.forward_pooled(dense, pooled) - target).square().mean())
 
 
 @contextmanager
@@ -152,8 +183,3 @@ def _trainable_copy(model: DmtModel) -> tuple[DmtModel, dict[str, nn.Parameter]]
             if value.requires_grad:
                 trained[name] = value
     return student, trained
-
-
-def _error(model: DmtModel, dense: Tensor, pooled: Tensor, target: Tensor) -> float:
-    with torch.no_grad():
-        return float((model.forward_pooled(dense, pooled) - target).square().mean())

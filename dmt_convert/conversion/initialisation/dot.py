@@ -51,7 +51,7 @@ class DotForm(ClosedForm):
         return (f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}",)
 
     def tower_loss(self, trace: FlatTrace, spec: DmtSpec) -> Loss | None:
-        """Weighted square error of all dots where a pair keeps the coordinates that both emit."""
+        """Weighted square error of all dots; a pair keeps the coordinates that both emit."""
         return None if spec.towers[0].module.p else _dot_loss(trace, spec)
 
 
@@ -152,7 +152,7 @@ def _carry_columns(
     position: dict[str, int],
     combos: list[Float64Array],
 ) -> Float64Array:
-    """Weights for the converted pairs that mean what the flat ones meant."""
+    """Return weights of the converted pairs, which mean the same as the flat ones."""
     module = spec.towers[0].module
     origin, slot = [0], [0]
     for tower in spec.towers:
@@ -191,7 +191,7 @@ def _combined_pairs(pairs: Float64Array, combos: list[Float64Array]) -> Float64A
 
 
 def _dot_loss(trace: FlatTrace, spec: DmtSpec) -> Loss | None:
-    """Weighted square error of all dots where a pair keeps the coordinates that both emit.
+    """Weighted square error of all dots; a pair keeps the coordinates that both emit.
 
     In the basis of the shared projection, dropping the coordinates from d on costs pair (i, j)
     w_ij sum_(k, l >= d) C_i[k, l] C_j[k, l]; summed over the pairs of two towers that is a table

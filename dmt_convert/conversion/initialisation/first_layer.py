@@ -119,7 +119,7 @@ def _refit(
 
 
 def _feature_losses(trace: FlatTrace, spec: DmtSpec, blocks: list[IntArray]) -> Float64Array:
-    """What is lost where every feature of a tower emits 0, 1, ... elements."""
+    """Return the loss if every feature of a tower emits 0, 1, ... elements."""
     dense = spec.flat.input_dims[0]
     layers = [trace.weights[f"{name}.weight"] for name in spec.flat.interaction.rules.input_layers]
     stacked = np.concatenate(layers).astype(np.float64)
@@ -143,7 +143,7 @@ def fit_outputs(
 
     Returns:
         The emitting map (k, N) and the reading map (H, k). Emitted coordinates have unit
-        variance where they vary at all; coordinates beyond the block's rank are zero.
+        variance if they vary at all; coordinates beyond the block's rank are zero.
     """
     axes, values = _principal_axes(block, x)
     take = min(width, len(values))

@@ -1,8 +1,8 @@
-"""Start of linear tower modules: what is restored from them, the untouched network reads.
+"""Closed form of linear tower modules: the untouched network reads restored embeddings.
 
 To first order the logit changes by g.(x^ - x), where g is its gradient. Taking g and x as
 independent, the mean square of that is tr(G R) with G = E[g g^T] and R the covariance of what is
-lost. It is least where the tower emits the leading eigenvectors of G^(1/2) C G^(1/2), C the
+lost. It is least if the tower emits the leading eigenvectors of G^(1/2) C G^(1/2), C the
 covariance of x, and the receiver regresses x on them: reduced-rank regression in the metric G.
 
 Letters: n rows, M_t widths' sum of a tower's embeddings, D_t elements that it emits.

@@ -35,14 +35,14 @@ class Refit:
     r2: float
     """The same for the refitted weights; never below `prior_r2`."""
     strength: float
-    """Ridge strength chosen on held-out rows; infinite where the prior was kept."""
+    """Ridge strength chosen on held-out rows; infinite if the prior was kept."""
 
 
 def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> Refit:
     """Minimise |targets - (inputs weight^T + bias)|^2 + strength |weight - prior|^2.
 
     The strength is chosen on the last quarter of the rows; the prior itself (with the best
-    bias) stays where no refit beats it there. Inputs are scaled to unit variance for the
+    bias) stays if no refit beats it there. Inputs are scaled to unit variance for the
     penalty, so that it does not depend on their units.
 
     Args:
@@ -86,7 +86,7 @@ def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -
 
 
 class _Problem:
-    """Standardised inputs, and what the prior leaves of the targets, in blocks of rows."""
+    """Standardised inputs, and the residual of the prior, in blocks of rows."""
 
     def __init__(self, inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> None:
         self._inputs, self._targets = inputs, targets

@@ -133,13 +133,7 @@ def weights_affinity(
             interaction's weights do not show which pairs it uses.
     """
     _check_rows(pooled)
-    if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
-        raise PartitionError(
-            f"sampled embeddings of widths {sorted({e.shape[1] for e in pooled})} for "
-            f"{len(pooled)} features",
-            expected=f"one sample per feature ({len(spec.features)}), as wide as its table",
-            hint="sample the embeddings from the same model",
-        )
+    _check_widths(pooled, spec)
     if not tells_pairs(spec):
         raise PartitionError(
             f"--affinity weights for a model with {spec.interaction.kind} interaction",
@@ -285,6 +279,16 @@ def _check_rows(pooled: Sequence[FloatArray]) -> None:
             f"samples of {rows} rows for {len(pooled)} features",
             expected="the same number of rows, at least one, for every feature",
             hint="sample all features from the same rows",
+        )
+
+
+def _check_widths(pooled: Sequence[FloatArray], spec: ModelSpec) -> None:
+    if tuple(e.shape[1] for e in pooled) != spec.feature_dims:
+        raise PartitionError(
+            f"sampled embeddings of widths {sorted({e.shape[1] for e in pooled})} for "
+            f"{len(pooled)} features",
+            expected=f"one sample per feature ({len(spec.features)}), as wide as its table",
+            hint="sample the embeddings from the same model",
         )
 
 

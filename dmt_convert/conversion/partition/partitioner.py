@@ -98,9 +98,8 @@ def partition_features(
     Raises:
         PartitionError: The request cannot be met, or the file does not fit the model.
 
-    Source: the affinities and balanced towers are those of the DMT paper, "Tower Partitioner". The
-    paper embeds features in the plane and clusters the points; the search works on the affinities
-    themselves, which gives better towers in less time (benchmarks/partition_search.py).
+    Source: the DMT paper, "Tower Partitioner", but for the search: on the affinities themselves it
+    finds better towers in less time than in the paper's plane (benchmarks/partition_search.py).
     """
     units = build_units(spec, config, lookups=lookups)
     if affinity is not None:

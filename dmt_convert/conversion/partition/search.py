@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _SLACK: Final = 1e-9
 _MAX_PASSES: Final = 15
-_MAX_ROUNDS: Final = 60
-_ROUND_UNITS: Final = 8000
+_MAX_ROUNDS: Final = 40
+_ROUND_UNITS: Final = 6000
 """Units that all rounds of a search shuffle and improve in total."""
 _LOAD_TRIALS: Final = 6
 _MAX_ALLOTMENTS: Final = 60
@@ -44,7 +44,7 @@ class Bounds:
     upper: int
     """Largest number of features in a tower."""
     loads: Float64Array
-    """Loads of the units as fractions of a tower's limit, shape (U, K); K is 0 without limits."""
+    """Loads of the units as fractions of a tower's limit, shape (K, U); K is 0 without limits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +61,9 @@ class Start:
 def search_towers(start: Start, pair_UU: Float64Array, *, rng: np.random.Generator) -> IntArray:
     """Lower the summed cost of pairs inside towers, by iterated local search.
 
-    The first round begins at a random assignment. Every further round shuffles an eighth of the
-    units of the best assignment so far, which finds better ones than restarting at random. All
-    shuffles, swaps and moves keep the bounds.
+    The first round begins at a random assignment. Every further round shuffles a few units of the
+    best assignment so far (up to a quarter), which finds better ones than restarting at random.
+    All shuffles, swaps and moves keep the bounds.
 
     Args:
         start: A feasible assignment, from `find_start`.
@@ -78,7 +78,8 @@ def search_towers(start: Start, pair_UU: Float64Array, *, rng: np.random.Generat
     best, best_cost = start.assignment, np.inf
     for number in range(min(_MAX_ROUNDS, max(1, _ROUND_UNITS // count))):
         state.assign(best)
-        state.shuffle(count if number == 0 else min(count, max(4, count // 8)), rng=rng)
+        some = int(rng.integers(2, max(4, count // 4)))
+        state.shuffle(count if number == 0 else some, rng=rng)
         cost = state.improve(pair_UU, rng=rng)
         if cost < best_cost - _SLACK:
             best, best_cost = state.assignment, cost
@@ -412,7 +413,7 @@ class _Placement:
 def _scale_loads(units: Units, num_towers: int, ratio: float | None) -> Float64Array:
     """Loads as fractions of a tower's limit; a unit that exceeds it alone counts as 1."""
     if ratio is None:
-        return np.zeros((len(units.weights), 0))
+        return np.zeros((0, len(units.weights)))
     limit = ratio * units.loads.sum(axis=0) / num_towers
     scaled = units.loads / np.where(limit > 0, limit, 1)
     for kind, name in enumerate(LOAD_KINDS):
@@ -423,7 +424,7 @@ def _scale_loads(units: Units, num_towers: int, ratio: float | None) -> Float64A
                 "to %.4g); nothing else may add to that load of their towers",
                 *(name, len(alone), limit[kind], units.loads[alone, kind].max()),
             )
-    return np.minimum(scaled, 1.0)
+    return np.minimum(scaled.T, 1.0)
 
 
 def _limit_loads(start: Start, config: PartitionOptions, rng: np.random.Generator) -> Start:
@@ -438,10 +439,10 @@ def _limit_loads(start: Start, config: PartitionOptions, rng: np.random.Generato
             least, loads = state.overload, state.loads
         state.assign(start.assignment)
         state.shuffle(count, rng=rng, loads=False)
-    kind = int(loads.max(axis=0).argmax())
+    kind = int(loads.max(axis=1).argmax())
     raise PartitionError(
         f"{int((least > 0).sum())} of {bounds.num_towers} towers exceed the load limit in the best "
-        f"assignment found: {LOAD_KINDS[kind]} of {loads[:, kind].max():.3f} times the limit",
+        f"assignment found: {LOAD_KINDS[kind]} of {loads[kind].max():.3f} times the limit",
         expected=f"at most {config.load_ratio} times the mean load per tower, with "
         f"{bounds.lower} to {bounds.upper} features per tower",
         hint="raise the load ratio or the size ratio, or change --towers",
@@ -455,7 +456,7 @@ class TowerState:
         self.bounds = bounds
         self._weights = bounds.units.weights
         self._single = bool((self._weights == 1).all())
-        self._limited = bounds.loads.shape[1] > 0
+        self._limited = len(bounds.loads) > 0
         self._conflicts = bounds.units.find_conflicts()
         self.assign(assignment)
 
@@ -464,8 +465,11 @@ class TowerState:
         towers = self.bounds.num_towers
         self.assignment = assignment.copy()
         self.sizes = np.bincount(assignment, self._weights, towers).astype(np.int64)
-        self.loads = np.zeros((towers, self.bounds.loads.shape[1]))
-        np.add.at(self.loads, assignment, self.bounds.loads)
+        self.loads = (
+            np.stack([np.bincount(assignment, load, towers) for load in self.bounds.loads])
+            if self._limited
+            else np.zeros((0, towers))
+        )
         if self._conflicts is not None:
             inside = self._inside(np.float32)
             self._met = np.rint(self._conflicts.astype(np.float32) @ inside.T).astype(np.int64)
@@ -482,8 +486,8 @@ class TowerState:
         self.assignment[unit] = tower
         self.sizes[old] -= weight
         self.sizes[tower] += weight
-        self.loads[old] -= self.bounds.loads[unit]
-        self.loads[tower] += self.bounds.loads[unit]
+        self.loads[:, old] -= self.bounds.loads[:, unit]
+        self.loads[:, tower] += self.bounds.loads[:, unit]
         if self._conflicts is not None:
             self._met[:, old] -= self._conflicts[unit]
             self._met[:, tower] += self._conflicts[unit]
@@ -504,7 +508,7 @@ class TowerState:
         if self._conflicts is not None:
             allowed &= self._met[unit] == 0
         if loads and self._limited:
-            allowed &= (self.loads + self.bounds.loads[unit] <= 1 + _SLACK).all(axis=1)
+            allowed &= (self.loads + self.bounds.loads[:, unit, None] <= 1 + _SLACK).all(axis=0)
         return allowed
 
     def find_swaps(self, unit: int, *, loads: bool = True) -> BoolArray:
@@ -520,13 +524,14 @@ class TowerState:
             mutual = self._conflicts[unit]
             allowed &= (self._met[unit][new] == mutual) & (self._met[:, old] == mutual)
         if loads and self._limited:
-            allowed &= (np.maximum(*self._swapped_loads(unit)) <= 1 + _SLACK).all(axis=1)
+            allowed &= (np.maximum(*self._swapped_loads(unit)) <= 1 + _SLACK).all(axis=0)
         return allowed
 
     def _swapped_loads(self, unit: int) -> tuple[Float64Array, Float64Array]:
-        """Loads of a partner's tower and of the unit's own after a swap, shape (U, K) each."""
-        change = self.bounds.loads[unit] - self.bounds.loads
-        return self.loads[self.assignment] + change, self.loads[self.assignment[unit]] - change
+        """Loads of a partner's tower and of the unit's own after a swap, shape (K, U) each."""
+        change = self.bounds.loads[:, unit, None] - self.bounds.loads
+        here = self.loads[:, self.assignment[unit], None] - change
+        return self.loads[:, self.assignment] + change, here
 
     def shuffle(self, count: int, *, rng: np.random.Generator, loads: bool = True) -> None:
         """Swap `count` random units with random partners, within the bounds."""
@@ -589,7 +594,7 @@ class TowerState:
     @property
     def overload(self) -> Float64Array:
         """By how much every tower's loads exceed their limits, in total, shape (T,)."""
-        return np.asarray(np.maximum(self.loads - 1 - _SLACK, 0).sum(axis=1))
+        return np.asarray(np.maximum(self.loads - 1 - _SLACK, 0).sum(axis=0))
 
     def repair_loads(self, max_changes: int, *, rng: np.random.Generator) -> bool:
         """Move and swap units until no load exceeds its limit; return whether that succeeded."""
@@ -615,13 +620,13 @@ class TowerState:
 
     def _find_relief(self, unit: int, overload: Float64Array) -> tuple[float, int, int, int]:
         """Best change of one unit: relief, unit, the partner of a swap or -1, the new tower."""
-        old, load = self.assignment[unit], self.bounds.loads[unit]
-        there, here = (np.maximum(x - 1, 0).sum(axis=1) for x in self._swapped_loads(unit))
+        old, load = self.assignment[unit], self.bounds.loads[:, unit]
+        there, here = (np.maximum(x - 1, 0).sum(axis=0) for x in self._swapped_loads(unit))
         relief = overload[self.assignment] + overload[old] - there - here
         relief[~self.find_swaps(unit, loads=False)] = -np.inf
         other = int(relief.argmax())
-        there = np.maximum(self.loads + load - 1, 0).sum(axis=1)
-        left = np.maximum(self.loads[old] - load - 1, 0).sum()
+        there = np.maximum(self.loads + load[:, None] - 1, 0).sum(axis=0)
+        left = np.maximum(self.loads[:, old] - load - 1, 0).sum()
         relief_T = overload + overload[old] - there - left
         relief_T[~self.find_moves(unit, loads=False)] = -np.inf
         tower = int(relief_T.argmax())

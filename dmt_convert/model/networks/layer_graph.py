@@ -96,10 +96,10 @@ class LayerGraph(nn.Module):
 
 
 def _make(layer: Mapping[str, Any]) -> nn.Module | None:
-    """Build what a layer has of weights.
+    """Build the module that holds a layer's weights; None if it has none.
 
     Raises:
-        ConfigError: There is no such layer.
+        ConfigError: The type of layer is unknown.
     """
     kind = layer["type"]
     if kind not in _TYPES:

@@ -1,4 +1,4 @@
-"""Parts of which networks are made. Letters: B batch, M width, E experts, R rank.
+"""Parts that networks are made of. Letters: B batch, M width, E experts, R rank.
 
 A stack is described by a list of layers, each `{"in": 8, "out": 4, "bias": true, "norm": "batch",
 "activation": "relu"}`; norm is `batch`, `layer` or null. A `prelu` has one slope, or one for each
@@ -54,7 +54,7 @@ class BatchNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """A linear layer, a norm where there is one, and an activation."""
+    """A linear layer, a norm if the config names one, and an activation."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -40,10 +40,10 @@ def build_network(spec: NetworkSpec, dims: Sequence[int], num_dense: int) -> nn.
         num_dense: Number of dense inputs D.
 
     Raises:
-        ConfigError: There is no such network, or the user's file that defines it was not given.
+        ConfigError: The network is unknown, or the user's file that defines it was not given.
     """
-    # models are laid out on the meta device; what a network computes when it is built would be
-    # lost there
+    # models are built on the meta device, where values that a network computes when it is built
+    # would be lost
     with torch.device("cpu"):
         if spec.name == USER:
             return build_user_network(spec, dims, num_dense)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
-from dmt_convert.serving import ExportConfig, ExportedModel, export_bundle
+from dmt_convert.config import ExportConfig
+from dmt_convert.serving import ExportedModel, export_bundle
 from support.shortcuts import skip_export_checks
 from support.triton import SCRIPT, Served, Server, serve
 
@@ -36,7 +37,7 @@ def serve_export(
     tmp_path_factory: pytest.TempPathFactory,
     make_bundle: Callable[..., Bundle],
 ) -> Callable[..., AbstractContextManager[Served]]:
-    """Export a bundle and serve it: `with serve_export(form="single") as served`."""
+    """Export a bundle and serve it: `with serve_export(pooling_input="single") as served`."""
 
     @contextmanager
     def run(*server_options: str, bundle: Bundle | None = None, **options: Any) -> Iterator[Served]:

@@ -9,8 +9,9 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from dmt_convert.bundle import Bundle
+from dmt_convert.config import ExportConfig
 from dmt_convert.families.model_config import FeatureConfig, ModelConfig
-from dmt_convert.serving import ExportConfig, open_graph
+from dmt_convert.serving import open_graph
 
 PROTOCOLS = ("http", "grpc")
 FORMS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ def test_networks_are_answered_like_the_model(
 
 @pytest.mark.exhaustive
 def test_without_a_largest_batch_no_rows_have_no_logits(serve_export: Callable[..., Any]) -> None:
-    with serve_export(form="jagged") as served:
+    with serve_export(pooling_input="jagged") as served:
         feeds = {name: value[:0] for name, value in served.feeds(served.batch(3)).items()}
         for protocol in PROTOCOLS:
             assert served.server.ask(protocol, feeds).shape == (0, 1)

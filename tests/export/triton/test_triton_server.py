@@ -15,7 +15,7 @@ import torch
 from tritonclient.utils import InferenceServerException
 
 from dmt_convert.data import Bag, Batch
-from dmt_convert.serving.check_process import ATOL, RTOL
+from dmt_convert.serving.checks import ATOL, RTOL
 from support.triton import PROTOCOLS, Feeds, Served
 
 pytestmark = pytest.mark.slow

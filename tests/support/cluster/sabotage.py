@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
+from dmt_convert.cluster import FusedTables, sharded_towers
 from dmt_convert.cluster.sharded_towers import ShardedTowers
 from dmt_convert.cluster.tower_head import TowerHead
+from dmt_convert.model import Head
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def _no_order(patch: Callable[..., None]) -> None:
     def settle_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, columns: original(self, range(len(columns)))
 
-    patch(cluster_model.ClusterModel, "settle_order", settle_nothing)
+    patch(Head, "expect_columns", settle_nothing)
 
 
 def _swapped_tables(patch: Callable[..., None]) -> None:

@@ -165,7 +165,7 @@ def test_without_metadata_the_order_is_asked(original, tmp_path):
         ),
         (
             lambda d: torch.save({"shape": [3]}, d / "embeddings.1.meta.pt"),
-            "holds no shape of a table",
+            "does not hold the shape of a table",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""The graphs of an export as torch modules that take named tensors one after the other.
+"""The graphs of an export as torch modules: both pt2 and ONNX are traced from these.
+
+Each takes named tensors one after the other. ONNX takes its look-ups from elsewhere: of these
+modules it needs what is behind them.
 
 Letters: B batch, D dense inputs, L ids per bag, O tower output.
 """
@@ -12,11 +15,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dmt_convert.model import DmtModel, DmtSpec
+from dmt_convert.errors import ExportError
+from dmt_convert.model import DmtModel, DmtSpec, state_name
+from dmt_convert.serving.columns import Columns, keep_values
 from dmt_convert.serving.export_manifest import tower_name
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.pt2_lookup import TowerLookup, refuse_wrong
 
+BATCH: Final = "B"
 _DTYPES: Final = {"int64": torch.int64, "float32": torch.float32}
 _TRACED: Final = 5
 
@@ -31,6 +37,11 @@ class TensorInput:
     """int64 or float32."""
     shape: tuple[str | int, ...]
     """Its dims: a number, or a name for one that a request chooses (`B`, the batch, is shared)."""
+
+    @property
+    def once(self) -> bool:
+        """Whether it has one row, whatever the batch."""
+        return self.shape[0] == 1
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -68,29 +79,69 @@ def list_inputs(inputs: GraphInputs, features: Sequence[str] | None) -> tuple[Te
         if features is not None and form.feature not in features:
             continue
         width: str | int = 1 if form.form == "single" else f"{form.feature}.L"
-        shape = (f"{form.feature}.nnz",) if form.form == "jagged" else ("B", width)
+        shape = (f"{form.feature}.nnz",) if form.form == "jagged" else (BATCH, width)
         found.append(TensorInput(name=form.ids, dtype="int64", shape=shape))
         if form.lengths is not None:
-            found.append(TensorInput(name=form.lengths, dtype="int64", shape=("B",)))
+            found.append(TensorInput(name=form.lengths, dtype="int64", shape=(BATCH,)))
         if form.weights is not None:
             found.append(TensorInput(name=form.weights, dtype="float32", shape=shape))
     return tuple(found)
 
 
 def dense_input(inputs: GraphInputs) -> tuple[TensorInput, ...]:
-    """Return the dense input, shape (B, D), if there is one."""
+    """Return the dense input, shape (B, D) or (1, D), if there is one."""
     if not inputs.num_dense:
         return ()
-    return (TensorInput(name=inputs.dense, dtype="float32", shape=("B", inputs.num_dense)),)
+    rows = 1 if inputs.dense_per_request else BATCH
+    return (TensorInput(name=inputs.dense, dtype="float32", shape=(rows, inputs.num_dense)),)
 
 
 def list_over_arch_inputs(spec: DmtSpec, inputs: GraphInputs) -> tuple[TensorInput, ...]:
-    """List the tensors that the over_arch graph takes."""
+    """List the tensors that the over_arch graph takes: dense inputs, and the towers' outputs.
+
+    With request batching, those that come once per request have one row.
+
+    Raises:
+        ExportError: A tower mixes features of both sides, or nothing comes per candidate.
+    """
+    once = towers_per_request(spec, inputs)
     towers = [
-        TensorInput(name=tower_name(t), dtype="float32", shape=("B", width))
+        TensorInput(name=tower_name(t), dtype="float32", shape=(1 if once[t] else BATCH, width))
         for t, width in enumerate(spec.tower_widths)
     ]
     return (*dense_input(inputs), *towers)
+
+
+def towers_per_request(spec: DmtSpec, inputs: GraphInputs) -> tuple[bool, ...]:
+    """Tell which towers run once per request.
+
+    Raises:
+        ExportError: A tower mixes features of both sides, or nothing comes per candidate.
+    """
+    user = set(inputs.per_request)
+    if not user:
+        return (False,) * len(spec.towers)
+    mixed = [
+        f"tower {t}: {', '.join(sorted(user & set(tower.features)))} with "
+        f"{', '.join(sorted(set(tower.features) - user))}"
+        for t, tower in enumerate(spec.towers)
+        if user & set(tower.features) and not user >= set(tower.features)
+    ]
+    if mixed:
+        raise ExportError(
+            f"{len(mixed)} towers mix features that come once per request with others",
+            expected="towers whose features all come once per request, or all per candidate",
+            hint="convert with --group user=f1,f2 --group item=f3,f4, and name every feature",
+            details=mixed,
+        )
+    once = tuple(user >= set(tower.features) for tower in spec.towers)
+    if all(once) and (inputs.dense_per_request or not inputs.num_dense):
+        raise ExportError(
+            "every input comes once per request",
+            expected="some inputs that differ between candidates",
+            hint="name fewer features, or omit --dense-per-request",
+        )
+    return once
 
 
 class TowerGraph(nn.Module):
@@ -128,7 +179,7 @@ class OverArchGraph(nn.Module):
 
     Args:
         model: The model; its towers are not used.
-        inputs: What it takes, in order.
+        inputs: What it takes, in order, the dense inputs first if there are any.
     """
 
     def __init__(self, model: DmtModel, inputs: Sequence[TensorInput]) -> None:
@@ -136,14 +187,35 @@ class OverArchGraph(nn.Module):
         self.model = model
         self.inputs = tuple(inputs)
         self.num_dense = model.spec.flat.num_dense
+        network = getattr(model.interaction, "network", None)
+        others = set() if network is None else {*network.modules()}
+        for module in {*model.modules()} - others:
+            _keep_indices(module)
+        if network is not None:  # code of others, which takes tensors
+            network.register_forward_pre_hook(lambda _, args: _as_tensors(args))
+
+    @staticmethod
+    def weight_name(name: str) -> str:
+        """Name in the state dict of a tensor that is outside towers.
+
+        Args:
+            name: What a bundle calls it.
+        """
+        return f"model.{state_name(name)}"
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return logits."""
+        pairs = list(zip(self.inputs, tensors, strict=True))
+        batch = next(tensor.shape[0] for entry, tensor in pairs if not entry.once)
+        columns = [Columns.of(batch, tensor, once=entry.once) for entry, tensor in pairs]
         if self.num_dense:
-            dense_BD, *emitted = tensors
+            dense, *emitted = columns
         else:
-            dense_BD, emitted = tensors[0][:, :0], list(tensors)
-        logits_B: Tensor = self.model.forward_emitted(dense_BD, torch.cat(emitted, dim=1))
+            dense, emitted = Columns.of(batch, tensors[0].new_zeros(batch, 0)), columns
+        logits_B: Tensor = self.model.forward_emitted(
+            dense,  # type: ignore[arg-type]
+            Columns.cat(emitted),  # type: ignore[arg-type]
+        )
         return logits_B.unsqueeze(1)
 
 
@@ -153,7 +225,7 @@ class WholeGraph(nn.Module):
     Args:
         towers: The tower graphs.
         over_arch: The over_arch graph.
-        inputs: What it takes, in order, the dense inputs first where there are any.
+        inputs: What it takes, in order, the dense inputs first if there are any.
     """
 
     def __init__(
@@ -184,3 +256,24 @@ class WholeGraph(nn.Module):
 
 
 Graph = TowerGraph | OverArchGraph | WholeGraph
+
+
+def _keep_indices(module: nn.Module) -> None:
+    """Make plain attributes of index buffers that are not stored: `Columns` looks at their values.
+
+    A tracer replaces buffers by stand-ins.
+    """
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if name in module._non_persistent_buffers_set and buffer.dtype == torch.int64:
+            keep_values(buffer)
+            delattr(module, name)
+            setattr(module, name, buffer)
+
+
+def _as_tensors(values: Any) -> Any:
+    """Join the columns that a module was given."""
+    if isinstance(values, Columns):
+        return values.joined()
+    if isinstance(values, list | tuple):
+        return type(values)(map(_as_tensors, values))
+    return values

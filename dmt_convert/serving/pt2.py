@@ -1,8 +1,15 @@
-"""The process that compiles graphs: `python -m dmt_convert.serving.pt2_compile`.
+"""The format pt2: every graph an AOTInductor package, its weights beside it.
 
-Reads a `CompileJob` as one line of JSON, then one name of a part per line; answers each with one
-line of JSON. A process of its own, so that compiling leaves no settings and no memory behind, and
-so that two parts can be compiled at a time.
+A package holds machine code and no weights: `load_pt2.py`, which is copied into the export, maps
+the `.safetensors` files into memory and hands them over. Code for the CPU runs on every machine
+with at least the vector instructions of the one that compiled it (AVX2 or AVX-512).
+
+Graphs are compiled by processes of their own, `python -m dmt_convert.serving.pt2`, so that
+compiling leaves no settings and no memory behind, and so that two parts can be compiled at a
+time. Each reads a `CompileJob` as one line of JSON, then one name of a part per line, and answers
+each with one line of JSON.
+
+Packages for CUDA are compiled on a machine with CUDA; this has not been tested.
 """
 
 from __future__ import annotations
@@ -11,24 +18,37 @@ import contextlib
 import json
 import os
 import platform
+import queue
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from dmt_convert.adapter import load_adapter
+from dmt_convert.adapter import load_adapter, user_file
 from dmt_convert.checkpoint import TensorInfo, read_safetensors
-from dmt_convert.model import DmtModel, DmtSpec, state_name
-from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
+from dmt_convert.config import ExportConfig
+from dmt_convert.errors import ExportError
+from dmt_convert.model import DmtModel, DmtSpec
+from dmt_convert.serving import load_pt2
+from dmt_convert.serving.columns import Columns
+from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, ExportFormat, tower_name
+from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import GraphInputs
-from dmt_convert.serving.load_pt2 import MappedFile
-from dmt_convert.serving.pt2_graphs import (
+from dmt_convert.serving.graphs import (
     Graph,
     OverArchGraph,
     TowerGraph,
@@ -37,7 +57,7 @@ from dmt_convert.serving.pt2_graphs import (
     list_over_arch_inputs,
     traced,
 )
-from dmt_convert.serving.pt2_linear import OneDnnLinear
+from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_lookup import TowerLookup, stack_tables
 
 _TORCH_NAMES: Final = {
@@ -49,6 +69,42 @@ _TORCH_NAMES: Final = {
 _MARCH: Final = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 """What g++ calls the machines that torch's own kernels know: a package runs on all such, and not
 only on the very processor that compiled it (which is what `native` would give)."""
+LOADER: Final = "load_pt2.py"
+_MAX_WORKERS: Final = 2
+"""Compiler processes at a time: each takes up to 1 GB and a core."""
+Worker = tuple["subprocess.Popen[str]", IO[str]]
+
+
+class OneDnnLinear(TorchFunctionMode):
+    """While active, `torch.nn.functional.linear` is traced as oneDNN's operator.
+
+    Args:
+        device: cpu or cuda; nothing changes for graphs of a GPU, nor where torch has no oneDNN.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._active = device == "cpu" and torch._C._has_mkldnn
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace linear layers; all else is called as it is."""
+        if func is functional.linear and self._active:
+            if isinstance(args[0], Columns):
+                with self:  # for the products of its parts
+                    return args[0].linear(*args[1:], **(kwargs or {}))
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +130,14 @@ class CompileJob:
     device: str
     """cpu or cuda."""
     model_file: str = ""
-    """The user's file that defines the model, where there is one."""
+    """The user's file that defines the model, if there is one."""
 
     def to_json(self) -> str:
         """Return one line."""
         return json.dumps(asdict(self))
 
 
-class GraphBuilder:
+class MappedGraphs:
     """Builds the graphs of an export over mapped weights: no table is read.
 
     Args:
@@ -151,7 +207,7 @@ class GraphBuilder:
         graph = OverArchGraph(self._model, list_over_arch_inputs(self.spec, self.inputs))
         self._model.towers = nn.ModuleList()
         path = self.job.over_arch
-        names = {f"model.{state_name(name)}": name for name in self._file(path)[1]}
+        names = {OverArchGraph.weight_name(name): name for name in self._file(path)[1]}
         self._assign(graph, names, path, prefix, weights)
         return graph
 
@@ -244,7 +300,7 @@ def name_constants(program: torch.export.ExportedProgram) -> dict[str, dict[str,
         program: A traced graph; literals and plain attributes of its modules become buffers.
 
     Returns:
-        Where the values of all its constants come from, as `GraphBuilder.build` says it.
+        Where the values of all its constants come from, as `MappedGraphs.build` says it.
     """
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.CONSTANT_TENSOR:
@@ -258,7 +314,7 @@ def _values(tensor: Tensor) -> dict[str, Any]:
     return {"values": tensor.tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
-def compile_part(builder: GraphBuilder, part: str) -> None:
+def compile_part(builder: MappedGraphs, part: str) -> None:
     """Compile one graph to its `.pt2` file."""
     job = builder.job
     graph, weights = builder.build(part)
@@ -273,7 +329,7 @@ def compile_part(builder: GraphBuilder, part: str) -> None:
 
 
 def _describe(
-    builder: GraphBuilder, graph: Graph, path: Path, weights: Mapping[str, Mapping[str, Any]]
+    builder: MappedGraphs, graph: Graph, path: Path, weights: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return what `load_pt2.py` has to know of a package."""
     root = Path(builder.job.folder)
@@ -325,10 +381,188 @@ def main() -> int:
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             part = line.strip()
-            compile_part(GraphBuilder(job), part)
+            compile_part(MappedGraphs(job), part)
             answers.write(json.dumps({"part": part}) + "\n")
             answers.flush()
     return 0
+
+
+class Pt2Writer:
+    """Compiles the graphs of an export.
+
+    Args:
+        config: What is asked for.
+
+    Raises:
+        ExportError: There is no C++ compiler, or no GPU for a graph that is to run on one.
+    """
+
+    format: ExportFormat = "pt2"
+
+    def __init__(self, config: ExportConfig) -> None:
+        # here, and not when graphs are written: weights may take long to be put in place
+        if config.gpu:
+            _check_gpu()
+        self._compiler = _find_compiler()
+
+    def folder_of(self, part: str) -> str:
+        """See `GraphWriter.folder_of`."""
+        return part
+
+    def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
+        """See `GraphWriter.write`."""
+        parts = {WHOLE: "whole.pt2"}
+        parts |= {tower_name(t): f"{tower_name(t)}/tower.pt2" for t in range(len(job.spec.towers))}
+        parts[OVER_ARCH] = f"{OVER_ARCH}/over_arch.pt2"
+        compile_job = CompileJob(
+            folder=str(job.folder),
+            model=job.spec.to_json(),
+            inputs=job.inputs.to_json(),
+            towers=tuple(file.path for file in job.weights.towers),
+            over_arch=job.weights.over_arch.path,
+            parts=parts,
+            packed=job.config.quantize == "int4",
+            clip=job.config.out_of_range == "clip",
+            device="cuda" if job.config.gpu else "cpu",
+            model_file=str(user_file(job.spec.flat) or ""),
+        )
+        on_part(0, len(parts))
+        for done, _ in enumerate(_compile(compile_job), start=1):
+            on_part(done, len(parts))
+        source = Path(load_pt2.__file__)
+        (job.folder / LOADER).write_bytes(source.read_bytes())
+        return Written(
+            parts=parts,
+            details={
+                "torch": torch.__version__,
+                "compiler": self._compiler,
+                "device": compile_job.device,
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "loader": LOADER,
+            },
+        )
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise ExportError(
+            "a pt2 export for a GPU on a machine that has none",
+            expected="a CUDA device and a torch build for it: exporting compiles the packages",
+            hint="export on a machine like your server, or omit --gpu",
+        )
+
+
+def _find_compiler() -> str:
+    """Return the first line that the C++ compiler says of its version.
+
+    Raises:
+        ExportError: The machine has no C++ compiler.
+    """
+    name = os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is not None:
+        asked = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+        if asked.returncode == 0 and asked.stdout:
+            return asked.stdout.splitlines()[0]
+    raise ExportError(
+        f"no C++ compiler: {name} cannot be run",
+        expected="a compiler for AOTInductor, such as g++ 10 or later",
+        hint="apt-get install g++, or set the environment variable CXX to another compiler; "
+        "--format onnx needs no compiler",
+    )
+
+
+def _compile(job: CompileJob) -> Iterator[str]:
+    """Compile all parts, in processes of their own; yield their names as they get done.
+
+    Raises:
+        ExportError: A part cannot be compiled.
+    """
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for part in job.parts:
+        waiting.put(part)
+    done: queue.SimpleQueue[str | ExportError] = queue.SimpleQueue()
+    count = min(_MAX_WORKERS, len(os.sched_getaffinity(0)), len(job.parts))
+    workers: list[Worker] = []
+    threads: list[threading.Thread] = []
+    with ExitStack() as logs:
+        try:
+            for _ in range(count):
+                workers.append(_start(job, logs))
+                threads.append(threading.Thread(target=_feed, args=(*workers[-1], waiting, done)))
+                threads[-1].start()
+            for _ in job.parts:
+                answer = done.get()
+                if isinstance(answer, ExportError):
+                    raise answer
+                yield answer
+        finally:
+            _stop(workers, threads)
+
+
+def _start(job: CompileJob, logs: ExitStack) -> Worker:
+    log = logs.enter_context(
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dmt_convert.serving.pt2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(job.to_json() + "\n")
+    return process, log
+
+
+def _stop(workers: Sequence[Worker], threads: Sequence[threading.Thread]) -> None:
+    """End the processes, and with them the compilers that they may have started."""
+    for process, _ in workers:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    for process, _ in workers:
+        process.communicate()
+
+
+def _feed(
+    process: subprocess.Popen[str],
+    log: IO[str],
+    waiting: queue.SimpleQueue[str],
+    done: queue.SimpleQueue[str | ExportError],
+) -> None:
+    """Give one process part after part until none is left, or it fails."""
+    assert process.stdin is not None and process.stdout is not None
+    while True:
+        try:
+            part = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            process.stdin.write(part + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (BrokenPipeError, ValueError):  # it died, or was ended because another one failed
+            answer = ""
+        if not answer:
+            done.put(_failed(part, process, log))
+            return
+        done.put(str(json.loads(answer)["part"]))
+
+
+def _failed(part: str, process: subprocess.Popen[str], log: IO[str]) -> ExportError:
+    code = process.wait()
+    log.seek(0)
+    lines = [line.rstrip() for line in log if line.strip()]
+    return ExportError(
+        f"the graph {part!r} cannot be compiled (the process ended with code {code})",
+        hint="check whether memory or disk ran out (a part needs about 1 GB). Otherwise report the "
+        "lines below; --format onnx needs no compiler",
+        details=lines[-12:],
+    )
 
 
 if __name__ == "__main__":

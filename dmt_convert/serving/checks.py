@@ -1,0 +1,358 @@
+"""Run every exported graph against the model that it came from, in a process of its own.
+
+A process of its own, because runtimes do not give their memory back, and because what kills one
+must not kill the export: `python -m dmt_convert.serving.checks`. It prints one JSON object per
+check, or one with the parts of an error. The batches have every form of input, empty bags, first
+and last rows, and ids outside their tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from dmt_convert.adapter import load_adapter
+from dmt_convert.arrays import Float32Array
+from dmt_convert.bundle import open_bundle, open_bundle_model
+from dmt_convert.data import Bag, Batch, adapt_batches, open_data
+from dmt_convert.documents import GraphCheck, to_json
+from dmt_convert.errors import DataError, DmtError, ExportError, GraphsDifferError
+from dmt_convert.model import DmtModel
+from dmt_convert.progress import Progress
+from dmt_convert.serving.export_manifest import WHOLE, tower_name
+from dmt_convert.serving.exported_model import ExportedModel
+from dmt_convert.serving.graph_inputs import FeatureInput, GraphInputs
+from dmt_convert.spec import ModelSpec
+
+RTOL: Final = 2e-5
+"""Of the largest value that the model gives: runtimes add fp32 numbers in another order, and sums
+over thousands of products then differ by a few 1e-6 of it. A swapped column differs by about 1."""
+ATOL: Final = 1e-6
+"""For outputs that are zero throughout."""
+ROW_COUNTS: Final = (1, 2, 7, 130)
+"""Batch sizes that are run; none is the one that a graph was traced with."""
+MANY_ROWS: Final = 2048
+"""Rows of jagged bags that are too many to be read as one rectangle."""
+LONG_BAG: Final = 100
+"""Ids of a bag that no rectangle is made for."""
+DATA_ROWS: Final = 1024
+"""Rows of the given data that are run."""
+
+
+def generate_batch(
+    spec: ModelSpec,
+    inputs: GraphInputs,
+    rows: int,
+    *,
+    seed: int,
+    longest: int = 0,
+    first_rows: int | None = None,
+) -> Batch:
+    """Make rows that fit the forms of the inputs.
+
+    If the form allows it, bags hold 0 to 4 ids and the first bag is empty. The first and the last
+    row of every table occur. Features that come once per request have the same bag in every row.
+
+    Args:
+        spec: The model.
+        inputs: Forms of the inputs.
+        rows: How many rows.
+        seed: What to draw with.
+        longest: Ids in the last bag of every jagged feature; 0 for as many as in others.
+        first_rows: How many rows of a table are looked up, beside its last one; by default all.
+            Every page that a lookup maps counts as resident.
+    """
+    rng = np.random.default_rng((seed, rows))
+    bags = []
+    for feature in inputs.features:
+        once = feature.feature in inputs.per_request
+        table_rows = spec.table_of(feature.feature).rows
+        bag = _bag(rng, feature, 1 if once else rows, table_rows, longest, first_rows)
+        bags.append(_repeat(bag, rows) if once else bag)
+    dense = rng.standard_normal((1 if inputs.dense_per_request else rows, spec.num_dense))
+    return Batch(
+        dense=np.broadcast_to(dense, (rows, spec.num_dense)).astype(np.float32),
+        feature_names=spec.feature_names,
+        bags=tuple(bags),
+    )
+
+
+def _bag(
+    rng: np.random.Generator,
+    feature: FeatureInput,
+    rows: int,
+    table_rows: int,
+    longest: int,
+    first_rows: int | None,
+) -> Bag:
+    if feature.form == "single":
+        lengths = np.ones(rows, dtype=np.int64)
+    elif feature.form == "fixed":
+        lengths = np.full(rows, rng.integers(1, 5))
+    else:
+        lengths = rng.integers(0, 5, size=rows)
+        lengths[0] = 0 if rows > 1 else rng.integers(0, 3)
+        if longest and feature.form == "jagged":
+            lengths[-1] = longest
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    drawn = min(table_rows, first_rows or table_rows)
+    values = rng.integers(0, drawn, size=int(offsets[-1]), dtype=np.int64)
+    if len(values):
+        values[0], values[-1] = 0, table_rows - 1
+    weights = rng.standard_normal(len(values)).astype(np.float32) if feature.weighted else None
+    return Bag(values=values, offsets=offsets, weights=weights)
+
+
+def _repeat(bag: Bag, rows: int) -> Bag:
+    length = len(bag.values)
+    return Bag(
+        values=np.tile(bag.values, rows),
+        offsets=np.arange(rows + 1, dtype=np.int64) * length,
+        weights=None if bag.weights is None else np.tile(bag.weights, rows),
+    )
+
+
+def bad_ids(spec: ModelSpec, inputs: GraphInputs, batch: Batch) -> Iterator[tuple[Batch, str]]:
+    """Yield batches with one id outside its table, for some features, and what it is.
+
+    The first and the last feature of every form: below the table, just behind it, far behind it.
+    """
+    tried: dict[tuple[str, bool], list[int]] = {}
+    for i, feature in enumerate(inputs.features):
+        tried.setdefault((feature.form, feature.weighted), []).append(i)
+    for members in tried.values():
+        for i in dict.fromkeys((members[0], members[-1])):
+            rows = spec.table_of(inputs.features[i].feature).rows
+            low = -2 if inputs.features[i].form == "padded" else -1
+            for value in (low, rows, 2**40):
+                name = inputs.features[i].feature
+                yield _with_id(batch, i, value), f"id {value} of {name} ({rows} rows)"
+
+
+def _with_id(batch: Batch, feature: int, value: int) -> Batch:
+    bag = batch.bags[feature]
+    if not len(bag.values):
+        offsets = np.minimum(np.arange(len(bag.offsets), dtype=np.int64), 1)
+        weights = None if bag.weights is None else np.ones(1, dtype=np.float32)
+        changed = Bag(values=np.array([value]), offsets=offsets, weights=weights)
+    else:
+        values = bag.values.copy()
+        values[0] = value
+        changed = replace(bag, values=values)
+    bags = list(batch.bags)
+    bags[feature] = changed
+    return replace(batch, bags=tuple(bags))
+
+
+def clipped(spec: ModelSpec, batch: Batch) -> Batch:
+    """Return the batch with every id moved into its table."""
+    bags = [
+        replace(bag, values=bag.values.clip(0, spec.table_of(name).rows - 1))
+        for name, bag in zip(batch.feature_names, batch.bags, strict=True)
+    ]
+    return replace(batch, bags=tuple(bags))
+
+
+def check_graphs(
+    folder: Path,
+    bundle: Path,
+    data: Path | None,
+    progress: Progress,
+    model: Path | None = None,
+) -> tuple[GraphCheck, ...]:
+    """Run all graphs of an export.
+
+    Args:
+        folder: The export.
+        bundle: The bundle that it was made of.
+        data: Rows to run on, beside generated ones.
+        progress: Told of checks done and in all.
+        model: The user's file that defines the bundle's model, if there is one.
+
+    Raises:
+        GraphsDifferError: A graph does not answer like the model.
+        ExportError: A graph cannot be loaded, or the process died.
+        DataError: The data does not fit the model, or the form of the inputs.
+    """
+    command = [sys.executable, "-m", "dmt_convert.serving.checks", str(folder), str(bundle)]
+    command += ["" if path is None else str(path) for path in (data, model)]
+    checks: list[GraphCheck] = []
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            value = json.loads(line)
+            if "error" in value:
+                raise _error(value)
+            checks.append(GraphCheck(**value["check"]))
+            progress("running the graphs", len(checks), value["total"])
+        process.wait()
+        complaints.seek(0)
+        complaint = complaints.read()
+    if process.returncode != 0:
+        last = (complaint.strip().splitlines() or ["no message"])[-1]
+        raise ExportError(
+            f"the process that runs the graphs ended with code {process.returncode} ({last})",
+            hint="free some memory and try again. If it fails again, report it with the output of "
+            "DMT_TRACEBACK=1",
+        )
+    failed = [check for check in checks if not check.passed]
+    if failed or not checks:
+        raise GraphsDifferError(
+            f"{len(failed)} of {len(checks)} checks failed: the graphs differ from the model",
+            expected="the model's own outputs, within rounding",
+            hint="unless the model overflows on such inputs, this is a bug: please report it. No "
+            "export was written",
+            details=[check.line for check in failed],
+        )
+    return tuple(checks)
+
+
+def _error(value: Mapping[str, Any]) -> DmtError:
+    kind = DataError if value["error"] == "DataError" else ExportError
+    return kind(
+        value["found"], expected=value["expected"], hint=value["hint"], details=value["details"]
+    )
+
+
+Checks = Iterator[GraphCheck]
+
+
+def run_checks(exported: ExportedModel, model: DmtModel, data: Path | None) -> Checks:
+    """Run all graphs of an export against the model it came from.
+
+    Raises:
+        DataError: The data does not fit the model, or the form of the inputs.
+    """
+    inputs = exported.manifest.inputs
+    spec = model.spec.flat
+    for rows in ROW_COUNTS:
+        batch = generate_batch(spec, inputs, rows, seed=rows)
+        yield from _compare(exported, model, batch, f"{rows} generated rows")
+    if any(feature.form == "jagged" for feature in inputs.features):
+        few = 512  # of their rows
+        batch = generate_batch(spec, inputs, MANY_ROWS, seed=1, first_rows=few)
+        yield from _compare(exported, model, batch, f"{MANY_ROWS} generated rows")
+        batch = generate_batch(spec, inputs, 300, seed=2, longest=LONG_BAG, first_rows=few)
+        yield from _compare(exported, model, batch, f"300 rows, bags of {LONG_BAG} among them")
+    batch = generate_batch(spec, inputs, 3, seed=0)
+    for wrong, what in bad_ids(spec, inputs, batch):
+        if exported.manifest.out_of_range == "clip":
+            fixed = clipped(spec, wrong)
+            yield from _compare(exported, model, wrong, f"{what}, clipped", truth=fixed)
+        else:
+            yield from _refuse(exported, wrong, what)
+    if data is not None:
+        dataset = open_data(data)
+        batches = dataset.batches(DATA_ROWS, max_rows=DATA_ROWS)
+        for batch in adapt_batches(dataset, spec, batches):
+            yield from _compare(exported, model, batch, f"rows of {data.name}")
+
+
+def _compare(
+    exported: ExportedModel, model: DmtModel, batch: Batch, what: str, truth: Batch | None = None
+) -> Checks:
+    truth = batch if truth is None else truth
+    stages = dict(model.stages(truth))
+    expected = {
+        tower_name(t): stages[f"output of tower {t}"].numpy() for t in range(len(model.spec.towers))
+    }
+    logits = stages["logit"].numpy()
+    parts = exported.manifest.parts
+    once = set(exported.manifest.inputs.per_request)
+    for t, (name, value) in enumerate(expected.items()):
+        rows = value[:1] if once & set(model.spec.towers[t].features) else value
+        yield _check(name, what, rows, partial(exported.tower, t, batch))
+    yield _check("joined", what, logits, lambda: exported.joined(batch))
+    if WHOLE in parts:
+        yield _check(WHOLE, what, logits, lambda: exported.whole(batch))
+
+
+def _check(
+    part: str, what: str, expected: Float32Array, run: Callable[[], Float32Array]
+) -> GraphCheck:
+    found = run()
+    limit = ATOL + RTOL * float(np.abs(expected).max(initial=0.0))
+    if found.shape != expected.shape:
+        return GraphCheck(
+            part=part,
+            what=what,
+            rows=len(expected),
+            max_abs_diff=None,
+            limit=None,
+            passed=False,
+            found=f"shape {found.shape} instead of {expected.shape}",
+        )
+    with np.errstate(invalid="ignore"):
+        diff = float(np.abs(found - expected).max(initial=0.0))
+    return GraphCheck(
+        part=part,
+        what=what,
+        rows=len(expected),
+        max_abs_diff=diff,
+        limit=limit,
+        passed=bool(np.isfinite(diff)) and diff <= limit,
+    )
+
+
+def _refuse(exported: ExportedModel, batch: Batch, what: str) -> Checks:
+    runs = {"joined": exported.joined}
+    if WHOLE in exported.manifest.parts:
+        runs[WHOLE] = exported.whole
+    for part, run in runs.items():
+        try:
+            run(batch)
+        except DataError:
+            passed, found = True, ""
+        else:
+            passed, found = False, "was answered"
+        yield GraphCheck(
+            part=part,
+            what=f"refuses {what}",
+            rows=batch.num_rows,
+            max_abs_diff=None,
+            limit=None,
+            passed=passed,
+            found=found,
+        )
+
+
+def main(folder: str, bundle: str, data: str = "", adapter: str = "") -> int:
+    """Print the checks of an export."""
+    try:
+        if adapter:
+            load_adapter(Path(adapter))
+        exported = ExportedModel(Path(folder))
+        with torch.inference_mode():
+            quantize = exported.manifest.quantize
+            code = None if quantize == "none" else quantize
+            model = open_bundle_model(open_bundle(Path(bundle)), code=code)
+            checks = run_checks(exported, model, Path(data) if data else None)
+            total = 0  # known to nobody before the end: progress shows a count
+            for done in itertools.count(1):
+                check = next(checks, None)
+                if check is None:
+                    return 0 if done > 1 else 1
+                sys.stdout.write(json.dumps({"check": to_json(check), "total": total}) + "\n")
+                sys.stdout.flush()
+    except DmtError as error:
+        sys.stdout.write(json.dumps(error.to_json()) + "\n")
+        return 0
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
