@@ -411,7 +411,10 @@ def module_spec(
     """
     kinds = ("auto", *(entry.kind for entry in TOWER_MODULES))
     if kind not in kinds:
-        raise UsageError(f"--tower-module must be one of {', '.join(kinds)}, got {kind!r}")
+        raise UsageError(
+            f"--tower-module must be one of {', '.join(kinds)}, got {kind!r}",
+            hint="leave --tower-module at auto",
+        )
     own = next(iter(spec.interaction.rules.tower_modules), LinearKind.kind)
     chosen = find_tower_module(own if kind == "auto" else kind)
     if not chosen.fits(spec):

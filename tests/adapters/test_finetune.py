@@ -40,7 +40,7 @@ def test_a_network_is_tuned_but_for_its_statistics(
     before = dmt.convert(
         checkpoint, tmp_path / "bundle", towers=2, affinity="cosine", model=model, distill_steps=0
     )
-    monkeypatch.setattr(finetuned, "describe_bundle", lambda *_, **__: {})
+    monkeypatch.setattr(finetuned, "render_documents", lambda *_, **__: {})
     options = {
         "--bundle": before.path, "--data": example.clicks, "--out": tmp_path / "tuned",
         "--model": model, "--max-steps": 20, "--dense-lr": 0.01,

@@ -232,7 +232,9 @@ def test_too_much_auc_lost(
     assert not refuse(small, tmp_path, "has no labels", data=tmp_path / "test.npz", **limited)
     bare["label"] = np.ones(300, dtype=np.uint8)
     np.savez(tmp_path / "test.npz", **bare)
-    assert refuse(small, tmp_path, "labels of the data are the same", data=tmp_path / "test.npz", **limited)
+    assert refuse(
+        small, tmp_path, "labels of the data are the same", data=tmp_path / "test.npz", **limited
+    )
     # labels that the model itself would give: what any code loses is seen
     scores = dict(np.load(click_data))
     logits = open_bundle_model(small)

@@ -9,7 +9,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ CONFIG = TrainingConfig(
 )
 # gradients of rows that several samples share are summed in another order: a few 1e-7 per step
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
-SPOIL = replace(CONFIG, table_lr=50.0)
+SPOIL = CONFIG.replace(table_lr=50.0)
 SPARSE = (7, 400, 11, 6)
 """Rows of tables; some of the second are looked up never or once."""
 
@@ -109,7 +108,7 @@ def make_trainer(tmp_path, rows) -> Callable[..., FlatTrainer]:
 
 def batches_of(trainer: FlatTrainer, rows: Path, *, seed: int = 0) -> Iterator[Batch]:
     """The batches that fine-tuning with this seed sees."""
-    data, config = open_training_data(rows), replace(CONFIG, seed=seed)
+    data, config = open_training_data(rows), CONFIG.replace(seed=seed)
     return training_batches(data.train, trainer.info.spec, config)
 
 
@@ -167,7 +166,7 @@ def test_training_goes_on_as_the_flat_models(make_trainer, convert, rows) -> Non
     check_close({n: model.store.table(n) for n in trainer.tables}, trainer.tables)
     check_close({n: model.store.sums(n) for n in trainer.sums}, trainer.sums)
     # without the state, measured or from zero, training goes elsewhere
-    others = [go_on(dropped, rows), go_on(kept, rows, replace(CONFIG, initial_accumulator=0.0))]
+    others = [go_on(dropped, rows), go_on(kept, rows, CONFIG.replace(initial_accumulator=0.0))]
     for other, result in others:
         assert result.best_step == STEPS
         assert distance(other, trainer) > 1000 * distance(model, trainer)
@@ -195,7 +194,7 @@ def test_a_number_per_element_starts_as_its_rows_mean(make_trainer, convert, row
     means = {n: s.double().mean(dim=1, keepdim=True).float() for n, s in trainer.sums.items()}
     for kind, width in (("rowwise-adagrad", 1), ("adagrad", 8)):
         model = load_bundle(bundle)
-        TableOptimizer(model.store, replace(CONFIG, table_optimizer=kind))
+        TableOptimizer(model.store, CONFIG.replace(table_optimizer=kind))
         for name, mean in means.items():
             assert torch.equal(model.store.sums(name), mean.expand(-1, width))
 
@@ -203,7 +202,7 @@ def test_a_number_per_element_starts_as_its_rows_mean(make_trainer, convert, row
 def test_a_number_per_element_goes_on_nearly(make_trainer, convert, rows) -> None:
     """Element by element the mean is not exact, but nearer than no state."""
     trainer = make_trainer(rowwise=False)
-    config = replace(CONFIG, table_optimizer="adagrad")
+    config = CONFIG.replace(table_optimizer="adagrad")
     bundles = [convert(trainer), convert(trainer, "dropped", optimizer_state="drop")]
     trainer.take_steps(itertools.islice(batches_of(trainer, rows), STEPS))
     off = []
@@ -218,7 +217,7 @@ def test_a_start_that_is_asked_for_goes_before(make_trainer, convert) -> None:
     bundle = convert(make_trainer())
     for kind in ("rowwise-adagrad", "adagrad"):
         model = load_bundle(bundle)
-        config = replace(CONFIG, table_optimizer=kind, initial_accumulator=0.25)
+        config = CONFIG.replace(table_optimizer=kind, initial_accumulator=0.25)
         TableOptimizer(model.store, config)
         for table in bundle.accumulators:
             assert (model.store.sums(table) == 0.25).all()
@@ -253,7 +252,7 @@ def test_the_sums_are_those_of_the_best_state(make_trainer, convert, rows, tmp_p
     """They go back with the rows: training beyond the best state leaves no trace."""
     trainer = make_trainer()
     bundle = convert(trainer)
-    short = tune(bundle, rows, tmp_path / "short", replace(CONFIG, max_steps=4, eval_every=4))
+    short = tune(bundle, rows, tmp_path / "short", CONFIG.replace(max_steps=4, eval_every=4))
     data, model = open_training_data(rows), load_bundle(bundle)
     evaluated = 0
 
@@ -263,7 +262,7 @@ def test_the_sums_are_those_of_the_best_state(make_trainer, convert, rows, tmp_p
         if evaluation.step == 4:  # from here on, nothing is better
             model.module.over_arch[-1].bias.data += 50
 
-    config = replace(CONFIG, max_steps=8, eval_every=4)
+    config = CONFIG.replace(max_steps=8, eval_every=4)
     result = train(model, data.train, data.valid, config, on_evaluation=spoil)
     assert (result.steps, result.best_step, evaluated) == (8, 4, 3)
     done = write_finetuned(bundle, tmp_path / "l", model, result, config=config, data=data)
@@ -274,7 +273,7 @@ def test_the_sums_are_those_of_the_best_state(make_trainer, convert, rows, tmp_p
 
 @pytest.mark.parametrize(
     "config",
-    [SPOIL, replace(CONFIG, table_lr=0, dense_lr=1e-3, table_optimizer="sgd")],
+    [SPOIL, CONFIG.replace(table_lr=0, dense_lr=1e-3, table_optimizer="sgd")],
     ids=["nothing beat the start", "frozen tables"],
 )
 def test_tables_that_stay_keep_their_state(config, make_trainer, convert, rows, tmp_path) -> None:
@@ -291,7 +290,7 @@ def test_tables_that_stay_keep_their_state(config, make_trainer, convert, rows, 
 def test_other_optimizers_drop_it_and_say_so(kind, make_trainer, convert, rows, tmp_path) -> None:
     bundle = convert(make_trainer())
     lr = 1.0 if kind == "sgd" else 0.01
-    config = replace(CONFIG, table_optimizer=kind, table_lr=lr, dense_lr=1e-4)
+    config = CONFIG.replace(table_optimizer=kind, table_lr=lr, dense_lr=1e-4)
     done = tune(bundle, rows, tmp_path / "tuned", config)
     assert done.after.step > 0
     assert done.bundle.accumulators == {}
@@ -304,7 +303,7 @@ def test_adagrads_sums_are_stored_as_their_rows_means(
     make_trainer, convert, rows, tmp_path
 ) -> None:
     bundle = convert(make_trainer())
-    config = replace(CONFIG, table_optimizer="adagrad")
+    config = CONFIG.replace(table_optimizer="adagrad")
     model, result = go_on(bundle, rows, config)
     data = open_training_data(rows)
     done = write_finetuned(bundle, tmp_path / "t", model, result, config=config, data=data)
@@ -334,7 +333,7 @@ def test_every_training_starts_from_what_the_bundle_holds(make_trainer, convert,
     for name, info in model.store.accumulators.items():
         stored = gather_rows(info, np.arange(info.shape[0]))
         assert np.array_equal(model.store.sums(name).numpy(), stored)
-    TableOptimizer(model.store, replace(CONFIG, table_optimizer="sgd"))
+    TableOptimizer(model.store, CONFIG.replace(table_optimizer="sgd"))
     assert all(model.store.sums(name) is None for name in model.store.accumulators)
 
 
@@ -349,7 +348,7 @@ def test_numbers_that_changed_on_disk_are_refused(make_trainer, convert, tmp_pat
     model = load_bundle(changed)
     with pytest.raises(BundleError, match="holds negative numbers"):
         TableOptimizer(model.store, CONFIG)
-    TableOptimizer(model.store, replace(CONFIG, initial_accumulator=0.0))
+    TableOptimizer(model.store, CONFIG.replace(initial_accumulator=0.0))
 
 
 def test_the_recipe_goes_on_too(make_trainer, convert, rows, tmp_path, capsys) -> None:

@@ -174,7 +174,7 @@ def test_rounding_that_spoils_the_gain_is_undone(clicks, tmp_path) -> None:
 
 def test_a_second_round_keeps_the_first(tuned, clicks, tmp_path) -> None:
     first = tuned[2].bundle
-    _, _, done = tune(first.path, clicks, tmp_path / "again", replace(CONFIG, max_steps=3))
+    _, _, done = tune(first.path, clicks, tmp_path / "again", CONFIG.replace(max_steps=3))
     record = done.bundle.manifest.initialisation.finetune
     assert record.parent.digest == bundle_digest(first)
     assert record.previous == first.manifest.initialisation.finetune
@@ -199,7 +199,7 @@ def test_old_bundles_without_quality_or_figure_can_be_tuned(bundle_path, clicks,
 def test_a_weight_that_is_not_finite_is_not_written(bundle_path, clicks, tmp_path) -> None:
     parent, data = open_bundle(bundle_path), open_training_data(clicks)
     model = load_bundle(parent)
-    result = train(model, data.train, data.valid, replace(CONFIG, max_steps=2))
+    result = train(model, data.train, data.valid, CONFIG.replace(max_steps=2))
     model.store.groups[0].weight[3, 1] = float("nan")
     with pytest.raises(CheckpointError, match="after training"):
         write_finetuned(parent, tmp_path / "t", model, result, config=CONFIG, data=data)
@@ -228,10 +228,10 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
         "optimizer state": rows * 4,
         "best rows": rows * (8 + 1) * 4,
     }
-    adam = needed_bytes(spec, replace(CONFIG, table_optimizer="adam"), 10_000)
+    adam = needed_bytes(spec, CONFIG.replace(table_optimizer="adam"), 10_000)
     assert adam["optimizer state"] == 2 * rows * 8 * 4
     assert adam["best rows"] == rows * 8 * 4
-    wide = needed_bytes(spec, replace(CONFIG, table_optimizer="adagrad"), 10_000)
+    wide = needed_bytes(spec, CONFIG.replace(table_optimizer="adagrad"), 10_000)
     assert wide["optimizer state"] == rows * 8 * 4
     assert wide["best rows"] == 2 * rows * 8 * 4
     few = needed_bytes(spec, TrainingConfig(max_steps=1, batch_size=2), 10_000)

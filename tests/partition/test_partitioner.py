@@ -265,7 +265,7 @@ def test_thousands_of_grouped_features():
     users = tuple(f"f{i}" for i in range(100))
     items = tuple(f"f{i}" for i in range(100, 1500))
     config = PartitionConfig(
-        towers=2, strategy="round-robin", groups=(("user", users), ("item", items))
+        towers=2, partition="round-robin", group=(("user", users), ("item", items))
     )
     towers = partition_features(build_spec(1500), config).assignment.towers
     assert set(towers) == {users, items}

@@ -55,7 +55,7 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "measure": (trainer.ClusterTrainer, "measure", False),
     "sums": (trainer.ClusterTrainer, "start_sums", False),
     "write": (finetuned, "write_trained", False),
-    "half written": (finetuned, "describe_bundle", False),
+    "half written": (finetuned, "render_documents", False),
     "written": (finetuned, "write_trained", True),
 }
 """Where a fault strikes: before a function is called, or after."""
