@@ -235,7 +235,7 @@ def printer(options: argparse.Namespace) -> Callable[[str], None] | None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Describe the options: those of `dmt finetune` (dmt_convert/config.py) and a few more."""
+    """Describe the options: those of `dmt finetune` (dmt_convert/config) and a few more."""
     parser = argparse.ArgumentParser(
         prog="finetune_dmt", description=(__doc__ or "").splitlines()[0]
     )

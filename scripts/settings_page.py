@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEADING = """\
 # Settings
 
-<!-- Written by scripts/settings_page.py from dmt_convert/config.py. Do not edit. -->
+<!-- Written by scripts/settings_page.py from dmt_convert/config. Do not edit. -->
 
 Each command takes its settings in three ways, with the same names, checks and defaults:
 

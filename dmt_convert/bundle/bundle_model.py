@@ -42,10 +42,10 @@ def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtMode
                 state[f"towers.{t}.{name}"] = read_tensor(info)
     own = model.state_dict()
     expected = {name: tuple(value.shape) for name, value in own.items()}
-    problems = [f"missing: {name}" for name in expected if name not in state]
-    problems += [f"extra: {name}" for name in state if name not in expected]
+    problems = [f"missing: {_stored_name(name)}" for name in expected if name not in state]
+    problems += [f"extra: {_stored_name(name)}" for name in state if name not in expected]
     problems += [
-        f"{name} has shape {list(array.shape)}, expected {list(expected[name])}"
+        f"{_stored_name(name)} has shape {list(array.shape)}, expected {list(expected[name])}"
         for name, array in state.items()
         if name in expected and array.shape != expected[name]
     ]
@@ -72,5 +72,10 @@ def split_state(model: DmtModel) -> SmallWeights:
             if kind == "tower_module":
                 modules[int(tower)][rest] = array
         else:
-            dense[name.removeprefix("interaction.")] = array
+            dense[_stored_name(name)] = array
     return SmallWeights(dense=dense, modules=modules)
+
+
+def _stored_name(name: str) -> str:
+    """Return what a dense tensor of a state dict is called in a bundle."""
+    return name.removeprefix("interaction.")

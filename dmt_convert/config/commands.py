@@ -1,0 +1,412 @@
+"""Settings of every command; those of fine-tuning are in `training`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, Final, Literal, Self
+
+from pydantic import model_validator
+
+from dmt_convert.config.base import Config
+from dmt_convert.config.fields import option_name, setting
+from dmt_convert.config.shared import BundleOptions, ClusterOptions, ModelOptions
+from dmt_convert.config.training import FinetuneConfig
+from dmt_convert.config.values import (
+    AffinityKind,
+    ExportFormat,
+    Float,
+    Forms,
+    Groups,
+    NameLists,
+    Names,
+    OutOfRange,
+    PathValue,
+    Strategy,
+    StrategyValue,
+    TableCode,
+    Texts,
+)
+from dmt_convert.spec import CommDtype, Dtype
+
+_TOWERS: Final = "Which features share a tower"
+_MODULES: Final = "What a tower emits"
+_PREDICTION: Final = "Prediction (modelled)"
+_INPUTS: Final = "Inputs of the graphs"
+_REQUESTS: Final = "User side once per request"
+
+
+class InspectConfig(ModelOptions):
+    """Settings of `dmt inspect`."""
+
+    command: ClassVar[str] = "inspect"
+
+
+class PartitionOptions(Config):
+    """How features become towers, as `dmt partition` and `dmt convert` take it."""
+
+    towers: int | None = setting(
+        None, "Number of towers, often the number of hosts.", ge=1, auto="as the file says"
+    )
+    partition: StrategyValue | None = setting(
+        None,
+        "coherent puts features that interact into one tower, diverse keeps them apart, "
+        "round-robin deals them out; or a JSON file with the towers.",
+        metavar="coherent|diverse|round-robin|FILE",
+        auto="coherent; diverse if a tower may emit combinations of its features (c = 0, or a "
+        "compression, with a dot interaction)",
+        panel=_TOWERS,
+    )
+    affinity: AffinityKind = setting(
+        "weights",
+        "How close two features are. weights: how much the model uses the pair; cosine: how "
+        "aligned their embeddings are.",
+        panel=_TOWERS,
+    )
+    size_ratio: Float = setting(
+        1.0,
+        "Largest tower, as a multiple of the mean number of features. 1 keeps towers within one "
+        "feature of each other.",
+        ge=1,
+        panel=_TOWERS,
+    )
+    load_ratio: Float | None = setting(
+        None,
+        "Largest load of a tower (table bytes, lookups, emitted values), as a multiple of the "
+        "mean.",
+        ge=1,
+        auto="unlimited",
+        panel=_TOWERS,
+    )
+    together: NameLists = setting(
+        (), "Features that share a tower. Repeatable.", metavar="f,g", panel=_TOWERS
+    )
+    apart: NameLists = setting(
+        (), "Features in different towers. Repeatable.", metavar="f,g", panel=_TOWERS
+    )
+    group: Groups = setting(
+        (),
+        "Features of different groups never share a tower. Repeatable.",
+        metavar="NAME=f,g",
+        panel=_TOWERS,
+    )
+    calibration: PathValue | None = setting(
+        None,
+        "Sample data for fitting and measuring the towers. Labels are optional.",
+        auto="rows drawn from the tables",
+        metavar="DATA",
+    )
+    seed: int = setting(0, "Seed of all random choices.", ge=0)
+
+    @property
+    def strategy(self) -> Strategy | Path:
+        """How towers are found, if nothing else is asked for."""
+        return self.partition or "coherent"
+
+    @model_validator(mode="after")
+    def _check_constraints(self) -> Self:
+        problems = list(_constraint_problems(self.together, self.apart, self.group))
+        if self.towers is None and not isinstance(self.partition, Path):
+            problems.append("towers is missing: give a number, or a file with `partition`")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _constraint_problems(together: NameLists, apart: NameLists, groups: Groups) -> Iterable[str]:
+    for option, tuples in (("together", together), ("apart", apart)):
+        for names in tuples:
+            if len(names) < 2 or _repeated(names):
+                yield f"{option} {','.join(names)}: needs two or more different features"
+    for name in _repeated([name for name, _ in groups]):
+        yield f"group {name} is given twice"
+    for name, features in groups:
+        if not features or _repeated(features):
+            yield f"group {name}={','.join(features)}: needs different features"
+    members = [feature for _, features in groups for feature in set(features)]
+    for feature in _repeated(members):
+        yield f"feature {feature} is in several groups"
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+class PartitionConfig(ModelOptions, PartitionOptions):
+    """Settings of `dmt partition`."""
+
+    command: ClassVar[str] = "partition"
+
+    out: PathValue | None = setting(
+        None, "Write the towers to this JSON file.", record=False, metavar="FILE"
+    )
+    plot: PathValue | None = setting(
+        None, "Draw affinity and towers.", record=False, metavar="FILE.svg|png"
+    )
+
+
+class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
+    """What a flat checkpoint is converted into: settings of `dmt convert`."""
+
+    command: ClassVar[str] = "convert"
+
+    tower_module: str = setting(
+        "auto",
+        "Kind of tower module. auto takes the architecture's own; passthrough computes exactly "
+        "what the flat model computes.",
+        metavar="auto|passthrough|dlrm|dcn|linear",
+        panel=_MODULES,
+    )
+    c: int | None = setting(None, "Vectors emitted per feature.", ge=0, auto="1", panel=_MODULES)
+    p: int | None = setting(None, "Vectors emitted per tower.", ge=0, auto="0", panel=_MODULES)
+    dim: int | None = setting(
+        None,
+        "Output dim D of an emitted vector.",
+        ge=1,
+        auto="half the embedding dim",
+        panel=_MODULES,
+    )
+    compression: Float | None = setting(
+        None,
+        "Compression to reach, instead of --dim: bytes that would cross hosts uncompressed, over "
+        "bytes that do.",
+        gt=0,
+        auto="2",
+        panel=_MODULES,
+    )
+    distill_steps: int | None = setting(
+        None,
+        "Distillation steps after the closed-form fit; 0 for none.",
+        ge=0,
+        auto="up to 500, fewer for large models",
+        panel=_MODULES,
+    )
+    dtype: Dtype | None = setting(None, "Store tables in this type.", auto="as they are")
+    optimizer_state: Literal["keep", "drop"] = setting(
+        "keep", "Whether the bundle keeps the tables' Adagrad accumulators for fine-tuning."
+    )
+    out: PathValue | None = setting(
+        None, "Folder of the bundle.", record=False, auto="CKPT-dmtT beside SOURCE", metavar="DIR"
+    )
+    force: bool = setting(False, "Replace an existing bundle.", record=False)
+
+
+class PlanConfig(BundleOptions):
+    """A cluster to place towers on, and what to predict for it: settings of `dmt plan`."""
+
+    command: ClassVar[str] = "plan"
+
+    hosts: int = setting(..., "Hosts of the cluster.", ge=1)
+    ranks_per_host: int = setting(..., "Ranks (GPUs) per host.", ge=1)
+    hbm_gib: Float | None = setting(
+        None, "Memory per rank in GiB.", gt=0, auto="80, or the memory of --gpu"
+    )
+    intra_gbps: Float | None = setting(
+        None,
+        "Link speed of a rank inside its host, in Gbit/s.",
+        gt=0,
+        auto="3600, or the link of --gpu",
+    )
+    inter_gbps: Float | None = setting(
+        None,
+        "Link speed of a rank to other hosts, in Gbit/s.",
+        gt=0,
+        auto="200, or the link of --gpu",
+    )
+    out: PathValue | None = setting(
+        None, "Write the plan to this JSON file.", record=False, metavar="FILE"
+    )
+    predict: bool = setting(
+        False,
+        "Predict the time of a step (flat, SPTT and this bundle), and suggest towers and "
+        "compression.",
+        panel=_PREDICTION,
+    )
+    predict_scaling: bool = setting(
+        False, "Predict the same for 16 to 16,384 GPUs.", panel=_PREDICTION
+    )
+    plot: PathValue | None = setting(
+        None, "Draw --predict-scaling.", panel=_PREDICTION, metavar="FILE.svg|png"
+    )
+    gpu: str | None = setting(
+        None,
+        "GPU whose memory, links and speed to assume: v100, a100 or h100.",
+        panel=_PREDICTION,
+        auto="h100 for predictions",
+    )
+    batch: int | None = setting(
+        None, "Samples per rank and step.", ge=1, panel=_PREDICTION, auto="1024"
+    )
+    comm_dtype: CommDtype | None = setting(
+        None,
+        "Precision of embeddings and their gradients between ranks.",
+        panel=_PREDICTION,
+        auto="fp32",
+    )
+    ids_per_bag: Float | None = setting(
+        None, "Mean ids per sample and feature.", gt=0, panel=_PREDICTION, auto="1"
+    )
+    assume: Texts = setting(
+        (),
+        "Replace a constant of the cost model, for example scale_loss=0.05. Repeatable.",
+        panel=_PREDICTION,
+        metavar="NAME=VALUE",
+    )
+
+    @model_validator(mode="after")
+    def _check_prediction(self) -> Self:
+        asked = ("gpu", "batch", "comm_dtype", "ids_per_bag", "assume")
+        idle = [option_name(name) for name in asked if getattr(self, name)]
+        if idle and not (self.predict or self.predict_scaling):
+            raise ValueError(f"{', '.join(idle)} without a prediction: add --predict")
+        if self.plot is not None and not self.predict_scaling:
+            raise ValueError(
+                f"--plot {self.plot.name} without sizes to draw: add --predict-scaling"
+            )
+        return self
+
+
+class ScoreConfig(ModelOptions):
+    """Settings of `dmt score`."""
+
+    command: ClassVar[str] = "score"
+
+    data: PathValue = setting(..., "Data set, or a probe npz.")
+    out: PathValue | None = setting(
+        None,
+        "npz to write, with the array `logits`.",
+        auto="nothing is written",
+        metavar="FILE.npz",
+        record=False,
+    )
+
+
+class EvaluateConfig(ModelOptions):
+    """Settings of `dmt evaluate`."""
+
+    command: ClassVar[str] = "evaluate"
+
+    data: PathValue = setting(..., "Data set with labels.")
+
+
+class VerifyConfig(ModelOptions):
+    """Settings of `dmt verify`."""
+
+    command: ClassVar[str] = "verify"
+
+    data: PathValue | None = setting(None, "Rows to run both models on.", auto="generated rows")
+    atol: Float = setting(1e-6, "Absolute tolerance.", ge=0)
+    rtol: Float = setting(1e-5, "Tolerance relative to the largest value of a stage.", ge=0)
+    checksums: bool = setting(
+        False, "Also read every byte of a bundle or export and check its digests."
+    )
+
+
+class ExportConfig(BundleOptions):
+    """Settings of `dmt export`."""
+
+    command: ClassVar[str] = "export"
+
+    format: ExportFormat = setting(..., "What to write.")
+    out: PathValue | None = setting(
+        None, "Folder to write; it must not exist.", auto="required", metavar="DIR"
+    )
+    quantize: TableCode = setting(
+        "none", "Storage type of the tables. Prints the cost in accuracy before writing."
+    )
+    max_auc_loss: Float | None = setting(
+        None,
+        "Refuse to quantise if more AUC than this is lost on --data.",
+        ge=0,
+        auto="unlimited",
+    )
+    data: PathValue | None = setting(
+        None, "Rows to check the graphs on.", auto="generated rows only"
+    )
+    pooling_input: Forms = setting(
+        {},
+        "Shape of the ids: single (B, 1), fixed (B, L), padded (B, L) with -1, jagged (values and "
+        "lengths); for all features, or for one as FEATURE=FORM. Repeatable.",
+        metavar="[FEATURE=]single|fixed|padded|jagged",
+        panel=_INPUTS,
+        auto="jagged; padded for triton",
+    )
+    weighted: Names = setting(
+        (),
+        "Features whose ids come with weights; * for all. Repeatable.",
+        metavar="f,g",
+        panel=_INPUTS,
+    )
+    out_of_range: OutOfRange = setting(
+        "refuse",
+        "What happens to an id outside its table: the request fails, or the nearest row is used.",
+        panel=_INPUTS,
+    )
+    request_batching: bool = setting(
+        False,
+        "Run the towers of one group once per request, for all candidates together.",
+        panel=_REQUESTS,
+    )
+    request_group: str = setting(
+        "user", "That group, as `dmt convert --group` named it.", panel=_REQUESTS
+    )
+    per_request: Names = setting(
+        (),
+        "Features that come once per request. Repeatable.",
+        metavar="f,g",
+        panel=_REQUESTS,
+        auto="those of --request-group",
+    )
+    dense_per_request: bool = setting(
+        False, "Dense inputs also come once per request.", panel=_REQUESTS
+    )
+    model_name: str = setting(
+        "dmt", "triton: name of the ensemble, and prefix of its parts.", metavar="NAME"
+    )
+    gpu: bool = setting(False, "triton, pt2: serve on a GPU.")
+    checksums: bool | None = setting(
+        None, "Compare all tables with their digests.", auto="if they have up to 4 GiB in total"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        batching = self.request_batching or bool(self.per_request)
+        if self.dense_per_request and not batching:
+            raise ValueError("--dense-per-request needs --request-batching")
+        if self.max_auc_loss is not None and self.quantize == "none":
+            raise ValueError("--max-auc-loss without quantisation: add --quantize int8")
+        if batching and self.format != "onnx":
+            raise ValueError(
+                f"--request-batching for {self.format}: only --format onnx can do it (Triton's "
+                "batcher cannot take batches of two sizes in one request)"
+            )
+        return self
+
+
+class UnshardConfig(Config):
+    """Settings of `dmt unshard`."""
+
+    command: ClassVar[str] = "unshard"
+
+    out: PathValue = setting(..., "The .safetensors file to write.", metavar="FILE")
+    only: Texts = setting(
+        (),
+        "Write only tensors whose name or path matches; * and ? as in a shell. Repeatable.",
+        metavar="PATTERN",
+    )
+    force: bool = setting(False, "Replace an existing file.")
+
+
+COMMANDS: Final[tuple[type[Config], ...]] = (
+    InspectConfig,
+    ConvertConfig,
+    PartitionConfig,
+    PlanConfig,
+    ScoreConfig,
+    EvaluateConfig,
+    VerifyConfig,
+    FinetuneConfig,
+    ExportConfig,
+    UnshardConfig,
+)
+"""The settings of every command, in the order of the documentation."""
