@@ -14,4 +14,5 @@ from .api import score as score
 from .api import unshard as unshard
 from .api import verify as verify
 from .bundle import Bundle as Bundle
+from .bundle import PlainModel as PlainModel
 from .errors import DmtError as DmtError

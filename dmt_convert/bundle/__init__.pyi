@@ -16,6 +16,7 @@ from .bundle_model import split_state as split_state
 from .manifest import Manifest as Manifest
 from .placing import plan_bundle as plan_bundle
 from .placing import predict_plan as predict_plan
+from .plain_model import PlainModel as PlainModel
 from .weights import DENSE_FILE as DENSE_FILE
 from .weights import SmallWeights as SmallWeights
 from .weights import plan_table_files as plan_table_files

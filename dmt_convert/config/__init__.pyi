@@ -1,5 +1,6 @@
 # What other folders use.
 from .base import Config as Config
+from .base import SettingsError as SettingsError
 from .commands import COMMANDS as COMMANDS
 from .commands import ConvertConfig as ConvertConfig
 from .commands import EvaluateConfig as EvaluateConfig

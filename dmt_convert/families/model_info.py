@@ -73,6 +73,13 @@ class FlatModelInfo:
     ignored: tuple[str, ...]
     """What the checkpoint holds beside the model, one line each."""
 
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return (
+            f"<FlatModelInfo {self.checkpoint.source}: {self.spec.family}, "
+            f"{len(self.spec.features)} features, {len(self.spec.tables)} tables>"
+        )
+
     def table_info(self, table: str) -> TensorInfo:
         """Return the tensor of a table."""
         return self.tensors[f"tables.{table}.weight"]

@@ -49,6 +49,10 @@ class Unsharded:
     unread: Mapping[str, str]
     """Objects of other kinds, which were left out: what each is, by dotted path."""
 
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<Unsharded {self.path}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -170,6 +170,10 @@ class TowerPlan:
     traffic: Traffic
     """What the exchanges carry."""
 
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<TowerPlan: {len(self.tower_hosts)} towers on {self.cluster.hosts} hosts>"
+
     def __post_init__(self) -> None:
         problems = self._problems()
         if problems:

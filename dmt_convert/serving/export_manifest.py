@@ -77,6 +77,10 @@ class ExportManifest:
     model: DmtSpec
     """The converted model that was exported."""
 
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<ExportManifest: {self.format}, {len(self.parts)} graphs>"
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export.json`; `from_json` reads it back."""
         return to_json(self)

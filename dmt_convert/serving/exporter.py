@@ -108,6 +108,10 @@ class Export:
     checks: tuple[GraphCheck, ...]
     """What was run before it was put in place."""
 
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<Export {self.path}: {self.manifest.format}, {len(self.manifest.parts)} graphs>"
+
 
 def export_bundle(
     bundle: Bundle,
