@@ -29,9 +29,12 @@ from dmt_convert.interactions import Interaction
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec, tower_kinds
 from dmt_convert.model.tower_kinds import TowerModule
 from dmt_convert.placement.predict.cost_model import count_work
+from dmt_convert.serving import ExportedModel
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from dmt_convert.training import load_bundle
+from support.exports import checks_of
 from support.models import build_flat, build_sample, split_towers
+from support.shortcuts import skip_export_checks
 
 DIMS = (4, 2, 6)
 ROWS = 30
@@ -256,6 +259,17 @@ def test_it_trains(checkpoint):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(parameters[name].grad is not None for name in parameters)
+
+
+@pytest.mark.slow
+def test_it_exports(checkpoint, monkeypatch, tmp_path):
+    """The export's own checks run here, where the two kinds are registered."""
+    bundle = _convert(checkpoint, tower_module="leading", dim=3)
+    skip_export_checks(monkeypatch)
+    exported = dmt.export(bundle, "onnx", tmp_path / "export")
+    checks = checks_of(ExportedModel(exported.path), bundle)
+    assert not [check.line for check in checks if not check.passed]
+    assert {check.part for check in checks} >= {"tower_000", "tower_001", "joined", "whole"}
 
 
 @pytest.mark.usefixtures("_registered")
