@@ -14,9 +14,9 @@ from serving_case import TOWERS, Case, Inputs, graph_inputs, tower_spec
 from serving_weights import WEIGHTS
 
 from dmt_convert.checkpoint import TensorInfo, read_safetensors
-from dmt_convert.config import ExportConfig
+from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.model import DmtSpec
-from dmt_convert.serving import OVER_ARCH, WHOLE, ExportFormat, tower_name
+from dmt_convert.serving import OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights
 

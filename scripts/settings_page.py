@@ -29,8 +29,10 @@ compression: 4
 group: {user: [user_id, age], item: [item_id, brand]}
 ```
 
-A bundle records the settings that made it, so `dmt convert ckpt.pt --config bundle/dmt.json`
-repeats a conversion. Every command also takes `--json` (one JSON document on stdout) and `--quiet`.
+A bundle records the settings that made it, so
+`dmt convert ckpt.pt --config bundle/dmt.json --out again` repeats a conversion.
+
+Every command also takes `--json` (one JSON document on stdout) and `--quiet`.
 """
 
 

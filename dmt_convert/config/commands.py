@@ -149,6 +149,7 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
     """What a flat checkpoint is converted into: settings of `dmt convert`."""
 
     command: ClassVar[str] = "convert"
+    alternatives: ClassVar[tuple[str, ...]] = ("dim", "compression")
 
     tower_module: str = setting(
         "auto",
@@ -372,7 +373,7 @@ class ExportConfig(BundleOptions):
     def _check_together(self) -> Self:
         batching = self.request_batching or bool(self.per_request)
         if self.dense_per_request and not batching:
-            raise ValueError("--dense-per-request needs --request-batching")
+            raise ValueError("--dense-per-request needs --request-batching or --per-request")
         if self.max_auc_loss is not None and self.quantize == "none":
             raise ValueError("--max-auc-loss without quantisation: add --quantize int8")
         if batching and self.format != "onnx":

@@ -2,7 +2,6 @@
 from .export_config import plan_inputs as plan_inputs
 from .export_manifest import OVER_ARCH as OVER_ARCH
 from .export_manifest import WHOLE as WHOLE
-from .export_manifest import ExportFormat as ExportFormat
 from .export_manifest import ExportManifest as ExportManifest
 from .export_manifest import check_export_digests as check_export_digests
 from .export_manifest import is_export as is_export

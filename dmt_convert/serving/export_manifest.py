@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 from dmt_convert.checkpoint import read_safetensors
+from dmt_convert.config import ExportFormat, OutOfRange, TableCode
 from dmt_convert.documents import GraphCheck, Layout, Tool, WeightsFile, from_json, to_json
 from dmt_convert.errors import ExportError
 from dmt_convert.files import digest_of
 from dmt_convert.model import DmtSpec
 from dmt_convert.serving.graph_inputs import GraphInputs
-
-ExportFormat = Literal["onnx", "pt2", "triton"]
-EXPORT_FORMATS: Final[tuple[str, ...]] = get_args(ExportFormat)
-TableCode = Literal["none", "fp16", "int8", "int4"]
-"""How tables are stored: as in the bundle, or quantised row by row."""
-TABLE_CODES: Final[tuple[str, ...]] = get_args(TableCode)
-OutOfRange = Literal["refuse", "clip"]
-"""What becomes of an id outside its table: the graph fails, or takes the nearest row."""
 
 EXPORT_MANIFEST: Final = "export.json"
 EXPORT_SCHEMA: Final = 1

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
-from dmt_convert.config import ExportConfig
+from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.documents import GraphCheck, WeightsFile
 from dmt_convert.files import EXPORT, check_free, staged_folder
 from dmt_convert.model import DmtSpec
@@ -22,7 +22,6 @@ from dmt_convert.serving.export_config import plan_inputs, request_features
 from dmt_convert.serving.export_manifest import (
     EXPORT_MANIFEST,
     ExportedBundle,
-    ExportFormat,
     ExportManifest,
 )
 from dmt_convert.serving.graph_inputs import GraphInputs

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from dmt_convert.arrays import AnyArray
+from dmt_convert.config import InputForm
 from dmt_convert.data import Bag, Batch, take_rows
 from dmt_convert.documents import from_json, to_json
 from dmt_convert.errors import DataError, ExportError
 
-InputForm = Literal["single", "fixed", "padded", "jagged"]
 INPUT_FORMS: Final[tuple[str, ...]] = get_args(InputForm)
 PADDING: Final = -1
 """The id that fills up padded bags; every other negative id is refused."""

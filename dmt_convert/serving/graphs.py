@@ -129,7 +129,7 @@ def towers_per_request(spec: DmtSpec, inputs: GraphInputs) -> tuple[bool, ...]:
     ]
     if mixed:
         raise ExportError(
-            f"{len(mixed)} towers mix features that come once per request with others",
+            "towers mix features that come once per request with others",
             expected="towers whose features all come once per request, or all per candidate",
             hint="convert with --group user=f1,f2 --group item=f3,f4, and name every feature",
             details=mixed,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.config import ExportConfig
+from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
-from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, ExportFormat, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.onnx_dense import DenseNodes
 from dmt_convert.serving.onnx_graph import IR_VERSION, OPSET, GraphBuilder

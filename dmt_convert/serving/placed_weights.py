@@ -13,11 +13,12 @@ import numpy as np
 
 from dmt_convert.bundle import DENSE_FILE, Bundle, tower_file
 from dmt_convert.checkpoint import TensorInfo, read_safetensors, stream_tensor
+from dmt_convert.config import TableCode
 from dmt_convert.errors import BundleError
 from dmt_convert.files import AlignedWriter, TreeDigest
 from dmt_convert.model import RowCode
 from dmt_convert.progress import Progress, no_progress
-from dmt_convert.serving.export_manifest import OVER_ARCH, TableCode, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, tower_name
 from dmt_convert.serving.quantisation import coded_bytes, read_ahead, write_coded
 
 TOWER_WEIGHTS: Final = "tower.safetensors"

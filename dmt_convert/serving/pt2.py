@@ -40,12 +40,12 @@ from torch.overrides import TorchFunctionMode
 
 from dmt_convert.adapter import load_adapter, user_file
 from dmt_convert.checkpoint import TensorInfo, read_safetensors
-from dmt_convert.config import ExportConfig
+from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.serving import load_pt2
 from dmt_convert.serving.columns import Columns
-from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, ExportFormat, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.graphs import (

@@ -32,6 +32,7 @@ from dmt_convert.checkpoint import (
     read_safetensors,
     stream_tensor,
 )
+from dmt_convert.config import TableCode
 from dmt_convert.data import Batch, adapt_batches, open_data, take_rows
 from dmt_convert.errors import DataError, ExportError
 from dmt_convert.files import TreeDigest, safetensors_header
@@ -39,7 +40,6 @@ from dmt_convert.metrics import measure_accuracy, measure_agreement
 from dmt_convert.model import RowCode, coded_width, encode_rows, recode_rows, to_half
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving.checks import generate_batch
-from dmt_convert.serving.export_manifest import TableCode
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.spec import TableSpec
 

@@ -18,9 +18,9 @@ import jinja2
 import numpy as np
 import onnx
 
-from dmt_convert.config import ExportConfig
+from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
-from dmt_convert.serving.export_manifest import OVER_ARCH, ExportFormat, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import PADDING, FeatureInput
 from dmt_convert.serving.onnx_writer import LOGITS, ONNX_DETAILS, OnnxGraphs

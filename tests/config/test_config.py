@@ -271,3 +271,12 @@ def test_passes_and_steps_replace_each_other(tmp_path: Path) -> None:
     assert (made.max_steps, made.epochs, made.dense_lr) == (None, 2, 0.5)
     with pytest.raises(UsageError, match="--epochs and --max-steps together"):
         make_config(TrainingConfig, {"epochs": 2, "max_steps": 3}, None)
+
+
+def test_a_size_of_tower_modules_replaces_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("towers: 4\ncompression: 8\n")
+    made = make_config(ConvertConfig, {"dim": 16}, path)
+    assert (made.dim, made.compression) == (16, None)
+    with pytest.raises(UsageError, match="--dim and --compression together"):
+        make_config(ConvertConfig, {"dim": 4, "compression": 2.0}, None)

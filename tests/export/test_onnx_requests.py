@@ -118,7 +118,7 @@ def test_the_user_side_has_one_row(
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"places": (0,)}, "1 towers mix features"),
+        ({"places": (0,)}, "towers mix features"),
         ({"places": (0, 1, 2, 3), "dense_per_request": True}, "every input comes once"),
         ({"places": (), "dense_per_request": True}, "needs --request-batching"),
         ({"places": (1,), "format": "triton"}, "--request-batching for triton"),

@@ -139,7 +139,7 @@ def weights_affinity(
             f"--affinity weights for a model with {spec.interaction.kind} interaction",
             expected="an interaction whose weights show how much each pair of features is used: "
             + ", ".join(_PAIR_USES),
-            hint="use --affinity cosine, the default",
+            hint="use --affinity cosine",
         )
     use = _PAIR_USES[spec.interaction.kind](spec, weights, pooled)
     np.fill_diagonal(use, 0)

@@ -1,4 +1,4 @@
-"""placement.predict."""
+"""The modelled time of a training step on a cluster: flat, SPTT and converted."""
 
 import lazy_loader
 
