@@ -163,7 +163,9 @@ def make_config(kind: type[Kind], options: Mapping[str, Any], file: Path | None)
     rivals = [name for name in kind.alternatives if name in options]
     if len(rivals) > 1:
         raise UsageError(
-            f"{' and '.join(map(option_name, rivals))} together", expected="one of the two"
+            f"{' and '.join(map(option_name, rivals))} together",
+            expected="one of the two",
+            hint=f"dmt {kind.command} --help",
         )
     if rivals:
         settings = {k: value for k, value in settings.items() if k not in kind.alternatives}

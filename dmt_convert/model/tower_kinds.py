@@ -102,10 +102,10 @@ class ModuleRequest:
         """Refuse `dim` and `compression` together.
 
         Raises:
-            ConfigError: Both are given.
+            UsageError: Both are given.
         """
         if self.dim is not None and self.compression is not None:
-            raise ConfigError(
+            raise UsageError(
                 f"--dim {self.dim} and --compression {self.compression:g} together",
                 expected="one of the two",
                 hint="--dim sets D, --compression computes it",
@@ -220,7 +220,7 @@ class PassthroughKind(TowerModule):
     def choose(self, flat: ModelSpec, num_towers: int, request: ModuleRequest) -> TowerModuleSpec:
         """It takes no size."""
         if request != ModuleRequest():
-            raise ConfigError(
+            raise UsageError(
                 "--tower-module passthrough with --c, --p, --dim or --compression",
                 expected="no compression: passthrough emits the embeddings as they are",
                 hint="leave these options out, or choose --tower-module auto",
@@ -327,7 +327,7 @@ class LinearKind(TowerModule):
         dim, compression = request.dim, request.compression
         given = (request.c, request.p) != (None, None)
         if given or (dim is not None and compression is not None):
-            raise ConfigError(
+            raise UsageError(
                 "a linear tower module with --c or --p, or with both --dim and --compression",
                 expected="--dim D, the elements that a tower emits, or --compression",
                 hint="2 is the default compression",

@@ -185,12 +185,12 @@ CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
     # options
     "passthrough and c": (
         lambda s: (s.good, "--towers", 2, "--tower-module", "passthrough", "--c", 1),
-        "ConfigError",
+        "UsageError",
         "passthrough with",
     ),
     "dim and compression": (
         lambda s: (s.good, "--towers", 2, "--dim", 4, "--compression", 2),
-        "ConfigError",
+        "UsageError",
         "together",
     ),
     "dcn for a dot model": (

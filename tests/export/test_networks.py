@@ -20,7 +20,7 @@ FEATURES = ("t0", "t1", "t2", "t3")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"per_request": ("t0", "t1")}, {"format": "triton", "form": "padded"}],
+    [{}, {"per_request": ("t0", "t1")}, {"format": "triton", "pooling_input": "padded"}],
     ids=["onnx", "requests", "triton"],
 )
 def test_without_dense_inputs_graphs_take_none(
@@ -83,7 +83,7 @@ def test_constants_of_the_code_are_weights_of_pt2_graphs(
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("num_dense", "options"), [(0, {"quantize": "int8"}), (3, {"form": "padded"})]
+    ("num_dense", "options"), [(0, {"quantize": "int8"}), (3, {"pooling_input": "padded"})]
 )
 def test_a_compiled_network_passes_its_checks(
     make_network_bundle: Any, tmp_path: Any, num_dense: int, options: dict[str, Any]

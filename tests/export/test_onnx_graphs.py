@@ -32,14 +32,14 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"module": "dlrm", "interaction": "cat", "names": "facebook", "mean": False},
 )
 FORMS = (
-    {"form": "single"},
-    {"form": "fixed", "weighted": ("*",)},
-    {"form": "padded", "out_of_range": "clip"},
-    {"form": "jagged"},
-    {"form": "single", "weighted": ("*",), "out_of_range": "clip"},
-    {"form": "fixed"},
-    {"form": "padded", "weighted": ("*",)},
-    {"form": "jagged", "weighted": ("*",), "out_of_range": "clip"},
+    {"pooling_input": "single"},
+    {"pooling_input": "fixed", "weighted": ("*",)},
+    {"pooling_input": "padded", "out_of_range": "clip"},
+    {"pooling_input": "jagged"},
+    {"pooling_input": "single", "weighted": ("*",), "out_of_range": "clip"},
+    {"pooling_input": "fixed"},
+    {"pooling_input": "padded", "weighted": ("*",)},
+    {"pooling_input": "jagged", "weighted": ("*",), "out_of_range": "clip"},
 )
 ONE_IN_EIGHT = [
     pytest.param(i, j, marks=[] if (i + j) % 8 == 0 else pytest.mark.exhaustive)

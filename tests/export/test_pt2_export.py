@@ -25,7 +25,7 @@ from support.exports import checks_of
 pytestmark = pytest.mark.slow
 
 FORMS: dict[str, Any] = {
-    "forms": {"cat_0": "single", "cat_1": "padded", "cat_2": "fixed", "cat_3": "jagged"},
+    "pooling_input": {"cat_0": "single", "cat_1": "padded", "cat_2": "fixed", "cat_3": "jagged"},
     "weighted": ("cat_1", "cat_2"),
 }
 Feeds = dict[str, torch.Tensor]
@@ -204,21 +204,29 @@ def test_a_compiler_that_fails_is_quoted(
 @pytest.mark.parametrize(
     ("module", "making", "options"),
     [
-        ("passthrough", {}, {"form": "jagged", "out_of_range": "clip"}),
-        ("passthrough", {}, {"form": "padded", "out_of_range": "clip", "weighted": ("*",)}),
-        ("dcn", {"interaction": "dcn"}, {"form": "fixed"}),
-        ("dlrm", {"interaction": "projection"}, {"form": "single", "weighted": ("*",)}),
+        ("passthrough", {}, {"pooling_input": "jagged", "out_of_range": "clip"}),
+        (
+            "passthrough",
+            {},
+            {"pooling_input": "padded", "out_of_range": "clip", "weighted": ("*",)},
+        ),
+        ("dcn", {"interaction": "dcn"}, {"pooling_input": "fixed"}),
+        ("dlrm", {"interaction": "projection"}, {"pooling_input": "single", "weighted": ("*",)}),
         ("dlrm", {"convert": {"dtype": "fp16"}}, FORMS),
-        ("passthrough", {"convert": {"dtype": "bf16"}}, {"form": "single"}),
+        ("passthrough", {"convert": {"dtype": "bf16"}}, {"pooling_input": "single"}),
         ("dlrm", {}, {"quantize": "int8", **FORMS}),
         ("passthrough", {}, {"quantize": "int4", **FORMS}),
-        ("passthrough", {"dim": 7}, {"quantize": "int4", "form": "single"}),
-        ("dlrm", {}, {"quantize": "fp16", "form": "jagged", "weighted": ("*",)}),
-        ("dlrm", {"names": "facebook", "interaction": "cat", "mean": False}, {"form": "jagged"}),
+        ("passthrough", {"dim": 7}, {"quantize": "int4", "pooling_input": "single"}),
+        ("dlrm", {}, {"quantize": "fp16", "pooling_input": "jagged", "weighted": ("*",)}),
+        (
+            "dlrm",
+            {"names": "facebook", "interaction": "cat", "mean": False},
+            {"pooling_input": "jagged"},
+        ),
         (
             "dlrm",
             {"names": "facebook", "interaction": "self-pairs", "mean": False},
-            {"form": "padded"},
+            {"pooling_input": "padded"},
         ),
     ],
 )

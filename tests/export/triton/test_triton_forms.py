@@ -15,11 +15,11 @@ from dmt_convert.serving import open_graph
 
 PROTOCOLS = ("http", "grpc")
 FORMS: dict[str, dict[str, Any]] = {
-    "jagged": {"form": "jagged"},
-    "single": {"form": "single", "out_of_range": "clip"},
-    "fixed, weighted, fp16": {"form": "fixed", "weighted": ("*",), "quantize": "fp16"},
-    "mixed, weighted": {"forms": {"cat_0": "jagged"}, "weighted": ("cat_0", "cat_3")},
-    "another name": {"form": "jagged", "weighted": ("*",), "model_name": "Ranker-2.b_1"},
+    "jagged": {"pooling_input": "jagged"},
+    "single": {"pooling_input": "single", "out_of_range": "clip"},
+    "fixed, weighted, fp16": {"pooling_input": "fixed", "weighted": ("*",), "quantize": "fp16"},
+    "mixed, weighted": {"pooling_input": {"cat_0": "jagged"}, "weighted": ("cat_0", "cat_3")},
+    "another name": {"pooling_input": "jagged", "weighted": ("*",), "model_name": "Ranker-2.b_1"},
 }
 
 
