@@ -103,9 +103,9 @@ def test_help_is_instant(command: str) -> None:
         # a machine that is busy with other things does not make help slow
         busy = usage.ru_utime + usage.ru_stime
         times.append(min(time.perf_counter() - begin, busy if os.getloadavg()[0] > 1.5 else 9))
-        if times[-1] < 0.5:
+        if times[-1] < 0.6:
             break
-    assert min(times) < 0.5
+    assert min(times) < 0.6
 
 
 @pytest.mark.parametrize(
