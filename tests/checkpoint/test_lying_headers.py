@@ -125,6 +125,7 @@ NESTED = b")" + b"\x85" * 200_000
 """A tuple 200,000 deep: to hash or print it overflows the stack."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -279,6 +279,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", sorted(BOMBS))
 @pytest.mark.parametrize("kind", ["zip", "legacy", "dcp"])
 def test_memory_stays_bounded(kind, bomb, tmp_path):

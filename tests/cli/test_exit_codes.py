@@ -260,6 +260,7 @@ def test_what_the_system_refuses_is_no_bug(
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
 def test_a_reader_that_goes_away_is_no_error(flat: Path, options: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "dmt_convert.cli.main", "inspect", str(flat), *options]
@@ -272,6 +273,7 @@ def test_a_reader_that_goes_away_is_no_error(flat: Path, options: tuple[str, ...
     process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["good", "missing"])
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_result_that_cannot_be_printed_is_no_traceback(

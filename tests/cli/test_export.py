@@ -44,6 +44,7 @@ def test_an_export_scores_like_its_bundle(
     assert call_dmt("score", served, "--data", click_data, "--out", scores).code == 0
 
 
+@pytest.mark.slow
 def test_a_compressed_export_differs_from_the_flat_model(
     served: Path, flat: Path, call_dmt: Dmt
 ) -> None:
@@ -60,6 +61,7 @@ def test_inspect_says_what_the_graphs_take(served: Path, call_dmt: Dmt) -> None:
     assert json.loads(call_dmt("inspect", served, "--json").stdout)["format"] == "onnx"
 
 
+@pytest.mark.slow
 def test_weights_are_shared_and_described(served: Path, compressed: Path) -> None:
     manifest = json.loads((served / "export.json").read_text())
     for name, entry in manifest["weights"].items():
@@ -69,6 +71,7 @@ def test_weights_are_shared_and_described(served: Path, compressed: Path) -> Non
     assert len(manifest["checks"]) > 20 and all(check["passed"] for check in manifest["checks"])
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_not_left_in_place(
     compressed: Path, call_dmt: Dmt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +91,7 @@ def test_a_graph_that_differs_is_not_left_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "found", "hint"),
     [
@@ -117,6 +121,7 @@ def test_requests_that_cannot_be(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_is_there_is_never_touched(served: Path, compressed: Path, call_dmt: Dmt) -> None:
     before = sorted(path.stat().st_mtime_ns for path in served.rglob("*"))
     done = call_dmt("export", compressed, "--format", "onnx", "--out", served)
@@ -124,6 +129,7 @@ def test_what_is_there_is_never_touched(served: Path, compressed: Path, call_dmt
     assert sorted(path.stat().st_mtime_ns for path in served.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_refused(served: Path, call_dmt: Dmt, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(served, copy)

@@ -165,6 +165,7 @@ def test_same_seed_same_bundle(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_partition_file_decides(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     (tmp_path / "t.json").write_text('{"towers": [["cat_3"], ["cat_1", "cat_0", "cat_2"]]}')

@@ -121,6 +121,7 @@ def check_gradients(found: list[dict[str, Any]], num_towers: int) -> None:
     assert {name: digests for name, digests in by_name.items() if len(digests) > 1} == {}
 
 
+@pytest.mark.slow
 def test_gradients_that_stay_on_their_rank_are_noticed(run_ranks: RunRanks) -> None:
     found = run_ranks(
         2,

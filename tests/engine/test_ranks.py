@@ -69,6 +69,7 @@ def deaf_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_rank_that_never_comes(run_ranks: RunRanks, deaf_port: int, present: int) -> None:
     """Rank 0 waits where the others are to come; rank 1 finds nobody there."""

@@ -22,6 +22,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"measure_every": 1}, {"restart_at": 4}, {"measure_every": 2, "restart_at": 5}],
@@ -76,6 +77,7 @@ def test_a_trainer_does_what_one_process_does(
     assert max(compare(run_ranks, clicks, hosts, ranks, kind)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_PROCESS)
 def test_a_broken_engine_is_not_what_one_process_does(
     run_ranks: RunRanks, clicks: Path, kind: str

@@ -73,6 +73,7 @@ def flip(bundle: Path, prefix: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_an_untouched_bundle_is_exported(bundle: Path) -> None:
     for quantize in ("none", "int8"):
         export(bundle, quantize=quantize)

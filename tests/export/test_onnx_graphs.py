@@ -66,6 +66,7 @@ def narrow_table(state: dict[str, Any]) -> None:
     state["top_l.0.weight"] = torch.cat([weight[:, :20], weight[:, 24:]], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["passthrough", "dlrm"])
 def test_tables_of_different_widths_and_forms(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, module: str
@@ -102,6 +103,7 @@ def test_export_with_its_own_process(make_bundle: Callable[..., Bundle], tmp_pat
     assert len(export.checks) > 20
 
 
+@pytest.mark.slow
 def test_files_say_what_they_are_and_hold_no_table(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def swap_pairs(model: onnx.ModelProto) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(cells, tensor.name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "break_it", [swap_towers, shift_a_table, forget_the_range, swap_pairs], ids=lambda f: f.__name__
 )

@@ -46,6 +46,7 @@ def narrow(spec: DmtSpec, dim: int) -> DmtSpec:
     return replace(spec, flat=changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [7, 8])
 @pytest.mark.parametrize("code", ["int8", "int4"])
 @pytest.mark.parametrize("form", ["single", "fixed", "padded", "jagged"])
@@ -112,6 +113,7 @@ def wide_and_narrow(spec: DmtSpec, dims: tuple[int, int]) -> DmtSpec:
     return replace(spec, towers=towers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [(3, 6), (8, 4), (5, 5)])
 def test_towers_of_different_widths_meet_in_dot_products(
     make_bundle: Callable[..., Bundle], tmp_path: Path, dims: tuple[int, int]

@@ -83,6 +83,7 @@ def test_scores_are_the_models(
     assert [check.line for check in checks if not check.passed] == []
 
 
+@pytest.mark.slow
 def test_rows_of_several_users_are_several_requests(
     bundle_of: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:

@@ -272,6 +272,7 @@ def test_quantised_exports_answer_like_their_model(
     assert export.manifest.quality["code"] == ExportedModel(export.path).manifest.quantize == code
 
 
+@pytest.mark.slow
 def test_the_checks_see_one_wrong_code(
     small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ def linear_bundle(make_bundle, interaction):
     return make_bundle("linear", interaction=interaction, convert={"group": GROUPS})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interaction", ["dot", pytest.param("dcn", marks=pytest.mark.exhaustive)])
 def test_graphs_restore_what_linear_towers_emit(make_bundle, export_unchecked, interaction):
     bundle = linear_bundle(make_bundle, interaction)

@@ -130,6 +130,7 @@ def test_constraints_hold_and_only_the_impossible_is_refused(request, strategy):
         assert min(np.bincount(found)) == greatest
 
 
+@pytest.mark.slow
 @BRIEF
 @given(seed=st.integers(0, 1000), ratio=st.sampled_from([1.3, 1.6]))
 def test_load_ratio_bounds_every_load(seed, ratio):
@@ -173,6 +174,7 @@ def test_an_impossible_load_bound_is_refused_with_numbers():
         partition_features(spec, config, random_affinity(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "towers"), [(24, 4), (26, 13), (64, 16), (1200, 24)])
 def test_planted_groups_are_recovered(count, towers):
     truth = np.random.default_rng(1).permutation(np.arange(count) % towers)

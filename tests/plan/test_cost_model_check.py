@@ -148,6 +148,7 @@ def shuffle_rates(document: dict[str, Any]) -> None:
             row["rate_mbit"] = {100.0: 500.0, 500.0: 100.0}.get(row["rate_mbit"], 200.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [triple_a_topology, swap_variants, shuffle_rates])
 def test_what_does_not_fit_is_noticed(
     write: Write, change: Callable[[dict[str, Any]], None]

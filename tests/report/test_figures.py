@@ -86,6 +86,7 @@ def test_hostile_names_are_drawn_as_they_are():
     assert "\x00" not in svg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("towers", [3, 10, 11, 16])
 def test_towers_have_the_colours_of_the_figure(towers):
     svg = build_view(features=towers + 1, towers=towers, figure=None).figure

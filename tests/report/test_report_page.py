@@ -212,6 +212,7 @@ def test_hostile_names_stay_text(finetune):
         assert name in page.text
 
 
+@pytest.mark.slow
 def test_many_features_stay_small():
     data = build_view(features=600, towers=64, figure=None)
     text = render_page(data)

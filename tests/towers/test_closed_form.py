@@ -50,6 +50,7 @@ def test_full_width_gives_the_flat_model(kind, towers):
     assert float((a - b).abs().max()) < 2e-5 * max(1.0, float(a.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sizes", "floor"),
     [
@@ -121,6 +122,7 @@ def test_dot_keeps_the_pairs_that_count_where_shared_eigenvectors_cannot(width):
     assert 1 - closed < 0.3 * (1 - _baseline(flat, spec, sample, held))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_dot_beats_shared_eigenvectors_on_any_model(width, seed):
@@ -219,6 +221,7 @@ def _damage(flat, how):
             first.weight[:, 3:].zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "how", ["rank one", "constant", "zero", "dead", "unread", "one row", "one layer", "one feature"]

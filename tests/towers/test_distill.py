@@ -30,6 +30,7 @@ def _validation_error(flat, model, sample):
     return float(difference[int(len(dense) * 0.8) :].square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dot", "cat", "dcn", "projection"])
 @pytest.mark.parametrize("steps", [1, 120])
 def test_never_worse_than_the_start_on_its_validation_rows(kind, steps):

@@ -20,6 +20,7 @@ def test_torchrec_models_in_every_container(kind, save, tmp_path):
     assert_agrees(save(original.state, tmp_path), original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dot", "dcn", "projection"])
 @pytest.mark.parametrize(
     "options",
@@ -60,6 +61,7 @@ def test_mean_pooling(kind, tmp_path):
     assert difference(summed, original.logits) > 100 * RTOL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("container", ["pt", "legacy", "safetensors", "dcp"])
 def test_half_tables(dtype, container, tmp_path):
