@@ -183,6 +183,11 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> RenderableTy
     return made
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(count: float) -> str:
     """Write a number of bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

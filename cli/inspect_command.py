@@ -11,7 +11,7 @@ import typer
 import dmt_convert as dmt
 from dmt_convert.config import InspectConfig
 
-from .console import Output, grid, human_bytes, table
+from .console import Output, counted, grid, human_bytes, table
 from .options import command
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _tables(info: FlatModelInfo) -> list[Any]:
     rows = [
         (
             "checkpoint",
-            f"{checkpoint.source} ({checkpoint.format}, {len(checkpoint.files)} files, "
+            f"{checkpoint.source} ({checkpoint.format}, {counted(len(checkpoint.files), 'file')}, "
             f"{human_bytes(checkpoint.nbytes)})",
         ),
         *_dense_part(spec),

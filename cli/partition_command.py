@@ -10,7 +10,7 @@ import typer
 import dmt_convert as dmt
 from dmt_convert.config import PartitionConfig
 
-from .console import Output, human_bytes, number, table
+from .console import Output, counted, human_bytes, number, table
 from .options import command
 
 NAME = "partition"
@@ -47,7 +47,7 @@ def run(
         for t, (names, load) in enumerate(zip(assignment, found.loads, strict=True))
     ]
     title = (
-        f"{len(assignment)} towers, {found.strategy}; affinity within towers "
+        f"{counted(len(assignment), 'tower')}, {found.strategy}; affinity within towers "
         f"{number(found.within_affinity, 3)}, between {number(found.between_affinity, 3)}"
     )
     columns = ["tower", "features>", "tables>", "lookups>", "names"]

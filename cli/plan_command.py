@@ -10,7 +10,7 @@ import typer
 import dmt_convert as dmt
 from dmt_convert.config import PlanConfig
 
-from .console import Output, grid, human_bytes, table
+from .console import Output, counted, grid, human_bytes, table
 from .options import command
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _tables(plan: TowerPlan) -> list[RenderableType]:
     facts = [
         (
             "cluster",
-            f"{cluster.hosts} hosts x {cluster.ranks_per_host} ranks, "
+            f"{counted(cluster.hosts, 'host')} x {counted(cluster.ranks_per_host, 'rank')}, "
             f"{cluster.hbm_bytes / 2**30:g} GiB each",
         ),
         (
