@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.arrays import AnyArray
 from dmt_convert.bundle.bundle import Bundle
 from dmt_convert.bundle.bundle_model import open_bundle_model
 from dmt_convert.checkpoint import read_tensor
@@ -54,8 +55,8 @@ class PlainModel(nn.Module):
                 `(values, offsets, weights)`, with one float32 weight per id, shape (nnz,).
 
         Raises:
-            DataError: A feature is missing, has another number of rows, or an id that is not in
-                its table.
+            DataError: A feature is missing, has another number of rows, offsets that do not divide
+                its ids, or an id that is not in its table; or `dense` has another shape.
         """
         missing = [name for name in self.feature_names if name not in features]
         unknown = [name for name in features if name not in self.feature_names]
@@ -71,6 +72,14 @@ class PlainModel(nn.Module):
         for name, bag in zip(self.feature_names, bags, strict=True):
             self._check(name, bag, rows)
         values = torch.zeros(rows, 0) if dense is None else dense
+        if values.shape != (rows, self.num_dense):
+            raise DataError(
+                "no dense inputs"
+                if dense is None
+                else f"dense inputs of shape {list(dense.shape)}",
+                expected=f"shape (B, {self.num_dense})",
+                hint="give what the flat model takes, columns in its order",
+            )
         batch = Batch(
             dense=np.asarray(values.detach().cpu(), dtype=np.float32),
             feature_names=self.feature_names,
@@ -83,34 +92,70 @@ class PlainModel(nn.Module):
         if len(bag.offsets) - 1 != rows:
             raise DataError(
                 f"feature {name!r} has {len(bag.offsets) - 1} rows",
-                expected=f"{rows} rows, as the dense inputs have",
+                expected=f"{rows} rows, as the other inputs have",
+                hint="every input holds the same rows, in the same order",
             )
         last = self.dmt.spec.flat.table_of(name).rows - 1
         if len(bag.values) and not 0 <= bag.values.min() <= bag.values.max() <= last:
             raise DataError(
                 f"feature {name!r} has ids from {bag.values.min()} to {bag.values.max()}",
                 expected=f"ids from 0 to {last}",
+                hint="-1 fills up rows of shape (B, L) only; other ids are not mapped",
             )
 
 
 def _bag(name: str, ids: Ids) -> Bag:
     if isinstance(ids, tuple):
         values, offsets, *weights = (part.detach().cpu().numpy() for part in ids)
+        _check_whole(name, values, offsets)
+        _check_jagged(name, values, offsets, *weights)
         return Bag(
             values=values.astype(np.int64),
             offsets=offsets.astype(np.int64),
             weights=weights[0].astype(np.float32) if weights else None,
         )
-    table = ids.detach().cpu().numpy().astype(np.int64)
+    table = ids.detach().cpu().numpy()
+    _check_whole(name, table)
     if table.ndim not in (1, 2):
         raise DataError(
             f"feature {name!r} has ids of shape {list(table.shape)}",
             expected="shape (B,) or (B, L), or a tuple (values, offsets)",
+            hint="flatten them to (B, L)",
         )
-    table = table.reshape(len(table), -1)
-    kept = table != -1
+    kept = np.ones((len(table), 1), bool) if table.ndim == 1 else table != -1
+    table = table.reshape(kept.shape).astype(np.int64)
     offsets = np.concatenate([[0], kept.sum(axis=1).cumsum()]).astype(np.int64)
     return Bag(values=table[kept], offsets=offsets)
+
+
+def _check_whole(name: str, *arrays: AnyArray) -> None:
+    """Refuse numbers that are not integers: rounding them would look up other rows."""
+    for array in arrays:
+        if array.dtype.kind not in "iu":
+            raise DataError(
+                f"feature {name!r} has ids or offsets of type torch.{array.dtype}",
+                expected="int64",
+                hint="convert them with .long(), if they are whole numbers",
+            )
+
+
+def _check_jagged(
+    name: str, values: AnyArray, offsets: AnyArray, weights: AnyArray | None = None
+) -> None:
+    """Refuse offsets that leave ids out or take some twice, and weights of another number."""
+    whole = offsets.ndim == 1 and len(offsets) > 0 and values.ndim == 1
+    if not whole or offsets[0] or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        raise DataError(
+            f"feature {name!r} has offsets that do not divide its {values.size} ids",
+            expected="B + 1 offsets that begin with 0, never fall and end with the number of ids",
+            hint="nn.EmbeddingBag leaves out the last one: append the number of ids",
+        )
+    if weights is not None and weights.shape != values.shape:
+        raise DataError(
+            f"feature {name!r} has {weights.size} weights for {values.size} ids",
+            expected="one weight per id",
+            hint="give (values, offsets), if ids have no weights",
+        )
 
 
 def open_plain_model(bundle: Bundle, *, in_memory: bool = False) -> PlainModel:

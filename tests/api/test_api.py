@@ -137,6 +137,14 @@ def test_ids_may_come_in_four_forms(bundle, rows) -> None:
         (lambda f: f.update(other=f["cat_0"]), "does not have: ['other']"),
         (lambda f: f.update(cat_1=torch.zeros(3, dtype=torch.int64)), "'cat_1' has 3 rows"),
         (lambda f: f.update(cat_0=torch.full((ROWS,), 7)), "ids from 7 to 7"),
+        (lambda f: f.update(cat_0=torch.full((ROWS,), 1.5)), "torch.float32"),
+        (lambda f: f.update(cat_0=torch.full((ROWS,), -1)), "ids from -1 to -1"),
+        (lambda f: f.update(cat_0=torch.full((ROWS, 2), -2)), "ids from -2 to -2"),
+        (lambda f: f.update(cat_0=torch.zeros(ROWS, 2, 2, dtype=torch.int64)), "[8, 2, 2]"),
+        (lambda f: f.update(cat_0=_jagged(first=1)), "offsets"),
+        (lambda f: f.update(cat_0=_jagged(last=ROWS - 1)), "offsets"),
+        (lambda f: f.update(cat_0=_jagged(third=7)), "offsets"),
+        (lambda f: f.update(cat_0=(*_jagged(), torch.ones(3))), "3 weights"),
     ],
 )
 def test_a_model_refuses_wrong_inputs(bundle, change, found) -> None:
@@ -145,6 +153,22 @@ def test_a_model_refuses_wrong_inputs(bundle, change, found) -> None:
     with pytest.raises(DataError) as refused:
         dmt.open_bundle(bundle).model()(torch.zeros(ROWS, 5), features)
     assert found in str(refused.value)
+
+
+def _jagged(
+    *, first: int = 0, third: int = 2, last: int = ROWS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one id per row, with three of the offsets changed."""
+    offsets = torch.arange(ROWS + 1)
+    offsets[0], offsets[2], offsets[-1] = first, third, last
+    return torch.zeros(ROWS, dtype=torch.int64), offsets
+
+
+@pytest.mark.parametrize("dense", [None, torch.zeros(ROWS, 4), torch.zeros(ROWS)])
+def test_a_model_refuses_dense_inputs_of_another_width(bundle, dense) -> None:
+    features = {n: torch.zeros(ROWS, dtype=torch.int64) for n in FEATURES}
+    with pytest.raises(DataError, match="dense inputs"):
+        dmt.open_bundle(bundle).model()(dense, features)
 
 
 def test_a_model_in_memory_learns(bundle, rows) -> None:
