@@ -9,6 +9,7 @@ Letters: B batch, N embedding dim, M sum of the input widths.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -151,7 +152,7 @@ class InteractionSpec:
         return self.rules.output_width(self, dims)
 
 
-class Interaction:
+class Interaction(ABC):
     """One kind of interaction; a new one is a subclass and an entry in `INTERACTIONS`.
 
     The defaults are those of an interaction about which nothing else is known: towers then emit
@@ -183,9 +184,9 @@ class Interaction:
         """
         assert spec.network is None
 
+    @abstractmethod
     def output_width(self, spec: InteractionSpec, dims: Sequence[int]) -> int:
         """Width of the output, in elements; `dims` are the input widths, the dense vector first."""
-        raise NotImplementedError
 
     def converted(self, spec: InteractionSpec, dims: Sequence[int]) -> InteractionSpec:
         """Return the interaction of the same model over other inputs, of widths `dims`."""

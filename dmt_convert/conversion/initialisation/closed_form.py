@@ -9,6 +9,7 @@ Letters: T towers, N embedding dim, K_t vectors that tower t emits, D_t its outp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,13 +38,14 @@ class Start:
     """What was done, one line each."""
 
 
-class ClosedForm:
+class ClosedForm(ABC):
     """The closed form of some converted models; a new one is an entry in `CLOSED_FORMS`."""
 
+    @abstractmethod
     def fits(self, spec: DmtSpec) -> bool:
         """Whether it is for this model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, trace: FlatTrace, spec: DmtSpec) -> Start:
         """Solve the weights.
 
@@ -51,7 +53,6 @@ class ClosedForm:
             trace: Intermediate results of the flat model on sampled rows.
             spec: The converted model.
         """
-        raise NotImplementedError
 
     def finish(self, model: DmtModel, trace: FlatTrace, start: Start) -> tuple[str, ...]:
         """Fit what depends on the converted model's own outputs; one line per fit.
