@@ -17,6 +17,7 @@ Letters: B batch, M columns, K vectors, D their width, P pairs.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,32 @@ class Source:
         return self.tensor[:, begin:end] if piece is None else piece
 
 
-class Columns:
+class Joinable(ABC):
+    """What stands for a tensor and knows its parts; otherwise it does as the tensor does."""
+
+    @abstractmethod
+    def joined(self) -> Tensor:
+        """Return the tensor."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Let the tensor answer whatever else a model asks."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.joined(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Do to the tensors what a subclass does not do better."""
+        return func(*_join(args), **_join(kwargs or {}))
+
+
+class Columns(Joinable):
     """A matrix (B, M), as columns of other matrices.
 
     Args:
@@ -200,12 +226,6 @@ class Columns:
             return self.index_select(1, columns)
         return self.joined()[index]
 
-    def __getattr__(self, name: str) -> Any:
-        """Let the joined matrix answer whatever else a model asks."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.joined(), name)
-
     def __add__(self, other: Any) -> Any:
         return torch.add(self, other)  # type: ignore[call-overload]
 
@@ -232,7 +252,7 @@ class Columns:
         known = _FUNCTIONS.get(func)
         if known is not None and isinstance(args[0], Columns):
             return known(*args, **kwargs)
-        return func(*_join(args), **_join(kwargs))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
         """Yield source, begin and end of neighbours that are neighbours in their source, too."""
@@ -275,7 +295,7 @@ class Columns:
         return np.ascontiguousarray(places[order])
 
 
-class Vectors:
+class Vectors(Joinable):
     """K vectors per row, (B, K, D), as columns side by side.
 
     Args:
@@ -298,12 +318,6 @@ class Vectors:
         vectors = self.columns.joined().reshape(-1, self.columns.shape[1] // self.dim, self.dim)
         return vectors.transpose(1, 2) if self.turned else vectors
 
-    def __getattr__(self, name: str) -> Any:
-        """Let the joined tensor answer whatever else a model asks."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.joined(), name)
-
     @classmethod
     def __torch_function__(
         cls,
@@ -318,10 +332,10 @@ class Vectors:
             both = isinstance(left, Vectors) and isinstance(right, Vectors)
             if both and left.columns is right.columns and right.turned and not left.turned:
                 return Gram(left)
-        return func(*_join(args), **_join(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-class Gram:
+class Gram(Joinable):
     """Dot products of vectors with each other, (B, K, K) or, flat, (B, K * K).
 
     They are computed of the vectors as they are stored, and the wanted ones are looked up there: a
@@ -379,23 +393,6 @@ class Gram:
                 places.append(pairs)
         return Columns.cat(parts).take(np.argsort(np.concatenate(places)))
 
-    def __getattr__(self, name: str) -> Any:
-        """Let the tensor answer whatever else a model asks."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.joined(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Do everything to the tensor."""
-        return func(*_join(args), **_join(kwargs or {}))
-
     def _of_one_row(self, left: IntArray, right: IntArray) -> Tensor:
         """Multiply vectors of one row with each other: (1, P)."""
         vectors = self._sides[True]
@@ -424,7 +421,7 @@ def _pick(dots: Tensor, cells: IntArray) -> Tensor:
 
 
 def _join(values: Any) -> Any:
-    return tree_map(lambda v: v.joined() if isinstance(v, Columns | Vectors | Gram) else v, values)
+    return tree_map(lambda v: v.joined() if isinstance(v, Joinable) else v, values)
 
 
 _FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
