@@ -25,6 +25,7 @@ import torch
 from dmt_convert.adapter import load_adapter
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import open_bundle, open_bundle_model
+from dmt_convert.child import python_command, python_environment
 from dmt_convert.data import Bag, Batch, adapt_batches, open_data
 from dmt_convert.documents import GraphCheck, to_json
 from dmt_convert.errors import DataError, DmtError, ExportError, GraphsDifferError
@@ -185,12 +186,18 @@ def check_graphs(
         ExportError: A graph cannot be loaded, or the process died.
         DataError: The data does not fit the model, or the form of the inputs.
     """
-    command = [sys.executable, "-m", "dmt_convert.serving.checks", str(folder), str(bundle)]
-    command += ["" if path is None else str(path) for path in (data, model)]
+    arguments = ["" if path is None else str(path) for path in (folder, bundle, data, model)]
+    command = python_command("-m", "dmt_convert.serving.checks", *arguments)
     checks: list[GraphCheck] = []
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+        subprocess.Popen(
+            command,
+            env=python_environment(),
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+        ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:

@@ -40,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from dmt_convert.adapter import load_adapter, user_file
 from dmt_convert.checkpoint import TensorInfo, read_safetensors
+from dmt_convert.child import python_command, python_environment
 from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtModel, DmtSpec
@@ -505,7 +506,8 @@ def _start(job: CompileJob, logs: ExitStack) -> Worker:
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "dmt_convert.serving.pt2"],
+        python_command("-m", "dmt_convert.serving.pt2"),
+        env=python_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
