@@ -117,6 +117,8 @@ class TableConfig:
     """Features that are looked up in it, in order."""
     pooling: Literal["sum", "mean"]
     """How a feature's rows become one vector."""
+    data_type: str | None = None
+    """Type of the table's elements, such as `fp16` or `int8`; None if the module does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,10 @@ class FlatCheckpoint:
     """The trainer's own descriptions of the model, by file name: dicts, lists and scalars."""
     table_configs: tuple[TableConfig, ...] = ()
     """Tables in the model's own order, if a pickled module lists them."""
+    modules: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    """Keys of a state dict -> the names of all its modules in the order of construction, which
+    `state_dict()` keeps beside the tensors and sorting does not change. A dict that was put
+    together otherwise has no entry."""
 
     @property
     def nbytes(self) -> int:

@@ -158,6 +158,7 @@ def read_torch(path: Path) -> FlatCheckpoint:
         unread=content.unread,
         table_configs=tuple(content.table_configs),
         documents=content.documents,
+        modules=content.modules,
     )
 
 
@@ -196,6 +197,7 @@ def _join_rank_files(file: TorchFile) -> FlatCheckpoint:
         files=tuple(f.path for f in files),
         scalars=first.content.scalars,
         unread=first.content.unread,
+        modules=first.content.modules,
     )
 
 

@@ -13,7 +13,13 @@ from typing import Any, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import Keys, Scalar, TableConfig
 from dmt_convert.checkpoint.inert.deepctr import DEEPCTR_MODULE, describe_deepctr_module
-from dmt_convert.checkpoint.inert.objects import MAX_SIZE, Record, TensorRef, UnknownGlobal
+from dmt_convert.checkpoint.inert.objects import (
+    MAX_SIZE,
+    InertDict,
+    Record,
+    TensorRef,
+    UnknownGlobal,
+)
 from dmt_convert.checkpoint.inert.sharded import ShardedRef, as_sharded
 from dmt_convert.errors import CheckpointError
 
@@ -35,6 +41,8 @@ class PickledContent:
     table_configs: list[TableConfig] = field(default_factory=list)
     documents: dict[str, Any] = field(default_factory=dict)
     """What modules say about their own construction, as dicts, lists and scalars."""
+    modules: dict[Keys, tuple[str, ...]] = field(default_factory=dict)
+    """Keys of a state dict or a module -> all modules in it, in the order of construction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,13 @@ class _Description:
 
     name: str
     content: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """The names of the modules in a state dict or a module, in the order of construction."""
+
+    names: tuple[str, ...]
 
 
 def collect_content(content: object, path: Path) -> PickledContent:
@@ -65,6 +80,8 @@ def collect_content(content: object, path: Path) -> PickledContent:
             # two modules that differ: it is unknown which one is meant
             same = found.documents.get(value.name, value.content) == value.content
             found.documents[value.name] = value.content if same else None
+        elif isinstance(value, _Modules):
+            found.modules[keys] = value.names
         elif isinstance(value, Record | UnknownGlobal):
             if len(found.unread) < _MAX_UNREAD:
                 found.unread[".".join(keys)] = _describe(value)
@@ -73,7 +90,9 @@ def collect_content(content: object, path: Path) -> PickledContent:
     return found
 
 
-_Value = TensorRef | ShardedRef | Scalar | Record | UnknownGlobal | TableConfig | _Description
+_Value = (
+    TensorRef | ShardedRef | Scalar | Record | UnknownGlobal | TableConfig | _Description | _Modules
+)
 
 
 def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
@@ -93,6 +112,10 @@ def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
             if id(value) in seen:
                 continue
             seen.add(id(value))
+        if isinstance(value, InertDict) and value.modules:
+            yield keys, _Modules(value.modules)
+        elif isinstance(value, Record) and is_module(value):
+            yield keys, _Modules(tuple(_module_names(value)))
         items = _items(keys, value)
         if items is None:
             if not (isinstance(value, int) and abs(value) >= MAX_SIZE) and isinstance(
@@ -156,6 +179,26 @@ def _module_items(keys: Keys, module: Record) -> Iterator[tuple[Keys, object]]:
         stack.extend(reversed(inside))
 
 
+def _module_names(module: Record) -> Iterator[str]:
+    """Yield the names of all modules inside, each before those that it holds."""
+    stack = [("", 0, module)]
+    count = 0
+    while stack:
+        name, level, current = stack.pop()
+        yield name
+        prefix = f"{name}." if name else ""
+        parts = current.fields.get("_modules") if _has_parts(current) else current.fields
+        inside = [
+            (prefix + _key_name(key), level + 1, part)
+            for key, part in dict.items(parts if isinstance(parts, dict) else {})
+            if isinstance(part, Record) and is_module(part)
+        ]
+        count += len(inside)
+        if level > _MAX_DEPTH or count > _MAX_ITEMS:
+            raise _too_deep()
+        stack.extend(reversed(inside))
+
+
 def _too_deep() -> CheckpointError:
     return CheckpointError(
         f"a module nests modules more than {_MAX_DEPTH} deep or holds over {_MAX_ITEMS} items",
@@ -194,8 +237,8 @@ def _table_configs(configs: object) -> Iterator[tuple[str, TableConfig]]:
     """Yield what TorchRec's EmbeddingBagCollection keeps of its tables."""
     for config in configs if isinstance(configs, list) else ():
         fields = config.fields if isinstance(config, Record) else {}
-        name, features, pooling = map(fields.get, ("name", "feature_names", "pooling"))
-        kind = pooling.args[0] if isinstance(pooling, Record) and pooling.args else None
+        name, features = map(fields.get, ("name", "feature_names"))
+        kind, data_type = _member(fields.get("pooling")), _member(fields.get("data_type"))
         if not isinstance(features, list) or not all(isinstance(text, str) for text in features):
             continue
         if isinstance(name, str) and kind in ("SUM", "MEAN"):
@@ -205,8 +248,14 @@ def _table_configs(configs: object) -> Iterator[tuple[str, TableConfig]]:
                     name=name,
                     features=tuple(features),
                     pooling="sum" if kind == "SUM" else "mean",
+                    data_type=data_type.lower() if isinstance(data_type, str) else None,
                 ),
             )
+
+
+def _member(value: object) -> object:
+    """Return which member of an enumeration a pickle names."""
+    return value.args[0] if isinstance(value, Record) and value.args else None
 
 
 def _key_name(key: object) -> str:

@@ -159,10 +159,18 @@ class Record:
 
 
 class InertDict(dict[Any, Any]):
-    """Stands for OrderedDict, Counter and defaultdict; attributes set by pickles are dropped."""
+    """Stands for OrderedDict, Counter and defaultdict.
+
+    Of the attributes that pickles set, only the modules of a state dict are kept.
+    """
+
+    modules: tuple[str, ...] = ()
+    """Of a state dict: the names of all modules, in the order in which they were registered."""
 
     def __setstate__(self, state: object) -> None:
-        return None
+        metadata = state.get("_metadata") if isinstance(state, dict) else None
+        if isinstance(metadata, dict):
+            self.modules = tuple(name for name in metadata if isinstance(name, str))
 
 
 def check_key(key: object) -> None:
