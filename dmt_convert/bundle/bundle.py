@@ -14,12 +14,13 @@ from dmt_convert.bundle.accumulators import (
 )
 from dmt_convert.bundle.manifest import Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
-from dmt_convert.checkpoint import TensorInfo, read_safetensors
+from dmt_convert.checkpoint import TensorInfo, holding, read_safetensors
 from dmt_convert.documents import Quality
-from dmt_convert.errors import BundleError, CheckpointError
+from dmt_convert.errors import BundleError, CheckpointError, DmtError
 from dmt_convert.files import (
     MANIFEST_NAME,
     digest_of,
+    guarded,
 )
 from dmt_convert.placement import TowerPlan, read_plan
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from dmt_convert.bundle.plain_model import PlainModel
 
 PLAN_NAME: Final = "plan.json"
+_TRIES: Final = 5
+"""Attempts to open a bundle that others replace meanwhile: what is half old and half new is not
+damaged."""
+_REMEDY: Final = "copy it again, or convert the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -107,6 +112,30 @@ def open_bundle(path: Path) -> Bundle:
             expected="a bundle, as `dmt convert` writes it",
             hint="check the path",
         )
+    for turn in range(_TRIES):
+        folder = _identity(path)
+        try:
+            with holding(path):
+                bundle = _open(path)
+        except (DmtError, OSError):
+            if turn == _TRIES - 1 or _identity(path) == folder:
+                raise
+        else:
+            if _identity(path) == folder:
+                return bundle
+    raise BundleError(
+        f"the bundle {path} was replaced {_TRIES} times while it was opened",
+        expected="a bundle that stays as it is for a moment",
+        hint="open it again",
+    )
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _open(path: Path) -> Bundle:
     manifest = read_manifest(path)
     dense = _read_headers(path, DENSE_FILE, manifest)
     towers = tuple(
@@ -136,7 +165,13 @@ def _read_headers(folder: Path, name: str, manifest: Manifest) -> dict[str, Tens
         raise _broken(folder, error.found) from None
     if {tensor.name for tensor in tensors} != set(entry.digests):
         raise _broken(folder, f"{name} does not hold the tensors that the manifest lists")
-    return {tensor.name: tensor for tensor in tensors}
+    return guarded(
+        {tensor.name: tensor for tensor in tensors},
+        entry.digests,
+        error=BundleError,
+        what=f"the bundle {folder}",
+        hint=_REMEDY,
+    )
 
 
 def _check_tables(
@@ -173,7 +208,7 @@ def _broken(folder: Path, what: str) -> BundleError:
     return BundleError(
         f"the bundle {folder} is damaged: {what}",
         expected="the files that `dmt convert` wrote, unchanged",
-        hint="copy it again, or convert the checkpoint again",
+        hint=_REMEDY,
     )
 
 
@@ -200,12 +235,18 @@ def check_digests(
     for file, tensors in groups.items():
         expected = bundle.manifest.weights[file].digests
         for name, tensor in tensors.items():
-            if wanted(name) and digest_of(tensor, on_bytes) != expected[name]:
+            if not wanted(name):
+                continue
+            try:
+                found = digest_of(tensor, on_bytes)
+            except BundleError:
+                found = ""
+            if found != expected[name]:
                 changed.append(f"{file}: {name}")
     if changed:
         raise BundleError(
             f"the bundle {bundle.path} changed on disk: {len(changed)} tensors have other bytes",
             expected="the digests in its manifest",
-            hint="copy it again, or convert the checkpoint again",
+            hint=_REMEDY,
             details=changed,
         )

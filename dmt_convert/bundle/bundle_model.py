@@ -33,21 +33,19 @@ def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtMode
         tables.append(MappedTables(spec.flat, infos, code=code))
     with torch.device("meta"):
         model = DmtModel(spec, tables)
-    state = {}
-    for name, info in bundle.dense.items():
-        state[state_name(name)] = read_tensor(info)
+    stored = {state_name(name): info for name, info in bundle.dense.items()}
     for t, tensors in enumerate(bundle.towers):
         for name, info in tensors.items():
             if name.startswith("tower_module."):
-                state[f"towers.{t}.{name}"] = read_tensor(info)
+                stored[f"towers.{t}.{name}"] = info
     own = model.state_dict()
     expected = {name: tuple(value.shape) for name, value in own.items()}
-    problems = [f"missing: {_stored_name(name)}" for name in expected if name not in state]
-    problems += [f"extra: {_stored_name(name)}" for name in state if name not in expected]
+    problems = [f"missing: {_stored_name(name)}" for name in expected if name not in stored]
+    problems += [f"extra: {_stored_name(name)}" for name in stored if name not in expected]
     problems += [
-        f"{_stored_name(name)} has shape {list(array.shape)}, expected {list(expected[name])}"
-        for name, array in state.items()
-        if name in expected and array.shape != expected[name]
+        f"{_stored_name(name)} has shape {list(info.shape)}, expected {list(expected[name])}"
+        for name, info in stored.items()
+        if name in expected and info.shape != expected[name]
     ]
     if problems:
         raise BundleError(
@@ -56,8 +54,9 @@ def open_bundle_model(bundle: Bundle, *, code: RowCode | None = None) -> DmtMode
             hint="copy it again, or convert the checkpoint again",
             details=problems,
         )
-    tensors_ = {name: as_state(array, own[name]) for name, array in state.items()}
-    model.load_state_dict(tensors_, assign=True)
+    # every tensor is compared with its digest when it is read
+    state = {name: as_state(read_tensor(info), own[name]) for name, info in stored.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

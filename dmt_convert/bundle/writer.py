@@ -21,7 +21,6 @@ from dmt_convert.files import (
     StreamedFile,
     TensorSource,
     digest_names,
-    make_folder,
     staged_folder,
 )
 from dmt_convert.placement import TowerPlan
@@ -88,7 +87,7 @@ class BundleWriter:
             self._staging = stack.enter_context(
                 staged_folder(self._out, force=self._force, needed_bytes=needed)
             )
-            make_folder(self._staging / "weights")
+            (self._staging / "weights").mkdir()
             self._thread.start()
             self._stack = stack.pop_all()
         return self
@@ -172,7 +171,10 @@ class BundleWriter:
 
     def _finish_files(self, small: SmallWeights) -> Weights:
         late = small.sources()
-        digests = {name: file.finish(late[name]) for name, file in self._files.items()}
+        digests = {
+            name: file.finish(late[name], with_blocks=bool(self._weights.tables[name]))
+            for name, file in self._files.items()
+        }
         digests |= {name: found for name, found in self._summed.items() if found}
         return {
             name: WeightsFile(bytes=(self._staging / name).stat().st_size, digests=found)
@@ -224,5 +226,4 @@ def _write_text(path: Path, text: str) -> None:
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())

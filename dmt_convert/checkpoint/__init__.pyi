@@ -9,9 +9,12 @@ from .flat_checkpoint import Piece as Piece
 from .flat_checkpoint import Scalar as Scalar
 from .flat_checkpoint import TableConfig as TableConfig
 from .flat_checkpoint import TensorInfo as TensorInfo
+from .held_files import HeldFile as HeldFile
+from .held_files import holding as holding
 from .inert.deepctr import DEEPCTR_MODULE as DEEPCTR_MODULE
 from .inert.unpickler import read_pickle as read_pickle
 from .readers import open_checkpoint as open_checkpoint
+from .row_reads import read_ranges as read_ranges
 from .safetensors_reader import DICTS_KEY as DICTS_KEY
 from .safetensors_reader import DTYPE_NAMES as DTYPE_NAMES
 from .safetensors_reader import read_safetensors as read_safetensors
@@ -22,7 +25,8 @@ from .tensor_bytes import gather_bytes as gather_bytes
 from .tensor_bytes import gather_rows as gather_rows
 from .tensor_bytes import read_tensor as read_tensor
 from .tensor_bytes import resolve_pieces as resolve_pieces
-from .tensor_bytes import stream_file as stream_file
+from .tensor_bytes import stream_bytes as stream_bytes
+from .tensor_bytes import stream_piece as stream_piece
 from .tensor_bytes import stream_tensor as stream_tensor
 from .tensor_bytes import to_fp32 as to_fp32
 from .trainer_folders import NVIDIA_TABLE_ORDER as NVIDIA_TABLE_ORDER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmt_convert.arrays import IntArray
+from dmt_convert.checkpoint.held_files import HeldFile, hold
 
 Scalar = str | int | float | bool | None
 Keys = tuple[str, ...]
@@ -32,6 +33,33 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
     "bool": 1,
 }
 """Bytes per element of the dtypes that checkpoints hold."""
+
+
+class Guard(Protocol):
+    """Knows what the bytes of a range in a file must be, and compares what is read of it."""
+
+    def check_ranges(self, file: HeldFile, begins: IntArray, width: int) -> None:
+        """Make sure of short ranges before they are read; what was looked at before is trusted.
+
+        Args:
+            file: The file.
+            begins: Where they begin in it, in bytes, ascending.
+            width: Bytes of each.
+        """
+        ...
+
+    def check_stream(
+        self, file: HeldFile, offset: int, length: int, chunks: Iterator[ByteRows]
+    ) -> Iterator[ByteRows]:
+        """Pass on the bytes from a position on, and compare them as they go by.
+
+        Args:
+            file: The file.
+            offset: Where they begin in the file, in bytes.
+            length: How many there are.
+            chunks: The bytes, in pieces.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +85,24 @@ class Piece:
     """Checksum of the raw bytes, if the container stores one."""
     strides: tuple[int, ...] | None = None
     """Strides in elements if the piece is not row-major (a transposed view was saved)."""
+    file: HeldFile | None = field(default=None, compare=False, repr=False)
+    """The file, held since its header was read; set by itself while a checkpoint is opened."""
+    guard: Guard | None = field(default=None, compare=False, repr=False)
+    """Compares what is read with digests, if the file is one of ours."""
+
+    def __post_init__(self) -> None:
+        if self.file is None:
+            object.__setattr__(self, "file", hold(self.path))
+
+    @property
+    def held(self) -> HeldFile:
+        """The file to read from.
+
+        Raises:
+            CheckpointError: It is not a regular file.
+            OSError: It cannot be opened.
+        """
+        return self.file or HeldFile(self.path)
 
 
 class Derivation(Protocol):
@@ -147,6 +193,22 @@ class FlatCheckpoint:
     """Keys of a state dict -> the names of all its modules in the order of construction, which
     `state_dict()` keeps beside the tensors and sorting does not change. A dict that was put
     together otherwise has no entry."""
+
+    held: tuple[HeldFile, ...] = field(default=(), compare=False, repr=False)
+    """Files with tensors, held since they were opened."""
+
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint that was saved over while it was read.
+
+        Call it before what was made of the checkpoint is put in place. A single file that was
+        replaced under its name is no harm: what was read is the old one, whole. Of several files,
+        some may have been replaced before they were opened.
+
+        Raises:
+            CheckpointError: A file changed.
+        """
+        for file in self.held:
+            file.check_unchanged(by_name=len(self.held) > 1)
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.held_files import holding
 from dmt_convert.checkpoint.indexed_reader import is_indexed, read_indexed
 from dmt_convert.checkpoint.safetensors_reader import is_safetensors, read_safetensors
 from dmt_convert.checkpoint.torch_reader import is_torch_file, read_torch
@@ -50,7 +52,8 @@ def open_checkpoint(path: str | Path) -> FlatCheckpoint:
     """
     path = Path(path)
     try:
-        checkpoint = _open(path)
+        with holding(path) as files:
+            checkpoint = _open(path)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or path} cannot be read ({error.strerror or error})",
@@ -58,7 +61,8 @@ def open_checkpoint(path: str | Path) -> FlatCheckpoint:
             hint="check the path and its permissions",
         ) from None
     _check_names(checkpoint)
-    return checkpoint
+    held = tuple(file for file in files.values() if file is not None)
+    return replace(checkpoint, held=held)
 
 
 def _open(path: Path) -> FlatCheckpoint:

@@ -1,7 +1,8 @@
 """Get at a tensor's bytes: whole, row by row, or as a stream. Memory stays small.
 
-Rows are gathered through short-lived memory maps, so that a lookup in a 100 GB table costs
-the pages it touches and no more; streams go through one reused buffer.
+A lookup in a 100 GB table reads the rows that it touches and what lies close between them; streams
+go through a few reused buffers. All is read from files that are held (`held_files`). Bytes of our
+own files are compared with their digests on the way (`Guard`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 import errno
 import io
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from dmt_convert.arrays import AnyArray, Float32Array, IntArray
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, ByteRows, Piece, TensorInfo
+from dmt_convert.checkpoint.held_files import FileIdentity, HeldFile
 from dmt_convert.checkpoint.inert.objects import TensorRef
 from dmt_convert.checkpoint.inert.unpickler import read_pickle
+from dmt_convert.checkpoint.row_reads import read_ranges
 from dmt_convert.checkpoint.torch_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 
@@ -30,9 +31,10 @@ CHUNK_BYTES: Final = 8 << 20
 """Size of the buffers through which tensors stream, in bytes."""
 ZEROS: Final = np.zeros(CHUNK_BYTES, dtype=np.uint8)
 """A chunk of zeros; stands for a hole in a sparse file."""
-_ROWS_PER_MAP: Final = 2048
-"""Rows gathered per memory map: the kernel maps 64 KiB around every touched page, and a map's
-pages count as resident until it is closed, so one map costs at most 128 MiB."""
+_ROWS_PER_STEP: Final = 16_384
+"""Rows of a tensor that lies in no file which are streamed at a time, at most."""
+_SPREAD: Final = 8
+"""A row of a strided view is read whole if it takes up to so many times its bytes."""
 
 NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "fp64": np.dtype("<f8"),
@@ -55,13 +57,22 @@ def resolve_pieces(info: TensorInfo) -> tuple[Piece, ...]:
     Raises:
         CheckpointError: A piece is damaged, or is not the tensor that the header promised.
     """
-    return tuple(_resolve(piece, info.dtype, info.path) for piece in info.pieces)
+    return tuple(
+        piece if piece.encoding == "raw" else _resolve(piece, info.dtype, info.path)
+        for piece in info.pieces
+    )
+
+
+def _resolve(piece: Piece, dtype: str, name: str) -> Piece:
+    file = piece.held
+    found = _look_into(piece, dtype, name, file.identity)
+    file.check_unchanged(by_name=True)  # the archive's header was read under the file's name
+    return replace(found, file=file)
 
 
 @lru_cache(maxsize=65536)
-def _resolve(piece: Piece, dtype: str, name: str) -> Piece:
-    if piece.encoding == "raw":
-        return piece
+def _look_into(piece: Piece, dtype: str, name: str, _: FileIdentity) -> Piece:
+    """Find a tensor in an archive; the same file is looked into once."""
     archive = read_zip_archive(piece.path, start=piece.offset, length=piece.length)
     tensor = read_pickle(io.BytesIO(archive.pickle), source=piece.path)
     if not isinstance(tensor, TensorRef) or (tensor.dtype, tensor.shape) != (dtype, piece.sizes):
@@ -75,7 +86,7 @@ def _resolve(piece: Piece, dtype: str, name: str) -> Piece:
             expected=f"{dtype} of shape {list(piece.sizes)}, as .metadata says",
             hint="files of two saves are mixed; copy the directory again",
         )
-    return archive.piece(tensor, name=name, starts=piece.starts)
+    return replace(archive.piece(tensor, name=name, starts=piece.starts), file=None)
 
 
 def gather_rows(info: TensorInfo, rows: IntArray) -> Float32Array:
@@ -133,62 +144,31 @@ def _as_matrix(piece: Piece, info: TensorInfo) -> Piece | None:
 def _gather_piece(piece: Piece, item: int, rows: IntArray, out: ByteRows) -> None:
     (row, col), (num_rows, num_cols) = piece.starts, piece.sizes
     picked = np.flatnonzero((rows >= row) & (rows < row + num_rows))
-    if num_cols == 0:
+    if num_cols == 0 or not len(picked):
         return
-    for begin in range(0, len(picked), _ROWS_PER_MAP):
-        chosen = picked[begin : begin + _ROWS_PER_MAP]
-        with _MappedBlock(piece, item) as block:
-            out[chosen, col * item : (col + num_cols) * item] = block.rows(rows[chosen] - row)
-
-
-class _MappedBlock:
-    """A 2-D block of bytes over a memory map, closed on exit."""
-
-    def __init__(self, piece: Piece, item: int) -> None:
-        self._piece, self._item = piece, item
-        strides = piece.strides or (piece.sizes[1], 1)
-        self._strides = (strides[0] * item, strides[1] * item)
-
-    def __enter__(self) -> _MappedBlock:
-        piece, item = self._piece, self._item
-        shape = (piece.sizes[0], piece.sizes[1], item)
-        extent = sum((n - 1) * s for n, s in zip(shape[:2], self._strides, strict=True)) + item
-        first = piece.offset - piece.offset % mmap.ALLOCATIONGRANULARITY
-        with piece.path.open("rb") as file:
-            self._map = mmap.mmap(
-                file.fileno(),
-                piece.offset - first + extent,
-                access=mmap.ACCESS_READ,
-                offset=first,
-            )
-        flat = np.frombuffer(self._map, dtype=np.uint8, offset=piece.offset - first)
-        self._block: ByteRows | None = np.lib.stride_tricks.as_strided(
-            flat, shape=shape, strides=(*self._strides, 1), writeable=False
+    wanted = rows[picked] - row
+    if (np.diff(wanted) < 0).any():
+        order = np.argsort(wanted, kind="stable")
+        picked, wanted = picked[order], wanted[order]
+    across, along = (step * item for step in piece.strides or (num_cols, 1))
+    extent = (num_cols - 1) * along + item
+    if extent <= _SPREAD * num_cols * item:
+        block = _read_ranges(piece, piece.offset + wanted * across, extent)
+        elements = np.lib.stride_tricks.as_strided(
+            block, (len(block), num_cols, item), (block.strides[0], along, 1), writeable=False
         )
-        return self
+        out[picked, col * item : (col + num_cols) * item] = elements.reshape(len(block), -1)
+        return
+    for column in range(num_cols):  # a transposed table: its columns lie together
+        block = _read_ranges(piece, piece.offset + column * along + wanted * across, item)
+        out[picked, (col + column) * item : (col + column + 1) * item] = block
 
-    def rows(self, index: IntArray) -> ByteRows:
-        assert self._block is not None
-        self._read_ahead(index)
-        picked: ByteRows = self._block[index]
-        return picked.reshape(len(index), -1)
 
-    def _read_ahead(self, index: IntArray) -> None:
-        """Ask for all pages at once: a disk serves many requests faster than one by one."""
-        index, size = np.sort(index), mmap.PAGESIZE
-        shift = self._piece.offset % mmap.ALLOCATIONGRANULARITY
-        first = (shift + index * self._strides[0]) // size
-        last = (shift + (index + 1) * self._strides[0] - 1) // size
-        breaks = np.flatnonzero(first[1:] > last[:-1] + 1)
-        begins = first[np.concatenate([[0], breaks + 1])]
-        ends = last[np.concatenate([breaks, [len(index) - 1]])]
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            length = min((end + 1) * size, len(self._map)) - begin * size
-            self._map.madvise(mmap.MADV_WILLNEED, begin * size, length)
-
-    def __exit__(self, *_: object) -> None:
-        self._block = None
-        self._map.close()
+def _read_ranges(piece: Piece, begins: IntArray, width: int) -> ByteRows:
+    file = piece.held
+    if piece.guard is not None:
+        piece.guard.check_ranges(file, begins, width)
+    return read_ranges(file, begins, width)
 
 
 def read_tensor(info: TensorInfo) -> AnyArray:
@@ -250,7 +230,7 @@ def _piece_chunks(piece: Piece, item: int) -> Iterator[ByteRows]:
     if piece.strides is not None:
         yield from _strided_chunks(piece, item)
         return
-    for chunk in stream_file(piece.path, piece.offset, item * math.prod(piece.sizes)):
+    for chunk in stream_piece(piece, item):
         yield chunk.copy()
 
 
@@ -274,45 +254,42 @@ def stream_tensor(info: TensorInfo) -> Iterator[ByteRows]:
             if piece.strides is not None:
                 yield from _strided_chunks(piece, item)
             else:
-                yield from stream_file(piece.path, piece.offset, item * math.prod(piece.sizes))
+                yield from stream_piece(piece, item)
     else:
         yield from _stream_rows(info)
 
 
-def stream_file(path: Path, offset: int, length: int) -> Iterator[ByteRows]:
-    """Yield `length` bytes of a file through a few reused buffers.
+def stream_piece(piece: Piece, item: int) -> Iterator[ByteRows]:
+    """Yield the bytes of a row-major piece of elements of `item` bytes each.
 
     A chunk is valid until the next but one is asked for, so that reading ahead is safe. Where
     the file has a hole of a whole chunk, `ZEROS` itself (or its beginning) is yielded.
 
     Raises:
-        CheckpointError: The file ends before.
+        CheckpointError: The file changed since it was opened, or ends before.
+        DmtError: It is one of ours, and its bytes are not those that were written.
     """
+    file, length = piece.held, item * math.prod(piece.sizes)
+    chunks = stream_bytes(file, piece.offset, length)
+    if piece.guard is None:
+        return chunks
+    return piece.guard.check_stream(file, piece.offset, length, chunks)
+
+
+def stream_bytes(file: HeldFile, offset: int, length: int) -> Iterator[ByteRows]:
+    """Yield a range of a file, compared with nothing; chunks are as in `stream_piece`."""
     buffers = [bytearray(min(CHUNK_BYTES, length)) for _ in range(3)]
-    with path.open("rb", buffering=0) as file:
+    with file.open() as descriptor:
         done = 0
         for turn in range(-(-length // CHUNK_BYTES)):
             want = min(CHUNK_BYTES, length - done)
-            if want == CHUNK_BYTES and _is_hole(file.fileno(), offset + done, want):
+            if want == CHUNK_BYTES and _is_hole(descriptor, offset + done, want):
                 yield ZEROS
             else:
                 view = memoryview(buffers[turn % 3])[:want]
-                _fill(file, offset + done, view, path)
+                file.read_into(descriptor, offset + done, view)
                 yield np.frombuffer(view, dtype=np.uint8)
             done += want
-
-
-def _fill(file: io.FileIO, offset: int, view: memoryview, path: Path) -> None:
-    filled = 0
-    while filled < len(view):
-        count = os.preadv(file.fileno(), [view[filled:]], offset + filled)
-        if not count:
-            raise CheckpointError(
-                f"{path} ends {len(view) - filled} bytes early",
-                expected=f"{len(view)} bytes from byte {offset} on",
-                hint="the file changed while it was read, or was cut short",
-            )
-        filled += count
 
 
 def _is_hole(descriptor: int, offset: int, length: int) -> bool:
@@ -329,15 +306,12 @@ def _strided_chunks(piece: Piece, item: int) -> Iterator[ByteRows]:
     """Yield a block that was saved as a transposed or sliced view, row-major."""
     assert piece.strides is not None
     extent = item + sum((n - 1) * s * item for n, s in zip(piece.sizes, piece.strides, strict=True))
-    with piece.path.open("rb") as file:
-        file.seek(piece.offset)
-        raw = np.frombuffer(file.read(extent), dtype=np.uint8)
-    if raw.nbytes != extent:
-        raise CheckpointError(
-            f"{piece.path} ends {extent - raw.nbytes} bytes early",
-            expected=f"{extent} bytes from byte {piece.offset} on",
-            hint="the file was cut short; copy it again",
-        )
+    raw = np.empty(extent, dtype=np.uint8)
+    file = piece.held
+    if piece.guard is not None:
+        piece.guard.check_ranges(file, np.array([piece.offset]), extent)
+    with file.open() as descriptor:
+        file.read_into(descriptor, piece.offset, raw.data)
     strides = (*(s * item for s in piece.strides), 1)
     block = np.lib.stride_tricks.as_strided(raw, (*piece.sizes, item), strides, writeable=False)
     yield np.ascontiguousarray(block).reshape(-1)
@@ -349,7 +323,7 @@ def _stream_rows(info: TensorInfo) -> Iterator[ByteRows]:
         yield _read_bytes(info)
         return
     rows = info.shape[0] if info.shape else 1
-    step = max(1, min(_ROWS_PER_MAP * 8, CHUNK_BYTES * rows // max(1, info.nbytes)))
+    step = max(1, min(_ROWS_PER_STEP, CHUNK_BYTES * rows // max(1, info.nbytes)))
     for begin in range(0, rows if info.nbytes else 0, step):
         index = np.arange(begin, min(begin + step, rows), dtype=np.int64)
         yield gather_bytes(info, index).reshape(-1)

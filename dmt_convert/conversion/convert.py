@@ -86,6 +86,7 @@ def convert_checkpoint(
             final_plan,
             lambda final: render_documents(final, final_plan, out, affinity=partition.affinity),
         )
+        flat.checkpoint.check_unchanged()
     return open_bundle(out)
 
 

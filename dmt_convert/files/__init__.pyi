@@ -1,5 +1,7 @@
 # What other folders use.
 from .aligned_writer import AlignedWriter as AlignedWriter
+from .block_checks import guarded as guarded
+from .block_checks import write_blocks as write_blocks
 from .digest import TreeDigest as TreeDigest
 from .digest import check_checksums as check_checksums
 from .digest import digest_names as digest_names
@@ -15,7 +17,6 @@ from .staging import check_free as check_free
 from .staging import check_space as check_space
 from .staging import check_target as check_target
 from .staging import exchange_folders as exchange_folders
-from .staging import make_folder as make_folder
 from .staging import staged_file as staged_file
 from .staging import staged_folder as staged_folder
 from .staging import sync_folder as sync_folder

@@ -29,7 +29,7 @@ class AlignedWriter:
     """Appends bytes to a new file; runs of zeros from holes stay holes.
 
     Args:
-        path: The file; must not exist. Its mode is 0644, whatever the umask says.
+        path: The file; must not exist.
         begin: Position of the first byte, a multiple of `ALIGNMENT`.
 
     Raises:
@@ -39,8 +39,7 @@ class AlignedWriter:
     def __init__(self, path: Path, begin: int) -> None:
         assert begin % ALIGNMENT == 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._descriptor = os.open(path, flags, 0o644)
-        os.fchmod(self._descriptor, 0o644)
+        self._descriptor = os.open(path, flags, 0o666)  # the umask says who may read it
         self._direct = self._write_directly()
         # anonymous maps are aligned to pages
         self._blocks = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(_IN_FLIGHT + 1)]

@@ -21,7 +21,8 @@ from dmt_convert.arrays import AnyArray
 from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows, TensorInfo
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.aligned_writer import ALIGNMENT, AlignedWriter
-from dmt_convert.files.digest import TreeDigest
+from dmt_convert.files.block_checks import write_blocks
+from dmt_convert.files.digest import Checksums, TreeDigest
 
 _SAFETENSORS_DTYPES: Final = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
 _LATE_HEADER_BYTES: Final = 16_384
@@ -85,6 +86,7 @@ class StreamedFile:
         self._metadata = metadata
         self._written: list[TensorSource] = []
         self._digests: dict[str, str] = {}
+        self._blocks: list[Checksums] = []
         self._sources = sources
         # room for the header: what is known now, and the few tensors of a tower module
         self._begin = _align(8 + len(_header_text(sources, metadata)) + _LATE_HEADER_BYTES)
@@ -104,8 +106,14 @@ class StreamedFile:
             for source in self._sources:
                 self._stream(source, writer, reader, checker, on_bytes)
 
-    def finish(self, late: Sequence[TensorSource] = ()) -> dict[str, str]:
+    def finish(
+        self, late: Sequence[TensorSource] = (), *, with_blocks: bool = False
+    ) -> dict[str, str]:
         """Append the small tensors, write the header, bring the file to the disk.
+
+        Args:
+            late: The small tensors.
+            with_blocks: Also write the file by which single rows can be checked.
 
         Returns:
             Tensor name -> digest.
@@ -131,6 +139,8 @@ class StreamedFile:
             file.seek(0)
             _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
             os.fsync(file.fileno())
+        if with_blocks:
+            write_blocks(self._path, self._blocks)
         return self._digests
 
     def _stream(
@@ -155,7 +165,8 @@ class StreamedFile:
 
     def _done(self, source: TensorSource, check: _Check) -> None:
         assert check.seen == source.nbytes, (source.name, check.seen, source.nbytes)
-        self._digests[source.name] = check.finish()
+        self._digests[source.name] = check.digest.finish()
+        self._blocks.append(check.digest.blocks)
         self._written.append(source)
 
 
@@ -216,20 +227,16 @@ class _Check:
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
-        self._digest = TreeDigest()
+        self.digest = TreeDigest()
         self.seen = 0
 
     def update(self, chunk: ByteRows) -> None:
         """Take the next bytes of the tensor."""
-        self._digest.update(chunk)
+        self.digest.update(chunk)
         bad = None if chunk is ZEROS else first_non_finite(chunk, self._source.dtype)
         if bad is not None:
             self._refuse(self.seen // ITEM_BYTES[self._source.dtype] + bad)
         self.seen += chunk.nbytes
-
-    def finish(self) -> str:
-        """Return the digest of the tensor."""
-        return self._digest.finish()
 
     def _refuse(self, element: int) -> None:
         shape = self._source.shape

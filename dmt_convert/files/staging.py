@@ -271,7 +271,7 @@ def _make_locked(
         _remove_stale(out, alone=alone)
         if needed_bytes:
             check_space(out, needed_bytes, output)
-        make_folder(staging)
+        staging.mkdir()
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -304,12 +304,6 @@ def _remove_stale(out: Path, *, alone: bool) -> None:
             shutil.rmtree(stale, ignore_errors=True)
         finally:
             os.close(descriptor)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder that others may read, whatever the umask says."""
-    path.mkdir()
-    path.chmod(0o755)
 
 
 def _put_in_place(staging: Path, out: Path) -> None:

@@ -103,6 +103,7 @@ def unshard_checkpoint(
     total = sum(tensor.nbytes for _, tensor in chosen)
     with staged_file(out, force=force, needed_bytes=total, output=TENSORS) as staging:
         _write(staging, chosen, total, progress)
+        checkpoint.check_unchanged()
     return Unsharded(
         path=out,
         format=checkpoint.format,

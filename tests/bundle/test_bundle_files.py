@@ -35,23 +35,23 @@ def test_files_of_a_bundle(bundle_path: Path) -> None:
         "plan.json",
         "report.html",
         "weights/dense.safetensors",
+        "weights/tower_000.blocks",
         "weights/tower_000.safetensors",
+        "weights/tower_001.blocks",
         "weights/tower_001.safetensors",
     ]
     assert [p.name for p in bundle_path.parent.iterdir()] == [bundle_path.name]
 
 
 @pytest.mark.usefixtures("strict_umask")
-def test_everybody_can_read_it_whatever_the_umask(
-    tmp_path: Path, write: Callable[..., Bundle]
-) -> None:
+def test_the_umask_says_who_may_read_it(tmp_path: Path, write: Callable[..., Bundle]) -> None:
     out = write(tmp_path / "out").path
     modes = {
         str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))
         for path in (out, *out.rglob("*"))
     }
     folders = {"out", "out/weights"}
-    assert modes == {name: "0o755" if name in folders else "0o644" for name in modes}
+    assert modes == {name: "0o700" if name in folders else "0o600" for name in modes}
     assert folders < set(modes)
 
 

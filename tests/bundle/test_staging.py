@@ -15,7 +15,7 @@ import pytest
 
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.errors import BundleError, ConfigError
-from dmt_convert.files import check_target, staging
+from dmt_convert.files import check_target
 from dmt_convert.files.staging import staged_file, staged_folder, write_text
 from support.checkpoints.flat import make_flat
 
@@ -312,7 +312,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(staging, "make_folder", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     target = staged_folder(tmp_path / "out", force=False, needed_bytes=1)
     with pytest.raises(BundleError, match="nothing can be written to") as caught, target:
         pass
