@@ -21,6 +21,7 @@ from .fields import option_name as option_name
 from .shared import BundleOptions as BundleOptions
 from .shared import ClusterOptions as ClusterOptions
 from .shared import ModelOptions as ModelOptions
+from .shared import ScoringOptions as ScoringOptions
 from .sources import add_arguments as add_arguments
 from .sources import describe_settings as describe_settings
 from .sources import make_config as make_config

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from dmt_convert.config.base import Config
 from dmt_convert.config.fields import option_name, setting
-from dmt_convert.config.shared import BundleOptions, ClusterOptions, ModelOptions
+from dmt_convert.config.shared import BundleOptions, ClusterOptions, ModelOptions, ScoringOptions
 from dmt_convert.config.training import FinetuneConfig
 from dmt_convert.config.values import (
     AffinityKind,
@@ -267,7 +267,7 @@ class PlanConfig(BundleOptions):
         return self
 
 
-class ScoreConfig(ModelOptions):
+class ScoreConfig(ScoringOptions):
     """Settings of `dmt score`."""
 
     command: ClassVar[str] = "score"
@@ -282,7 +282,7 @@ class ScoreConfig(ModelOptions):
     )
 
 
-class EvaluateConfig(ModelOptions):
+class EvaluateConfig(ScoringOptions):
     """Settings of `dmt evaluate`."""
 
     command: ClassVar[str] = "evaluate"
@@ -290,7 +290,7 @@ class EvaluateConfig(ModelOptions):
     data: PathValue = setting(..., "Data set with labels.")
 
 
-class VerifyConfig(ModelOptions):
+class VerifyConfig(ScoringOptions):
     """Settings of `dmt verify`."""
 
     command: ClassVar[str] = "verify"
@@ -299,7 +299,7 @@ class VerifyConfig(ModelOptions):
     atol: Float = setting(1e-6, "Absolute tolerance.", ge=0)
     rtol: Float = setting(1e-5, "Tolerance relative to the largest value of a stage.", ge=0)
     checksums: bool = setting(
-        False, "Also read every byte of a bundle or export and check its digests."
+        False, "Also read every byte of a bundle or export, used or not, and check its digests."
     )
 
 

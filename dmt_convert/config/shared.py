@@ -30,6 +30,16 @@ class ModelOptions(Config):
     )
 
 
+class ScoringOptions(ModelOptions):
+    """What the user says of a model that is run: a flat checkpoint, a bundle or an export."""
+
+    trust_code: bool = setting(
+        False,
+        "Run the machine code of a pt2 export; give it for exports that you made, or whose makers "
+        "you trust.",
+    )
+
+
 class BundleOptions(Config):
     """What a command on a bundle needs to know of its model."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.config import ModelOptions
+from dmt_convert.config import ScoringOptions
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import DataError
 from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model, read_model_options
@@ -122,7 +122,7 @@ class Scores:
 
 
 def open_scored(
-    model: ScoredModel | Bundle | str | os.PathLike[str], options: ModelOptions
+    model: ScoredModel | Bundle | str | os.PathLike[str], options: ScoringOptions
 ) -> ScoredModel:
     """Open a model by its path, with what the user says of it; one that is open stays as it is.
 
@@ -132,15 +132,18 @@ def open_scored(
     if isinstance(model, ScoredModel):
         return model
     path = model.path if isinstance(model, Bundle) else Path(model)
-    return open_model(path, read_model_options(options))
+    return open_model(path, read_model_options(options), trust_code=options.trust_code)
 
 
-def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
+def open_model(
+    path: Path, config: ModelConfig | None = None, *, trust_code: bool = False
+) -> ScoredModel:
     """Open a flat checkpoint, a bundle or an export for scoring.
 
     Args:
         path: The checkpoint, the bundle's folder, or the export's.
         config: What the user says of a flat checkpoint.
+        trust_code: Whether the machine code of a pt2 export may run.
 
     Raises:
         DmtError: It cannot be read, or is no model that is known.
@@ -151,7 +154,9 @@ def open_model(path: Path, config: ModelConfig | None = None) -> ScoredModel:
             path=path, kind="bundle", module=open_bundle_model(bundle), bundle=bundle
         )
     if is_export(path):
-        return ScoredModel(path=path, kind="export", module=ExportedModel(path))
+        return ScoredModel(
+            path=path, kind="export", module=ExportedModel(path, trust_code=trust_code)
+        )
     info = infer_model(open_checkpoint(path), config)
     _check_bytes(info)
     return ScoredModel(path=path, kind="flat", module=open_flat_model(info))

@@ -6,7 +6,7 @@ meaning, is compared in the order in which it comes to be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from dmt_convert.bundle import check_digests
-from dmt_convert.data import Bag, Batch, adapt_batches, open_data
+from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import ConfigError
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.scored_model import ScoredModel
-from dmt_convert.serving import check_export_digests
+from dmt_convert.serving import ExportedModel, GraphInputs, generate_batch, join_inputs
 from dmt_convert.spec import ModelSpec
 
 DEFAULT_RTOL: Final = 1e-5
@@ -119,7 +119,8 @@ def verify_models(
         a: The reference.
         b: The other model.
         data: Rows to run on; without, rows are generated: ids over every table's whole range
-            (first and last row included), bags of 0 to 3 ids, normal dense inputs.
+            (first and last row included), normal dense inputs, and bags in the forms that exports
+            take: 0 to 4 ids, unless an export asks for one, or for equally many.
         atol: Absolute tolerance.
         rtol: Tolerance relative to the stage's largest absolute value in `a`.
         max_rows: Use only so many rows of the data.
@@ -133,7 +134,7 @@ def verify_models(
     _check_comparable(a, b)
     running: dict[str, _Running] = {}
     skipped: dict[str, None] = {}
-    batches, total, label = _batches(a.spec, data, max_rows, seed)
+    batches, total, label = _batches(a, b, data, max_rows, seed)
     done = 0
     for batch in batches:
         _compare(a, b, batch, running, skipped)
@@ -169,8 +170,8 @@ def check_bytes(model: ScoredModel) -> None:
     """
     if model.bundle is not None:
         check_digests(model.bundle)
-    elif model.kind == "export":
-        check_export_digests(model.path)
+    elif isinstance(model.module, ExportedModel):
+        model.module.check_files()
 
 
 def _check_comparable(a: ScoredModel, b: ScoredModel) -> None:
@@ -200,35 +201,26 @@ def _check_comparable(a: ScoredModel, b: ScoredModel) -> None:
 
 
 def _batches(
-    spec: ModelSpec, data: Path | None, max_rows: int | None, seed: int
+    a: ScoredModel, b: ScoredModel, data: Path | None, max_rows: int | None, seed: int
 ) -> tuple[Iterator[Batch], int, str]:
     if data is None:
         rows = GENERATED_ROWS if max_rows is None else max_rows
-        return _generated(spec, rows, seed), rows, f"{rows} generated rows"
+        models = [m.module for m in (a, b) if isinstance(m.module, ExportedModel)]
+        exports = [exported.manifest.inputs for exported in models]
+        return _generated(a.spec, rows, seed, exports), rows, f"{rows} generated rows"
     dataset = open_data(data)
     total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
     batches = dataset.batches(_BATCH_ROWS, max_rows=max_rows)
-    return adapt_batches(dataset, spec, batches), total, f"{total} rows of {data}"
+    return adapt_batches(dataset, a.spec, batches), total, f"{total} rows of {data}"
 
 
-def _generated(spec: ModelSpec, rows: int, seed: int) -> Iterator[Batch]:
+def _generated(
+    spec: ModelSpec, rows: int, seed: int, exports: Sequence[GraphInputs] = ()
+) -> Iterator[Batch]:
+    inputs = join_inputs(spec, exports)
     for begin in range(0, rows, _BATCH_ROWS):
         count = min(_BATCH_ROWS, rows - begin)
-        rng = np.random.default_rng((seed, begin))
-        bags = []
-        for feature in spec.features:
-            lengths = rng.integers(0, 4, size=count)
-            lengths[0], lengths[-1] = max(1, lengths[0]), max(1, lengths[-1])
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            last = spec.table_of(feature.name).rows - 1
-            values = rng.integers(0, last + 1, size=int(offsets[-1]), dtype=np.int64)
-            values[0], values[-1] = 0, last
-            bags.append(Bag(values=values, offsets=offsets))
-        yield Batch(
-            dense=rng.standard_normal((count, spec.num_dense)).astype(np.float32),
-            feature_names=spec.feature_names,
-            bags=tuple(bags),
-        )
+        yield generate_batch(spec, inputs, count, seed=seed + begin)
 
 
 def _compare(

@@ -1,9 +1,9 @@
 # What other folders use.
+from .checks import generate_batch as generate_batch
 from .export_config import plan_inputs as plan_inputs
 from .export_manifest import OVER_ARCH as OVER_ARCH
 from .export_manifest import WHOLE as WHOLE
 from .export_manifest import ExportManifest as ExportManifest
-from .export_manifest import check_export_digests as check_export_digests
 from .export_manifest import is_export as is_export
 from .export_manifest import read_export_manifest as read_export_manifest
 from .export_manifest import tower_name as tower_name
@@ -14,3 +14,4 @@ from .exporter import export_bundle as export_bundle
 from .graph_inputs import PADDING as PADDING
 from .graph_inputs import FeatureInput as FeatureInput
 from .graph_inputs import GraphInputs as GraphInputs
+from .graph_inputs import join_inputs as join_inputs

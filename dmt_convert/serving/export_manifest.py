@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint import read_safetensors
 from dmt_convert.config import ExportFormat, OutOfRange, TableCode
-from dmt_convert.documents import GraphCheck, Layout, Tool, WeightsFile, from_json, to_json
+from dmt_convert.documents import (
+    OMITTED_IF_EMPTY,
+    GraphCheck,
+    Layout,
+    Tool,
+    WeightsFile,
+    from_json,
+    to_json,
+)
 from dmt_convert.errors import ExportError
-from dmt_convert.files import digest_of
 from dmt_convert.model import DmtSpec
+from dmt_convert.serving.export_files import (
+    FileDigest,
+    check_document,
+    check_names,
+    digest_document,
+)
 from dmt_convert.serving.graph_inputs import GraphInputs
 
 EXPORT_MANIFEST: Final = "export.json"
@@ -67,8 +79,12 @@ class ExportManifest:
     """The checks that the export passed before it was put in place."""
     weights: Mapping[str, WeightsFile]
     """Weights file below the export -> its size and digests."""
+    files: Mapping[str, FileDigest] = field(default_factory=dict, metadata=OMITTED_IF_EMPTY)
+    """Every other file below the export -> its digest; empty in exports of early versions."""
     model: DmtSpec
     """The converted model that was exported."""
+    digest: str = field(default="", metadata=OMITTED_IF_EMPTY)
+    """Digest of all the rest of `export.json`; empty in exports of early versions."""
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""
@@ -77,6 +93,10 @@ class ExportManifest:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `export.json`; `from_json` reads it back."""
         return to_json(self)
+
+    def sealed(self) -> ExportManifest:
+        """Return it with its own digest."""
+        return replace(self, digest=digest_document(to_json(self)))
 
     @classmethod
     def from_json(cls, value: object) -> ExportManifest:
@@ -117,52 +137,6 @@ def read_export_manifest(folder: Path) -> ExportManifest:
             hint="export a bundle first: dmt export ckpt-dmt4 --format onnx --out served",
         ),
     )
-    _check_files(folder, manifest)
+    check_document(folder / EXPORT_MANIFEST, manifest.digest)
+    check_names(folder, manifest)
     return manifest
-
-
-def check_export_digests(
-    folder: Path, on_bytes: Callable[[int], None] = lambda count: None
-) -> None:
-    """Read all weights of an export and compare their digests with its manifest.
-
-    Raises:
-        ExportError: Bytes changed since the export was written; every such tensor is named.
-    """
-    changed = []
-    for file, entry in read_export_manifest(folder).weights.items():
-        expected = entry.digests
-        tensors = {t.name: t for t in read_safetensors(folder / file).tensors}
-        for name in expected:
-            if name not in tensors or digest_of(tensors[name], on_bytes) != expected[name]:
-                changed.append(f"{file}: {name}")
-    if changed:
-        raise ExportError(
-            f"the export {folder} changed on disk: {len(changed)} tensors have other bytes",
-            expected="the digests in its export.json",
-            hint="copy it again, or export the bundle again",
-            details=changed,
-        )
-
-
-def _check_files(folder: Path, manifest: ExportManifest) -> None:
-    details = [
-        f"{name} is missing" for name in manifest.parts.values() if not _is_file(folder, name)
-    ]
-    for name, entry in manifest.weights.items():
-        if not _is_file(folder, name):
-            details.append(f"{name} is missing")
-        elif (size := (folder / name).stat().st_size) != entry.bytes:
-            details.append(f"{name} has {size} bytes, expected {entry.bytes}")
-    if details:
-        raise ExportError(
-            f"the export {folder} is damaged",
-            expected="the files that `dmt export` wrote, unchanged",
-            hint="copy it again, or export the bundle again",
-            details=details,
-        )
-
-
-def _is_file(folder: Path, name: str) -> bool:
-    path = folder / name
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())

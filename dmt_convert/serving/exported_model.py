@@ -17,6 +17,7 @@ from dmt_convert.arrays import AnyArray, Float32Array
 from dmt_convert.data import Batch
 from dmt_convert.errors import DataError, ExportError
 from dmt_convert.model import DmtSpec
+from dmt_convert.serving.export_files import ExportFiles, consent_error
 from dmt_convert.serving.export_manifest import (
     OVER_ARCH,
     WHOLE,
@@ -24,6 +25,7 @@ from dmt_convert.serving.export_manifest import (
     read_export_manifest,
     tower_name,
 )
+from dmt_convert.serving.graph_inputs import PADDING
 from dmt_convert.serving.load_pt2 import Graph
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class OnnxRunner:
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
         """See `GraphRunner.run`."""
         try:
-            (output,) = self._session.run(None, {name: feeds[name] for name in self._inputs})
+            (output,) = self._session.run(None, _select(self._path, feeds, self._inputs))
         except Exception as error:  # what ONNX Runtime raises has no base class of its own
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
@@ -96,6 +98,18 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
             expected="a graph that `dmt export` wrote, with its weights beside it",
             hint="copy the export again, or export the bundle again",
         ) from None
+
+
+def _select(path: Path, feeds: Mapping[str, AnyArray], names: list[str]) -> dict[str, AnyArray]:
+    missing = [name for name in names if name not in feeds]
+    if missing:
+        raise ExportError(
+            f"the graph {path} takes inputs that its export.json does not describe: "
+            f"{', '.join(map(repr, missing))}",
+            expected="the graph and the export.json of one export",
+            hint="copy the export again, or export the bundle again",
+        )
+    return {name: feeds[name] for name in names}
 
 
 def refused(path: Path, error: Exception) -> DataError:
@@ -138,9 +152,10 @@ class Pt2Runner:
 
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
         """See `GraphRunner.run`."""
+        wanted = _select(self._path, feeds, [entry["name"] for entry in self._graph.inputs])
         tensors = {
-            entry["name"]: torch.from_numpy(np.require(feeds[entry["name"]], None, ["C", "W"]))
-            for entry in self._graph.inputs
+            name: torch.from_numpy(np.require(array, None, ["C", "W"]))
+            for name, array in wanted.items()
         }
         try:
             output = self._graph(tensors)
@@ -151,19 +166,31 @@ class Pt2Runner:
 
 
 class ExportedModel:
-    """The graphs of an export, each opened when it is first asked.
+    """The graphs of an export, each checked and opened when it is first asked.
 
     Args:
         path: The export's folder.
+        trust_code: Whether graphs of machine code (`.pt2`) may be loaded, which runs them.
+        checked: Whether graph and weights are compared with their digests before they are used.
 
     Raises:
         ExportError: The folder is not an export, or it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust_code: bool = False, checked: bool = True) -> None:
         self.path = path
         self.manifest: ExportManifest = read_export_manifest(path)
+        self._files = ExportFiles(path, self.manifest)
+        self._trust_code, self._is_checked = trust_code, checked
         self._runners: dict[str, GraphRunner] = {}
+
+    def check_files(self) -> None:
+        """Compare every file with its digest; what was used already was compared then.
+
+        Raises:
+            ExportError: A file is not what was exported.
+        """
+        self._files.check_all()
 
     @property
     def spec(self) -> DmtSpec:
@@ -184,10 +211,7 @@ class ExportedModel:
     def tower(self, index: int, batch: Batch) -> Float32Array:
         """Return what one tower's graph gives, shape (B, O); one row where it runs per request."""
         features = self.spec.towers[index].features
-        output: Float32Array = self._runner(tower_name(index)).run(
-            self.manifest.inputs.feeds(batch, features)
-        )
-        return output
+        return self._run(tower_name(index), self.manifest.inputs.feeds(batch, features))
 
     def joined(self, batch: Batch) -> Float32Array:
         """Return logits, shape (B,), from the tower graphs and the over_arch graph."""
@@ -195,18 +219,39 @@ class ExportedModel:
         for request in inputs.requests(batch):
             feeds = inputs.dense_feed(request)
             feeds |= {tower_name(t): self.tower(t, request) for t in range(len(self.spec.towers))}
-            logits.append(self._runner(OVER_ARCH).run(feeds)[:, 0])
+            logits.append(self._run(OVER_ARCH, feeds)[:, 0])
         return np.concatenate(logits)
 
     def whole(self, batch: Batch) -> Float32Array:
         """Return logits, shape (B,), from the whole-model graph."""
         inputs = self.manifest.inputs
         return np.concatenate(
-            [
-                self._runner(WHOLE).run(inputs.feeds(request))[:, 0]
-                for request in inputs.requests(batch)
-            ]
+            [self._run(WHOLE, inputs.feeds(request))[:, 0] for request in inputs.requests(batch)]
         )
+
+    def _run(self, part: str, feeds: Mapping[str, AnyArray]) -> Float32Array:
+        try:
+            output: Float32Array = self._runner(part).run(feeds)
+        except DataError as error:
+            raise self._bad_id(feeds) or error from None
+        return output
+
+    def _bad_id(self, feeds: Mapping[str, AnyArray]) -> DataError | None:
+        """Name the id for which a graph refused its inputs, if it was one."""
+        for feature in self.manifest.inputs.features:
+            ids = feeds.get(feature.ids, np.empty(0, dtype=np.int64))
+            rows = self.spec.flat.table_of(feature.feature).rows
+            lowest = PADDING if feature.form == "padded" else 0
+            bad = ids[(ids < lowest) | (ids >= rows)]
+            if bad.size:
+                return DataError(
+                    f"id {int(bad[0])} of feature {feature.feature!r} is outside its table, which "
+                    f"has {rows} rows",
+                    expected=f"ids from 0 to {rows - 1}"
+                    + (f", and {PADDING} for padding" if lowest else ""),
+                    hint="correct the ids, or export with --out-of-range clip",
+                )
+        return None
 
     def _runner(self, part: str) -> GraphRunner:
         if part not in self._runners:
@@ -217,8 +262,16 @@ class ExportedModel:
                     expected=f"one of {', '.join(self.manifest.parts)}",
                     hint="export the bundle again",
                 )
-            self._runners[part] = open_graph(self.path / name)
+            self._runners[part] = self._open(name)
         return self._runners[part]
+
+    def _open(self, name: str) -> GraphRunner:
+        path = self.path / name
+        if path.suffix == ".pt2" and not self._trust_code:
+            raise consent_error(path, has_digest=self._files.has_digests)
+        if self._is_checked:
+            self._files.check_graph(name)
+        return open_graph(path)
 
 
 def open_graph(path: Path, *, threads: int = 0) -> GraphRunner:

@@ -19,6 +19,7 @@ from dmt_convert.model import DmtSpec
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving.checks import check_graphs
 from dmt_convert.serving.export_config import plan_inputs, request_features
+from dmt_convert.serving.export_files import digest_files
 from dmt_convert.serving.export_manifest import (
     EXPORT_MANIFEST,
     ExportedBundle,
@@ -174,9 +175,10 @@ def export_bundle(
             details=written.details,
             quality=quality,
         )
+        manifest = replace(manifest, files=digest_files(staging, manifest.weights)).sealed()
         _write_manifest(staging, manifest)
         checks = check_graphs(staging, bundle.path, config.data, progress, user_file(job.spec.flat))
-        manifest = replace(manifest, checks=checks)
+        manifest = replace(manifest, checks=checks).sealed()
         _write_manifest(staging, manifest)
         _settle(staging)
     return Export(path=out, manifest=manifest, checks=checks)

@@ -17,10 +17,14 @@ from dmt_convert.config import InputForm
 from dmt_convert.data import Bag, Batch, take_rows
 from dmt_convert.documents import from_json, to_json
 from dmt_convert.errors import DataError, ExportError
+from dmt_convert.spec import ModelSpec
 
 INPUT_FORMS: Final[tuple[str, ...]] = get_args(InputForm)
 PADDING: Final = -1
 """The id that fills up padded bags; every other negative id is refused."""
+
+_TIGHTEST: Final[tuple[InputForm, ...]] = ("single", "fixed", "padded", "jagged")
+"""Bags of a form fit every form behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +225,33 @@ class GraphInputs:
             ExportError: It does not describe inputs.
         """
         return from_json(cls, value, error=ExportError)
+
+
+def join_inputs(spec: ModelSpec, exports: Sequence[GraphInputs]) -> GraphInputs:
+    """Return inputs whose batches fit several exports of a model; without any, bags of any length.
+
+    Args:
+        spec: The model.
+        exports: What the graphs of each export take.
+    """
+    features = []
+    for name in spec.feature_names:
+        own = [inputs.feature(name) for inputs in exports]
+        forms = {feature.form for feature in own}
+        features.append(
+            FeatureInput(
+                feature=name,
+                form=next((form for form in _TIGHTEST if form in forms), "jagged"),
+                weighted=bool(own) and all(feature.weighted for feature in own),
+            )
+        )
+    once = {name for inputs in exports for name in inputs.per_request}
+    return GraphInputs(
+        num_dense=spec.num_dense,
+        features=tuple(features),
+        per_request=tuple(name for name in spec.feature_names if name in once),
+        dense_per_request=any(inputs.dense_per_request for inputs in exports),
+    )
 
 
 def _first_bag(bag: Bag) -> Bag:

@@ -4,15 +4,19 @@
     tower = load("served", "tower_000")          # one tower; "over_arch" takes all towers' outputs
     logits = model({"dense": dense, "f0.values": ids, "f0.lengths": lengths, ...})
 
-`model.inputs` lists what a graph takes. Weights stay in the `.safetensors` files, memory-mapped:
-loading costs milliseconds, and processes share one copy. The first requests read from the disk, so
-send some before traffic comes. Threads: `torch.set_num_threads`. A server of large batches (1,000
-rows and more) calls `keep_freed_memory()` when it starts.
+A graph is machine code: load exports only that you made, or whose makers you trust. The digests in
+`export.json` show damage, and no attack. `model.inputs` lists what a graph takes.
+
+Weights stay in the `.safetensors` files, memory-mapped: loading costs milliseconds, and processes
+share one copy. The first requests read from the disk, so send some before traffic comes. Threads:
+`torch.set_num_threads`. A server of large batches (1,000 rows and more) calls `keep_freed_memory()`
+when it starts.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import json
 import math
@@ -39,12 +43,17 @@ def load(folder: str | Path, part: str = "whole", *, runners: int = 1) -> Graph:
 
     Raises:
         OSError: A file is missing.
-        RuntimeError: The graph does not fit this machine or its weights.
+        RuntimeError: The graph was damaged, or does not fit this machine or its weights.
     """
-    parts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))["parts"]
+    manifest = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))
+    parts = manifest["parts"]
     if part not in parts:
         raise ValueError(f"{folder} has no graph {part!r}; it has {', '.join(parts)}")
-    return Graph(Path(folder) / parts[part], runners=runners)
+    path = Path(folder) / parts[part]
+    digest = manifest.get("files", {}).get(parts[part], {}).get("sha256")
+    if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise RuntimeError(f"{path} is not the file that was exported: it has another SHA-256")
+    return Graph(path, runners=runners)
 
 
 def keep_freed_memory() -> bool:

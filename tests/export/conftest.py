@@ -120,6 +120,6 @@ def export_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporte
         count += 1
         out = tmp_path / f"out-{count}"
         export_bundle(bundle, out, ExportConfig(**{"format": "onnx", **options}))
-        return ExportedModel(out)
+        return ExportedModel(out, trust_code=True)
 
     return export

@@ -68,14 +68,14 @@ def loader(exported: Path) -> ModuleType:
 @pytest.fixture
 def feeds(exported: Path, bundle: Bundle) -> Feeds:
     """Six rows."""
-    inputs = ExportedModel(exported).manifest.inputs
+    inputs = ExportedModel(exported, trust_code=True).manifest.inputs
     batch = generate_batch(bundle.manifest.model.flat, inputs, 6, seed=3)
     return {name: torch.from_numpy(array) for name, array in inputs.feeds(batch).items()}
 
 
 def test_graphs_answer_like_the_model_and_refuse_bad_ids(exported: Path, bundle: Bundle) -> None:
     threads = torch.get_num_threads()
-    checks = checks_of(ExportedModel(exported), bundle)
+    checks = checks_of(ExportedModel(exported, trust_code=True), bundle)
     assert [check.line for check in checks if not check.passed] == []
     assert {check.part for check in checks} == {"tower_000", "tower_001", "joined", "whole"}
     assert sum(check.what.startswith("refuses") for check in checks) >= 24
@@ -86,7 +86,7 @@ def test_weights_are_mapped_and_a_changed_one_is_found(
     exported: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
-    opened = ExportedModel(copy)
+    opened = ExportedModel(copy, trust_code=True)
     assert all(check.passed for check in checks_of(opened, bundle))
     with (copy / "tower_001/tower.safetensors").open("r+b") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -114,7 +114,7 @@ def test_the_copied_loader_runs_every_part(
     whole = loader.load(exported)(feeds)
     towers = {name: loader.load(exported, name)(feeds) for name in ("tower_000", "tower_001")}
     assert torch.equal(loader.load(exported, "over_arch")(feeds | towers), whole)
-    manifest = ExportedModel(exported).manifest
+    manifest = ExportedModel(exported, trust_code=True).manifest
     batch = generate_batch(bundle.manifest.model.flat, manifest.inputs, 6, seed=3)
     with torch.inference_mode():
         expected = open_bundle_model(bundle)(batch)
@@ -171,6 +171,27 @@ def test_weights_of_another_shape_are_refused(exported: Path, tmp_path: Path) ->
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(ExportError, match="cannot be loaded by torch"):
             Pt2Runner(path)
+
+
+def test_commands_run_it_with_the_users_consent_and_as_it_was_exported(
+    exported: Path, bundle: Bundle, loader: ModuleType, call_dmt: Callable[..., Any],
+    click_data: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    words = ["verify", bundle.path, exported, "--json"]  # on rows that fit every form of input
+    refused = call_dmt(*words)
+    assert refused.code == 3 and "machine code" in refused.stderr
+    assert "--trust-code" in refused.stderr
+    done = call_dmt(*words, "--trust-code", "--checksums")
+    assert done.code == 0, done.stderr
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    content = bytearray((copy / "whole.pt2").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "whole.pt2").write_bytes(content)
+    words = ["score", copy, "--data", click_data, "--out", tmp_path / "s.npz"]
+    damaged = call_dmt(*words, "--trust-code")
+    assert damaged.code == 3 and "whole.pt2 has other bytes" in damaged.stderr
+    with pytest.raises(RuntimeError, match="not the file that was exported"):
+        loader.load(copy)
 
 
 def test_without_a_compiler_or_a_gpu_it_is_refused(

@@ -1,11 +1,20 @@
 """How a batch fills the inputs of a graph."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError, ExportError
-from dmt_convert.serving import PADDING, FeatureInput, GraphInputs
+from dmt_convert.serving import (
+    PADDING,
+    FeatureInput,
+    GraphInputs,
+    generate_batch,
+    join_inputs,
+)
+from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 
 BAG = Bag(
     values=np.array([5, 6, 7]),
@@ -13,6 +22,14 @@ BAG = Bag(
     weights=np.array([0.5, 2.0, 3.0], dtype=np.float32),
 )
 PLAIN = Bag(values=BAG.values, offsets=BAG.offsets)
+FLAT = ModelSpec(
+    family="test",
+    tables=(TableSpec(name="t", rows=9, dim=4),),
+    features=(FeatureSpec(name="f", table="t"),),
+    dense_arch=MlpSpec(widths=(2, 4), final_relu=True),
+    interaction=InteractionSpec(kind="cat"),
+    over_arch=MlpSpec(widths=(8, 1), final_relu=False),
+)
 ONES = Bag(values=np.array([3, 1, 2]), offsets=np.arange(4))
 
 
@@ -94,3 +111,26 @@ def test_requests_are_runs_of_equal_user_sides() -> None:
     feeds = inputs.feeds(requests[0])
     assert feeds["u"].tolist() == [[1, 2]] and feeds["i"].tolist() == [[0], [1]]
     assert inputs.feeds(requests[2])["u"].tolist() == [[PADDING]]
+
+
+@pytest.mark.parametrize(
+    ("forms", "joined"),
+    [
+        ([], "jagged"),
+        (["padded"], "padded"),
+        (["jagged", "single"], "single"),
+        (["fixed", "padded"], "fixed"),
+        (["single", "fixed"], "single"),
+    ],
+)
+def test_joined_inputs_fit_every_export(forms: list[Any], joined: str) -> None:
+    exports = [
+        GraphInputs(num_dense=2, features=(FeatureInput(feature="f", form=form, weighted=i == 0),))
+        for i, form in enumerate(forms)
+    ]
+    inputs = join_inputs(FLAT, exports)
+    assert inputs.features[0].form == joined
+    assert inputs.features[0].weighted == (len(forms) == 1)
+    batch = generate_batch(FLAT, inputs, 6, seed=0)
+    for own in exports:
+        assert set(own.feeds(batch)) == set(own.names)
