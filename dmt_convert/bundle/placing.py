@@ -7,7 +7,14 @@ import json
 from dmt_convert.bundle.bundle import Bundle
 from dmt_convert.config import PlanConfig
 from dmt_convert.families import read_model_options
-from dmt_convert.files import staged_file, write_text
+from dmt_convert.files import (
+    FIGURE_FILE,
+    PLAN_FILE,
+    check_distinct,
+    check_output,
+    staged_file,
+    write_text,
+)
 from dmt_convert.placement import TowerPlan, make_cluster, make_machine, plan_towers
 from dmt_convert.placement.predict import PredictionReport, plot_scaling, predict_bundle
 
@@ -19,6 +26,13 @@ def plan_bundle(bundle: Bundle, config: PlanConfig) -> TowerPlan:
         DmtError: The cluster cannot hold the towers, or the file cannot be written.
     """
     read_model_options(config)
+    check_distinct(out=config.out, plot=config.plot)
+    if config.out is not None:
+        check_output(config.out, PLAN_FILE, models=[bundle.path], inputs=[config.model])
+    if config.plot is not None:
+        check_output(
+            config.plot, FIGURE_FILE, models=[bundle.path], inputs=[config.model], option="--plot"
+        )
     model = bundle.manifest.model
     plan = plan_towers(
         model.flat, model.assignment, make_cluster(config), tower_widths=model.tower_widths

@@ -30,7 +30,17 @@ from dmt_convert.conversion.record import describe_manifest, describe_partition
 from dmt_convert.conversion.sample import Sample, draw_sample
 from dmt_convert.errors import BundleError, DataError, PlanError
 from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
-from dmt_convert.files import check_checksums, check_space, check_target, staged_file, write_text
+from dmt_convert.files import (
+    FIGURE_FILE,
+    PARTITION_FILE,
+    check_checksums,
+    check_distinct,
+    check_output,
+    check_space,
+    check_target,
+    staged_file,
+    write_text,
+)
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
 from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_towers
 from dmt_convert.progress import Progress, no_progress
@@ -171,9 +181,11 @@ def _check_out(flat: FlatModelInfo, config: ConvertConfig) -> Path:
     source = flat.checkpoint.source
     out = config.out or default_out(source, config.towers)
     check_target(out, force=config.force)
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+    here, there = out.resolve(), source.resolve()
+    if here == there or there in here.parents or here in there.parents:
+        lies = "holds" if here in there.parents else "lies in"
         raise BundleError(
-            f"--out {out} lies in the checkpoint {source}",
+            f"--out {out} {lies} the checkpoint {source}",
             expected="a path outside the checkpoint",
             hint="choose another --out; the checkpoint is never changed",
         )
@@ -324,6 +336,7 @@ def partition_checkpoint(
         DmtError: The request cannot be met, or a file cannot be written.
     """
     flat = describe_flat(source, config)
+    _check_files(flat, config)
     progress("sampling", 0, 0)
     sample = draw_sample(flat, calibration=config.calibration, seed=config.seed)
     progress("partitioning", 0, 0)
@@ -341,3 +354,25 @@ def partition_checkpoint(
                 partition.affinity,
             )
     return partition
+
+
+def _check_files(flat: FlatModelInfo, config: PartitionConfig) -> None:
+    """Refuse files to write that are read, or are something else.
+
+    Raises:
+        ConfigError: One is.
+    """
+    check_distinct(out=config.out, plot=config.plot)
+    read = (config.calibration, config.partition, config.model_facts, config.model)
+    for path, kind, option in (
+        (config.out, PARTITION_FILE, "--out"),
+        (config.plot, FIGURE_FILE, "--plot"),
+    ):
+        if path is not None:
+            check_output(
+                path,
+                kind,
+                models=(flat.checkpoint.source, *flat.checkpoint.files),
+                inputs=[value for value in read if isinstance(value, Path)],
+                option=option,
+            )

@@ -7,6 +7,13 @@ from .digest import check_checksums as check_checksums
 from .digest import digest_names as digest_names
 from .digest import digest_of as digest_of
 from .digest import stream_checked as stream_checked
+from .outputs import FIGURE_FILE as FIGURE_FILE
+from .outputs import PARTITION_FILE as PARTITION_FILE
+from .outputs import PLAN_FILE as PLAN_FILE
+from .outputs import SCORES_FILE as SCORES_FILE
+from .outputs import FileKind as FileKind
+from .outputs import check_distinct as check_distinct
+from .outputs import check_output as check_output
 from .safetensors_writer import StreamedFile as StreamedFile
 from .safetensors_writer import TensorSource as TensorSource
 from .safetensors_writer import array_source as array_source

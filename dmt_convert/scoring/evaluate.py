@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmt_convert.errors import ConfigError, DataError
-from dmt_convert.files import staged_file
+from dmt_convert.errors import DataError
+from dmt_convert.files import SCORES_FILE, check_output, staged_file
 from dmt_convert.metrics import measure_accuracy
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.scored_model import ScoredModel, Scores, score_data
@@ -81,21 +81,10 @@ def score_to_file(
         progress: Told of the rows that are scored.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: The file cannot be written, is read, or is something else.
         DataError: The data does not fit the model.
     """
-    if not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(
-            f"--out {out} cannot be written",
-            expected="a file in an existing folder",
-            hint=f"mkdir -p {out.parent}" if not out.parent.is_dir() else "name a file",
-        )
-    if out.exists() and any(out.samefile(path) for path in (data, model.path) if path.exists()):
-        raise ConfigError(
-            f"--out {out} is what would be read",
-            expected="a file of its own for the scores",
-            hint="choose another --out",
-        )
+    check_output(out, SCORES_FILE, models=[model.path, *model.files], inputs=[data])
     scores = score_data(model, data, progress=progress)
     with staged_file(out) as staged, staged.open("xb") as file:
         np.savez(file, logits=scores.logits)

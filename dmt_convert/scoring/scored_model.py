@@ -46,6 +46,8 @@ class ScoredModel:
     """The model itself."""
     bundle: Bundle | None = None
     """The bundle, where it is one."""
+    files: tuple[Path, ...] = ()
+    """Files of a checkpoint, which may lie beside each other."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -159,7 +161,9 @@ def open_model(
         )
     info = infer_model(open_checkpoint(path), config)
     _check_bytes(info)
-    return ScoredModel(path=path, kind="flat", module=open_flat_model(info))
+    return ScoredModel(
+        path=path, kind="flat", module=open_flat_model(info), files=info.checkpoint.files
+    )
 
 
 def _check_bytes(info: FlatModelInfo) -> None:

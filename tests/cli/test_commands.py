@@ -148,12 +148,12 @@ def test_scores_never_replace_what_is_read(
         before = target.read_bytes()
         run = call_dmt("score", flat, "--data", click_data, "--out", target)
         assert run.code == 3
-        assert "is what would be read" in run.stderr
+        assert f"--out {target} is {target}, which is read" in run.stderr
         assert target.read_bytes() == before
-    for out in (tmp_path, tmp_path / "no" / "x.npz"):
+    for out, found in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.npz", "does not exist")):
         run = call_dmt("score", flat, "--data", click_data, "--out", out)
         assert run.code == 3
-        assert "cannot be written" in run.stderr
+        assert found in run.stderr
 
 
 def test_a_written_partition_is_read_again(tmp_path: Path, flat: Path, call_dmt: Call) -> None:
