@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from dmt_convert.checkpoint.derived_rows import (
     Affine,
+    Cast,
     Columns,
     Combination,
     Combined,
@@ -170,6 +171,11 @@ def project_rows(source: TensorInfo, weight: TensorInfo) -> TensorInfo:
     assert source.shape[1] == weight.shape[1], (source.shape, weight.shape)
     shape = (source.shape[0], weight.shape[0])
     return describe(shape, Projected(source=source, weight=weight))
+
+
+def cast_rows(source: TensorInfo) -> TensorInfo:
+    """Read a tensor (R, ...) of any float dtype as fp32."""
+    return describe(source.shape, Cast(source=source))
 
 
 def scale_rows(source: TensorInfo, factors: TensorInfo) -> TensorInfo:

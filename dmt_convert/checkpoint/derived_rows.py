@@ -254,6 +254,16 @@ class Scaled(OneSource):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cast(OneSource):
+    """The same numbers in fp32."""
+
+    def gather(self, rows: IntArray) -> ByteRows:
+        """Round these rows to fp32; a number beyond its range becomes infinite."""
+        with np.errstate(over="ignore"):
+            return as_bytes(to_fp32(gather_bytes(self.source, rows), self.source.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Affine(OneSource):
     """A table of 8-bit codes whose rows' scales and biases are tensors of their own."""
 

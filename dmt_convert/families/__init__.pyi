@@ -6,6 +6,7 @@ from .model_config import ModelConfig as ModelConfig
 from .model_config import read_model_config as read_model_config
 from .model_info import Fact as Fact
 from .model_info import FlatModelInfo as FlatModelInfo
+from .model_info import IgnoredTensor as IgnoredTensor
 from .model_info import read_initial_value as read_initial_value
 from .model_info import subtract_initial as subtract_initial
 from .name_map import NameMap as NameMap

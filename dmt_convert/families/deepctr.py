@@ -22,7 +22,7 @@ from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
 from dmt_convert.families.model_config import FeatureConfig
 from dmt_convert.families.model_info import Fact, FlatModelInfo
-from dmt_convert.families.trainer_tensors import LayerNames, TrainerTensors
+from dmt_convert.families.trainer_tensors import DESCRIBE_IT, LayerNames, TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
 
 _DEEP: Final = "embedding_dict.{}.weight"
@@ -121,12 +121,15 @@ def _features(
 ) -> tuple[FeatureSpec, ...]:
     """Put the features in order, with their pooling: mean by default."""
     config = source.config
-    if source.ordered:
-        # This trainer has no DMP, which would sort the tables by name. If the file keeps an order
-        # it is the model's.
-        shown = tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else "")
+    deep = source.tables_by_module()
+    if set(deep) == set(source.keys_of(_DEEP)):
+        # those of linear terms alone follow, in any order: no layer takes them side by side
+        tables = [*deep, *(table for table in tables if table not in deep)]
         source.order = Fact(
-            subject="feature order", value=shown, source="read", reason="order of the file"
+            subject="feature order",
+            value=tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else ""),
+            source="read",
+            reason="the order of the modules in the state dict",
         )
     stored = module.features if module is not None else None
     features, facts = infer_features(source, tables, stored=stored)
@@ -258,7 +261,7 @@ def _paired(
         raise source.refuse(
             "neither a cross network nor a linear model",
             expected="a DCN, DCNMix, DeepFM or WDL",
-            hint="other models of the trainer cannot be converted yet",
+            hint=f"other models of the trainer are not supported by themselves; {DESCRIBE_IT}",
         )
     same = len(set(vectors.values())) == 1
     if source.config.fm is not None:
@@ -270,13 +273,16 @@ def _paired(
     if not same:
         source.fact("FM term", "false", "inferred", "the embeddings have different dims: WDL")
         return []
-    source.fact(
-        "FM term",
-        "true",
-        "assumed",
-        "DeepFM; WDL holds the same tensors: say `fm: false` in --model-config",
+    if source.modules:
+        fm = "fm" in source.modules
+        reason = f"the state dict names {'a' if fm else 'no'} module `fm`"
+        source.fact("FM term", str(fm).lower(), "read", reason)
+        return list(vectors) if fm else []
+    raise source.refuse(
+        "a DeepFM or a WDL, which hold the same tensors",
+        expected="a state dict as `state_dict()` returns it, whose modules tell them apart",
+        hint="say which one with --model-config: `fm: true` for DeepFM, `fm: false` for WDL",
     )
-    return list(vectors)
 
 
 def _cross(source: TrainerTensors, width: int) -> dict[str, Any] | None:
@@ -287,7 +293,7 @@ def _cross(source: TrainerTensors, width: int) -> dict[str, Any] | None:
         return None
     layers = _layer_count(source, "crossnet.kernels")
     if not layers:
-        source.skip("crossnet.kernels", "crossnet.bias")
+        source.skip("crossnet.kernels", "crossnet.bias", reason="a cross network without layers")
         return None
     name = "crossnet.kernels" if "crossnet.kernels" in source else "crossnet.kernels.0"
     matrix = source.tensors[name].shape[-1:] == (width,) and width > 1
@@ -387,7 +393,7 @@ def _read_module(
         raise source.refuse(
             f"a pickled {name}",
             expected="one of " + ", ".join(_MODELS),
-            hint="other models of the trainer cannot be converted yet",
+            hint=f"other models of the trainer are not supported by themselves; {DESCRIBE_IT}",
         )
     deep, wide = said["deep"], said["linear"]
     if deep is None or wide is None:

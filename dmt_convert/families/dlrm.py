@@ -19,7 +19,7 @@ from dmt_convert.families.feature_order import FeatureNaming, features_of_module
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo
 from dmt_convert.families.name_map import NameMap
-from dmt_convert.families.trainer_tensors import FLOATS, TrainerTensors
+from dmt_convert.families.trainer_tensors import FLOATS, TrainerTensors, describe_empty
 from dmt_convert.spec import (
     DTYPE_BYTES,
     FeatureSpec,
@@ -59,28 +59,33 @@ class DlrmFamily(Family):
     def describe(self, source: TrainerTensors) -> FlatModelInfo:
         """Describe a DLRM or DCN by its shapes."""
         source.give_canonical_names(self.names, numbered=self.positional)
-        source.extra += source.others
         stored = dict(source.canonical)
         if self.rewrite is not None:
             self.rewrite(source)
         reader = _ShapeReader(self, source)
         reader.check_dtypes()
         reader.read_tables()
-        spec = None
+        spec, lost = None, None
         if source.tables:
-            features, facts = infer_features(
-                source,
-                [table.name for table in source.tables],
-                FeatureNaming(numbered=self.positional, prefix=self.feature_prefix),
-                stored=features_of_module(source.checkpoint, source.tables),
-            )
+            try:
+                features, facts = infer_features(
+                    source,
+                    [table.name for table in source.tables],
+                    FeatureNaming(numbered=self.positional, prefix=self.feature_prefix),
+                    stored=features_of_module(source.checkpoint, source.tables),
+                )
+            except ArchitectureError as error:  # if there are faults, the order is not the question
+                lost, facts = error, []
+                features = tuple(FeatureSpec(name=t.name, table=t.name) for t in source.tables)
             source.facts = [*facts, *source.facts]
             spec = reader.read_model(features)
         if spec is not None:
             source.extra += [
-                info.path for name, info in source.canonical.items() if not _belongs(name, spec)
+                info for name, info in source.canonical.items() if not _belongs(name, spec)
             ]
         source.check()
+        if lost is not None:
+            raise lost
         if spec is None:
             raise source.incomplete([])
         # a last layer with a name of its own gets its number
@@ -108,12 +113,13 @@ class _ShapeReader:
     source: TrainerTensors
 
     def check_dtypes(self) -> None:
-        """Note tensors that are not floats, and tables in fp64."""
-        for name, info in self.source.canonical.items():
+        """Note tensors that are not floats; tables in fp64 are read as fp32."""
+        source = self.source
+        for name, info in source.canonical.items():
             if info.dtype not in FLOATS:
-                self.source.wrong.append(f"{info.path} has dtype {info.dtype}, not a float")
-            elif name.startswith("tables.") and info.dtype == "fp64":
-                self.source.wrong.append(f"{info.path} is a table in fp64, not fp32, fp16 or bf16")
+                source.wrong.append(f"{info.path} has dtype {info.dtype}, not a float")
+            elif name.startswith("tables.") and len(info.shape) == 2:
+                source.canonical[name] = source.as_table(info)
 
     def read_tables(self) -> None:
         """Describe all tables; if they have numbers, note those that are skipped."""
@@ -188,8 +194,11 @@ class _ShapeReader:
         if info is None:
             self.source.note_missing(name)
             return None
-        if len(info.shape) != ndim or 0 in info.shape:
+        if len(info.shape) != ndim:
             self.source.wrong.append(f"{info.path} has shape {list(info.shape)}, not {ndim} dims")
+            return None
+        if 0 in info.shape:
+            self.source.wrong.append(f"{info.path} {describe_empty(info)}")
             return None
         return info.shape
 

@@ -119,7 +119,7 @@ def _listed_by_user(
 ) -> _Listing:
     order = tables
     if source.order is None and not _names_tables(features, table_of, tables):
-        order, _ = _order(source, tables, naming)
+        order, _ = order_tables(source, tables, naming)
     pairs = _given_features(features, table_of, order)
     return _Listing(
         pairs=pairs,
@@ -150,7 +150,7 @@ def _one_per_table(
 ) -> _Listing:
     order, fact = tables, source.order
     if fact is None:
-        order, fact = _order(source, tables, naming)
+        order, fact = order_tables(source, tables, naming)
     names = {table: name for name, table in table_of.items()}
     pairs = [(names[table], table) for table in order]
     first, last = pairs[0][0], pairs[-1][0]
@@ -217,73 +217,79 @@ def _given_features(
     return pairs
 
 
-def _order(
-    source: TrainerTensors, tables: list[str], naming: FeatureNaming
+def order_tables(
+    source: TrainerTensors, tables: list[str], naming: FeatureNaming | None = None
 ) -> tuple[list[str], Fact]:
-    """Put tables in the order of their features, by their numbers or by the file.
+    """Put tables in the order of their features.
 
-    DistributedModelParallel (DMP) sorts tables by name as strings, so that t_10 precedes t_2. An
-    order of the file that is not alphabetical is therefore the model's own.
+    What counts, in this order: the modules, whose names a state dict keeps; numbers from 0 or 1
+    without gaps; the file, if nothing suggests that it was sorted or put together anew.
+    DistributedModelParallel (DMP) sorts tables by name as strings, so that t_10 precedes t_2.
+
+    Raises:
+        ArchitectureError: The order was lost, or names and file contradict each other.
     """
-    ordered, natural, gapless = source.ordered, *_natural_order(tables)
-    alphabetical = tables == sorted(tables)
-    perhaps_sorted = ordered and alphabetical and not naming.numbered
-    if natural is not None and natural != tables and perhaps_sorted and not gapless:
-        # t_30, t_7: the model may have been built so, or DMP may have sorted t_7, t_30
-        raise _order_lost(tables)
-    if natural is not None and (not ordered or alphabetical or naming.numbered):
-        reason = "table names are numbered"
-        if ordered and tables != natural:
-            reason = "table names are numbered, and stand sorted as strings, as DMP leaves them"
-        elif not ordered:
-            reason = "table names are numbered; the file does not keep the order"
-        kind: Source = "read" if ordered and tables == natural else "inferred"
-        value = f"{natural[0]} ... {natural[-1]}" if len(natural) > 1 else natural[0]
-        return natural, _fact("feature order", value, kind, reason)
-    if ordered:
-        value = f"{tables[0]} ... {tables[-1]}" if len(tables) > 1 else tables[0]
-        if len(tables) > 2 and alphabetical:
-            reason = "order of the file; it is alphabetical, as DMP would leave it: check it"
-            return tables, _fact("feature order", value, "assumed", reason)
-        return tables, _fact("feature order", value, "read", "order of the file")
+    built = [table for table in source.tables_by_module() if table in tables]
+    grouped = not source.ordered and source.checkpoint.ordered
+    if sorted(built) == sorted(tables) and not grouped:
+        return built, _order_fact(built, "read", "the order of the modules in the state dict")
+    if naming is not None and naming.numbered:
+        ordered = sorted(tables, key=int)
+        return ordered, _order_fact(ordered, "read", "the trainer numbers its tables")
+    natural = _natural_order(tables)
     if len(tables) == 1:
-        return tables, _fact("feature order", tables[0], "inferred", "there is one table")
-    raise _order_lost(tables)
-
-
-def _order_lost(tables: list[str]) -> ArchitectureError:
-    return ArchitectureError(
-        "the order in which the features enter the interaction is not in the checkpoint",
-        expected="tables whose names are numbered, or a file that keeps the order",
-        hint="list the features in the model's order with --model-config: "
-        "`features: [" + ", ".join(sorted(tables)[:3]) + ", ...]`",
-        details=[f"{len(tables)} tables: " + ", ".join(sorted(tables)[:12])],
+        return tables, _order_fact(tables, "inferred", "there is one table")
+    alphabetical = tables == sorted(tables)
+    if natural is not None and not source.ordered:
+        reason = "table names are numbered without gaps; the file does not keep the order"
+        return natural, _order_fact(natural, "inferred", reason)
+    if natural is not None and natural == tables:
+        return natural, _order_fact(natural, "read", "table names are numbered, as they stand")
+    if natural is not None and alphabetical:
+        reason = "table names are numbered, and stand sorted as strings, as DMP leaves them"
+        return natural, _order_fact(natural, "inferred", reason)
+    if natural is not None or alphabetical or not source.stands_as_built:
+        raise _order_lost(source, tables)
+    return tables, _order_fact(
+        tables, "assumed", "order of the file, which tells neither its modules nor numbers"
     )
 
 
-def _natural_order(tables: list[str]) -> tuple[list[str] | None, bool]:
-    """Sort by the one number in every name.
+def _order_fact(tables: list[str], source: Source, reason: str) -> Fact:
+    value = f"{tables[0]} ... {tables[-1]}" if len(tables) > 1 else tables[0]
+    return _fact("feature order", value, source, reason)
 
-    Returns:
-        The tables in order, or None if their names are not a sequence (such as `clicks_7d`,
-        `clicks_30d`); and whether the numbers run from 0 or 1 without gaps.
+
+def _order_lost(source: TrainerTensors, tables: list[str]) -> ArchitectureError:
+    shown = ", ".join(tables[:3]) + (", ..." if len(tables) > 3 else "")
+    return ArchitectureError(
+        f"{source.checkpoint.source}: the order in which the features enter the interaction is "
+        "not in the checkpoint",
+        expected="a state dict as `state_dict()` returns it, or tables numbered from 0 or 1 "
+        "without gaps that stand in this order or sorted",
+        hint="list the features in the model's order with --model-config: "
+        f"`features: [{shown}]` (here as they stand in the file)",
+        details=[f"{len(tables)} tables: " + ", ".join(tables[:12])],
+    )
+
+
+def _natural_order(tables: list[str]) -> list[str] | None:
+    """Sort by the one number in every name that runs from 0 or 1 without gaps.
+
+    Numbers with gaps are names (fields, widths, days) and say nothing about the order. None if the
+    names are no such sequence.
     """
     keyed = []
     for table in tables:
         parts = re.split(r"(\d+)", table)
         keyed.append((tuple(parts[0::2]), tuple(int(part[:18]) for part in parts[1::2])))
-    skeletons = {skeleton for skeleton, _ in keyed}
     numbers = [number for _, number in keyed]
-    if len(skeletons) != 1 or len(set(numbers)) != len(numbers) or not numbers[0]:
-        return None, False
+    if len({skeleton for skeleton, _ in keyed}) != 1 or not numbers[0]:
+        return None
     varying = [i for i in range(len(numbers[0])) if len({number[i] for number in numbers}) > 1]
-    if len(varying) > 1:
-        return None, False
-    gapless, last = True, True
-    if varying:
-        own = sorted(number[varying[0]] for number in numbers)
-        gapless = own[0] in (0, 1) and own == list(range(own[0], own[0] + len(own)))
-        last = keyed[0][0][-1] == "" and varying[0] == len(numbers[0]) - 1
-    if not gapless and not last:
-        return None, False
-    return [table for _, table in sorted(zip(numbers, tables, strict=True))], gapless
+    if len(varying) != 1:
+        return None
+    own = sorted(number[varying[0]] for number in numbers)
+    if own[0] not in (0, 1) or own != list(range(own[0], own[0] + len(own))):
+        return None
+    return [table for _, table in sorted(zip(numbers, tables, strict=True))]

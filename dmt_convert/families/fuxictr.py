@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dmt_convert.checkpoint import derived
+from dmt_convert.checkpoint import TensorInfo, derived, stream_tensor
 from dmt_convert.families.deepctr import take_cross_mix
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
-from dmt_convert.families.model_info import Fact, FlatModelInfo
+from dmt_convert.families.model_info import FlatModelInfo
 from dmt_convert.families.trainer_tensors import Layer, LayerNames, TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling
 
@@ -73,13 +73,11 @@ class FuxiCtr(Family):
         fields = _read_fields(source)
         if source.indices_of("top_mlp.mlp.{}.weight"):
             return _describe_dlrm(source, fields)
-        if "fc.weight" in source:
+        if "fc.weight" in source and (
+            "crossnet.U_list.0" in source or source.indices_of("crossnet.cross_layers.{}.weight")
+        ):
             return _describe_dcn(source, fields)
-        raise source.refuse(
-            "neither top_mlp nor fc among its tensors",
-            expected="a DLRM or a DCNv2",
-            hint="other models of the trainer cannot be converted yet",
-        )
+        raise source.refuse_model("neither a DLRM nor a DCNv2")
 
 
 def _describe_dlrm(source: TrainerTensors, fields: _Fields) -> FlatModelInfo:
@@ -93,7 +91,7 @@ def _describe_dlrm(source: TrainerTensors, fields: _Fields) -> FlatModelInfo:
             "numeric features"
         )
     pairs = "interact.triu_mask" in source
-    source.skip("interact.triu_mask")
+    source.skip("interact.triu_mask", reason="a constant: which pairs a dot takes")
     vectors = [*dims, *([bottom[-1].fan_out] if bottom else [])]
     count = len(vectors)
     width = count * (count - 1) // 2 + sum(vectors[len(dims) :]) if pairs else sum(vectors)
@@ -258,7 +256,8 @@ def _read_fields(source: TrainerTensors) -> _Fields:
     scaled = [name for name in numeric if name in stored]
     shared = _shared(described or {}, stored)
     # the trainer saves a shared table again under the name of every feature that uses it
-    source.skip(*(f"{stem}.{name}.weight" for name in shared))
+    for name, owner in shared.items():
+        _skip_copy(source, f"{stem}.{name}.weight", f"{stem}.{owner}.weight")
     names = [name for name in stored if name not in scaled and name not in shared]
     tables = {
         name: source.table(name, source.take(f"{stem}.{name}.weight", None, None)) for name in names
@@ -271,6 +270,29 @@ def _read_fields(source: TrainerTensors) -> _Fields:
         numeric=tuple(numeric) if described is not None else None,
         inputs=_inputs(source, stem, order, [f.name for f in features], numeric),
         params=_document(source, "params.json"),
+    )
+
+
+def _skip_copy(source: TrainerTensors, name: str, owner: str) -> None:
+    """Pass over a table that is another one's copy; note as a fault if it is not."""
+    copy, table = source.tensors.get(name), source.tensors.get(owner)
+    if copy is None or table is None:
+        return
+    if not _same(copy, table):
+        source.mark_used(name)
+        source.wrong.append(
+            f"{copy.path} differs from {table.path}, which it shares by feature_map.json"
+        )
+        return
+    source.skip(name, reason=f"a copy of {table.path}")
+
+
+def _same(a: TensorInfo, b: TensorInfo) -> bool:
+    """Tell whether two tensors hold the same bytes; a trainer's file mostly stores them once."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return a.pieces == b.pieces or all(
+        x.tobytes() == y.tobytes() for x, y in zip(stream_tensor(a), stream_tensor(b), strict=True)
     )
 
 
@@ -401,14 +423,6 @@ def _features(
     """Put the categorical features in order, with their tables and pooling."""
     config = source.config
     if described is None or config.features is not None:
-        if source.ordered:
-            # This trainer does not sort names: if the file keeps an order it is the model's.
-            source.order = Fact(
-                subject="feature order",
-                value=", ".join(names[:3]),
-                source="read",
-                reason="order of the file",
-            )
         features, facts = infer_features(source, names)
         source.facts += facts
     else:

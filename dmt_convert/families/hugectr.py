@@ -330,7 +330,7 @@ def _read_tables(
         ArchitectureError: The keys are not row numbers.
     """
     vectors = source.take(f"sparse.{index}.emb_vector", None, dim)
-    source.skip(f"sparse.{index}.key")
+    source.mark_used(f"sparse.{index}.key")
     info = source.tensors.get(f"sparse.{index}.key")
     if info is None or source.missing or source.wrong:
         return []

@@ -46,6 +46,20 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IgnoredTensor:
+    """A tensor beside the model's own that was passed over."""
+
+    name: str
+    """Its name in the checkpoint, with the keys of the dicts around it."""
+    dtype: str
+    """Its dtype."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    reason: str
+    """Why it was passed over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlace:
     """Where in a checkpoint a model's tensors are."""
 
@@ -71,7 +85,9 @@ class FlatModelInfo:
     facts: tuple[Fact, ...]
     """How each part of the spec was determined."""
     ignored: tuple[str, ...]
-    """What the checkpoint holds beside the model, one line each."""
+    """What the checkpoint holds in other dicts than the model's, one line each."""
+    ignored_tensors: tuple[IgnoredTensor, ...] = ()
+    """Tensors of the model's own dict that were passed over."""
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""
@@ -223,10 +239,11 @@ def _by_index(
 
 def _parameter_named(tensor: TensorInfo, by_name: Mapping[str, str]) -> str | None:
     """Find a parameter's name within the path of a state."""
-    parts = strip_wrappers(tensor.path).split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        for start in range(end):
-            target = by_name.get(".".join(parts[start:end]))
-            if target is not None:
-                return target
+    for path in dict.fromkeys((strip_wrappers(tensor.path), tensor.path)):
+        parts = path.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            for start in range(end):
+                target = by_name.get(".".join(parts[start:end]))
+                if target is not None:
+                    return target
     return None

@@ -12,6 +12,14 @@ from typing import Final
 
 WRAPPERS: Final = ("module", "_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module")
 """Name components that wrappers insert: DDP, torch.compile, DistributedModelParallel, FSDP."""
+_TABLE_HOLDERS: Final = (
+    "embedding_bags",
+    "embedding_dict",
+    "embedding_layer",
+    "embedding_layers",
+    "embeddings",
+)
+"""Modules whose children are named after tables."""
 
 
 class NameMap:
@@ -80,5 +88,15 @@ def is_index(key: str) -> bool:
 
 
 def strip_wrappers(name: str) -> str:
-    """Drop the components that wrappers insert anywhere in a dotted name."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    """Drop the components that wrappers insert in a dotted name.
+
+    A table may be called `module` itself: in a module that holds tables by name, what stands
+    between it and the tensor's own name is the table's.
+    """
+    parts = name.split(".")
+    if not any(part in WRAPPERS for part in parts):
+        return name
+    kept = [part for part in parts if part not in WRAPPERS]
+    if len(kept) > 1 and kept[-2] in _TABLE_HOLDERS and parts[-2] in WRAPPERS:
+        kept.insert(-1, parts[-2])
+    return ".".join(kept)

@@ -11,12 +11,14 @@ from dmt_convert.families.facebook import FACEBOOK_DLRM
 from dmt_convert.families.family import Family
 from dmt_convert.families.fuxictr import FUXICTR
 from dmt_convert.families.hugectr import HUGECTR
+from dmt_convert.families.leftovers import check_remapping, counter_of
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
+from dmt_convert.families.name_map import strip_wrappers
 from dmt_convert.families.nvidia import NVIDIA_DLRM
 from dmt_convert.families.torcheasyrec import TORCHEASYREC
 from dmt_convert.families.torchrec import TORCHREC_DLRM
-from dmt_convert.families.trainer_tensors import TrainerTensors
+from dmt_convert.families.trainer_tensors import DESCRIBE_IT, TrainerTensors, list_unread
 from dmt_convert.families.user_model import user_family
 from dmt_convert.plugins import load_plugins
 from dmt_convert.spec import ModelSpec
@@ -31,6 +33,8 @@ FAMILIES: Final[tuple[Family, ...]] = (
     HUGECTR,
 )
 """The families of this package; see `list_families` for those of others."""
+_MAX_PLACES: Final = 100
+"""Places of a model up to which it is looked at which are parts of others."""
 
 
 def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> FlatModelInfo:
@@ -58,6 +62,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         checkpoint=checkpoint,
         place=place,
         config=config,
+        anchor=family.anchor,
     )
     return family.describe(source)
 
@@ -119,7 +124,7 @@ def find_model(
         (family, place)
         for family in families
         if config.family in (None, family.name)
-        for place in family.matches(checkpoint)
+        for place in _drop_parts(checkpoint, family.matches(checkpoint))
         if config.container in (None, ".".join(place.container))
         and (
             config.prefix is None
@@ -142,6 +147,43 @@ def find_model(
     return candidates[0]
 
 
+def _drop_parts(checkpoint: FlatCheckpoint, places: list[ModelPlace]) -> list[ModelPlace]:
+    """Leave out the places inside another model's modules: they are its parts.
+
+    A place that holds the same tensors as all that surrounds it stays: it is a copy, such as the
+    averaged weights, and only the user knows which one is meant.
+    """
+    if len(places) > _MAX_PLACES:
+        return places
+    kept = []
+    for place in places:
+        around = [
+            other
+            for other in places
+            if other.container == place.container
+            and other.prefix != place.prefix
+            and place.prefix.startswith(other.prefix)
+        ]
+        if not around or all(_is_copy(checkpoint, place, other) for other in around):
+            kept.append(place)
+    return kept
+
+
+def _is_copy(checkpoint: FlatCheckpoint, inner: ModelPlace, outer: ModelPlace) -> bool:
+    names = [
+        strip_wrappers(info.name)
+        for info in checkpoint.tensors
+        if info.container == inner.container and counter_of(info) is None
+    ]
+    copied = {n.removeprefix(inner.prefix) for n in names if n.startswith(inner.prefix)}
+    own = {
+        n.removeprefix(outer.prefix)
+        for n in names
+        if n.startswith(outer.prefix) and not n.startswith(inner.prefix)
+    }
+    return own == copied
+
+
 def _no_model(
     checkpoint: FlatCheckpoint, families: tuple[Family, ...], config: ModelConfig
 ) -> ArchitectureError:
@@ -150,13 +192,15 @@ def _no_model(
         for key in ("family", "container", "prefix")
         if (value := getattr(config, key)) is not None
     ]
+    check_remapping(checkpoint, checkpoint.tensors)
     names = [tensor.path for tensor in checkpoint.tensors]
     details = [*names[:6], f"... and {len(names) - 6} more"] if len(names) > 6 else names
+    details += list_unread(checkpoint)
     return ArchitectureError(
         f"{checkpoint.source} ({checkpoint.format}, {len(names)} tensors) holds no model of a "
         "known family" + (f" with {', '.join(chosen)}" if chosen else ""),
         expected="a checkpoint of " + ", or ".join(family.trainer for family in families),
-        hint="if it is one of these models with other names, rename its tensors and save it "
-        "again; for a model of your own, write an adapter (--model)",
+        hint=f"for any other model, {DESCRIBE_IT}; if it is one of these models with other "
+        "names, rename its tensors and save it again",
         details=details,
     )

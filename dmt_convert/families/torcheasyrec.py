@@ -106,11 +106,7 @@ class TorchEasyRec(Family):
             return _describe_dlrm(source, groups)
         if crossed:
             return _describe_dcn(source, groups)
-        raise source.refuse(
-            "neither final_mlp nor cross.u_kernels among its tensors",
-            expected="a DLRM or a DCNv2",
-            hint="other models of the trainer cannot be converted yet",
-        )
+        raise source.refuse_model("neither a DLRM nor a DCNv2")
 
 
 def _describe_dlrm(source: TrainerTensors, groups: _Groups) -> FlatModelInfo:

@@ -10,15 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any, Final, Literal
 
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.families.leftovers import (
+    check_remapping,
+    counter_of,
+    describe_parts,
+    find_matches,
+    is_measure,
+    refuse_part,
+    refuse_unmatched,
+)
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import (
     Fact,
     FlatModelInfo,
+    IgnoredTensor,
     ModelPlace,
     Source,
     find_optimizer_state,
@@ -54,6 +63,8 @@ ACTIVATIONS: Final = (
 _MAX_WIDTH: Final = 1_000_000
 _MAX_LISTED: Final = 100
 """Faults of a kind that an error lists."""
+_MAX_UNREAD: Final = 10
+"""Objects that were not read, as far as an error lists them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +128,18 @@ class TrainerTensors:
     """Where the model is in the checkpoint."""
     config: ModelConfig
     """What the user says about the model."""
+    anchor: str = ""
+    """Regular expression of a table's name, with a group `table`; see `Family`."""
+    own_prefix: str = ""
+    """What precedes the names of the model's own modules, below the place's prefix."""
     names: NameMap = field(default_factory=lambda: NameMap({}))
     """From the trainer's names to canonical ones, for messages."""
     tensors: dict[str, TensorInfo] = field(init=False, default_factory=dict)
     """Trainer's name, without wrappers and prefix -> tensor, in file order."""
-    others: list[str] = field(init=False, default_factory=list)
+    others: list[TensorInfo] = field(init=False, default_factory=list)
     """Other tensors of the model's dict: outside the prefix, or a name that occurs twice."""
-    parameter_names: tuple[str, ...] = field(init=False)
-    """Names of all tensors of the model's dict, in file order."""
+    held: tuple[TensorInfo, ...] = field(init=False)
+    """All tensors of the model's dict, in file order."""
     canonical: dict[str, TensorInfo] = field(init=False, default_factory=dict)
     """Canonical name -> tensor, as far as they are known; see `name_map`."""
     tables: list[TableSpec] = field(init=False, default_factory=list)
@@ -135,8 +150,10 @@ class TrainerTensors:
     """Tensors that should be there."""
     wrong: list[str] = field(init=False, default_factory=list)
     """Tensors that have another shape or dtype than they should, and why."""
-    extra: list[str] = field(init=False, default_factory=list)
+    extra: list[TensorInfo] = field(init=False, default_factory=list)
     """Tensors that the model has no use for, beside those in `tensors` that are never taken."""
+    ignored: dict[str, IgnoredTensor] = field(init=False, default_factory=dict)
+    """Tensors that are passed over, by path."""
     ordered: bool = field(init=False)
     """Whether the tables in the file are in the order in which the model was built."""
     order: Fact | None = field(init=False, default=None)
@@ -146,23 +163,75 @@ class TrainerTensors:
     _used: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        held = [t for t in self.checkpoint.tensors if t.container == self.place.container]
-        self.parameter_names = tuple(tensor.name for tensor in held)
+        self.held = tuple(t for t in self.checkpoint.tensors if t.container == self.place.container)
         self.ordered = self.checkpoint.ordered
-        for tensor in held:
+        for tensor in self.held:
             name = strip_wrappers(tensor.name)
             own = name.removeprefix(self.place.prefix)
             if name.startswith(self.place.prefix) and own not in self.tensors:
                 self.tensors[own] = tensor
-            elif not self.is_ignored(tensor):
-                self.others.append(tensor.path)
+            else:
+                self.others.append(tensor)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def is_ignored(self, tensor: TensorInfo) -> bool:
-        """Tell whether the user says that a tensor does not belong to the model."""
-        return any(fnmatch(tensor.name, pattern) for pattern in self.config.ignore)
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of all tensors of the model's dict, in file order."""
+        return tuple(tensor.name for tensor in self.held)
+
+    def is_inside(self, tensor: TensorInfo) -> bool:
+        """Tell whether a tensor stands within the model's own modules."""
+        return strip_wrappers(tensor.name).startswith(self.place.prefix + self.own_prefix)
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Names of all modules, as the trainer calls them; empty if the file does not keep them."""
+        names = map(strip_wrappers, self.checkpoint.modules.get(self.place.container, ()))
+        prefix = self.place.prefix
+        return frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+
+    def tables_by_module(self) -> list[str]:
+        """Return the tables in the order in which their modules were built.
+
+        `state_dict()` keeps the names of the modules beside the tensors, and no sorting of the
+        tensors changes that. Empty if the file has no such names.
+        """
+        found: dict[str, None] = {}
+        for module in self.checkpoint.modules.get(self.place.container, ()):
+            match = re.fullmatch(self.anchor, strip_wrappers(f"{module}.weight"))
+            if match is not None and match.groupdict().get("prefix", "") == self.place.prefix:
+                found[match["table"]] = None
+        return list(found)
+
+    @property
+    def stands_as_built(self) -> bool:
+        """Whether the file may hold the tensors as a module lists them.
+
+        A module's tensors stand together, and a layer's weight precedes its bias. A dict that was
+        sorted, or merged from those of several ranks, betrays itself.
+        """
+        if not self.ordered:
+            return False
+        closed: set[str] = set()
+        previous: tuple[str, ...] = ()
+        seen: set[str] = set()
+        for info in self.held:
+            stem, _, leaf = info.name.rpartition(".")
+            parts = tuple(stem.split("."))
+            common = next(
+                (i for i, (a, b) in enumerate(zip(parts, previous, strict=False)) if a != b),
+                min(len(parts), len(previous)),
+            )
+            closed.update(".".join(previous[: i + 1]) for i in range(common, len(previous)))
+            if any(".".join(parts[: i + 1]) in closed for i in range(common, len(parts))):
+                return False
+            if leaf == "weight" and f"{stem}.bias" in seen:
+                return False
+            seen.add(info.name)
+            previous = parts
+        return True
 
     def keys_of(self, pattern: str) -> list[str]:
         """Return what `{}` stands for in the names of a pattern, in file order."""
@@ -190,6 +259,8 @@ class TrainerTensors:
             self.missing.append(self.place.prefix + name)
         elif info.dtype not in FLOATS:
             self.wrong.append(f"{info.path} has dtype {info.dtype}, not a float")
+        elif 0 in info.shape:
+            self.wrong.append(f"{info.path} {describe_empty(info)}")
         elif not _fits(info.shape, shape):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             self.wrong.append(f"{info.path} has shape {list(info.shape)}, expected [{wanted}]")
@@ -197,18 +268,43 @@ class TrainerTensors:
             return info
         return derived.fill(name, tuple(1 if size is None else size for size in shape))
 
-    def skip(self, *patterns: str) -> None:
-        """Pass over tensors on purpose; `{}` stands for one component of a name."""
-        for pattern in patterns:
-            expression = re.escape(pattern).replace(r"\{\}", r"[^.]+")
-            self._used.update(name for name in self.tensors if re.fullmatch(expression, name))
+    def skip(self, *names: str, reason: str = "of no use to the model") -> None:
+        """Pass over tensors on purpose.
+
+        Args:
+            names: The trainer's names, without the prefix.
+            reason: Why they have no part in the logits; it is recorded.
+        """
+        for name in names:
+            if name in self.tensors:
+                self._used.add(name)
+                self.ignore(self.tensors[name], reason)
+
+    def mark_used(self, name: str) -> None:
+        """Note that the model needs a tensor in another way than `take`."""
+        self._used.add(name)
+
+    def ignore(self, info: TensorInfo, reason: str) -> None:
+        """Record that a tensor is passed over."""
+        self.ignored[info.path] = IgnoredTensor(
+            name=info.path, dtype=info.dtype, shape=info.shape, reason=reason
+        )
 
     def put(self, name: str, info: TensorInfo) -> None:
         """Give the network a tensor, by its name in the network's state dict."""
         self.canonical[f"network.{name}"] = info
 
+    def as_table(self, info: TensorInfo) -> TensorInfo:
+        """Return a table in a dtype that tables may have: one in fp64 is read as fp32."""
+        if info.dtype != "fp64":
+            return info
+        if "table types" not in {fact.subject for fact in self.facts}:
+            self.fact("table types", "fp64, read as fp32", "read", "lookups are computed in fp32")
+        return derived.cast_rows(info)
+
     def table(self, name: str, info: TensorInfo) -> TableSpec:
         """Describe a table, and note a dtype that tables cannot have."""
+        info = self.as_table(info)
         if info.dtype not in DTYPE_BYTES:
             self.wrong.append(f"{info.path} is a table in {info.dtype}, not fp32, fp16 or bf16")
         self.canonical[f"tables.{name}.weight"] = info
@@ -261,7 +357,6 @@ class TrainerTensors:
             parts = {"weight": "weight", "bias": "bias"}
             if norm == "batch":
                 parts |= {"running_mean": "mean", "running_var": "var"}
-                self.skip(f"{names.norm}.num_batches_tracked")
             for theirs, ours in parts.items():
                 tensors[f"norm.{ours}"] = self.take(f"{names.norm}.{theirs}", fan_out)
         return Layer(
@@ -319,6 +414,8 @@ class TrainerTensors:
                 self.canonical[target] = info
             if known:
                 self._used.add(name)
+            if known and target is None:
+                self.ignore(info, "a constant of the trainer's module")
 
     def table_parts(self) -> dict[str, dict[str, TensorInfo]]:
         """Return table -> part -> tensor, in file order; a plain table has one part, `weight`."""
@@ -382,6 +479,20 @@ class TrainerTensors:
 
     # ---- refusals
 
+    def refuse_model(self, known: str) -> ArchitectureError:
+        """Return the error for a model of the trainer that is none of the known ones.
+
+        Args:
+            known: The known ones, such as `neither DLRM nor DCNv2`.
+        """
+        names = [n for n in self.tensors if not re.fullmatch(self.anchor, self.place.prefix + n)]
+        parts = describe_parts(names) or "nothing but tables"
+        return self.refuse(
+            f"a model of {self.trainer.split(' (')[0]} that is {known}: it has {parts}",
+            expected=f"a model of {self.trainer}",
+            hint=f"this one is not supported by itself; {DESCRIBE_IT}",
+        )
+
     def refuse(self, found: str, *, expected: str, hint: str) -> ArchitectureError:
         """Return an error that says which model is meant."""
         return ArchitectureError(
@@ -408,35 +519,101 @@ class TrainerTensors:
         Raises:
             ArchitectureError: There are such tensors; all of them are listed.
         """
-        unused = [
-            info.path
-            for name, info in self.tensors.items()
-            if name not in self._used and not self.is_ignored(info)
-        ]
-        if self.missing or self.wrong or self.extra or unused:
-            raise self.incomplete([*self.extra, *unused])
+        unused = [info for name, info in self.tensors.items() if name not in self._used]
+        extra = self.pass_over([*self.extra, *self.others, *unused])
+        if self.missing or self.wrong or extra:
+            raise self.incomplete(extra)
 
-    def incomplete(self, extra: Sequence[str]) -> ArchitectureError:
+    def pass_over(self, left: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Pass over what may be: torch's counters, and what the user says to ignore.
+
+        Args:
+            left: All tensors of the model's dict that the model has no use for.
+
+        Returns:
+            Those that are left over all the same.
+
+        Raises:
+            ArchitectureError: A tensor remaps or prunes ids.
+            ConfigError: A pattern of the user's matches nothing, or catches tensors that may take
+                part.
+        """
+        rest: dict[str, TensorInfo] = {}
+        for info in left:
+            counter = counter_of(info)
+            if counter is None:
+                rest[info.path] = info
+            else:
+                self.ignore(info, counter)
+        check_remapping(self.checkpoint, rest.values())
+        for pattern in self.config.ignore:
+            matched = find_matches(pattern, self.held)
+            if not matched:
+                raise refuse_unmatched(pattern, [*rest])
+            caught = [info for info in matched if info.path not in self.ignored]
+            parts = [
+                info
+                for info in caught
+                if info.path not in rest or (self.is_inside(info) and not is_measure(info))
+            ]
+            if parts:
+                raise refuse_part(pattern, parts)
+            for info in caught:
+                self.ignore(info, f"`ignore: {pattern}` in --model-config")
+        return [info for path, info in rest.items() if path not in self.ignored]
+
+    def incomplete(self, extra: Sequence[TensorInfo]) -> ArchitectureError:
         """Return the error that lists every missing, misshapen and extra tensor."""
         details, counts = [], []
         for items, label, prefix in (
             (self.missing, "missing", "missing"),
-            (self.wrong, "misshapen", "wrong shape"),
-            (extra, "extra", "extra"),
+            (self.wrong, "misshapen", "wrong"),
+            ([info.path for info in extra], "extra", "extra"),
         ):
             found = [*dict.fromkeys(items)]
             details += [f"{prefix}: {text}" for text in found[:_MAX_LISTED]]
             if len(found) > _MAX_LISTED:
                 details.append(f"{prefix}: ... and {len(found) - _MAX_LISTED} more")
             counts += [f"{len(found)} {label}"] if found else []
-        return ArchitectureError(
+        details += list_unread(self.checkpoint)
+        found_text = (
             f"{self.checkpoint.source} is not a whole {self.family} model: "
-            f"{', '.join(counts) or 'no'} tensors",
+            f"{', '.join(counts) or 'no'} tensors"
+        )
+        parts = [info for info in extra if not is_measure(info)]
+        if parts:
+            found_text += f"; not known: {self._describe_parts(parts)}"
+        return ArchitectureError(
+            found_text,
             expected=f"exactly the tensors of {self.trainer}, with shapes that fit together",
-            hint="save the whole model again; if tensors do not belong to it, list them under "
-            "`ignore: [pattern]` in --model-config",
+            hint=self._advise(extra, parts),
             details=details,
         )
+
+    def _describe_parts(self, parts: Sequence[TensorInfo]) -> str:
+        return describe_parts(
+            strip_wrappers(info.name).removeprefix(self.place.prefix) for info in parts
+        )
+
+    def _advise(self, extra: Sequence[TensorInfo], parts: Sequence[TensorInfo]) -> str:
+        """Say what to do about an incomplete model: `ignore` is only for what takes no part."""
+        measures = [info for info in extra if is_measure(info)]
+        hints = []
+        if self.missing or self.wrong:
+            hints.append("save the whole model again")
+        if parts:
+            hints.append(
+                "a model with other parts than these trainers' is not supported by itself; "
+                f"{DESCRIBE_IT}"
+            )
+        if measures:
+            names = ", ".join(f'"{info.name}"' for info in measures[:3])
+            more = ", ..." if len(measures) > 3 else ""
+            hints.append(
+                f"metrics and counters may be passed over with `ignore: [{names}{more}]` in "
+                "--model-config"
+            )
+        return "; ".join(hints)
 
     # ---- the result
 
@@ -463,6 +640,7 @@ class TrainerTensors:
             optimizer_state=self._fitting_state(state, stored),
             facts=tuple(facts),
             ignored=self._list_ignored(),
+            ignored_tensors=tuple(self.ignored.values()),
         )
 
     def describe_network(
@@ -565,6 +743,23 @@ class TrainerTensors:
                 head = tensor.container[0] if tensor.container else "(top level)"
                 counts[head] = counts.get(head, 0) + 1
         return tuple(f"{head}: {count} tensors" for head, count in counts.items())
+
+
+DESCRIBE_IT: Final = "describe it with --model (docs/adapters.md)"
+"""What to do about a model that no family knows."""
+
+
+def list_unread(checkpoint: FlatCheckpoint) -> list[str]:
+    """Name what a checkpoint holds and was not read, one line each."""
+    lines = [f"not read: {path} ({what})" for path, what in checkpoint.unread.items()]
+    rest = len(lines) - _MAX_UNREAD
+    return [*lines[:_MAX_UNREAD], *([f"not read: ... and {rest} more"] if rest > 0 else [])]
+
+
+def describe_empty(info: TensorInfo) -> str:
+    """Say that a tensor has no elements."""
+    part = "rows" if info.shape[0] == 0 else "columns"
+    return f"has no {part} (shape {list(info.shape)})"
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -11,6 +11,8 @@ from dmt_convert.adapter import Feature, LoadedAdapter, build_user_network, run_
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families.family import Family
+from dmt_convert.families.feature_order import order_tables
+from dmt_convert.families.leftovers import check_remapping
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
 from dmt_convert.families.name_map import strip_wrappers
@@ -33,8 +35,7 @@ class UserFamily(Family):
         found = dict.fromkeys(
             tensor.container
             for tensor in checkpoint.tensors
-            if len(tensor.shape) == 2
-            and re.fullmatch(self.anchor, strip_wrappers(tensor.name)) is not None
+            if len(tensor.shape) == 2 and _match_table(self.anchor, tensor) is not None
         )
         return [ModelPlace(container=container, prefix="") for container in found]
 
@@ -68,11 +69,11 @@ class UserFamily(Family):
         """
         loaded, sigmoid = self.adapter, source.config.final_sigmoid
         unknown = _name_tensors(source, loaded)
-        tables = _tables(source.canonical)
+        tables = _tables(source)
         spec = network_model(
             family=self.name,
             tables=tables,
-            features=_features(source.checkpoint, loaded, tables),
+            features=_features(source, loaded, tables),
             num_dense=loaded.adapter.num_dense,
             network=loaded.network,
             final_sigmoid=loaded.adapter.final_sigmoid if sigmoid is None else sigmoid,
@@ -96,37 +97,54 @@ def _note_facts(source: TrainerTensors, loaded: LoadedAdapter, spec: ModelSpec) 
     if loaded.adapter.features is not None:
         source.fact("features", f"{len(spec.features)}", "given", reason)
     else:
-        listed = "one per table, in the checkpoint's order"
-        source.fact("features", f"{len(spec.features)}", "read", listed)
+        source.fact("features", f"{len(spec.features)}", "assumed", "one per table, summed")
     value = f"a network of {spec.num_dense} dense inputs"
     source.fact("dense part", value, "given", f"{reason}, sha256 {loaded.sha256[:12]}")
 
 
 def _name_tensors(source: TrainerTensors, loaded: LoadedAdapter) -> list[str]:
-    """Give tensors canonical names, and return the names of those that have none."""
-    adapter, unknown = loaded.adapter, [*source.others]
+    """Give tensors canonical names, and return the paths of those that have none.
+
+    Raises:
+        ArchitectureError: A tensor that neither the adapter nor its network takes remaps ids.
+        ConfigError: A pattern of `ignore` matches nothing, or catches parts of the model.
+    """
+    source.own_prefix = loaded.adapter.prefix
+    adapter, unknown, skipped = loaded.adapter, [*source.others], []
     for name, tensor in source.tensors.items():
-        if match := re.fullmatch(adapter.tables, name):
+        if match := _match_table(adapter.tables, tensor):
             target: str | None = f"{_TABLES}{match['table']}.weight"
-        elif source.is_ignored(tensor):
-            continue
         elif name.startswith(adapter.prefix):
             with loaded.blame(f"rename({name.removeprefix(adapter.prefix)!r})"):
                 own = adapter.rename(name.removeprefix(adapter.prefix))
+            target = None if own is None else f"{_NETWORK}{own}"
             if own is None:
+                skipped.append(tensor)
                 continue
-            target = f"{_NETWORK}{own}"
         else:
             target = None
         if target is None or target in source.canonical:
-            unknown.append(tensor.path)
+            unknown.append(tensor)
         else:
             source.canonical[target] = tensor
-    return unknown
+    check_remapping(source.checkpoint, skipped)
+    for tensor in skipped:
+        source.ignore(tensor, f"`rename` of {loaded.path.name}")
+    return [info.path for info in source.pass_over(unknown)]
 
 
-def _tables(tensors: Mapping[str, TensorInfo]) -> list[TableSpec]:
-    named = {name: info for name, info in tensors.items() if name.startswith(_TABLES)}
+def _match_table(pattern: str, tensor: TensorInfo) -> re.Match[str] | None:
+    """Match a tensor's name as it is, or without what wrappers insert."""
+    return re.fullmatch(pattern, strip_wrappers(tensor.name)) or re.fullmatch(pattern, tensor.name)
+
+
+def _tables(source: TrainerTensors) -> list[TableSpec]:
+    named = {
+        name: source.as_table(info) if len(info.shape) == 2 else info
+        for name, info in source.canonical.items()
+        if name.startswith(_TABLES)
+    }
+    source.canonical |= named
     wrong = [
         f"{info.path} has shape {list(info.shape)} and dtype {info.dtype}"
         for info in named.values()
@@ -135,7 +153,7 @@ def _tables(tensors: Mapping[str, TensorInfo]) -> list[TableSpec]:
     if wrong:
         raise ArchitectureError(
             f"{len(wrong)} tables cannot be used",
-            expected="two dims, in fp32, fp16 or bf16",
+            expected="two dims, at least one row, in fp64, fp32, fp16 or bf16",
             hint="save them so, or narrow `tables` in the adapter",
             details=wrong,
         )
@@ -151,7 +169,7 @@ def _tables(tensors: Mapping[str, TensorInfo]) -> list[TableSpec]:
 
 
 def _features(
-    checkpoint: FlatCheckpoint, loaded: LoadedAdapter, tables: Sequence[TableSpec]
+    source: TrainerTensors, loaded: LoadedAdapter, tables: Sequence[TableSpec]
 ) -> list[FeatureSpec]:
     given = loaded.adapter.features
     if given is not None:
@@ -162,15 +180,17 @@ def _features(
             )
             for f in entries
         ]
-    if not checkpoint.ordered and len(tables) > 1:
+    try:
+        order, fact = order_tables(source, [table.name for table in tables])
+    except ArchitectureError as error:
         raise ArchitectureError(
-            f"{checkpoint.source} ({checkpoint.format}) does not keep the order of its "
-            f"{len(tables)} tables",
+            error.found,
             expected="the features in the order in which the network takes them",
             hint=f"set `features` in {loaded.path.name}",
-            details=[table.name for table in tables[:20]],
-        )
-    return [FeatureSpec(name=table.name, table=table.name) for table in tables]
+            details=error.details,
+        ) from None
+    source.facts.append(fact)
+    return [FeatureSpec(name=name, table=name) for name in order]
 
 
 def _check_network(
@@ -195,8 +215,8 @@ def _check_network(
             f"{source.checkpoint.source} and the network of {loaded.path.name} do not fit: "
             f"{len(details)} tensors",
             expected="exactly the tensors of the network's state dict beside the tables",
-            hint="correct the network, set `prefix` or `rename` in the adapter, or list tensors "
-            "that do not belong to the model under `ignore: [pattern]` in --model-config",
+            hint="correct the network, or set `prefix` or `rename` in the adapter; `rename` "
+            "returns None for a tensor that no logit depends on",
             details=details,
         )
     pooled = [torch.zeros(2, dim) for dim in spec.feature_dims]

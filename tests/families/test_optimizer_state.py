@@ -52,7 +52,7 @@ def test_one_optimizer_for_the_tables_and_one_for_the_rest():
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 4)])
 def test_fused_states_by_name(ordered, shape):
-    shapes = torchrec_shapes({"t_1": 3, "t_10": 3}, prefix="model.")
+    shapes = torchrec_shapes({f"t_{i}": 3 for i in range(11)}, prefix="model.")
     state = {f"{EBC}.t_10.weight.t_10.momentum1": shape}
     named = {f"model.{name}": size for name, size in state.items()}
     for group in (("optimizer.state", named), ("optimizer.state", state)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import ModuleType
 
@@ -32,7 +33,7 @@ def save(tmp_path):
         ids = dict(zip(batch.feature_names, batch.bags, strict=True))
         padded = {name: pad(bag, 3 if name == "tags" else 1) for name, bag in ids.items()}
         expected = model(padded, torch.from_numpy(batch.dense))
-        state = dict(model.state_dict())
+        state = copy.deepcopy(model.state_dict())
         if edit is not None:
             edit(state)
         torch.save(state, tmp_path / "model.h5")
@@ -63,12 +64,24 @@ def test_models_score_as_their_trainer_does(save, options, network):
     assert info.spec.final_sigmoid and info.spec.feature_names == tuple(ROWS)
 
 
-def test_wdl_has_to_be_said(save):
-    path, batch, expected = save(fm=False)
-    with pytest.raises(AssertionError, match="Mismatch"):
-        same_logits(path, batch, expected)
-    info = same_logits(path, batch, expected, ModelConfig(fm=False))
-    assert ("FM term", "false", "given") in [(f.subject, f.value, f.source) for f in info.facts]
+@pytest.mark.parametrize("fm", [True, False])
+def test_deepfm_and_wdl_differ_in_a_module_without_tensors(fm, save, tmp_path):
+    path, batch, expected = save(fm=fm)
+    info = same_logits(path, batch, expected)
+    assert ("FM term", str(fm).lower(), "read") in [
+        (f.subject, f.value, f.source) for f in info.facts
+    ]
+    # a dict that was put together anew has no modules
+    torch.save(dict(torch.load(path)), tmp_path / "plain.h5")
+    features = tuple(FeatureConfig(name=name) for name in ROWS)
+    with pytest.raises(ArchitectureError, match="a DeepFM or a WDL") as caught:
+        infer_model(open_checkpoint(tmp_path / "plain.h5"), ModelConfig(features=features))
+    assert "fm: false" in caught.value.hint
+    config = ModelConfig(features=features, fm=fm)
+    info = same_logits(tmp_path / "plain.h5", batch, expected, config)
+    assert ("FM term", str(fm).lower(), "given") in [
+        (f.subject, f.value, f.source) for f in info.facts
+    ]
 
 
 def test_a_swapped_expert_shows(save):

@@ -52,9 +52,19 @@ def make_checkpoint(
     *groups: tuple[str, Mapping[str, tuple[int, ...]]],
     ordered: bool = True,
     dtypes: Mapping[str, str] | None = None,
+    rebuilt: bool = False,
 ) -> FlatCheckpoint:
-    """Make a checkpoint of dicts, each with its dotted container; no bytes lie behind it."""
+    """Make a checkpoint of dicts, each with its dotted container; no bytes lie behind it.
+
+    An ordered one holds state dicts, which name their modules, unless they were `rebuilt`.
+    """
     tensors = []
+    modules = {
+        tuple(container.split(".")) if container else (): tuple(
+            dict.fromkeys(name.rpartition(".")[0] for name in shapes)
+        )
+        for container, shapes in groups
+    }
     for container, shapes in groups:
         for name, shape in shapes.items():
             dtype = (dtypes or {}).get(name, "fp32")
@@ -75,5 +85,10 @@ def make_checkpoint(
                 )
             )
     return FlatCheckpoint(
-        source=Path("model.pt"), format="torch", tensors=tuple(tensors), ordered=ordered, files=()
+        source=Path("model.pt"),
+        format="torch",
+        tensors=tuple(tensors),
+        ordered=ordered,
+        files=(),
+        modules=modules if ordered and not rebuilt else {},
     )

@@ -111,6 +111,8 @@ class DeepCtr(nn.Module):
         self.embedding_dict = Tables(rows, dims)
         self.linear_model = Linear(rows if wide else {}, num_dense if wide else 0)
         self.out = Out()
+        if fm:
+            self.fm = nn.Module()
         self.dnn = Dnn([width, *hidden], bn=bn, prelu=prelu) if hidden else None
         joined = (width if cross and layers else 0) + (hidden[-1] if hidden else 0)
         self.dnn_linear = nn.Linear(joined, 1, bias=False) if joined else None
