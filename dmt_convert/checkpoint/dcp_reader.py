@@ -12,8 +12,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, FlatCheckpoint, Piece, TensorInfo
-from dmt_convert.checkpoint.inert import DCP_GLOBALS, Record, is_size, read_pickle, read_sizes
-from dmt_convert.checkpoint.shards import check_files, check_tiling
+from dmt_convert.checkpoint.inert import (
+    DCP_GLOBALS,
+    Record,
+    UnknownGlobal,
+    is_size,
+    read_pickle,
+    read_sizes,
+    refuse_global,
+)
+from dmt_convert.checkpoint.safetensors_reader import (
+    SafetensorsHeader,
+    looks_like_header,
+    read_header,
+)
+from dmt_convert.checkpoint.shards import check_files, check_tiling, payload_path
 from dmt_convert.errors import CheckpointError
 
 _Location = tuple[str, int, int]
@@ -43,11 +56,16 @@ def read_dcp(path: Path) -> FlatCheckpoint:
     if not metadata_path.is_file():
         raise CheckpointError(
             f"{folder} holds .distcp files but no .metadata",
-            expected="the .metadata file, which the save writes last",
-            hint="the save did not finish; use the previous checkpoint",
+            expected="the hidden file .metadata, which the save writes last",
+            hint="copies by * leave hidden files behind: copy that file too; if it never was "
+            "there, the save did not finish: use the previous checkpoint",
         )
     with metadata_path.open("rb") as file:
-        metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS)
+        unknown: dict[str, UnknownGlobal] = {}
+        metadata = read_pickle(file, source=metadata_path, allowed=DCP_GLOBALS, unknown=unknown)
+    for name in unknown:
+        if not name.startswith("torch.") or name.count(".") > 1:  # else a dtype
+            raise refuse_global(metadata_path, name)
     try:
         tensors, unread = _read_entries(folder, metadata)
     except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
@@ -107,23 +125,32 @@ def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...
     if not isinstance(metadata, Record):
         raise TypeError("no Metadata record")
     entries = _mapping(metadata.get("state_dict_metadata"))
-    locations = _read_locations(metadata.get("storage_data"))
+    locations = _read_locations(folder, metadata.get("storage_data"))
+    payloads = _Payloads(folder)
     paths: Mapping[str, Any] = metadata.fields.get("planner_data") or {}
     tensors: list[TensorInfo] = []
     unread: dict[str, str] = {}
     for fqn, entry in dict.items(entries):
         keys = _keys(_text(fqn), paths)
         if "chunks" not in entry.fields:
-            unread[fqn] = "a pickled object"
+            unread[fqn] = (
+                "a pickled object (a value, or a dict saved with flatten_state_dict=False)"
+            )
             continue
-        pieces = tuple(_piece(folder, fqn, chunk, locations) for chunk in entry.get("chunks"))
-        shape = read_sizes(entry.get("size"))
+        shape, dtype = read_sizes(entry.get("size")), _dtype(entry.get("properties"))
+        if dtype not in ITEM_BYTES:
+            unread[fqn] = f"a tensor of shape {list(shape)} in {dtype.removeprefix('torch.')[:40]}"
+            continue
+        pieces = tuple(
+            payloads.resolve(_piece(folder, fqn, chunk, locations), fqn, dtype)
+            for chunk in entry.get("chunks")
+        )
         check_tiling(folder, fqn, shape, pieces)
         tensors.append(
             TensorInfo(
                 name=keys[-1],
                 container=keys[:-1],
-                dtype=_dtype(entry.get("properties")),
+                dtype=dtype,
                 shape=shape,
                 pieces=pieces,
             )
@@ -143,16 +170,29 @@ def _text(value: object) -> str:
     return value
 
 
-def _read_locations(storage: object) -> dict[tuple[str, tuple[int, ...]], _Location]:
+def _read_locations(folder: Path, storage: object) -> dict[tuple[str, tuple[int, ...]], _Location]:
     locations: dict[tuple[str, tuple[int, ...]], _Location] = {}
     for index, info in dict.items(_mapping(storage)):
         offset = index.fields.get("offset")
-        if info.fields.get("transform_descriptors"):
-            raise ValueError("its payload is compressed or encrypted, which is not supported yet")
+        _refuse_transformed(folder, info.fields.get("transform_descriptors"))
         # flat by these checks: to hash tuples nested deeply overflows the stack
         key = (_text(index.get("fqn")), () if offset is None else read_sizes(offset))
         locations[key] = (info.get("relative_path"), info.get("offset"), info.get("length"))
     return locations
+
+
+def _refuse_transformed(folder: Path, descriptors: object) -> None:
+    if not descriptors:
+        return
+    first = descriptors[0] if isinstance(descriptors, list | tuple) else descriptors
+    name = first[:60] if isinstance(first, str) else "of an unknown name"
+    raise CheckpointError(
+        f"{folder} was saved with the extension {name} of torch.distributed.checkpoint, so that "
+        "its payload is compressed or encrypted",
+        expected="plain payloads",
+        hint="load it where it was saved (dcp.load) and save it again without stream extensions: "
+        "FileSystemWriter(path), without _extensions",
+    )
 
 
 def _keys(fqn: str, paths: Mapping[str, Any]) -> tuple[str, ...]:
@@ -170,6 +210,8 @@ def _dtype(properties: Record) -> str:
     else:
         states = [arg for arg in properties.args if isinstance(arg, tuple)]
         dtype = states[0][0]
+    if isinstance(dtype, UnknownGlobal):
+        return dtype.name
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise TypeError("a tensor without a dtype that is known")
     return dtype
@@ -183,16 +225,57 @@ def _piece(
 ) -> Piece:
     starts, sizes = read_sizes(chunk.get("offsets")), read_sizes(chunk.get("sizes"))
     relative, offset, length = locations[fqn, starts]
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()) or Path(relative).is_absolute():
-        raise ValueError(f"a payload outside the directory: {relative}")
+    path = payload_path(folder, _text(relative))
     if not (is_size(offset) and is_size(length)):
         raise ValueError("a payload without an offset and a length")
     return Piece(
-        path=folder / relative,
+        path=path,
         offset=offset,
         length=length,
         starts=starts,
         sizes=sizes,
         encoding="torch-zip",
     )
+
+
+class _Payloads:
+    """What the payload files are: archives of `torch.save`, or one safetensors file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[Path, tuple[SafetensorsHeader, dict[str, TensorInfo]] | None] = {}
+
+    def resolve(self, piece: Piece, fqn: str, dtype: str) -> Piece:
+        """Say where a piece lies, if its file is one of safetensors; else return it as it is.
+
+        Raises:
+            CheckpointError: Its file holds another part of the tensor.
+        """
+        found = self._look_into(piece)
+        if found is None:
+            return piece
+        header, tensors = found
+        tensor = tensors.get(fqn)
+        starts = (header.offsets or {}).get(fqn, (0,) * len(piece.sizes))
+        fits = tensor is not None and (tensor.dtype, tensor.shape) == (dtype, piece.sizes)
+        if tensor is None or not fits or starts != piece.starts:
+            raise CheckpointError(
+                f"{piece.path} does not hold the part of {fqn} at {list(piece.starts)} that "
+                ".metadata says",
+                expected=f"{dtype} of shape {list(piece.sizes)}",
+                hint="of several parts of a tensor that one rank holds, this format keeps only the "
+                "last: save it with torch's default format; or files of two saves are mixed",
+            )
+        return replace(tensor.pieces[0], starts=starts)
+
+    def _look_into(self, piece: Piece) -> tuple[SafetensorsHeader, dict[str, TensorInfo]] | None:
+        if piece.path not in self._files:
+            self._files[piece.path] = None
+            if piece.path.is_file():
+                with piece.path.open("rb") as file:
+                    file.seek(piece.offset)
+                    if looks_like_header(file.read(9)):
+                        header = read_header(piece.path, start=piece.offset)
+                        tensors = {tensor.name: tensor for tensor in header.tensors}
+                        self._files[piece.path] = header, tensors
+        return self._files[piece.path]

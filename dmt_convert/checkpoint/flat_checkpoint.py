@@ -33,6 +33,8 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
     "bool": 1,
 }
 """Bytes per element of the dtypes that checkpoints hold."""
+MAX_NAME_LENGTH: Final = 4096
+"""Longest name of a tensor, in characters."""
 
 
 class Guard(Protocol):

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
+from dmt_convert.checkpoint.file_sets import find_parts, join_parts, read_safetensors_file
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.folders import open_folder
 from dmt_convert.checkpoint.held_files import holding
+from dmt_convert.checkpoint.identify import (
+    refuse_remote,
+    refuse_special,
+    refuse_unknown_file,
+)
 from dmt_convert.checkpoint.indexed_reader import is_indexed, read_indexed
-from dmt_convert.checkpoint.safetensors_reader import is_safetensors, read_safetensors
+from dmt_convert.checkpoint.safetensors_reader import is_safetensors
 from dmt_convert.checkpoint.torch_reader import is_torch_file, read_torch
 from dmt_convert.checkpoint.torchsnapshot_reader import is_torchsnapshot, read_torchsnapshot
 from dmt_convert.checkpoint.trainer_folders import (
@@ -31,7 +38,7 @@ READERS: Final[tuple[Reader[FlatCheckpoint], ...]] = (
     Reader(format="fuxictr", can_read=is_fuxictr, read=read_fuxictr),
     Reader(format="torcheasyrec", can_read=is_torcheasyrec, read=read_torcheasyrec),
     Reader(format="hugectr", can_read=is_hugectr, read=read_hugectr),
-    Reader(format="safetensors", can_read=is_safetensors, read=read_safetensors),
+    Reader(format="safetensors", can_read=is_safetensors, read=read_safetensors_file),
     Reader(format="dcp", can_read=is_dcp, read=read_dcp),
     Reader(format="dcp-pair", can_read=is_dcp_pair, read=read_dcp_pair),
     Reader(format="torchsnapshot", can_read=is_torchsnapshot, read=read_torchsnapshot),
@@ -41,6 +48,7 @@ READERS: Final[tuple[Reader[FlatCheckpoint], ...]] = (
 """All built-in containers. They are asked in this order, after those of plugins."""
 ENTRY_POINTS: Final = "dmt_convert.readers"
 """Group of entry points to which other distributions add a `Reader[FlatCheckpoint]`."""
+_MAX_LISTED: Final = 20
 
 
 def open_checkpoint(path: str | Path) -> FlatCheckpoint:
@@ -66,30 +74,58 @@ def open_checkpoint(path: str | Path) -> FlatCheckpoint:
 
 
 def _open(path: Path) -> FlatCheckpoint:
-    if not path.exists():
-        raise CheckpointError(
+    refusal = refuse_remote(path)
+    if refusal is None and not path.exists():
+        refusal = CheckpointError(
             f"{path} does not exist",
             expected="a checkpoint file or directory",
             hint=f"look into {path.parent}" if path.parent.exists() else "check the path",
         )
-    if path.is_file() and path.stat().st_size == 0:
-        raise CheckpointError(
+    if refusal is None:
+        refusal = refuse_special(path)
+    if refusal is None and path.is_file() and path.stat().st_size == 0:
+        refusal = CheckpointError(
             f"{path} is empty (0 bytes)",
             expected="a checkpoint",
             hint="the save did not finish; use the previous checkpoint",
         )
+    if refusal is not None:
+        raise refusal
     readers = with_plugins(READERS, group=ENTRY_POINTS, opens=FlatCheckpoint)
-    for reader in readers:
-        if reader.can_read(path):
-            checkpoint = reader.read(path)
-            if not checkpoint.tensors:
-                raise CheckpointError(
-                    f"{path} ({reader.format}) does not hold any tensor",
-                    expected="a state dict with the model's weights",
-                    hint="save the weights: torch.save(model.state_dict(), 'weights.pt')",
-                )
-            return checkpoint
-    raise _unknown(path, readers)
+    checkpoint = _read(path, readers)
+    if checkpoint is None and path.is_dir():
+        checkpoint = open_folder(path, lambda inside: _read(inside, readers))
+    if checkpoint is None:
+        raise refuse_unknown_file(path)
+    return checkpoint
+
+
+def _read(path: Path, readers: tuple[Reader[FlatCheckpoint], ...]) -> FlatCheckpoint | None:
+    """Read a path, and the files that are parts of the same whole; None if no reader knows it."""
+    reader = next((reader for reader in readers if reader.can_read(path)), None)
+    if reader is None:
+        return None
+    checkpoint = reader.read(path)
+    if checkpoint.files == (path,):  # else the reader has found what belongs together
+        parts = find_parts(path)
+        if len(parts) > 1:
+            checkpoint = join_parts([reader.read(part) for part in parts])
+    if not checkpoint.tensors:
+        raise _no_tensor(path, reader.format, checkpoint)
+    return checkpoint
+
+
+def _no_tensor(path: Path, reader: str, checkpoint: FlatCheckpoint) -> CheckpointError:
+    """Say what is there instead of tensors."""
+    details = [f"{name or 'the whole'}: {what}" for name, what in checkpoint.unread.items()]
+    more = len(details) - _MAX_LISTED
+    return CheckpointError(
+        f"{path} ({reader}) does not hold any tensor that can be read"
+        + (f", but {len(details)} other objects" if details else ""),
+        expected="a state dict with the model's weights, as dense tensors of floats or integers",
+        hint="save the weights: torch.save(model.state_dict(), 'weights.pt')",
+        details=details[:_MAX_LISTED] + ([f"... and {more} more"] if more > 0 else []),
+    )
 
 
 def _check_names(checkpoint: FlatCheckpoint) -> None:
@@ -103,21 +139,3 @@ def _check_names(checkpoint: FlatCheckpoint) -> None:
                 expected="names that are text",
                 hint="the file is damaged; copy it again",
             ) from None
-
-
-def _unknown(path: Path, readers: tuple[Reader[FlatCheckpoint], ...]) -> CheckpointError:
-    formats = ", ".join(reader.format for reader in readers)
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if any(r.can_read(p) for r in readers))
-        names = ", ".join(p.name for p in inside[:5])
-        hint = f"name one of: {names}" if inside else "name the checkpoint itself"
-        found = f"{path} is a directory, and not a checkpoint of a known kind"
-        if (path / "dmt.json").is_file():
-            found = f"{path} is a bundle, not a flat checkpoint"
-            hint = "give the checkpoint that it was converted from"
-    else:
-        with path.open("rb") as file:
-            head = file.read(8)
-        found = f"{path} begins with the bytes {head.hex(' ')}"
-        hint = "if it is whole, save the weights with torch.save or safetensors"
-    return CheckpointError(found, expected=f"one of the formats {formats}", hint=hint)

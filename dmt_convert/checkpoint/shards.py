@@ -106,6 +106,20 @@ def describe_block(block: Block, shape: tuple[int, ...]) -> str:
     return text
 
 
+def payload_path(folder: Path, name: str) -> Path:
+    """Return the path of a payload file that metadata name.
+
+    It may be a symbolic link out of the folder, as in caches that keep blobs apart.
+
+    Raises:
+        ValueError: The name itself leads out of the folder.
+    """
+    inner = Path(name)
+    if not name or "\0" in name or inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(f"a payload outside the directory: {name[:200]!r}")
+    return folder / inner
+
+
 def check_files(folder: Path, tensors: Iterable[TensorInfo], *, expected: str) -> None:
     """Refuse a checkpoint whose payload files are missing or too short.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Piece
+from dmt_convert.checkpoint.identify import refuse_other_zip
 from dmt_convert.checkpoint.inert import (
     StorageRef,
     TensorRef,
@@ -179,6 +180,8 @@ def read_zip_archive(path: Path, *, start: int = 0, length: int | None = None) -
 def _read_records(path: Path, start: int, archive: zipfile.ZipFile) -> TorchArchive:
     members = archive.infolist()
     pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+    if not pickles and not start:
+        raise refuse_other_zip(path, [member.filename for member in members])
     if len(pickles) != 1:
         raise zipfile.BadZipFile(f"{len(pickles)} records data.pkl")
     root = pickles[0].filename.removesuffix("data.pkl")
@@ -191,27 +194,28 @@ def _read_records(path: Path, start: int, archive: zipfile.ZipFile) -> TorchArch
     ]
     if compressed:
         raise zipfile.BadZipFile(f"record {compressed[0]} is compressed; torch stores them raw")
-    # torch.serialization.set_crc32_options(False) writes zeros for every checksum
-    checked = any(member.CRC for member in members)
     order = next((m for m in members if m.filename == f"{root}byteorder"), None)
-    if order is not None and _read_record(archive, order, checked=checked).strip() != b"little":
+    if order is not None and _read_record(archive, order).strip() != b"little":
         raise zipfile.BadZipFile("written on a big-endian machine")
     prefix = f"{root}data/"
     storages = {
         member.filename.removeprefix(prefix): StorageRange(
             offset=start + member_offset(archive, member),
             length=member.file_size,
-            crc32=member.CRC if checked else None,
+            crc32=member.CRC or None,
         )
         for member in members
         if member.filename.startswith(prefix)
     }
-    return TorchArchive(
-        path=path, pickle=_read_record(archive, pickles[0], checked=checked), storages=storages
-    )
+    return TorchArchive(path=path, pickle=_read_record(archive, pickles[0]), storages=storages)
 
 
-def _read_record(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, checked: bool) -> bytes:
+def _read_record(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Read a record and compare its checksum; 0 says that none was computed.
+
+    `torch.serialization.set_crc32_options(False)` leaves all at 0, and `skip_data` those of the
+    records that are to be filled later.
+    """
     if member.file_size > _MAX_RECORD_BYTES:
         raise zipfile.BadZipFile(f"record {member.filename} of {member.file_size} bytes")
     assert archive.fp is not None
@@ -219,7 +223,7 @@ def _read_record(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, checked: 
     data = archive.fp.read(member.file_size)
     if len(data) != member.file_size:
         raise zipfile.BadZipFile(f"record {member.filename} is cut short")
-    if checked and zlib.crc32(data) != member.CRC:
+    if member.CRC and zlib.crc32(data) != member.CRC:
         raise zipfile.BadZipFile(f"record {member.filename} has a wrong checksum")
     return data
 

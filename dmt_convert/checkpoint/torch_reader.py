@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Keys, Piece, TensorInfo
+from dmt_convert.checkpoint.identify import check_stand_in
 from dmt_convert.checkpoint.inert import (
     PickledContent,
     ShardedRef,
@@ -28,6 +29,7 @@ from dmt_convert.checkpoint.inert import (
     read_pickle,
     refuse_global,
 )
+from dmt_convert.checkpoint.module_order import is_module_order
 from dmt_convert.checkpoint.shards import check_tiling, describe_block, stand_sorted
 from dmt_convert.checkpoint.tensor_bytes import stream_tensor
 from dmt_convert.checkpoint.torch_archive import (
@@ -108,6 +110,7 @@ def open_torch_file(path: Path) -> TorchFile:
     Raises:
         CheckpointError: The file is damaged.
     """
+    check_stand_in(path)
     unknown: dict[str, UnknownGlobal] = {}
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
@@ -152,7 +155,7 @@ def read_torch(path: Path) -> FlatCheckpoint:
             for keys, tensor in content.tensors.items()
             if isinstance(tensor, TensorRef)
         ),
-        ordered=True,
+        ordered=is_module_order(content.tensors),
         files=(path,),
         scalars=content.scalars,
         unread=content.unread,
@@ -193,7 +196,8 @@ def _join_rank_files(file: TorchFile) -> FlatCheckpoint:
         format="torch",
         tensors=tensors,
         ordered=not any(keys[:-1] in in_first for keys in late)
-        and not stand_sorted(_sharded(first)),
+        and not stand_sorted(_sharded(first))
+        and is_module_order(first.content.tensors),
         files=tuple(f.path for f in files),
         scalars=first.content.scalars,
         unread=first.content.unread,

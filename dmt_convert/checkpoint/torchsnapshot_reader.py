@@ -23,7 +23,8 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     TensorInfo,
 )
 from dmt_convert.checkpoint.inert import is_size
-from dmt_convert.checkpoint.shards import check_files, check_tiling, stand_sorted
+from dmt_convert.checkpoint.module_order import is_module_order
+from dmt_convert.checkpoint.shards import check_files, check_tiling, payload_path, stand_sorted
 from dmt_convert.errors import CheckpointError
 
 _METADATA: Final = ".snapshot_metadata"
@@ -85,14 +86,15 @@ def read_torchsnapshot(path: Path) -> FlatCheckpoint:
         tensors = tuple(_join(folder, found, keys) for keys in _in_order(found))
     except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
         raise _damaged(folder / _METADATA, f"{type(error).__name__}: {error}") from None
-    sharded = [keys for keys in _in_order(found) if found.shapes[keys] is None]
+    order = _in_order(found)
+    sharded = [keys for keys in order if found.shapes[keys] is None]
     check_files(folder, tensors, expected="every file that .snapshot_metadata names, whole")
     files = sorted({piece.path for tensor in tensors for piece in tensor.pieces})
     return FlatCheckpoint(
         source=folder,
         format="torchsnapshot",
         tensors=tensors,
-        ordered=not sharded or not stand_sorted(sharded),
+        ordered=is_module_order(order) and not (sharded and stand_sorted(sharded)),
         files=(*files, folder / _METADATA),
         scalars=found.scalars,
         unread=found.unread,
@@ -149,7 +151,7 @@ def _take(folder: Path, found: _Found, logical: str, entry: Mapping[str, Any]) -
     if kind in ("dict", "OrderedDict"):
         order = found.orders.setdefault(keys, {})
         for key in entry["keys"]:
-            order.setdefault(str(key), len(order))
+            order.setdefault(_plain(key), len(order))
     elif kind == "Tensor":
         if keys not in found.pieces:  # a rank's own copy: the first one's is taken
             shape = _sizes(entry["shape"])
@@ -165,9 +167,9 @@ def _take(folder: Path, found: _Found, logical: str, entry: Mapping[str, Any]) -
     elif kind in _PRIMITIVES:
         found.scalars.setdefault(name, _primitive(entry))
     elif kind == "object":
-        found.unread.setdefault(name, f"a pickled object ({str(entry.get('obj_type'))[:100]})")
+        found.unread.setdefault(name, f"a pickled object ({_plain(entry.get('obj_type'))[:100]})")
     elif kind != "list":
-        raise ValueError(f"an entry of the unknown kind {kind!r}")
+        raise ValueError(f"an entry of the unknown kind {_plain(kind)!r}")
 
 
 def _add(
@@ -214,12 +216,9 @@ def _add(
 
 
 def _locate(folder: Path, location: object) -> Path:
-    if not isinstance(location, str) or "\0" in location or not location:
+    if not isinstance(location, str):
         raise TypeError("a payload without a location")
-    path = folder / location
-    if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"a payload outside the directory: {location}")
-    return path
+    return payload_path(folder, location)
 
 
 def _file_size(path: Path) -> int:
@@ -228,12 +227,19 @@ def _file_size(path: Path) -> int:
 
 def _primitive(entry: Mapping[str, Any]) -> Scalar:
     """Return a plain value; floats and bytes stay text if the file gives it."""
-    kind, text = entry["type"], str(entry["serialized_value"])[:1000]
+    kind, text = entry["type"], _plain(entry["serialized_value"])[:1000]
     if kind == "int":
         return int(text[:18])
     if kind == "bool":
         return text == "True"
-    return str(entry.get("readable") or text)
+    return _plain(entry.get("readable") or text)
+
+
+def _plain(value: object) -> str:
+    """Return a plain value as text: aliases of YAML may nest to any size, written out."""
+    if value is not None and not isinstance(value, str | int | float):
+        raise TypeError(f"a {type(value).__name__} instead of text")
+    return str(value)
 
 
 def _sizes(values: object) -> tuple[int, ...]:

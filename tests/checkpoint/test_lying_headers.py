@@ -107,7 +107,7 @@ def _first_chunk(metadata: Any) -> Any:
             lambda m: _set(
                 m.state_dict_metadata["emb_l.0.weight"].properties, dtype=torch.complex64
             ),
-            "it names torch.complex64",
+            None,
         ),
     ],
 )
@@ -116,7 +116,8 @@ def test_dcp_metadata_that_lies_in_one_field(change, match, state, tmp_path):
     folder = SAVES["dcp"](state, tmp_path)
     _mutate_metadata(folder, change)
     if match is None:
-        assert len(open_checkpoint(folder).tensors) == len(state)
+        checkpoint = open_checkpoint(folder)
+        assert len(checkpoint.tensors) + len(checkpoint.unread) == len(state)
     else:
         refuse(folder, match)
 
@@ -146,7 +147,7 @@ def test_dcp_metadata_of_other_types(change, state, tmp_path):
     change(metadata)
     data = pickle.dumps(metadata, protocol=2)
     (folder / ".metadata").write_bytes(data.replace(b"X\x06\x00\x00\x00NESTED", NESTED))
-    refuse(folder, "does not describe")
+    refuse(folder, "does not describe|loop: missing")
 
 
 def test_dcp_keys_that_are_no_text_count_for_nothing(state, tmp_path):

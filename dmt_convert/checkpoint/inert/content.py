@@ -15,6 +15,7 @@ from dmt_convert.checkpoint.flat_checkpoint import Keys, Scalar, TableConfig
 from dmt_convert.checkpoint.inert.deepctr import DEEPCTR_MODULE, describe_deepctr_module
 from dmt_convert.checkpoint.inert.objects import (
     MAX_SIZE,
+    NUMPY_ARRAY,
     InertDict,
     Record,
     TensorRef,
@@ -26,6 +27,8 @@ from dmt_convert.errors import CheckpointError
 _MAX_DEPTH: Final = 32
 _MAX_ITEMS: Final = 1_000_000
 _MAX_SCALARS: Final = 100_000
+_MAX_NAMES: Final = 1 << 27
+"""Most characters of all names together: keys may be long, and each is part of many names."""
 _MAX_UNREAD: Final = 1000
 _MODULE_PARTS: Final = ("_parameters", "_buffers", "_modules")
 _SCRIPTED: Final = "__torch__."
@@ -71,7 +74,11 @@ def collect_content(content: object, path: Path) -> PickledContent:
         CheckpointError: It is nested too deeply or holds too many items.
     """
     found = PickledContent()
+    left = _MAX_NAMES
     for keys, value in _walk(content, path):
+        left -= sum(map(len, keys))
+        if left < 0:
+            raise _names_too_long(path)
         if isinstance(value, TensorRef | ShardedRef):
             found.tensors[keys] = value
         elif isinstance(value, TableConfig):
@@ -102,6 +109,7 @@ def _walk(content: object, path: Path) -> Iterator[tuple[Keys, _Value]]:
     count = 1
     while stack:
         keys, value = stack.pop()
+        value = _unwrap(value)
         if isinstance(value, Record) and not is_module(value):
             sharded = as_sharded(value, ".".join(keys), path)
             if sharded is not None:
@@ -149,6 +157,13 @@ def _items(keys: Keys, value: object) -> list[tuple[Keys, object]] | None:
     return None
 
 
+def _unwrap(value: object) -> object:
+    """Return the module that `torch.compile` keeps as an argument of its own; else the value."""
+    if isinstance(value, Record) and value.origin.endswith(".OptimizedModule") and value.args:
+        return value.args[0]
+    return value
+
+
 def is_module(value: Record) -> bool:
     """Tell a pickled `torch.nn.Module`, or a scripted one, by what it keeps."""
     return value.origin.startswith(_SCRIPTED) or _has_parts(value)
@@ -164,12 +179,16 @@ def _module_items(keys: Keys, module: Record) -> Iterator[tuple[Keys, object]]:
     Names inside are one key, joined by dots, as a state dict has them.
     """
     stack = [("", 0, module)]
-    count = 0
+    count, left = 0, _MAX_NAMES
     while stack:
         prefix, level, current = stack.pop()
         inside = []
-        for name, value in _members(current):
+        for name, member in _members(current):
+            value = _unwrap(member)
             count += 1
+            left -= len(prefix) + len(name)
+            if left < 0:
+                raise _names_too_long(None)
             if level > _MAX_DEPTH or count > _MAX_ITEMS:
                 raise _too_deep()
             if isinstance(value, Record) and is_module(value):
@@ -197,6 +216,14 @@ def _module_names(module: Record) -> Iterator[str]:
         if level > _MAX_DEPTH or count > _MAX_ITEMS:
             raise _too_deep()
         stack.extend(reversed(inside))
+
+
+def _names_too_long(path: Path | None) -> CheckpointError:
+    return CheckpointError(
+        f"{path or 'a module'} holds names of over {_MAX_NAMES} characters in all",
+        expected="the names of a model's tensors",
+        hint="save only the weights: torch.save(model.state_dict(), 'weights.pt')",
+    )
 
 
 def _too_deep() -> CheckpointError:
@@ -264,5 +291,32 @@ def _key_name(key: object) -> str:
 
 def _describe(value: Record | UnknownGlobal) -> str:
     if isinstance(value, UnknownGlobal):
-        return f"the name {value.name}"
-    return f"an object made by {value.origin}"
+        return f"the name {value.name[:200]}"
+    origin, args = value.origin, value.args
+    kind = origin.removeprefix("torch.").removeprefix("_utils.")
+    if origin == NUMPY_ARRAY:
+        state = args[0] if args and isinstance(args[0], tuple) and len(args[0]) > 2 else ()
+        dtype = state[2] if state else None
+        code = dtype.args[0] if isinstance(dtype, Record) and dtype.args else None
+        known = code[:20] if isinstance(code, str) else "an unknown dtype"
+        return f"a numpy array{_shape(state[1] if state else None)} in {known}"
+    if kind == "_rebuild_sparse_tensor":
+        return "a sparse tensor"
+    if kind == "_rebuild_meta_tensor_no_storage":
+        return "a tensor on the device `meta`, which was saved without its values"
+    if kind == "_rebuild_qtensor" and len(args) > 2:
+        storage = args[0].origin if isinstance(args[0], Record) else "a quantised type"
+        return f"a tensor{_shape(args[2])} in {storage.removeprefix('torch.')[:40]}"
+    if kind.startswith(_OTHER_DTYPES):
+        return f"a tensor{_shape(args[0] if args else None)} in {kind[:40]}"
+    return f"an object made by {origin[:200]}"
+
+
+_OTHER_DTYPES: Final = ("float8_", "float4_", "uint", "complex", "Complex", "UInt", "Q", "q")
+"""How the names of dtypes and storages begin whose tensors are not read."""
+
+
+def _shape(sizes: object) -> str:
+    if isinstance(sizes, tuple) and len(sizes) <= 16 and all(type(size) is int for size in sizes):
+        return f" of shape {list(sizes)}"
+    return ""

@@ -23,6 +23,8 @@ _MAX_COPY: Final = 64
 
 
 _MAX_ARGS: Final = 16
+NUMPY_ARRAY: Final = "numpy.ndarray"
+"""Origin of the records that stand for numpy's arrays."""
 
 
 def call(function: object, args: tuple[object, ...]) -> object:
@@ -173,17 +175,17 @@ class InertDict(dict[Any, Any]):
             self.modules = tuple(name for name in metadata if isinstance(name, str))
 
 
-def check_key(key: object) -> None:
-    """Refuse a dict key that is not flat: hashing deeply nested tuples overflows the stack.
+def inert_key(key: object) -> object:
+    """Return a dict key that can be hashed safely, or what stands for it and is never looked up.
 
-    Raises:
-        TypeError: The key is a tuple that holds more than plain values.
+    To hash tuples nested deeply overflows the stack, and numbers and tuples can be chosen so that
+    all have one hash.
     """
-    if isinstance(key, tuple) and not all(
-        part is None or isinstance(part, str | int | float | bytes | Record | UnknownGlobal)
-        for part in key
-    ):
-        raise TypeError("a dict key is a nested tuple")
+    if key is None or isinstance(key, str | bytes | Record | UnknownGlobal):
+        return key
+    if isinstance(key, int) and abs(key) < MAX_SIZE:
+        return key
+    return Record.of("", (key,), {})
 
 
 def _make_dict(*args: Any) -> InertDict:
@@ -193,8 +195,7 @@ def _make_dict(*args: Any) -> InertDict:
     made = InertDict()
     if isinstance(pairs, list):
         for key, value in pairs:
-            check_key(key)
-            made[key] = value
+            made[inert_key(key)] = value
         # moved, not copied: a pickle that repeats the call gains nothing
         pairs.clear()
     return made
@@ -237,7 +238,7 @@ def _rebuild_tensor(
     storage: object, offset: int, size: object, stride: object, *_: object
 ) -> TensorRef | Record:
     if isinstance(storage, Record):
-        return storage  # of a type that is not read
+        return Record.of(storage.origin, (size,), {})  # of a type that is not read
     if not isinstance(storage, StorageRef) or not is_size(offset):
         raise TypeError("a tensor without a storage")
     if storage.dtype is None:
@@ -256,7 +257,7 @@ def _rebuild_tensor_v3(
     *_: object,
 ) -> TensorRef | Record:
     if isinstance(dtype, UnknownGlobal):
-        return Record.of(dtype.name, (), {})
+        return Record.of(dtype.name, (size,), {})
     if not isinstance(storage, StorageRef) or not is_size(offset):
         raise TypeError("a tensor without a storage")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -293,6 +294,19 @@ def _encode(text: str, encoding: str = "latin1") -> object:
     if encoding not in ("latin1", "latin-1", "utf-8"):
         raise ValueError(f"encoding {encoding!r:.40}")
     return text.encode(encoding)
+
+
+def _numpy_array(*_: object) -> Record:
+    """Stand for an array, whose state follows: (version, shape, dtype, order, bytes)."""
+    return Record.of(NUMPY_ARRAY, (), {})
+
+
+def _numpy_from_buffer(_data: object, dtype: object, shape: object, *_: object) -> Record:
+    return Record.of(NUMPY_ARRAY, ((None, shape, dtype),), {})
+
+
+def _sparse_tensor(*_: object) -> Record:
+    return Record.of("torch._utils._rebuild_sparse_tensor", (), {})
 
 
 def _numpy_scalar(dtype: object, data: object = b"") -> object:
@@ -364,7 +378,7 @@ TENSOR_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_sparse_tensor"): Record,
+    ("torch._utils", "_rebuild_sparse_tensor"): _sparse_tensor,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch", "Tensor"): "Tensor",
     ("torch.nn.parameter", "Parameter"): "Parameter",
@@ -373,8 +387,10 @@ TENSOR_GLOBALS: Final[Mapping[tuple[str, str], object]] = {
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): Record,
     ("numpy", "ndarray"): "ndarray",
-    ("numpy.core.multiarray", "_reconstruct"): Record,
-    ("numpy._core.multiarray", "_reconstruct"): Record,
+    ("numpy.core.multiarray", "_reconstruct"): _numpy_array,
+    ("numpy._core.multiarray", "_reconstruct"): _numpy_array,
+    ("numpy.core.numeric", "_frombuffer"): _numpy_from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _numpy_from_buffer,
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},

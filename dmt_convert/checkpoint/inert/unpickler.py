@@ -21,7 +21,7 @@ from dmt_convert.checkpoint.inert.objects import (
     StorageType,
     UnknownGlobal,
     call,
-    check_key,
+    inert_key,
     is_size,
 )
 from dmt_convert.errors import CheckpointError
@@ -51,6 +51,8 @@ _CORRUPT: Final = (
 
 _MAX_PICKLE_BYTES: Final = 1 << 30
 """Longest pickle that is read; tensors' bytes lie outside it."""
+_MAX_GLOBAL_LENGTH: Final = 1000
+"""Longest name of a module, a class or a function."""
 
 
 class _BoundedFile:
@@ -99,6 +101,8 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, StorageRef] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if len(module) + len(name) > _MAX_GLOBAL_LENGTH:
+            raise pickle.UnpicklingError(f"a global of {len(module) + len(name)} characters")
         key = ("builtins" if module == "__builtin__" else module, name)
         if key in self._allowed:
             return self._allowed[key]
@@ -178,23 +182,29 @@ class _Unpickler(pickle._Unpickler):
 
     def load_frozenset(self) -> None:
         """Make a list of what lies above the mark."""
-        self.stack.append(self.pop_mark())  # type: ignore[attr-defined]
+        members = self.pop_mark()  # type: ignore[attr-defined]  # it changes what the stack is
+        self.stack.append(members)
+
+    def load_bytearray8(self) -> None:
+        """Pass over a bytearray: it may claim any length, and nothing is read from one."""
+        (length,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
+        if len(self.read(length)) < length:  # type: ignore[attr-defined]
+            raise EOFError
+        self.stack.append(Record())
 
     def load_setitem(self) -> None:
         """Set one item of a dict."""
-        check_key(self.stack[-2])
+        self.stack[-2] = inert_key(self.stack[-2])
         self._base(pickle.SETITEM)
 
     def load_setitems(self) -> None:
         """Set items of a dict, which lies on the stack below the mark."""
-        for key in self.stack[0::2]:
-            check_key(key)
+        self.stack[0::2] = map(inert_key, self.stack[0::2])
         self._base(pickle.SETITEMS)
 
     def load_dict(self) -> None:
         """Make a dict of what lies above the mark."""
-        for key in self.stack[0::2]:
-            check_key(key)
+        self.stack[0::2] = map(inert_key, self.stack[0::2])
         self._base(pickle.DICT)
 
     def _base(self, opcode: bytes) -> None:
@@ -213,8 +223,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.EMPTY_SET[0]] = load_empty_set
     dispatch[pickle.ADDITEMS[0]] = load_additems
     dispatch[pickle.FROZENSET[0]] = load_frozenset
-    # bytearrays allocate what they claim: no trainer has them
-    del dispatch[pickle.BYTEARRAY8[0]]
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 def read_pickle(
@@ -290,6 +299,13 @@ def refuse_global(source: Path, name: str) -> CheckpointError:
             expected="a state dict",
             hint="load it in the trainer's own environment and save only the weights: "
             "torch.save(model.state_dict(), 'weights.pt')",
+        )
+    if name.startswith("__torch__."):
+        return CheckpointError(
+            f"{source} holds a scripted module without weights of its own: {name[:200]}",
+            expected="a module whose weights are its attributes",
+            hint="torch.jit.freeze and torch.jit.optimize_for_inference make constants of them: "
+            "save the module as it was before, or its state_dict()",
         )
     if name.startswith(_OTHER_TENSORS):
         return CheckpointError(
