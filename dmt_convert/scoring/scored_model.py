@@ -24,6 +24,7 @@ from dmt_convert.files import check_checksums
 from dmt_convert.metrics import Agreement, measure_agreement
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, open_flat_model
 from dmt_convert.progress import Progress, no_progress
+from dmt_convert.scoring.non_finite import LogitCheck
 from dmt_convert.serving import ExportedModel, is_export
 from dmt_convert.spec import ModelSpec
 
@@ -190,6 +191,7 @@ def score_data(
 
     Raises:
         DataError: The data cannot be read, has no rows, or does not fit the model.
+        DmtError: A logit is not finite.
     """
     dataset = open_data(data)
     total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
@@ -197,8 +199,11 @@ def score_data(
     parts: list[tuple[Float32Array, Float32Array | None, Float32Array | None]] = []
     done = 0
     batches = dataset.batches(BATCH_ROWS, max_rows=max_rows)
+    check = LogitCheck(model)
     for batch in adapt_batches(dataset, model.spec, batches):
-        parts.append((model.score(batch), batch.labels, batch.logits))
+        logits = model.score(batch)
+        check.update(batch, logits)
+        parts.append((logits, batch.labels, batch.logits))
         done += batch.num_rows
         progress("scoring", done, total)
     if not parts:
@@ -207,6 +212,7 @@ def score_data(
             expected="at least one row to score",
             hint="name a data set that has rows",
         )
+    check.finish()
     return Scores(
         logits=np.concatenate([logits for logits, _, _ in parts]),
         labels=_join([labels for _, labels, _ in parts]),
