@@ -84,7 +84,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     progress = start(job, trainer, checkpoints)
 
     # 5. The loop
-    with monitor:
+    with monitor, cluster.STOP_REQUEST.watch():
         monitor.start(progress.step)
         train(trainer, checkpoints, progress, monitor)
 
@@ -146,6 +146,8 @@ def train(
     trainer.start_at(progress.step, schedule.total_steps)
     if not progress.history:  # the start is a candidate, too
         evaluate(trainer, progress, monitor)
+    elif progress.best_is_lost and evaluate(trainer, progress, monitor):
+        checkpoints.save(trainer, progress)
     while progress.step < schedule.total_steps and not progress.is_over(config.patience):
         begin = time.perf_counter()
         progress.step += 1
@@ -155,8 +157,11 @@ def train(
         monitor.on_step(progress.step, loss)
 
         is_best = schedule.measures(progress.step) and evaluate(trainer, progress, monitor)
-        if is_best or schedule.saves(progress.step):
+        demand = checkpoints.demand()  # by the clock, or by a signal; the same on all ranks
+        if is_best or demand or schedule.saves(progress.step):
             checkpoints.save(trainer, progress)
+        if demand is cluster.Demand.STOP and progress.step < schedule.total_steps:
+            checkpoints.stop(progress)
 
 
 def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> float:
@@ -188,8 +193,8 @@ def evaluate(
 ) -> bool:
     """Measure on the validation rows; returns whether the model is the best so far."""
     accuracy = trainer.measure()
-    train_loss = trainer.mean_loss(progress.losses) if progress.losses else None
-    is_best = progress.note_accuracy(accuracy, train_loss)
+    trainer.average_losses(progress)
+    is_best = progress.note_accuracy(accuracy, progress.mean_loss)
     monitor.on_evaluation(progress.history[-1])
     return is_best
 
@@ -237,7 +242,8 @@ def printer(options: argparse.Namespace) -> Callable[[str], None] | None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the options: those of `dmt finetune` (dmt_convert/config) and a few more."""
     parser = argparse.ArgumentParser(
-        prog="finetune_dmt", description=(__doc__ or "").splitlines()[0]
+        prog="finetune_dmt",
+        description="Fine-tune a bundle, in one process or over the ranks that torchrun starts.",
     )
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="bundle to start from; it is not changed")

@@ -3,6 +3,7 @@ from .checkpoints import ClusterJob as ClusterJob
 from .checkpoints import TrainingCheckpoints as TrainingCheckpoints
 from .cluster_model import ShardedModel as ShardedModel
 from .cluster_model import shard_model as shard_model
+from .demands import Demand as Demand
 from .finetune import FinetuneJob as FinetuneJob
 from .finetune import Finetuning as Finetuning
 from .finetune import RanksFailedError as RanksFailedError
@@ -16,6 +17,8 @@ from .launcher import show_command as show_command
 from .launcher import torchrun_command as torchrun_command
 from .optimizers import FusedTables as FusedTables
 from .optimizers import fused_parameters as fused_parameters
+from .rank_process import STOP_REQUEST as STOP_REQUEST
+from .rank_process import InterruptError as InterruptError
 from .rank_process import LostRankError as LostRankError
 from .rank_process import current_rank as current_rank
 from .rank_process import training_process as training_process

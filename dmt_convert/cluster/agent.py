@@ -9,14 +9,18 @@ is left in the agent's own error file for the launcher.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -30,16 +34,38 @@ from dmt_convert.cluster.rank_process import (
     read_error,
     write_error,
 )
+from dmt_convert.cluster.ranks import host_store, is_loopback
 from dmt_convert.errors import ConfigError, DmtError
 
-_FINAL_CODES: Final = frozenset({2, 3})
-"""Exit codes after which a new start cannot help: usage, and what the user has to mend."""
-_ENDED_BY_AGENT: Final = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM, INTERRUPT_CODE})
-"""Exit codes of ranks that the agent ended."""
+_LOOPBACK: Final = "127.0.0.1"
+_FINAL_CODES: Final = frozenset({2, 3, INTERRUPT_CODE})
+"""Exit codes after which a new start cannot help: usage, what the user has to mend, a stop."""
 
 
 class _Agent(LocalElasticAgent):
     """Starts ranks again only if that can help, and says so."""
+
+    error_files: ClassVar[dict[int, str]] = {}
+    """Local rank -> where it leaves its error, of the ranks started last."""
+    ended: ClassVar[set[int]] = set()
+    """Local ranks that ran until this process ended them, because another one had failed."""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        context: Any = self._pcontext
+        _Agent.error_files = dict(context.error_files)
+        _Agent.ended = set()
+        close = context.close
+
+        def close_noting(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            """End ranks; SIGHUP tells them that none will hear them: they stop at once."""
+            if death_sig is None and not _Agent.ended:
+                handlers = context.subprocess_handlers
+                _Agent.ended = {rank for rank, h in handlers.items() if h.proc.poll() is None}
+            close(death_sig or signal.SIGHUP, timeout)
+
+        context.close = close_noting
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
@@ -64,15 +90,41 @@ def main(arguments: list[str]) -> int:
     setattr(import_module("torch.distributed.launcher.api"), "LocalElasticAgent", _Agent)  # noqa: B010
     run = import_module("torch.distributed.run")  # neither module has types
     options = run.parse_args(arguments)
+    if options.nnodes == "1" and is_loopback(options.local_addr or ""):
+        _listen_on_loopback()
     try:
         run.run(options)
     except ChildFailedError as error:
-        return _conclude(*_cause(error.failures))
+        return _conclude(error.failures)
     except (RendezvousError, DistError) as error:
         return _hand_on(_rendezvous_error(options, error))
     except SignalException as stop:
+        _hand_on_stop()
         return 128 + int(stop.sigval)
     return 0
+
+
+def _listen_on_loopback() -> None:
+    """Let the store at which agents meet hear this host only; torch's own hears all."""
+
+    def make_store(host: str, port: int, *, is_master: bool, **options: Any) -> TCPStore:
+        if is_master:
+            return host_store(_LOOPBACK, port, options["timeout"])
+        return TCPStore(host, port, is_master=False, **options)
+
+    module = import_module("torch.distributed.elastic.rendezvous.c10d_rendezvous_backend")
+    setattr(module, "TCPStore", make_store)  # noqa: B010
+
+
+def _hand_on_stop() -> None:
+    """Hand on what ranks say that were stopped: where the checkpoint is, or what went wrong."""
+    errors = []
+    for _, path in sorted(_Agent.error_files.items()):
+        with contextlib.suppress(OSError, ValueError):
+            errors.append(read_error(json.loads(Path(path).read_text(encoding="utf-8"))))
+    found = [error for error in errors if error is not None]
+    if found:
+        write_error(max(found, key=lambda error: "checkpoint" in error.found))
 
 
 def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -82,16 +134,23 @@ def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]
     """
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
-        rank, code = item[0], item[1].exitcode
-        if code in _ENDED_BY_AGENT:
+        rank, failure = item
+        code = failure.exitcode
+        if _was_ended(failure) or code == INTERRUPT_CODE:
             return 3, rank
         return (0 if code in _FINAL_CODES else 1 if code < 0 else 2), rank
 
     return min(failures.items(), key=order)
 
 
-def _conclude(rank: int, failure: ProcessFailure) -> int:
+def _was_ended(failure: ProcessFailure) -> bool:
+    """Whether this process ended the rank, because another one had failed."""
+    return failure.local_rank in _Agent.ended and failure.exitcode not in _FINAL_CODES
+
+
+def _conclude(failures: Mapping[int, ProcessFailure]) -> int:
     """Hand on what a rank wrote, or say what became of it; returns the exit code."""
+    rank, failure = _cause(failures)
     if failure.exitcode < 0:
         return _hand_on(
             DmtError(
@@ -102,9 +161,29 @@ def _conclude(rank: int, failure: ProcessFailure) -> int:
             )
         )
     error = read_error(failure.error_file_data)
-    if error is not None and failure.exitcode != INTERRUPT_CODE:
+    deaf = sorted(
+        rank
+        for rank, other in failures.items()
+        if _was_ended(other) and other.exitcode == -signal.SIGKILL
+    )
+    if deaf and failure.exitcode == 1:
+        return _hand_on(_stall_error(deaf, error))
+    if error is not None:
         write_error(error)
     return int(failure.exitcode)
+
+
+def _stall_error(ranks: list[int], error: DmtError | None) -> DmtError:
+    """Say that ranks neither went on nor ended when they were asked to."""
+    names = ", ".join(map(str, ranks))
+    seen = [] if error is None else [f"the others saw: {error.found}"]
+    return DmtError(
+        f"rank {names} stalled: it neither went on nor reacted to a signal, and was killed",
+        expected="every rank to answer within --timeout",
+        hint="look at what that process waited for (a file system, a debugger, a full machine); "
+        "run it again with --resume, or with --max-restarts 3 to go on by itself",
+        details=seen,
+    )
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:

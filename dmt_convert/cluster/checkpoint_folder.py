@@ -6,12 +6,15 @@ CHECKPOINTS/
   .launch                          which launch trains, see `is_continuing`
   .step_000000200-partial/         being written; if a run was killed, the next one removes it
   step_000000100/
-    manifest.json                  every other file and its size; written last
+    manifest.json                  every other file, its size and its digest; written last
     progress.json                  what the training loop keeps beside its tensors
     .metadata, __0_0.distcp, ...   written by torch.distributed.checkpoint
+  step_000000050-damaged/          was found damaged and set aside; never read, never removed
 ```
 
-A checkpoint gets its name by one rename, after all its files are on the disk.
+A checkpoint gets its name by one rename, after all its files are on the disk. What its files hold
+is compared with the digests before it is used. Damage is what they show, or a file that is missing
+or of another size. An error of the file system is no damage: it is raised as it is.
 """
 
 from __future__ import annotations
@@ -30,16 +33,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from dmt_convert.checkpoint import FlatCheckpoint, read_dcp
 from dmt_convert.errors import CheckpointError
-from dmt_convert.files import exchange_folders, sync_folder
+from dmt_convert.files import TreeDigest, check_checksums, exchange_folders, sync_folder
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST: Final = "manifest.json"
 _PROGRESS: Final = "progress.json"
-_VERSION: Final = 1
-"""Of the layout."""
+_VERSION: Final = 2
+"""Of the layout. Version 1 has the sizes of files, and no digests."""
+_CHUNK_BYTES: Final = 8 << 20
 _STEP_NAME: Final = re.compile(r"step_(\d{9,})")
 _LEFTOVER: Final = re.compile(r"\.step_\d{9,}-(partial|removed)")
 _MARK: Final = ".launch"
@@ -47,9 +53,23 @@ _LOCK_SECONDS: Final = 10.0
 """How long to wait for the lock: processes of a killed run take a moment to go."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A training checkpoint does not hold what was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedFile:
+    """A file of a checkpoint, as its manifest lists it."""
+
+    bytes: int
+    """Its size."""
+    digest: str | None
+    """Of its content, see `files/digest.py`; None in checkpoints of version 1."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedCheckpoint:
-    """A whole training checkpoint."""
+    """A training checkpoint whose files are all there."""
 
     path: Path
     """Its folder."""
@@ -59,6 +79,8 @@ class SavedCheckpoint:
     """By how many ranks it was saved; any number can load it."""
     progress: Mapping[str, Any]
     """What the training loop kept beside its tensors."""
+    files: Mapping[str, SavedFile]
+    """Its files by name, without the manifest."""
 
 
 def _step_name(step: int) -> str:
@@ -69,26 +91,70 @@ def _step_name(step: int) -> str:
 def _is_complete(path: Path) -> bool:
     """Return whether a checkpoint's files have the sizes that its manifest lists."""
     try:
-        _check_sizes(path)
-    except CheckpointError:
+        _read_manifest(path)
+    except DamagedCheckpointError:
         return False
     return True
 
 
 def read_saved(path: Path) -> SavedCheckpoint:
-    """Describe a whole checkpoint.
+    """Describe a checkpoint; of its tensors, only where they lie is read.
 
     Raises:
-        CheckpointError: It is not whole.
+        DamagedCheckpointError: Files are missing, or not as they were written.
+        OSError: A file cannot be read.
     """
-    manifest = _check_sizes(path)
-    read_payload(path)
+    manifest, files = _read_manifest(path)
+    for name in (_PROGRESS, ".metadata"):
+        _check_file(path / name, files[name])
+    try:
+        read_payload(path)
+    except CheckpointError as error:
+        raise _damaged(path, error.found, list(error.details)) from None
     return SavedCheckpoint(
         path=path,
         step=int(manifest["step"]),
         num_ranks=int(manifest["num_ranks"]),
         progress=_read_json(path / _PROGRESS),
+        files=files,
     )
+
+
+def check_share(saved: SavedCheckpoint, part: int, parts: int) -> None:
+    """Read some of a checkpoint's files whole, and compare them with what was written.
+
+    Args:
+        saved: The checkpoint.
+        part: Which share of its files, from 0.
+        parts: How many shares there are.
+
+    Raises:
+        DamagedCheckpointError: A file holds something else.
+        OSError: A file cannot be read.
+    """
+    if any(file.digest is None for file in saved.files.values()):  # version 1: DCP's own checksums
+        try:
+            for info in read_payload(saved.path).tensors[part::parts]:
+                check_checksums(info, info.path)
+        except CheckpointError as error:
+            raise _damaged(saved.path, error.found) from None
+        return
+    for name in sorted(saved.files)[part::parts]:
+        _check_file(saved.path / name, saved.files[name])
+
+
+def _check_file(path: Path, file: SavedFile) -> None:
+    if file.digest is not None and digest_file(path) != file.digest:
+        raise _damaged(path.parent, f"{path.name} has other bytes than were written")
+
+
+def digest_file(path: Path) -> str:
+    """Return the digest of a file's content."""
+    digest, buffer = TreeDigest(), bytearray(_CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(np.frombuffer(buffer, dtype=np.uint8, count=count))
+    return digest.finish()
 
 
 def read_payload(path: Path) -> FlatCheckpoint:
@@ -139,40 +205,61 @@ def os_refusal(error: OSError, folder: Path, done: str, *, where: str = "") -> C
             "checkpoint is still there",
         )
     name = error.filename or folder
+    hint = "check its owner and permissions, or give another folder for checkpoints"
+    if done == "read":
+        hint = "nothing was changed; run it again when the file can be read"
     return CheckpointError(
         f"{folder} cannot be {done}{where} ({name}: {reason})",
         expected="a folder that every rank may read and write",
-        hint="check its owner and permissions, or give another folder for checkpoints",
+        hint=hint,
     )
 
 
-def _check_sizes(path: Path) -> Mapping[str, Any]:
+def _read_manifest(path: Path) -> tuple[Mapping[str, Any], dict[str, SavedFile]]:
     manifest = _read_json(path / _MANIFEST)
-    sizes = manifest.get("files")
-    if manifest.get("version") != _VERSION or not isinstance(sizes, dict):
+    files = _parse_files(manifest)
+    if files is None:
         raise _damaged(path, f"{_MANIFEST} is of an unknown version")
-    missing = []
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            missing.append(
-                f"{name}: {'missing' if found is None else f'{found} bytes'}, not {size}"
-            )
-    if missing or not {_PROGRESS, ".metadata"} <= set(sizes):
-        raise _damaged(path, f"{len(missing)} of {len(sizes)} files are not as written", missing)
+    faults = []
+    for name, file in files.items():
+        entry = path / name
+        found = entry.stat().st_size if entry.is_file() else None
+        if found != file.bytes:
+            what = "missing" if found is None else f"{found} bytes"
+            faults.append(f"{name}: {what}, not {file.bytes}")
+    if faults or not {_PROGRESS, ".metadata"} <= set(files):
+        raise _damaged(path, f"{len(faults)} of {len(files)} files are not as written", faults)
     match = _STEP_NAME.fullmatch(path.name)
     step, num_ranks = manifest.get("step"), manifest.get("num_ranks")
     if match is None or step != int(match[1]) or not isinstance(num_ranks, int):
         raise _damaged(path, f"{_MANIFEST} is of step {step}")
-    return manifest
+    return manifest, files
 
 
-def _damaged(path: Path, found: str, details: list[str] | None = None) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {found}",
-        expected="a whole training checkpoint",
-        hint="remove it; training resumes from the one before",
+def _parse_files(manifest: Mapping[str, Any]) -> dict[str, SavedFile] | None:
+    version, listed = manifest.get("version"), manifest.get("files")
+    if not isinstance(listed, dict) or version not in (1, _VERSION):
+        return None
+    files = {}
+    for name, value in listed.items():
+        size, digest = (value, None) if version == 1 else _size_and_digest(value)
+        if not isinstance(size, int) or not isinstance(digest, str | None):
+            return None
+        if version != 1 and digest is None:
+            return None
+        files[name] = SavedFile(bytes=size, digest=digest)
+    return files
+
+
+def _size_and_digest(value: object) -> tuple[object, object]:
+    return (value.get("bytes"), value.get("digest")) if isinstance(value, dict) else (None, None)
+
+
+def _damaged(path: Path, found: str, details: list[str] | None = None) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{path} is damaged: {found}",
+        expected="a training checkpoint as it was written",
+        hint="run it again with --resume: it goes on from what is whole",
         details=details or (),
     )
 
@@ -180,7 +267,9 @@ def _damaged(path: Path, found: str, details: list[str] | None = None) -> Checkp
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError:
+        raise _damaged(path.parent, f"{path.name} is missing") from None
+    except (ValueError, RecursionError) as error:
         raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise _damaged(path.parent, f"{path.name} holds no object")
@@ -234,8 +323,21 @@ class CheckpointFolder:
         """Remove what was written of a checkpoint that failed."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
-    def complete(self, step: int, progress: Mapping[str, Any], *, num_ranks: int) -> Path:
+    def complete(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        *,
+        num_ranks: int,
+        digests: Mapping[str, str] | None = None,
+    ) -> Path:
         """Give a checkpoint its name; all its tensors are on the disk.
+
+        Args:
+            step: Its step.
+            progress: What the training loop keeps beside its tensors.
+            num_ranks: How many ranks wrote it.
+            digests: Of files, taken as they were written; of others they are taken here.
 
         Raises:
             CheckpointError: A file is not there, or the disk is full.
@@ -243,9 +345,16 @@ class CheckpointFolder:
         partial, final = self._partial(step), self.path / _step_name(step)
         with refuse_os_errors(self.path, "written to"):
             _write_json(partial / _PROGRESS, dict(progress))
-            files = [path.name for path in _check_payload(partial).files]
-            sizes = {name: (partial / name).stat().st_size for name in sorted([*files, _PROGRESS])}
-            manifest = {"version": _VERSION, "step": step, "num_ranks": num_ranks, "files": sizes}
+            names = sorted([_PROGRESS, *(path.name for path in _check_payload(partial).files)])
+            taken = digests or {}
+            files = {
+                name: {
+                    "bytes": (partial / name).stat().st_size,
+                    "digest": taken.get(name) or digest_file(partial / name),
+                }
+                for name in names
+            }
+            manifest = {"version": _VERSION, "step": step, "num_ranks": num_ranks, "files": files}
             _write_json(partial / _MANIFEST, manifest)
             sync_folder(partial)
             if final.exists():
@@ -255,29 +364,71 @@ class CheckpointFolder:
             sync_folder(self.path)
         return final
 
-    def newest(self, *, before: int | None = None) -> SavedCheckpoint | None:
-        """Return the newest whole checkpoint; logs which ones are damaged.
+    def newest(
+        self, *, before: int | None = None, damage: Mapping[int, str]
+    ) -> tuple[SavedCheckpoint | None, dict[int, str]]:
+        """Return the newest checkpoint that does not look damaged, and what does.
 
         Args:
             before: Only one of an earlier step.
+            damage: Step -> what is wrong with its checkpoint, of those known to be damaged.
+
+        Raises:
+            CheckpointError: A file cannot be read; whether it is damaged is not known.
+        """
+        damage = dict(damage)
+        for step in reversed(self.steps()):
+            if step in damage or (before is not None and step >= before):
+                continue
+            try:
+                return self._read(step), damage
+            except DamagedCheckpointError as error:
+                damage[step] = error.found
+        return None, damage
+
+    def at(self, step: int) -> SavedCheckpoint | None:
+        """Return the checkpoint of a step; None if there is none.
+
+        Raises:
+            DamagedCheckpointError: It looks damaged.
+            CheckpointError: A file cannot be read.
+        """
+        return self._read(step) if step in self.steps() else None
+
+    def _read(self, step: int) -> SavedCheckpoint:
+        path = self.path / _step_name(step)
+        with refuse_os_errors(path, "read"):
+            return read_saved(path)
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, whole or damaged, in order.
 
         Raises:
             CheckpointError: The folder cannot be read.
         """
         with refuse_os_errors(self.path, "read"):
-            named = self._named()
-        for step, path in reversed(named):
-            if before is not None and step >= before:
-                continue
-            try:
-                with refuse_os_errors(path, "read"):
-                    return read_saved(path)
-            except CheckpointError as error:
-                logger.warning("%s is skipped: %s", path, error.found)
-        return None
+            return [step for step, _ in self._named()]
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint a name under which it is never read; returns it.
+
+        Raises:
+            CheckpointError: The folder cannot be written to.
+        """
+        path = self.path / _step_name(step)
+        with refuse_os_errors(self.path, "written to"):
+            aside, count = path.with_name(f"{path.name}-damaged"), 1
+            while aside.exists():
+                count += 1
+                aside = path.with_name(f"{path.name}-damaged-{count}")
+            path.rename(aside)
+            sync_folder(self.path)
+        return aside
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> None:
         """Keep the newest `keep` whole checkpoints, and remove older ones.
+
+        Where a file cannot be read now, nothing is removed; the next call makes up for it.
 
         Args:
             keep: How many stay.
@@ -286,9 +437,13 @@ class CheckpointFolder:
         Raises:
             CheckpointError: The folder cannot be written to.
         """
-        with refuse_os_errors(self.path, "written to"):
+        try:
             named = self._named()
             whole = [step for step, path in named if _is_complete(path)]
+        except OSError as error:
+            logger.warning("older checkpoints are kept: %s", error)
+            return
+        with refuse_os_errors(self.path, "written to"):
             if len(whole) >= keep:
                 for step, path in named:
                     if step < whole[-keep] and step not in protect:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -38,7 +39,7 @@ from torch.futures import Future
 from dmt_convert.checkpoint import ByteRows, FlatCheckpoint, TensorInfo, stream_tensor
 from dmt_convert.cluster.checkpoint_folder import read_payload
 from dmt_convert.errors import CheckpointError
-from dmt_convert.files import TensorSource
+from dmt_convert.files import TensorSource, TreeDigest
 from dmt_convert.spec import TableSpec
 
 _BUFFER_BYTES: Final = 4 << 20
@@ -106,20 +107,28 @@ def describe_misfits(state: Mapping[str, Tensor], checkpoint: FlatCheckpoint) ->
 class _SyncedFile(io.BufferedWriter):
     """A file whose descriptor is asked for to sync it: what is buffered goes to the disk before.
 
-    DCP syncs without flushing. What a write raises is kept: `torch.save` turns it into
-    something that no longer says that the disk is full.
+    DCP syncs without flushing, and writes from the beginning to the end: the digest is of what was
+    to be written, whatever the disk makes of it. What a write raises is kept: `torch.save` turns
+    it into something that no longer says that the disk is full.
     """
 
     def __init__(self, path: Path, errors: list[OSError]) -> None:
         super().__init__(io.FileIO(path, "w"), _BUFFER_BYTES)
         self._errors = errors
+        self.digest = TreeDigest()
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            count = super().write(data)
         except OSError as error:
             self._errors.append(error)
             raise
+        assert count == len(data)
+        self.digest.update(np.frombuffer(data, dtype=np.uint8))
+        return count
+
+    def seek(self, *_: Any) -> int:
+        raise io.UnsupportedOperation("a checkpoint is written from its beginning to its end")
 
     def fileno(self) -> int:
         self.flush()
@@ -131,6 +140,7 @@ class _SyncedFiles(FileSystem):
 
     def __init__(self) -> None:
         self.errors: list[OSError] = []
+        self.digests: dict[str, str] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -141,6 +151,7 @@ class _SyncedFiles(FileSystem):
         try:
             with _SyncedFile(Path(path), self.errors) as file:
                 yield file
+            self.digests[Path(path).name] = file.digest.finish()
         except OSError as error:
             self.errors.append(error)
             raise
@@ -156,6 +167,11 @@ class SyncedWriter(FileSystemWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True, overwrite=False)
         self.fs = self._files = _SyncedFiles()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the files that this rank has written, by name."""
+        return self._files.digests
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
         """Write; what the file system refused is raised as such.

@@ -8,13 +8,15 @@ Letters: R rows of a table, k column shards.
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,11 +29,14 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, read_tensor
 from dmt_convert.cluster.checkpoint_folder import (
     CheckpointFolder,
+    DamagedCheckpointError,
     SavedCheckpoint,
+    check_share,
     is_continuing,
     mark_begun,
     os_refusal,
     read_payload,
+    refuse_os_errors,
 )
 from dmt_convert.cluster.checkpoint_tensors import (
     CheckedReader,
@@ -42,7 +47,9 @@ from dmt_convert.cluster.checkpoint_tensors import (
     make_planner,
     open_tables,
 )
+from dmt_convert.cluster.demands import Demand, Demands
 from dmt_convert.cluster.optimizers import SUFFIX, mean_sums, saved_sums
+from dmt_convert.cluster.rank_process import STOP_REQUEST, InterruptError
 from dmt_convert.cluster.ranks import DEFAULT_TIMEOUT, Ranks
 from dmt_convert.cluster.sharding import table_shards
 from dmt_convert.cluster.trainer import ClusterTrainer
@@ -60,6 +67,8 @@ from dmt_convert.training import (
     judge,
     table_infos,
 )
+
+logger = logging.getLogger(__name__)
 
 _MAX_DETAILS: Final = 10
 _HEAD: Final = "model.head."
@@ -136,6 +145,10 @@ class CheckpointStore:
         self._path = self._ranks.on_first(lambda: self._open(folder))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._checked: Path | None = None
+        """A checkpoint whose digests were compared just now."""
+        self.notes: list[str] = []
+        """What was set aside, and what was taken instead."""
 
     def save(
         self,
@@ -192,16 +205,77 @@ class CheckpointStore:
             pending.result()
 
     def newest(self, *, before: int | None = None) -> SavedCheckpoint | None:
-        """Return the newest whole checkpoint, or None; damaged ones are logged.
+        """Return the newest checkpoint that holds what was written; None if there is none at all.
+
+        All its files are read and compared with their digests. Later ones that are damaged are
+        set aside (renamed, never removed), with a warning.
 
         Args:
             before: Only one of an earlier step.
 
         Raises:
-            CheckpointError: The folder cannot be read.
+            CheckpointError: All are damaged, which changes nothing; or a file cannot be read.
         """
         self.wait()
-        return self._ranks.on_first(lambda: self._first.newest(before=before))
+        damage: dict[int, str] = {}
+        while True:
+            found, damage = self._ranks.on_first(
+                lambda: self._first.newest(before=before, damage=damage)  # noqa: B023
+            )
+            if found is None:
+                if damage:
+                    raise _none_whole(self._path, damage)
+                return None
+            fault = self._find_damage(found)
+            if fault is None:
+                self._set_aside(damage, found)
+                self._checked = found.path
+                return found
+            damage[found.step] = fault.found
+
+    def at(self, step: int) -> SavedCheckpoint | None:
+        """Return the checkpoint of a step, compared with its digests; None if there is none.
+
+        Raises:
+            DamagedCheckpointError: It is damaged.
+            CheckpointError: A file cannot be read.
+        """
+        self.wait()
+        found = self._ranks.on_first(lambda: self._first.at(step))
+        fault = None if found is None else self._find_damage(found)
+        if fault is not None:
+            raise fault
+        return found
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, whole or damaged, in order."""
+        self.wait()
+        return self._ranks.on_first(lambda: self._first.steps())
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it is never read; returns its new path."""
+        self.wait()
+        return self._ranks.on_first(lambda: self._first.set_aside(step))
+
+    def _find_damage(self, saved: SavedCheckpoint) -> DamagedCheckpointError | None:
+        """Read a checkpoint, every rank a share of its files; returns what is damaged."""
+
+        def check() -> DamagedCheckpointError | None:
+            try:
+                with refuse_os_errors(saved.path, "read"):
+                    check_share(saved, self._ranks.rank, self._ranks.size)
+            except DamagedCheckpointError as error:
+                return error
+            return None
+
+        return next((fault for fault in self._ranks.on_all(check) if fault is not None), None)
+
+    def _set_aside(self, damage: Mapping[int, str], taken: SavedCheckpoint) -> None:
+        for step, fault in sorted(damage.items()):
+            aside = self.set_aside(step)
+            note = f"{fault}; it is set aside as {aside.name}, and step {taken.step} is taken"
+            logger.warning("%s", note)
+            self.notes.append(note)
 
     def load(self, saved: SavedCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
         """Load into tensors in place, however they are sharded now.
@@ -219,6 +293,10 @@ class CheckpointStore:
         """
         self.wait()
         tensors = flatten_tensors(state)
+        fault = None if self._checked == saved.path else self._find_damage(saved)
+        self._checked = None
+        if fault is not None:
+            raise fault
         readers: list[CheckedReader] = []
         self._ranks.on_all(lambda: readers.append(_open_checked(saved, tensors)))
         planner = DefaultLoadPlanner(flatten_state_dict=False)
@@ -276,30 +354,48 @@ class CheckpointStore:
         protect: Collection[int],
     ) -> None:
         """Write a rank's part; the first rank then gives the checkpoint its name."""
+        writer = SyncedWriter(partial)
         try:
             state_dict_saver.save(
                 dict(tensors),
-                storage_writer=SyncedWriter(partial),
+                storage_writer=writer,
                 planner=planner,
                 process_group=self._ranks.group,
             )
         except CheckpointException as error:
             self._ranks.on_first(lambda: self._first.abandon(step))
             raise _explain(error, self._path, "written to") from None
-        self._ranks.on_first(self._named(step, progress, protect))
+        digests: dict[str, str] = {}
+        for written in self._ranks.on_all(lambda: writer.digests):
+            digests |= written
+        self._ranks.on_first(self._named(step, progress, digests, protect))
 
     def _named(
-        self, step: int, progress: Mapping[str, Any], protect: Collection[int]
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        digests: Mapping[str, str],
+        protect: Collection[int],
     ) -> Callable[[], None]:
         def name() -> None:
             try:
-                self._first.complete(step, progress, num_ranks=self._ranks.size)
+                self._first.complete(step, progress, num_ranks=self._ranks.size, digests=digests)
             except CheckpointError:
                 self._first.abandon(step)
                 raise
             self._first.prune(self._keep, protect)
 
         return name
+
+
+def _none_whole(folder: Path, damage: Mapping[int, str]) -> CheckpointError:
+    return CheckpointError(
+        f"all {len(damage)} checkpoints in {folder} are damaged; nothing was changed",
+        expected="one that holds what was written, to go on from",
+        hint="bring one back from a backup; or give another --checkpoints folder, or --force "
+        "without --resume, which removes them, to start again from step 0",
+        details=[fault for _, fault in sorted(damage.items(), reverse=True)],
+    )
 
 
 def _open_checked(saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> CheckedReader:
@@ -332,7 +428,8 @@ def _explain(error: CheckpointException, folder: Path, done: str) -> BaseExcepti
         return CheckpointError(
             f"{folder} cannot be loaded on rank {rank} ({type(cause).__name__}: {cause})",
             expected="files as they were written",
-            hint="the checkpoint is damaged: remove it, and training resumes from the one before",
+            hint="run it again with --resume; if it stays so, the checkpoint is damaged: rename "
+            "its folder, and training goes on from the one before",
         )
     return RuntimeError(str(error))
 
@@ -357,28 +454,30 @@ class TrainingCheckpoints:
         self._rows = {table.name: table.rows for table in job.bundle.manifest.model.flat.tables}
         self._must_match = ranks.on_first(job.must_match)
         self._found = self._choose()
+        self._demands = Demands(ranks, job.config.checkpoint_seconds)
         ranks.on_first(lambda: mark_begun(job.checkpoints))
 
     def _choose(self) -> SavedCheckpoint | None:
-        """Find the checkpoint to go on from, and remove what stands in the way."""
-        found = self._store.newest()
-        if found is None:
-            return None
+        """Find the checkpoint to go on from; remove what is there only if that was asked for."""
         if not self.job.resume:
-            if not self.job.force:
+            steps = self._store.steps()
+            if steps and not self.job.force:
                 raise CheckpointError(
                     f"{self.job.checkpoints} holds checkpoints of a training, up to step "
-                    f"{found.step}",
+                    f"{steps[-1]}",
                     expected="--resume, to go on from there; or an empty folder",
                     hint="add --resume; or --force, to remove them and start again",
                 )
             self._store.discard_after(-1)
             return None
+        found = self._store.newest()
+        if found is None:
+            return None
         theirs = found.progress.get("training", {})
         different = [
-            f"{name}: {theirs.get(name)!r} there, {value!r} here"
+            f"{name}: {theirs[name]!r} there, {value!r} here"
             for name, value in self._must_match.items()
-            if theirs.get(name) != value
+            if name in theirs and theirs[name] != value
         ]
         if different:
             raise CheckpointError(
@@ -387,7 +486,6 @@ class TrainingCheckpoints:
                 hint="give the settings that it was started with, or another --checkpoints folder",
                 details=different,
             )
-        self._store.discard_after(found.step)
         return found
 
     @property
@@ -400,11 +498,38 @@ class TrainingCheckpoints:
         assert self._found is not None
         values = self._load(self._found, trainer)
         values.pop("training")
-        return Progress.from_json(values)
+        progress = Progress.from_json(values)
+        self._check_best(progress)
+        return progress
+
+    def _check_best(self, progress: Progress) -> None:
+        """Forget a best state that is damaged or gone, before the time of training is spent."""
+        best = progress.best.step
+        if best in (0, progress.step):
+            return
+        try:
+            if self._store.at(best) is not None:
+                return
+            fault = f"the checkpoint of step {best} is no longer in {self.job.checkpoints}"
+        except DamagedCheckpointError as error:
+            aside = self._store.set_aside(best)
+            fault = f"{error.found}; it is set aside as {aside.name}"
+        progress.forget_best()
+        note = (
+            f"{fault}. It was the best state: the state of step {progress.step} is measured anew, "
+            "and competes with the start instead"
+        )
+        logger.warning("%s", note)
+        self._store.notes.append(note)
+
+    def demand(self) -> Demand:
+        """Return what is asked of the training after a step: a checkpoint, to stop, or nothing."""
+        return self._demands.poll()
 
     def save(self, trainer: ClusterTrainer, progress: Progress) -> None:
         """Save the present state; that of the best step stays, too."""
-        progress.losses[:] = trainer.mean_losses(progress.losses)
+        begin = time.monotonic()
+        trainer.average_losses(progress)
         self._store.save(
             progress.step,
             self._state(trainer),
@@ -412,12 +537,31 @@ class TrainingCheckpoints:
             asynchronous=self.job.config.async_checkpoints,
             protect=(progress.best.step,),
         )
+        self._demands.saved(time.monotonic() - begin)
+
+    def stop(self, progress: Progress) -> NoReturn:
+        """End a training that was asked to stop; its present state has been saved.
+
+        Raises:
+            InterruptError: It says where the checkpoint is, and how to go on.
+        """
+        self._store.wait()
+        signal = STOP_REQUEST.signal
+        by = "a signal to another rank" if signal is None else signal.name
+        raise InterruptError(
+            f"stopped by {by} after step {progress.step}; its checkpoint is in "
+            f"{self.job.checkpoints}",
+            expected="to train to the end",
+            hint="run the same command again with --resume",
+        )
 
     def result(self, trainer: ClusterTrainer, progress: Progress) -> TrainedModel:
         """Return what is to be written: the best state as it will be stored, or the start."""
         trainer.finish()
+        self._demands.finish()
         self._store.wait()
         bundle, result = self.job.bundle, progress.result()
+        told = tuple(self._store.notes)
         infos = table_infos(bundle)
         rounded = {name: info.dtype for name, info in infos.items() if info.dtype != "fp32"}
         after, notes = judge(
@@ -425,7 +569,9 @@ class TrainingCheckpoints:
         )
         module = open_bundle_model(bundle)
         if after is result.start:
-            return TrainedModel(result=result, after=after, notes=notes, module=module, table=None)
+            return TrainedModel(
+                result=result, after=after, notes=told + notes, module=module, table=None
+            )
         path = self._saved(result.best_step).path
         stored = {info.path: info for info in read_payload(path).tensors}
         _load_dense(module, stored, len(self.job.plan.tower_hosts))
@@ -433,7 +579,7 @@ class TrainingCheckpoints:
         return TrainedModel(
             result=result,
             after=after,
-            notes=notes,
+            notes=told + notes,
             module=module,
             table=open_tables(path, flat.tables).__getitem__,
             sums=saved_sums(stored, flat),
@@ -456,12 +602,12 @@ class TrainingCheckpoints:
         self._store.close()
 
     def _saved(self, step: int) -> SavedCheckpoint:
-        found = self._store.newest(before=step + 1)
-        if found is None or found.step != step:
+        found = self._store.at(step)
+        if found is None:
             raise CheckpointError(
                 f"the best state, of step {step}, is no longer in {self.job.checkpoints}",
                 expected="its checkpoint, whole",
-                hint="resume from an earlier checkpoint, or train again",
+                hint="run it again with --resume: the newest state is measured anew",
             )
         return found
 

@@ -9,8 +9,13 @@ from typing import Any
 
 from dmt_convert.adapter import load_adapter, user_file
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle
-from dmt_convert.cluster.launcher import default_out, launch, torchrun_command
-from dmt_convert.cluster.rank_process import INTERRUPT_CODE
+from dmt_convert.cluster.launcher import default_out, launch, show_command, torchrun_command
+from dmt_convert.cluster.rank_process import (
+    INTERRUPT_CODE,
+    InterruptError,
+    lacking_error,
+    missing_packages,
+)
 from dmt_convert.config import FinetuneConfig, RunConfig, to_arguments
 from dmt_convert.errors import DmtError
 
@@ -69,21 +74,38 @@ class FinetuneJob:
         """The torchrun command that this amounts to, for people and other launchers."""
         return list(torchrun_command(self.config, self.arguments))
 
+    @property
+    def resume_command(self) -> list[str]:
+        """The `dmt` command that goes on with this training from its checkpoints."""
+        settings = to_arguments(self.config.replace(resume=True), FinetuneConfig)
+        extra = ["--", *self.extra] if self.extra else []
+        return ["dmt", "finetune", str(self.bundle.path), *settings, *extra]
+
 
 def run_finetune(job: FinetuneJob) -> Finetuning:
     """Train a bundle further, and wait for the end.
 
     Raises:
         DmtError: A rank refused, with its own message; or the ranks failed.
-        KeyboardInterrupt: The training was interrupted.
+        InterruptError: The training was stopped by a signal; it says where its checkpoint is.
+        KeyboardInterrupt: It was stopped before it could say anything.
     """
+    lacking = missing_packages()
+    if lacking:
+        raise lacking_error(lacking)
     # headers only: a bundle that needs a file which was not given is refused at once
     if job.config.model is not None:
         load_adapter(job.config.model)
     user_file(job.bundle.manifest.model.flat)
     done = launch(job.config, job.arguments, capture=job.capture)
     if done.code == INTERRUPT_CODE:
-        raise KeyboardInterrupt
+        if done.error is None:
+            raise KeyboardInterrupt
+        raise InterruptError(
+            done.error.found,
+            expected=done.error.expected,
+            hint=f"go on with: {show_command(job.resume_command)}",
+        )
     if done.error is not None and done.code == done.error.exit_code:
         raise done.error
     if done.code:

@@ -7,6 +7,7 @@ terminal reaches this process only, which hands it on once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -20,14 +21,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from dmt_convert.cluster.rank_process import ERROR_FILE, INTERRUPT_CODE, LAUNCHED, read_error
+from dmt_convert.child import python_command, python_environment
+from dmt_convert.cluster.rank_process import (
+    ERROR_FILE,
+    GRACE,
+    INTERRUPT_CODE,
+    LAUNCHED,
+    InterruptError,
+    read_error,
+)
 from dmt_convert.config import LaunchConfig
 from dmt_convert.errors import DmtError
+
+logger = logging.getLogger(__name__)
 
 RECIPE: Final = "dmt_convert.recipes.finetune_dmt"
 """The recipe that is run unless another is given; torchrun takes modules, too."""
 _AGENT: Final = "dmt_convert.cluster.agent"
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LOOPBACK: Final = "127.0.0.1"
+_TORCHRUN_PREFIX: Final = "PET_"
+"""torchrun reads every option that it is not given from a variable with this prefix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +72,21 @@ def torchrun_arguments(
         assert config.rdzv_endpoint is not None
         waits = f"join_timeout={config.rdzv_timeout},read_timeout={config.rdzv_timeout}"
         rendezvous = [
-            f"--nnodes={config.nnodes}",
             "--rdzv-backend=c10d",
             "--rdzv-id=dmt",
             f"--rdzv-endpoint={config.rdzv_endpoint}",
             f"--rdzv-conf={waits},is_host={config.node_rank == 0}",
         ]
-        if config.local_addr is not None:
-            rendezvous.append(f"--local-addr={config.local_addr}")
+    # ranks of one host need no name of it, which may not resolve
+    address = config.local_addr or (_LOOPBACK if config.nnodes == 1 else None)
     return (
+        f"--nnodes={config.nnodes}",
         *rendezvous,
+        *(() if address is None else (f"--local-addr={address}",)),
         f"--nproc-per-node={config.nproc}",
         f"--max-restarts={config.max_restarts}",
         f"--shutdown-timeout={config.shutdown_timeout}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         *(("-m", RECIPE) if recipe is None else (str(recipe),)),
         *arguments,
     )
@@ -79,9 +95,13 @@ def torchrun_arguments(
 def torchrun_command(
     config: LaunchConfig, arguments: Sequence[str], recipe: Path | None = None
 ) -> tuple[str, ...]:
-    """Return the command that a launch amounts to, for people and other launchers."""
+    """Return the command that a launch amounts to, for people and other launchers.
+
+    It begins with `env`: ranks, too, are to import nothing from the current folder.
+    """
     given = torchrun_arguments(config, arguments, recipe)
-    return (sys.executable, "-m", "torch.distributed.run", *given)
+    safe = () if recipe is not None else ("env", "PYTHONSAFEPATH=1")
+    return (*safe, sys.executable, "-m", "torch.distributed.run", *given)
 
 
 def launch(
@@ -93,8 +113,8 @@ def launch(
 ) -> Launched:
     """Run a recipe on the ranks of this host, and wait for its end.
 
-    SIGINT and SIGTERM are handed to torchrun, which ends the ranks; they have
-    `config.shutdown_timeout` seconds before they are killed.
+    SIGINT, SIGTERM and SIGUSR1 are handed to torchrun, which hands them to the ranks. These have
+    `config.shutdown_timeout` seconds to write a checkpoint and to end before they are killed.
 
     Args:
         config: How ranks are started.
@@ -103,12 +123,12 @@ def launch(
         capture: Keep what ranks print to stdout off the terminal, and take the JSON document that
             it ends with for the result.
     """
-    command = [sys.executable, "-m", _AGENT, *torchrun_arguments(config, arguments, recipe)]
+    command = python_command("-m", _AGENT, *torchrun_arguments(config, arguments, recipe))
     with tempfile.TemporaryDirectory(prefix="dmt-launch-") as name:
         error_file = Path(name) / "error.json"
         process = subprocess.Popen(
             command,
-            env=_environment(config, error_file),
+            env=_environment(config, error_file, recipe),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
             start_new_session=True,
@@ -119,20 +139,38 @@ def launch(
         error = _read_error_file(error_file)
     if code == 0:
         return Launched(code=0, error=None, result=_read_result(printed))
+    if signals and (error is None or isinstance(error, InterruptError)):
+        return Launched(code=INTERRUPT_CODE, error=error, result=None)
     if error is not None:
         return Launched(code=code, error=error, result=None)
-    if signals:
-        return Launched(code=INTERRUPT_CODE, error=None, result=None)
     if code < 0:
         return Launched(code=3, error=_lost_agent(-code, config), result=None)
     return Launched(code=code, error=None, result=None)
 
 
-def _environment(config: LaunchConfig, error_file: Path) -> dict[str, str]:
-    environ = {**os.environ, ERROR_FILE: str(error_file), LAUNCHED: "1"}
+def _environment(config: LaunchConfig, error_file: Path, recipe: Path | None) -> dict[str, str]:
+    environ = python_environment(
+        {
+            ERROR_FILE: str(error_file),
+            LAUNCHED: "1",
+            GRACE: str(config.shutdown_timeout),
+        }
+    )
+    if recipe is not None:  # a file that was named may import what lies beside it
+        environ.pop("PYTHONSAFEPATH")
+    given = sorted(name for name in environ if name.startswith(_TORCHRUN_PREFIX))
+    for name in given:
+        del environ[name]
+    if given:
+        logger.info(
+            "ignored from the environment: %s; the options of this command say how ranks start",
+            ", ".join(given),
+        )
     # a store of its own for every attempt: in a shared one, ranks that are started again read
     # where those before them listened (pytorch#135712)
     environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if config.nnodes == 1 and config.local_addr is None:
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # listen to this host only
     # ranks share the host's cores; torchrun would warn, and set 1
     cores = len(os.sched_getaffinity(0))
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.nproc)))
@@ -141,7 +179,7 @@ def _environment(config: LaunchConfig, error_file: Path) -> dict[str, str]:
 
 @contextmanager
 def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """End a process when this one gets SIGINT or SIGTERM; yields the signals that came.
+    """End a process when this one gets a signal; yields the signals that came.
 
     The first signal is handed on, always as SIGTERM: while modules are imported, SIGINT would
     give a traceback. More of them change nothing, it is ending.

@@ -19,17 +19,25 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from dmt_convert.errors import DmtError
+from dmt_convert.errors import ConfigError, DmtError
 
 LAUNCHED: Final = "DMT_LAUNCHED"
 """Environment variable that the launcher sets: it reports what ranks leave in error files."""
 ERROR_FILE: Final = "TORCHELASTIC_ERROR_FILE"
+GRACE: Final = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Environment variable of torchrun: seconds from its signal to ranks until it kills them."""
 INTERRUPT_CODE: Final = 130
+_DEFAULT_GRACE: Final = 30.0
+_GRACE_SHARE: Final = 0.9
+"""The part of the grace time in which a rank stops by itself; the rest is for its last words."""
+_SOFT: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+"""Signals that ask a training to stop. Schedulers send them before they kill."""
 _REPORTED: Final = "dmt-reported"
 """File beside the error files of a host's ranks; the rank that makes it prints its error."""
 _LOSS_WORDS: Final = ("gloo", "NCCL", "Timed out", "timeout", "Connection", "Broken pipe", "rank")
@@ -38,6 +46,8 @@ _ABORT_SECONDS: Final = 5.0
 _GRACE_SECONDS: Final = 3.0
 """How long such a rank lets others, which may know the cause, report before it does."""
 _PR_SET_PDEATHSIG: Final = 1
+_NEEDED: Final = ("torch", "torchrec", "fbgemm_gpu", "torchmetrics", "tensordict")
+"""Packages that training over ranks imports; one process does without all but torch."""
 
 
 class LostRankError(DmtError):
@@ -59,6 +69,34 @@ def current_rank() -> int | None:
     return int(text) if text.isdecimal() and not alone else None
 
 
+class StopRequest:
+    """A signal that asked this process to stop, for a loop that looks for it between its steps."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The first signal that came; None: none."""
+        self._is_watched = False
+
+    @contextmanager
+    def watch(self) -> Iterator[StopRequest]:
+        """While this lasts, a signal is only noted; the loop has to stop in the grace time."""
+        self._is_watched = True
+        try:
+            yield self
+        finally:
+            self._is_watched = False
+
+    def note(self, number: signal.Signals) -> bool:
+        """Note a signal; returns whether a loop looks for it."""
+        if self._is_watched and self.signal is None:
+            self.signal = number
+        return self._is_watched
+
+
+STOP_REQUEST: Final = StopRequest()
+"""That of this process."""
+
+
 @contextmanager
 def training_process(*, json_errors: bool, quiet: bool, timeout: float) -> Iterator[None]:
     """Run a training; whatever escapes becomes one message and the process's exit code.
@@ -72,11 +110,12 @@ def training_process(*, json_errors: bool, quiet: bool, timeout: float) -> Itera
     _start_logging(quiet=quiet or rank not in (None, 0), propagate=rank is None)
     end = _End(is_rank=rank is not None, json_errors=json_errors)
     if rank is None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler)
     else:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
-        _on_signals(end.stop)
+        _handle_signals(end)
         if os.environ.get("DMT_TRACEBACK") != "1":
             _silence_libraries()
     try:
@@ -86,8 +125,16 @@ def training_process(*, json_errors: bool, quiet: bool, timeout: float) -> Itera
     except OSError as error:
         end.refuse(_file_error(error))
     except KeyboardInterrupt:
-        hint = "run it again; nothing half-written was left in place"
+        hint = (
+            "run it again; nothing half-written was left in place. Training in one process keeps "
+            "no checkpoints: `dmt finetune --nproc 1` does, and goes on with --resume"
+        )
         end.refuse(InterruptError("interrupted", hint=hint))
+    except ModuleNotFoundError as error:
+        lacking = missing_packages()
+        if (error.name or "").partition(".")[0] not in lacking:
+            raise
+        end.refuse(lacking_error(lacking))
     except Exception as error:
         if rank is None:
             raise
@@ -102,6 +149,11 @@ class _End:
     def __init__(self, *, is_rank: bool, json_errors: bool) -> None:
         self._is_rank, self._json_errors = is_rank, json_errors
         self._loss: LostRankError | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this process ends because another rank has."""
+        return self._loss is not None
 
     def refuse(self, error: DmtError) -> NoReturn:
         """End with something that the user can mend."""
@@ -130,8 +182,11 @@ class _End:
 
     def stop(self, number: signal.Signals) -> None:
         """End on a signal, from another thread than the main one."""
+        what = "another rank was lost, or somebody stopped the training"
+        if STOP_REQUEST.signal is not None:
+            what = "no checkpoint could be written within the grace time"
         stopped = InterruptError(
-            f"ended by {number.name}: another rank was lost, or somebody stopped the training",
+            f"ended by {number.name}: {what}",
             expected="every rank to run to its end",
             hint=_RESUME_HINT,
         )
@@ -227,16 +282,51 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
-def _on_signals(end: Callable[[signal.Signals], None]) -> None:
-    """Call `end` on SIGTERM or SIGINT, from a thread: the main one may wait in a collective.
+def _handle_signals(end: _End) -> None:
+    """Handle signals in a thread of their own: the main one may wait in a collective.
+
+    A training loop is asked to stop, and has the grace time to do so; anything else is ended at
+    once. So is a loop that lost another rank, or that torchrun ends because of one (SIGHUP).
 
     To be called before other threads are started, which inherit the blocked signals.
     """
-    signals = {signal.SIGTERM, signal.SIGINT}
+    signals = {*_SOFT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(
-        target=lambda: end(signal.Signals(signal.sigwait(signals))), name="signals", daemon=True
-    ).start()
+
+    def wait() -> None:
+        first = signal.Signals(signal.sigwait(signals))
+        if first in _SOFT and STOP_REQUEST.note(first):
+            deadline = time.monotonic() + _GRACE_SHARE * _read_grace()
+            while time.monotonic() < deadline and not end.is_lost:
+                more = signal.sigtimedwait(signals, 0.2)
+                if more is not None and more.si_signo not in _SOFT:
+                    break
+        end.stop(first)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _read_grace() -> float:
+    try:
+        return max(1.0, float(os.environ[GRACE]))
+    except (KeyError, ValueError):
+        return _DEFAULT_GRACE
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that training over ranks needs and that are not installed."""
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def lacking_error(packages: Sequence[str]) -> ConfigError:
+    """Say which packages training over ranks lacks, and how to do without."""
+    return ConfigError(
+        f"training over ranks needs packages that are not installed: {', '.join(packages)}",
+        expected=", ".join(_NEEDED),
+        hint="pip install ./packaging/fbgemm-gpu-cpu '.[cpu]' (or '.[cuda]'); or train in one "
+        "process, which needs none of them: python -P -m dmt_convert.recipes.finetune_dmt "
+        "--bundle BUNDLE --data DATA --out OUT",
+    )
 
 
 def _exit(code: int, *, is_rank: bool, wait: bool) -> NoReturn:

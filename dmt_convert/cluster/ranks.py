@@ -6,6 +6,7 @@ Letters: H hosts, R ranks per host, W = H * R world size.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import traceback
@@ -14,11 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from dmt_convert.errors import ConfigError, DmtError
@@ -152,7 +154,7 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta)
         dist.monitored_barrier(timeout=timeout) if layout.backend == "gloo" else dist.barrier()
         _make_groups(timeout)
         return Ranks(timeout=timeout)
-    except (dist.DistError, RuntimeError, TimeoutError) as error:
+    except (dist.DistError, RuntimeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"the {layout.world_size} ranks did not all come within "
@@ -202,11 +204,50 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> Store:
         DistStoreError: A rank did not come (torch's).
         TimeoutError: A rank did not come.
     """
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store = _open_shared_store(rank, world_size, timeout)
     store.set_timeout(timeout)
     shared = PrefixStore("dmt", store)
     name = _name_rendezvous(shared, world_size, timeout) if rank == 0 else _learn_name(shared, rank)
     return PrefixStore(name, store)
+
+
+def _open_shared_store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Open the store that torchrun names; one on the loopback hears this host only."""
+    address = os.environ.get("MASTER_ADDR", "")
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and not agent_has_it and is_loopback(address):
+        return host_store(address, int(os.environ["MASTER_PORT"]), timeout)
+    opened: tuple[Store, int, int] = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return opened[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, not a name, is one that other hosts cannot reach."""
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """Host a store that listens on one address; torch's own listens on all.
+
+    Args:
+        address: An IP address of this host.
+        port: Where to listen; 0: any free port.
+        timeout: How long to wait for what is not there yet.
+    """
+    family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
+    listening = socket.create_server((address, port), family=family)
+    port = listening.getsockname()[1]
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def _name_rendezvous(store: Store, world_size: int, timeout: timedelta) -> str:
@@ -355,6 +396,20 @@ class Ranks:
                 raise error
             outcome.unwrap(rank)
         return [outcome.value for outcome in outcomes]
+
+    def start_max(self, value: int) -> Callable[[], int]:
+        """Begin to find the largest value over ranks; returns what waits for it and gives it.
+
+        Meanwhile, the ranks may do other things together, in the same order on all.
+        """
+        box = torch.tensor([value], dtype=torch.int32)
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(box)
+
+        return result
 
     def close(self) -> None:
         """Destroy the group; nothing can be done together afterwards."""

@@ -6,7 +6,7 @@ Letters: B rows of one rank, G rows of a global batch, W ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import training_shares
+from dmt_convert.training import Progress, training_shares
 
 _EVALUATION_ROWS: Final = 4096
 """Rows of one rank that are measured at once."""
@@ -220,20 +220,17 @@ class ClusterTrainer:
         assert found[0] is not None
         return found[0]
 
-    def mean_loss(self, losses: Sequence[float]) -> float:
-        """Mean of losses over steps and ranks."""
-        total = torch.tensor(sum(losses), dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
-        return float(total) / (len(losses) * self.layout.world_size)
+    def average_losses(self, progress: Progress) -> None:
+        """Make all losses since the last evaluation means over the ranks; all ranks at once.
 
-    def mean_losses(self, losses: Sequence[float]) -> list[float]:
-        """Mean of every loss over all ranks, so that a checkpoint suits any number of them."""
-        if not losses:
-            return []
-        each = torch.tensor(losses, dtype=torch.float64, device=self._device)
-        dist.all_reduce(each)
-        means: list[float] = (each / self.layout.world_size).tolist()
-        return means
+        A sum over ranks of float32 losses is exact in float64: when it is taken changes nothing.
+        """
+        own = progress.losses[progress.averaged :]
+        if own:
+            each = torch.tensor(own, dtype=torch.float64, device=self._device)
+            dist.all_reduce(each)
+            progress.losses[progress.averaged :] = (each / self.layout.world_size).tolist()
+        progress.averaged = len(progress.losses)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the model and its optimizers; shares memory."""

@@ -86,7 +86,10 @@ class TrainingConfig(Config):
         "Steps between training checkpoints.",
         ge=1,
         panel=_RANKS,
-        auto="only the best states are kept",
+        auto="as --checkpoint-minutes says",
+    )
+    checkpoint_minutes: Float = setting(
+        10.0, "Minutes between training checkpoints; 0: only best states.", ge=0, panel=_RANKS
     )
     keep_checkpoints: int = setting(
         2, "Checkpoints to keep beside the best one.", ge=1, panel=_RANKS
@@ -95,6 +98,13 @@ class TrainingConfig(Config):
         False, "Write checkpoints while training goes on.", panel=_RANKS
     )
     prefetch: bool = setting(True, "Send the ids of the next batch ahead of time.", panel=_RANKS)
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Seconds between training checkpoints; None: they are not written by the clock."""
+        if self.checkpoint_every is not None or not self.checkpoint_minutes:
+            return None
+        return 60.0 * self.checkpoint_minutes
 
     def total_steps(self, num_rows: int) -> int:
         """Return the largest number of steps that training takes.

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -98,6 +98,9 @@ class BestState(Protocol):
         """Return to the best state."""
 
 
+_NOT_SAVED: Final = ("averaged", "best_is_lost")
+
+
 @dataclass(slots=True, kw_only=True)
 class Progress:
     """How far training is: all that the loop remembers from step to step."""
@@ -107,16 +110,26 @@ class Progress:
     seconds: float = 0.0
     """Time spent on them."""
     losses: list[float] = field(default_factory=list)
-    """This process's losses since the evaluation before, in nats."""
+    """Losses since the evaluation before, in nats: means over all processes, then this one's."""
+    averaged: int = 0
+    """How many of `losses`, from the first, are means over all processes."""
     history: list[Evaluation] = field(default_factory=list)
     """All evaluations so far."""
     best_index: int = 0
     """Which of them is the best."""
+    best_is_lost: bool = False
+    """Whether the best state is gone: the present one has to be measured before training goes on.
+    """
 
     @property
     def best(self) -> Evaluation:
         """The best evaluation so far; of equal ones, the first."""
         return self.history[self.best_index]
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean of the losses since the evaluation before; None if there was no step."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
 
     def note_loss(self, loss: float) -> None:
         """Take the loss of a step.
@@ -148,11 +161,16 @@ class Progress:
             train_loss=train_loss,
         )
         self.losses.clear()
+        self.averaged, self.best_is_lost = 0, False
         self.history.append(evaluation)
         is_best = len(self.history) == 1 or evaluation.score < self.best.score
         if is_best:
             self.best_index = len(self.history) - 1
         return is_best
+
+    def forget_best(self) -> None:
+        """Take the start for the best so far: the best state is gone."""
+        self.best_index, self.best_is_lost = 0, True
 
     def result(self) -> TrainResult:
         """Return what came of training."""
@@ -165,14 +183,16 @@ class Progress:
         return patience is not None and len(self.history) - 1 - self.best_index >= patience
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict; `from_json` reads it back."""
-        return asdict(self)
+        """Return a JSON-able dict; `from_json` reads it back. All losses have to be averaged."""
+        value = asdict(self)
+        return {name: kept for name, kept in value.items() if name not in _NOT_SAVED}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Progress:
         """Read what `to_json` wrote."""
         history = [Evaluation(**evaluation) for evaluation in value["history"]]
-        return cls(**{**value, "history": history, "losses": list(value["losses"])})
+        losses = list(value["losses"])
+        return cls(**{**value, "history": history, "losses": losses, "averaged": len(losses)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +275,7 @@ def run_loop(
     now, total = Progress(), schedule.total_steps
 
     def evaluate() -> None:
-        train_loss = sum(now.losses) / len(now.losses) if now.losses else None
-        if now.note_accuracy(parts.measure(), train_loss):
+        if now.note_accuracy(parts.measure(), now.mean_loss):
             parts.best_state.keep()
         on_evaluation(now.history[-1])
 

@@ -82,7 +82,7 @@ def test_a_dry_run_prints_what_torchrun_would_get(compressed: Path, call_dmt: Ca
     options = ("--data", "my clicks", "--nproc", 2, "--batch-size", 3, "--force", "--quiet")
     run = call_dmt("finetune", compressed, *options, "--dry-run", "--", "--new", 1)
     assert run.code == 0
-    assert " -m torch.distributed.run --standalone --nproc-per-node=2 " in run.stdout
+    assert " -m torch.distributed.run --nnodes=1 --standalone " in run.stdout
     assert " -m dmt_convert.recipes.finetune_dmt " in run.stdout
     assert "--data 'my clicks' " in run.stdout
     assert run.stdout.endswith(f"--bundle {compressed} --out {compressed}-tuned --new 1\n")

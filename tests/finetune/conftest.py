@@ -73,12 +73,16 @@ def tune_in(wide: Path, cluster_rows: Path, run_recipe: Callable[..., Any]) -> C
         data: Path = cluster_rows,
         ends: bool = True,
         notes: str = "",
+        without: int | None = None,
         **job: Any,
     ) -> Tuned:
         hosts, ranks = map(int, cluster.split("x"))
         out = folder / name / "new"
         out.parent.mkdir(exist_ok=True)
-        common = ("--bundle", bundle, "--data", data, "--out", out, *COMMON)
+        shared = list(COMMON)
+        if without is not None:  # leave out the option at this place
+            del shared[without : without + 2]
+        common = ("--bundle", bundle, "--data", data, "--out", out, *shared)
         arguments = [str(argument) for argument in (*common, *options)]
         done = run_recipe(hosts=hosts, ranks=ranks, arguments=arguments, **job)
         last = done["attempts"][-1]

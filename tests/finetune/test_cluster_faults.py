@@ -77,6 +77,44 @@ def test_a_lost_rank_changes_nothing(tune, whole, rank, moment, count) -> None:
     assert {path.name for path in found.out.parent.iterdir()} == {"new", "new.checkpoints"}
 
 
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        ("terminate", "SIGTERM"),
+        pytest.param("user signal", "SIGUSR1", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_signal_to_one_rank_leaves_a_checkpoint_of_all(tune, whole, act, told) -> None:
+    """Schedulers that take a machine back signal some process, and kill soon after."""
+    fault = {"rank": 1, "moment": "step", "time": 7, "act": act}
+    rare = ("--checkpoint-every", 1000, "--eval-every", 16)
+    found = tune("2x1", *SETTINGS, *rare, faults=[fault], ends=False)
+    assert [rank["code"] for rank in found.attempts[-1]] == [130, 130]
+    errors = [rank["stderr"] for rank in found.attempts[-1]]
+    step = 8  # one after the signal: ranks agree while they take the next step
+    assert f"error: stopped by {told} after step {step}; its checkpoint is in " in errors[1]
+    assert f"stopped by a signal to another rank after step {step}" in errors[0]
+    assert all("--resume" in error for error in errors)
+    folder = found.out.parent / "new.checkpoints"
+    assert [path.name for path in folder.glob("step*")] == [f"step_{step:09d}"]
+    assert not found.out.exists()
+    resumed = tune("2x1", *SETTINGS, *rare, "--resume")
+    assert f"going on from the checkpoint of step {step}\n" in resumed.printed
+    assert resumed.files == tune("2x1", *SETTINGS, *rare, name="b").files
+
+
+def test_checkpoints_are_written_by_the_clock(tune) -> None:
+    """As they are by steps; that they are written changes no bit of the result."""
+    by_clock = ("--eval-every", 16, "--checkpoint-minutes", 1e-9)
+    (place,) = [i for i, option in enumerate(COMMON) if option == "--checkpoint-every"]
+    found = tune("2x1", *SETTINGS, *by_clock, "--keep-checkpoints", 100, without=place)
+    folder = found.out.parent / "new.checkpoints"
+    assert len(list(folder.glob("step*"))) >= 2  # beside that of the last step
+    plain = tune("2x1", *SETTINGS, "--eval-every", 16, "--checkpoint-every", 99, name="b")
+    assert found.tensors.keys() == plain.tensors.keys()
+    assert found.record["history"] == plain.record["history"]
+
+
 @pytest.mark.exhaustive
 def test_without_restarts_the_loss_is_said(tune) -> None:
     found = tune("1x2", faults=[{"rank": 1, "moment": "step", "time": 6}], ends=False)

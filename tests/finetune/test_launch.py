@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from dmt_convert.cluster.launcher import (
     Launched,
     default_out,
     launch,
-    torchrun_command,
 )
 from dmt_convert.cluster.rank_process import (
     ERROR_FILE,
@@ -98,8 +98,25 @@ RECIPE = """
         dist.destroy_process_group()
         if rank == 0:
             done(world=int(os.environ["WORLD_SIZE"]))
+    elif what == "stalls":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        time.sleep(60) if rank == 1 else refuse("nothing of rank 1 for 15 s", code=1)
     elif what == "wait":
         wait_long()
+    elif what == "stop":
+        from dmt_convert.cluster.rank_process import STOP_REQUEST, InterruptError, training_process
+
+        with training_process(json_errors=False, quiet=False, timeout=60), STOP_REQUEST.watch():
+            (folder / f"waiting-{rank}").touch()
+            while STOP_REQUEST.signal is None:
+                time.sleep(0.01)
+            raise InterruptError(f"stopped by {STOP_REQUEST.signal.name}; its checkpoint is there")
+    elif what == "stop too late":
+        from dmt_convert.cluster.rank_process import STOP_REQUEST, training_process
+
+        with training_process(json_errors=False, quiet=False, timeout=60), STOP_REQUEST.watch():
+            (folder / f"waiting-{rank}").touch()
+            time.sleep(60)
     elif what == "deaf":
         wait_long()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -197,18 +214,35 @@ def test_a_killed_rank_is_started_again(start: Start, capfd: pytest.CaptureFixtu
     )
 
 
+def test_a_rank_that_stalls_is_told_as_a_stall(start: Start) -> None:
+    """This program kills it in the end; that says nothing of memory."""
+    done = start("stalls", shutdown_timeout=1)
+    assert done.code == 3
+    assert done.error is not None
+    assert done.error.found.startswith("rank 1 stalled")
+    assert done.error.details == ("the others saw: rank 0 found nothing of rank 1 for 15 s",)
+    assert "memory" not in str(done.error)
+
+
 @pytest.fixture
 def launcher(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that launches two ranks which wait until they are told to end."""
+    with waiting_ranks(recipe, tmp_path, "wait") as process:
+        yield process
+
+
+@contextmanager
+def waiting_ranks(recipe: Path, tmp_path: Path, what: str) -> Iterator[subprocess.Popen[str]]:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from dmt_convert.cluster.launcher import LaunchConfig, launch\n"
         "config = LaunchConfig(nproc=2, shutdown_timeout=2)\n"
         "done = launch(config, sys.argv[2:], recipe=Path(sys.argv[1]))\n"
+        "print(done.error or '', file=sys.stderr, end='')\n"
         "sys.exit(done.code)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(recipe), str(tmp_path), "wait"],
+        [sys.executable, "-c", code, str(recipe), str(tmp_path), what],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -230,6 +264,47 @@ def test_signals_end_the_ranks_once(
     assert launcher.stderr is not None
     assert launcher.stderr.read() == ""
     assert len(list(tmp_path.glob("interrupted-*"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_stopped_training_says_is_told_once(
+    recipe: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Through torchrun, which would report a signal and nothing else."""
+    with waiting_ranks(recipe, tmp_path, "stop") as process:
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "stopped by SIGTERM; its checkpoint is there"
+
+
+def test_a_training_that_does_not_stop_in_time_is_ended(recipe: Path, tmp_path: Path) -> None:
+    with waiting_ranks(recipe, tmp_path, "stop too late") as process:
+        process.terminate()
+        assert process.wait(timeout=20) == 130
+        assert process.stderr is not None
+        assert "no checkpoint could be written within the grace time" in process.stderr.read()
+
+
+def test_stores_of_one_host_hear_this_host_only(launcher: subprocess.Popen[str]) -> None:
+    children = [launcher.pid]
+    for pid in children:
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            children += map(int, task.read_text().split())
+    inodes = {
+        str(fd.readlink())[8:-1]
+        for pid in children
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if str(fd.readlink()).startswith("socket:")
+    }
+    listening = [
+        fields[1]
+        for table in ("tcp", "tcp6")
+        for fields in map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:])
+        if fields[3] == "0A" and fields[9] in inodes
+    ]
+    assert listening
+    assert all(address.startswith("0100007F:") for address in listening)
 
 
 def test_nothing_outlives_a_killed_launcher(
@@ -334,20 +409,6 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], found
     with pytest.raises(ConfigError) as refused:
         LaunchConfig(**settings)
     assert refused.value.found == found
-
-
-def test_the_command_is_torchruns_own(tmp_path: Path) -> None:
-    command = torchrun_command(LaunchConfig(nproc=4), ["--bundle", "b"])
-    assert command[1:3] == ("-m", "torch.distributed.run")
-    assert command[3:7] == (
-        "--standalone",
-        "--nproc-per-node=4",
-        "--max-restarts=0",
-        "--shutdown-timeout=30",
-    )
-    assert command[7:] == ("-m", "dmt_convert.recipes.finetune_dmt", "--bundle", "b")
-    copied = torchrun_command(LaunchConfig(), ["--bundle", "b"], Path("mine.py"))
-    assert copied[-3:] == ("mine.py", "--bundle", "b")
 
 
 def test_the_tuned_bundle_lies_beside_the_old_one(

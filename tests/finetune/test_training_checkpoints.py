@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dmt_convert.checkpoint import open_checkpoint, read_tensor
-from dmt_convert.cluster.checkpoint_folder import CheckpointFolder
+from dmt_convert.checkpoint import open_checkpoint, read_tensor, resolve_pieces
+from dmt_convert.cluster import checkpoints
+from dmt_convert.cluster.checkpoint_folder import CheckpointFolder, digest_file
+from dmt_convert.cluster.checkpoints import CheckpointStore
+from dmt_convert.cluster.ranks import Ranks
 from dmt_convert.errors import CheckpointError
 from support.cluster.client import RunRanks
 
@@ -91,6 +96,49 @@ def test_the_newest_are_kept(run_ranks: RunRanks, tmp_path: Path, asynchronous: 
     assert names(tmp_path) == ["step_000000008"]
 
 
+def forge_manifest(folder: Path, *files: str) -> None:
+    """Let a manifest list files as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in files:
+        path = folder / name
+        manifest["files"][name] = {"bytes": path.stat().st_size, "digest": digest_file(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip_tensor(folder: Path) -> None:
+    """Flip a bit of a tensor's first element."""
+    (info,) = (i for i in open_checkpoint(folder).tensors if i.path == ROW_WISE)
+    piece = resolve_pieces(info)[0]
+    data = bytearray(piece.path.read_bytes())
+    data[piece.offset] ^= 1
+    piece.path.write_bytes(data)
+
+
+class AloneRanks(Ranks):
+    """The only rank there is, in this process."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.rank, self.size, self.group = 0, 1, None
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def on_all(self, work: Callable[[], Any]) -> list[Any]:
+        return [work()]
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def store_alone(folder: Path) -> Iterator[CheckpointStore]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "Ranks", AloneRanks)
+        store = CheckpointStore(folder)
+    yield store
+    store.close()
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -123,12 +171,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_note(
     copy: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGES[damage](copy / "step_000000020")
-    folder = CheckpointFolder(copy)
-    found = folder.newest()
-    folder.close()
+    with store_alone(copy) as store:
+        found = store.newest()
     assert found is not None
     assert found.step == 10
-    assert "step_000000020 is skipped" in caplog.text
+    assert "step_000000020 is damaged" in caplog.text
+    assert "set aside as step_000000020-damaged, and step 10 is taken" in caplog.text
+    assert names(copy) == ["step_000000010", "step_000000020-damaged"]
 
 
 def test_all_ranks_resume_from_the_one_before_a_damaged_one(
@@ -139,11 +188,9 @@ def test_all_ranks_resume_from_the_one_before_a_damaged_one(
     for report in reports:
         assert (report["result"]["step"], report["result"]["same"]) == (10, True)
     assert len(reports[0]["result"]["notes"]) == 1
-    # the damaged one neither counts as kept nor stays once there are newer ones
-    run_ranks(2, "save", folder=copy, steps=[30], keep=2)
-    assert names(copy) == ["step_000000010", "step_000000020", "step_000000030"]
-    run_ranks(2, "save", folder=copy, steps=[40], keep=2)
-    assert names(copy) == ["step_000000030", "step_000000040"]
+    # the damaged one neither counts as kept, nor is it ever removed
+    run_ranks(2, "save", folder=copy, steps=[30, 40], keep=2)
+    assert names(copy) == ["step_000000020-damaged", "step_000000030", "step_000000040"]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_ranks: RunRanks, copy: Path) -> None:
@@ -151,6 +198,107 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_ranks: RunRanks, 
     run_ranks(2, "save", folder=copy, steps=[20])
     result = run_ranks(2, "load", folder=copy)[0]["result"]
     assert (result["step"], result["num_ranks"], result["same"]) == (20, 2, True)
+
+
+def flip(path: Path, place: float) -> None:
+    """Flip one bit of a file, at a part of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 0x10
+    path.write_bytes(data)
+
+
+FILES = ("__0_0.distcp", "__3_0.distcp", ".metadata", "progress.json", "manifest.json")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.31, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_anywhere_is_damage(copy: Path, name: str, place: float) -> None:
+    """Sizes agree: only the digests show it. Of the manifest, some bits mean nothing."""
+    flip(copy / "step_000000020" / name, place)
+    with store_alone(copy) as store:
+        found = store.newest()
+    assert found is not None
+    assert found.step == 10 or (name == "manifest.json" and place == 1.0)
+
+
+def test_flipped_bits_are_found_by_all_ranks(run_ranks: RunRanks, copy: Path) -> None:
+    flip(copy / "step_000000020" / "__1_0.distcp", 0.6)
+    for report in run_ranks(2, "load", folder=copy):
+        assert (report["result"]["step"], report["result"]["same"]) == (10, True)
+    assert names(copy) == ["step_000000010", "step_000000020-damaged"]
+
+
+def test_a_checkpoint_is_compared_again_when_it_is_loaded_later(
+    run_ranks: RunRanks, copy: Path
+) -> None:
+    for report in run_ranks(2, "load_twice", folder=copy):
+        assert "__1_0.distcp has other bytes" in report["result"]["found"]
+        assert report["result"]["error"] == "DamagedCheckpointError"
+
+
+def test_all_damaged_is_refused_and_nothing_changes(copy: Path) -> None:
+    """Otherwise hours of work would be lost without a word."""
+    flip(copy / "step_000000010" / "__0_0.distcp", 0.5)
+    cut(copy / "step_000000020" / "__2_0.distcp")
+    with store_alone(copy) as store, pytest.raises(CheckpointError) as refused:
+        store.newest()
+    assert "all 2 checkpoints" in refused.value.found
+    assert "--force" in refused.value.hint
+    assert [detail.rpartition("step_")[2][:9] for detail in refused.value.details] == [
+        "000000020",
+        "000000010",
+    ]
+    assert names(copy) == ["step_000000010", "step_000000020"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_read_now_is_refused_and_stays(
+    copy: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the file system says nothing about the checkpoint."""
+    real = Path.open
+
+    def fail_once(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name and path.parent.name == "step_000000020":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    with store_alone(copy) as store:
+        monkeypatch.setattr(Path, "open", fail_once)
+        with pytest.raises(CheckpointError) as refused:
+            store.newest()
+        monkeypatch.undo()
+        assert name in refused.value.found
+        assert os.strerror(number) in refused.value.found
+        assert "run it again" in refused.value.hint
+        assert names(copy) == ["step_000000010", "step_000000020"]
+        found = store.newest()
+        assert found is not None
+        assert found.step == 20
+
+
+def test_checkpoints_of_version_1_are_compared_with_their_own_checksums(copy: Path) -> None:
+    """Their manifest has sizes only; the tensors' CRC-32 is DCP's."""
+    for step in (10, 20):
+        path = copy / f"step_{step:09d}" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["version"] = 1
+        manifest["files"] = {name: file["bytes"] for name, file in manifest["files"].items()}
+        path.write_text(json.dumps(manifest))
+    flip_tensor(copy / "step_000000020")
+    with store_alone(copy) as store:
+        found = store.newest()
+        assert found is not None
+        assert found.step == 10
+        assert "checksum" in store.notes[0]
+
+
+def test_the_digests_are_of_what_was_written(saved: Path) -> None:
+    manifest = json.loads((saved / "step_000000020" / "manifest.json").read_text())
+    assert set(FILES) - {"manifest.json"} <= set(manifest["files"])
+    for name, file in manifest["files"].items():
+        assert digest_file(saved / "step_000000020" / name) == file["digest"]
 
 
 class Attack:
@@ -165,12 +313,8 @@ def test_metadata_that_would_run_code_is_refused(
     run_ranks: RunRanks, copy: Path, tmp_path: Path
 ) -> None:
     path = copy / "step_000000020" / ".metadata"
-    data = pickle.dumps(Attack(tmp_path / "pwned"))
-    path.write_bytes(data)
-    manifest = path.with_name("manifest.json")
-    value = json.loads(manifest.read_text())
-    value["files"][".metadata"] = len(data)
-    manifest.write_text(json.dumps(value))
+    path.write_bytes(pickle.dumps(Attack(tmp_path / "pwned")))
+    forge_manifest(path.parent, ".metadata")
     result = run_ranks(2, "load", folder=copy)[0]["result"]
     assert result["step"] == 10
     assert "asks to run code" in result["notes"][0]
@@ -186,27 +330,10 @@ def test_values_that_torch_would_unpickle_are_refused(run_ranks: RunRanks, copy:
         dcp.save({"epoch": 3, "w": torch.ones(2)}, checkpoint_id=folder.with_name("other"))
     for name in (".metadata", "__0_0.distcp"):
         shutil.copy(folder.with_name("other") / name, folder / name)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in (".metadata", "__0_0.distcp"):
-        manifest["files"][name] = (folder / name).stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    forge_manifest(folder, ".metadata", "__0_0.distcp")
     result = run_ranks(1, "load", folder=copy)[0]["result"]
     assert result["step"] == 10
     assert "holds pickled values (epoch)" in result["notes"][0]
-
-
-def test_flipped_bits_of_a_tensor_are_refused_by_all_ranks(run_ranks: RunRanks, copy: Path) -> None:
-    """Sizes agree, so that only reading the tensor shows it."""
-    (info,) = (i for i in open_checkpoint(copy / "step_000000020").tensors if i.path == ROW_WISE)
-    piece = info.pieces[0]
-    data = bytearray(piece.path.read_bytes())
-    middle = piece.offset + piece.length // 2
-    data[middle : middle + 8] = bytes(255 - byte for byte in data[middle : middle + 8])
-    piece.path.write_bytes(data)
-    for report in run_ranks(2, "load_newest", folder=copy):
-        assert report["result"] is not None
-        assert "cannot be loaded" in report["result"]["found"]
-        assert "resumes from the one before" in report["result"]["hint"]
 
 
 def test_another_model_is_refused_by_all_ranks_with_the_tensors(

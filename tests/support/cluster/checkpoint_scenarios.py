@@ -175,10 +175,18 @@ def load_another_model(folder: str) -> dict[str, Any] | None:
     return refusal(lambda: store.load(saved, state))
 
 
-def load_newest(folder: str) -> dict[str, Any] | None:
+def load_twice(folder: str) -> dict[str, Any] | None:
+    """Load a checkpoint, and again after a bit of it flipped."""
     store = CheckpointStore(Path(folder))
     saved = store.newest()
     assert saved is not None
+    store.load(saved, make_state(0))
+    if dist.get_rank() == 0:
+        path = saved.path / "__1_0.distcp"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    dist.barrier()
     return refusal(lambda: store.load(saved, make_state(0)))
 
 
@@ -311,7 +319,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         save,
         load,
         load_another_model,
-        load_newest,
+        load_twice,
         save_in_little_room,
         open_folder,
         save_earlier,

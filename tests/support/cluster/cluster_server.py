@@ -48,6 +48,8 @@ ACTS: dict[str, Callable[[], None]] = {
     "stop": strike(signal.SIGSTOP),
     "full disk": limit_files,
     "slow": lambda: time.sleep(5),
+    "terminate": strike(signal.SIGTERM),
+    "user signal": strike(signal.SIGUSR1),
 }
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     **checkpoint_scenarios.MOMENTS,

@@ -27,7 +27,7 @@ from dmt_convert.cluster.trainer import ClusterTrainer
 from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import ConfigError
 from dmt_convert.recipes.finetune_dmt import take_step
-from dmt_convert.training import train
+from dmt_convert.training import Progress, train
 from dmt_convert.training.data import open_training_data
 from dmt_convert.training.in_memory import BestInMemory
 from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
@@ -92,7 +92,9 @@ def trainer_against_one_process(
         factors = [settings.lr_factor(step, total) for step in range(1, total + 1)]
         mine = [take_step(trainer, factor) for factor in factors]
         trainer.finish()
-    mine = trainer.mean_losses(mine)
+    progress = Progress(losses=mine)
+    trainer.average_losses(progress)
+    mine = progress.losses
     ended = trainer.measure()
     plain, theirs, evaluations = case.model(), [], []
     BestInMemory.restore = lambda best: None  # compared is the last state, not the best
