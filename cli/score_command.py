@@ -37,6 +37,7 @@ def run(
         "rows_per_s": scores.rows_per_s,
         "truth": None if truth is None else asdict(truth),
         "truth_scale": scores.truth_scale,
+        "inputs": asdict(scores.inputs),
     }
     rows = [("wrote", str(scores.path))] if scores.path is not None else []
     rows.append(("rows", f"{scores.rows:,} ({scores.rows_per_s:,.0f} per second)"))

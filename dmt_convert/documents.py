@@ -112,6 +112,24 @@ class PartitionRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputRecord:
+    """Which columns of a data set feed a model, and what is done to their values."""
+
+    data: str = ""
+    """Name of the data set; empty if the user named the columns."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Feature -> the column that feeds it; empty if that is not known."""
+    dense: tuple[str, ...] | None = None
+    """Columns that feed the dense inputs, in their order; none of them if the model's one input is
+    the constant 1.0. None if they are not known."""
+    dense_form: str | None = None
+    """In which form dense inputs are fed: none, log3, log1p; or stored, if all that is known is
+    that they are fed as the files hold them. None if not even that is known."""
+    hashed: bool | None = None
+    """Whether ids are taken modulo the tables' rows. None if that is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParentRecord:
     """The bundle that was fine-tuned."""
 

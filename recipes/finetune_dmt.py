@@ -44,7 +44,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     bundle = bundles.open_bundle(options.bundle)
     given = None if config.plan is None else read_plan(config.plan)
     plan = cluster.choose_plan(bundle, layout, given)
-    data = training.open_training_data(config.data, config.valid)
+    data = training.open_training_data(config.data, config.valid, bundle.manifest)
     out = config.out or cluster.default_out(options.bundle)
     folder = config.checkpoints or Path(f"{out}.checkpoints")
     is_first = layout.rank == 0
@@ -214,7 +214,7 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     bundle = bundles.open_bundle(options.bundle)
     out = config.out or cluster.default_out(options.bundle)
     training.check_out(bundle, out, force=config.force)
-    data = training.open_training_data(config.data, config.valid)
+    data = training.open_training_data(config.data, config.valid, bundle.manifest)
     training.check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
     model = training.load_bundle(bundle)
     with training.Monitor(config, data, say=printer(options), log=config.log) as monitor:

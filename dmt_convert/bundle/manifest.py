@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from dmt_convert.data import check_inputs
 from dmt_convert.documents import (
     OMITTED_IF_NONE,
     Initialisation,
+    InputRecord,
     Layout,
     OptimizerState,
     PartitionRecord,
@@ -46,6 +48,8 @@ class Manifest:
     """The converted model."""
     facts: tuple[Fact, ...] = ()
     """How the flat model was understood."""
+    inputs: InputRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Which columns of the data feed the model. None if no data was given when it was made."""
     partition: PartitionRecord = field(default_factory=PartitionRecord)
     """How the towers were chosen."""
     initialisation: Initialisation = field(default_factory=Initialisation)
@@ -56,6 +60,10 @@ class Manifest:
     """How well the converted model agrees with the flat one."""
     weights: Mapping[str, WeightsFile] = field(default_factory=dict)
     """File below the bundle -> its size and digests."""
+
+    def __post_init__(self) -> None:
+        if self.inputs is not None:
+            check_inputs(self.inputs, self.model.flat)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `dmt.json`, which also states the model's compression."""

@@ -9,6 +9,7 @@ from dmt_convert.bundle import Manifest, StreamedWeights, describe_accumulators
 from dmt_convert.config import ConvertConfig
 from dmt_convert.conversion.partition import Partition
 from dmt_convert.conversion.sample import Sample
+from dmt_convert.data import merge_records
 from dmt_convert.documents import (
     Initialisation,
     PartitionRecord,
@@ -45,6 +46,7 @@ def describe_manifest(
         model=started.spec,
         source=describe_source(flat),
         facts=flat.facts,
+        inputs=merge_records(flat.inputs, sample.inputs),
         partition=describe_partition(partition, dict(config.group)),
         initialisation=Initialisation(
             method=started.method, sample=sample.description, notes=tuple(started.notes)

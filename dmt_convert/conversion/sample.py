@@ -5,7 +5,7 @@ Letters: n sampled rows, D dense inputs, F features, M widths' sum of all pooled
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,10 +20,11 @@ from dmt_convert.data import (
     Batch,
     adapt_batches,
     join_batches,
-    open_data,
+    open_inputs,
     take_rows,
     uniform_offsets,
 )
+from dmt_convert.documents import InputRecord
 from dmt_convert.errors import CheckpointError, DataError
 from dmt_convert.families import FlatModelInfo, read_initial_value
 from dmt_convert.spec import FeatureSpec, ModelSpec
@@ -43,6 +44,8 @@ class Sample:
     """Origin of the rows."""
     description: str
     """How they were drawn, in one line."""
+    inputs: InputRecord | None = None
+    """Which columns of the calibration data feed the model."""
 
     def split(self, fraction: float) -> tuple[Sample, Sample]:
         """Split off the last `fraction` of the rows, as held-out rows."""
@@ -55,12 +58,8 @@ class Sample:
         return list(np.split(self.pooled, cuts, axis=1))
 
     def _rows(self, begin: int, end: int) -> Sample:
-        return Sample(
-            batch=take_rows(self.batch, slice(begin, end)),
-            pooled=self.pooled[begin:end],
-            source=self.source,
-            description=self.description,
-        )
+        batch = take_rows(self.batch, slice(begin, end))
+        return replace(self, batch=batch, pooled=self.pooled[begin:end])
 
 
 def sample_size(spec: ModelSpec) -> int:
@@ -91,10 +90,16 @@ def draw_sample(
     """
     count = sample_size(info.spec) if rows is None else rows
     if calibration is not None:
-        batch = _calibration_rows(info.spec, calibration, count, seed)
+        batch, inputs = _calibration_rows(info, calibration, count, seed)
         description = f"{batch.num_rows} random rows of {calibration.name}"
         pooled = pool_batch(info, batch)
-        return Sample(batch=batch, pooled=pooled, source="calibration", description=description)
+        return Sample(
+            batch=batch,
+            pooled=pooled,
+            source="calibration",
+            description=description,
+            inputs=inputs,
+        )
     batch = _drawn_rows(info, count, seed)
     by = "by how often they were trained" if info.row_state else "uniformly"
     sized = "assumed" if estimate_scale(info) is None else "scaled as in training"
@@ -106,17 +111,19 @@ def draw_sample(
     )
 
 
-def _calibration_rows(spec: ModelSpec, path: Path, count: int, seed: int) -> Batch:
-    dataset = open_data(path)
+def _calibration_rows(
+    info: FlatModelInfo, path: Path, count: int, seed: int
+) -> tuple[Batch, InputRecord | None]:
+    dataset = open_inputs(path, info.spec, info.inputs)
     batches = dataset.batches(min(count, 4096), shuffle_seed=seed, max_rows=count)
-    found = list(adapt_batches(dataset, spec, batches))
+    found = list(adapt_batches(dataset, info.spec, batches))
     if not found:
         raise DataError(
             f"{path} holds no rows",
             expected="a few thousand rows for calibration",
             hint="name a data set with rows, or leave --calibration out",
         )
-    return join_batches(found)
+    return join_batches(found), dataset.inputs
 
 
 def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:

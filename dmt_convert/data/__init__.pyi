@@ -1,6 +1,7 @@
 # What other folders use, and authors of readers.
 from .adapter import adapt_batches as adapt_batches
-from .adapter import match_features as match_features
+from .adapter import match_inputs as match_inputs
+from .adapter import open_inputs as open_inputs
 from .batch import Bag as Bag
 from .batch import Batch as Batch
 from .batch import join_batches as join_batches
@@ -12,5 +13,7 @@ from .dataset import take_range as take_range
 from .dealt_batches import Share as Share
 from .dealt_batches import adapt_shares as adapt_shares
 from .dealt_batches import deal_batches as deal_batches
+from .mapping import check_inputs as check_inputs
+from .mapping import merge_records as merge_records
 from .readers import READERS as READERS
 from .readers import open_data as open_data

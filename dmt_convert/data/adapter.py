@@ -1,4 +1,4 @@
-"""From a data set's columns to a model's features: matching, and checks of every id.
+"""From a data set's columns to a model's inputs: the rows as the model takes them.
 
 Letters: B batch, D dense inputs, F features.
 """
@@ -6,90 +6,141 @@ Letters: B batch, D dense inputs, F features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from dmt_convert.arrays import Float32Array
-from dmt_convert.data.batch import Bag, Batch
-from dmt_convert.data.column_names import count_columns
-from dmt_convert.data.dataset import Dataset, RowBatches
+from dmt_convert.data.batch import Bag, Batch, Rows
+from dmt_convert.data.dataset import BlockSource, Dataset, RowBatches, TakeRows
+from dmt_convert.data.mapping import InputMap, list_names, map_inputs
+from dmt_convert.data.readers import open_data
+from dmt_convert.documents import InputRecord
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec, TableSpec
 
 _log = logging.getLogger(__name__)
 
-_MAX_NAMES: Final = 8
-"""Names that a message lists before it counts the rest."""
+
+def open_inputs(path: str | Path, spec: ModelSpec, recorded: InputRecord | None = None) -> Dataset:
+    """Open a data set as the inputs of a model; see `open_data` and `match_inputs`."""
+    return match_inputs(open_data(path), spec, recorded)
+
+
+def match_inputs(dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None = None) -> Dataset:
+    """Match a data set's columns to a model's inputs, and log how.
+
+    Args:
+        dataset: What a reader opened.
+        spec: The flat model.
+        recorded: What is known of the columns that fed the model so far. Other columns are refused.
+
+    Returns:
+        The same rows with the model's features and dense inputs, in its order. Its `inputs` say
+        where they come from.
+
+    Raises:
+        DataError: Columns are missing or ambiguous, or are not those of the record. All faults are
+            listed.
+    """
+    return apply_map(dataset, spec, _map_and_log(dataset, spec, recorded))
+
+
+def _map_and_log(dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None) -> InputMap:
+    found, faults = map_inputs(dataset, spec, recorded)
+    if found is None:
+        raise join_faults(dataset.path, faults)
+    for note in found.notes:
+        _log.info("%s: %s", dataset.path, note)
+    if found.unused:
+        _log.info("%s: columns that feed nothing: %s", dataset.path, list_names(found.unused))
+    return found
+
+
+def join_faults(path: Path, faults: Sequence[DataError]) -> DataError:
+    """Return one error that says all that is wrong with a data set."""
+    if len(faults) == 1:
+        return faults[0]
+    details: list[str] = []
+    for fault in faults:
+        details += [fault.found, *(f"  {line}" for line in fault.details)]
+        details += [f"  expected: {fault.expected}", *([f"  try: {fault.hint}"] * bool(fault.hint))]
+    return DataError(
+        f"{path} does not fit the model: {len(faults)} faults",
+        expected="columns for every input of the model",
+        hint="mend them one by one; docs/data.md has the rules",
+        details=details,
+    )
+
+
+def apply_map(dataset: Dataset, spec: ModelSpec, found: InputMap) -> Dataset:
+    """Return a data set whose batches have a model's features and dense inputs, in its order."""
+    source, features, dense = dataset.source, found.features, found.dense
+    dense_names = tuple(dataset.dense_names[i] for i in dense)
+    narrow = getattr(source, "narrow", None)
+    if narrow is not None:  # columns that feed nothing are not read
+        source = narrow([dataset.feature_names[i] for i in features], dense_names)
+        features, dense = tuple(range(len(features))), tuple(range(len(dense)))
+    found = replace(found, features=features, dense=dense)
+    return replace(
+        dataset,
+        num_dense=spec.num_dense,
+        dense_names=dense_names,
+        feature_names=spec.feature_names,
+        hash_ids=bool(found.record.hashed),
+        source=_MappedSource(inner=source, names=spec.feature_names, map=found),
+        inputs=found.record,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureMatch:
-    """Which column of the data feeds which feature of the model."""
+class _MappedSource:
+    """The blocks of another source, with a model's inputs."""
 
-    columns: tuple[int, ...]
-    """Index of the data's bag for every feature of the model, in the model's order."""
-    by: Literal["name", "position"]
-    """How they were matched."""
-    dropped: tuple[str, ...]
-    """Data columns that the model does not have."""
-    constant_dense: bool
-    """Whether the model's one dense input is fed 1.0 because the data has none."""
+    inner: BlockSource
+    names: tuple[str, ...]
+    map: InputMap
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """As the source."""
+        return self.inner.block_sizes
+
+    @property
+    def keeps_block_order(self) -> bool:
+        """As the source."""
+        return self.inner.keeps_block_order
+
+    def read_blocks(self, blocks: Sequence[int]) -> Iterator[TakeRows]:
+        """Read blocks in the order asked for, one at a time."""
+        for take in self.inner.read_blocks(blocks):
+            yield partial(self._take, take)
+
+    def _take(self, take: TakeRows, rows: Rows) -> Batch:
+        return _map_batch(take(rows), self.names, self.map)
 
 
-def match_features(dataset: Dataset, spec: ModelSpec) -> FeatureMatch:
-    """Match the data's columns to the model's features.
-
-    By name; if no name matches and one side's names only count columns (`f0`, `f1`, ...), by
-    position. If both sides' names do, `f7` is the eighth column, wherever it stands in the model.
-    How they were matched is logged, unless the columns are the features as they stand.
-
-    Raises:
-        DataError: Features are missing, or the number of dense inputs differs.
-    """
-    constant_dense = _match_dense(dataset, spec)
-    index = {name: i for i, name in enumerate(dataset.feature_names)}
-    missing = [name for name in spec.feature_names if name not in index]
-    if not missing:
-        used = set(spec.feature_names)
-        dropped = tuple(name for name in dataset.feature_names if name not in used)
-        if dropped:
-            _log.info("%s: columns dropped: %s", dataset.path, _list_names(dropped))
-        return FeatureMatch(
-            columns=tuple(index[name] for name in spec.feature_names),
-            by="name",
-            dropped=dropped,
-            constant_dense=constant_dense,
-        )
-    counted = count_columns(spec.feature_names)
-    in_order = tuple(range(len(spec.features)))
-    if dataset.names_are_positional:
-        counted = counted or in_order
-    elif counted != in_order:
-        counted = None  # names that mean something are not put in another order
-    if len(missing) == len(spec.features) == len(index) and counted is not None:
-        _log.info(
-            "%s: no name matches, columns are matched by position: %s is fed to %s, and so on",
-            dataset.path,
-            dataset.feature_names[counted[0]],
-            spec.feature_names[0],
-        )
-        return FeatureMatch(
-            columns=counted,
-            by="position",
-            dropped=(),
-            constant_dense=constant_dense,
-        )
-    raise _missing_features(dataset, spec, missing)
+def _map_batch(batch: Batch, names: tuple[str, ...], found: InputMap) -> Batch:
+    dense = batch.dense
+    if found.constant:
+        dense = np.ones((batch.num_rows, 1), dtype=np.float32)
+    elif found.dense != tuple(range(dense.shape[1])):
+        dense = np.ascontiguousarray(dense[:, found.dense])
+    return replace(
+        batch,
+        dense=dense,
+        feature_names=names,
+        bags=tuple(batch.bags[i] for i in found.features),
+    )
 
 
 def adapt_batches(dataset: Dataset, spec: ModelSpec, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Turn batches of a data set into batches of the model's features, in its order.
+    """Turn batches of a data set into batches of the model's inputs, and check every id.
 
     Args:
-        dataset: The data set that the batches come from.
+        dataset: The data set that the batches come from, matched to the model or not.
         spec: The model.
         batches: What `dataset.batches` gives.
 
@@ -100,56 +151,32 @@ def adapt_batches(dataset: Dataset, spec: ModelSpec, batches: Iterable[Batch]) -
         DataError: The data do not fit the model (at once), or an id is out of its table's range
             (as the batch comes).
     """
-    match = match_features(dataset, spec)
-    return _adapt(dataset, spec, match, batches)
+    if dataset.inputs is not None:
+        return _check_ids(dataset, spec, batches, batches)
+    found = _map_and_log(dataset, spec, None)
+    dataset = replace(dataset, inputs=found.record)
+    mapped = (_map_batch(batch, spec.feature_names, found) for batch in batches)
+    return _check_ids(dataset, spec, mapped, batches)
 
 
-def _adapt(
-    dataset: Dataset, spec: ModelSpec, match: FeatureMatch, batches: Iterable[Batch]
+def _check_ids(
+    dataset: Dataset, spec: ModelSpec, batches: Iterable[Batch], numbered: Iterable[Batch]
 ) -> Iterator[Batch]:
-    by_name = {table.name: table for table in spec.tables}
-    tables = [by_name[feature.table] for feature in spec.features]
+    """Let no id past its table; `numbered` knows which rows the batches hold."""
+    tables = list(spec.tables_by_feature.values())
     seen = 0
-    is_hash_logged = False
     for batch in batches:
         bags = []
-        for name, table, column in zip(spec.feature_names, tables, match.columns, strict=True):
-            bag = batch.bags[column]
+        for name, table, given in zip(spec.feature_names, tables, batch.bags, strict=True):
+            bag = given
             # Read as unsigned, a negative id is a very large one: one comparison for both ends.
             if len(bag.values) and int(bag.values.view(np.uint64).max()) >= table.rows:
                 if not dataset.hash_ids:
-                    raise _bad_id(dataset, batches, seen, name, table, bag)
-                if not is_hash_logged:
-                    is_hash_logged = True
-                    _log.info("%s: ids are taken modulo the tables' rows", dataset.path)
-                bag = Bag(values=bag.values % table.rows, offsets=bag.offsets, weights=bag.weights)
+                    raise _bad_id(dataset, numbered, seen, name, table, bag)
+                bag = replace(bag, values=bag.values % table.rows)
             bags.append(bag)
-        dense: Float32Array = batch.dense
-        if match.constant_dense:
-            dense = np.ones((batch.num_rows, 1), dtype=np.float32)
-        yield Batch(
-            dense=dense,
-            feature_names=spec.feature_names,
-            bags=tuple(bags),
-            labels=batch.labels,
-            logits=batch.logits,
-        )
+        yield replace(batch, bags=tuple(bags))
         seen += batch.num_rows
-
-
-def _match_dense(dataset: Dataset, spec: ModelSpec) -> bool:
-    """Check the dense width; tell whether to feed the constant 1.0."""
-    if dataset.num_dense == 0 and spec.num_dense == 1:
-        _log.info("%s has no dense inputs: the model's one is fed 1.0", dataset.path)
-        return True
-    if dataset.num_dense != spec.num_dense:
-        raise DataError(
-            f"{dataset.path} has {dataset.num_dense} dense inputs, the model takes "
-            f"{spec.num_dense}",
-            expected=f"{spec.num_dense} dense columns",
-            hint="give the data that the model was trained on; `dmt inspect` shows the model",
-        )
-    return False
 
 
 def _bad_id(
@@ -161,27 +188,11 @@ def _bad_id(
         row = f"row {int(batches.rows[index])} (from 0)"
     else:
         row = f"row {seen + index} of those read (from 0)"
+    column = name if dataset.inputs is None else dataset.inputs.features.get(name, name)
+    fed = "" if column == name else f" (column {column!r})"
     return DataError(
-        f"{dataset.path}: feature {name!r}, {row}: id {int(bag.values[at])}, but table "
+        f"{dataset.path}: feature {name!r}{fed}, {row}: id {int(bag.values[at])}, but table "
         f"{table.name!r} has {table.rows} rows",
         expected=f"ids in [0, {table.rows})",
         hint="give the data that the model was trained on, with ids mapped as for training",
     )
-
-
-def _missing_features(dataset: Dataset, spec: ModelSpec, missing: list[str]) -> DataError:
-    return DataError(
-        f"{dataset.path} lacks {len(missing)} of the model's {len(spec.features)} features",
-        expected="every feature of the model as a column, by name; or, if the names on one "
-        "side only count columns (f0, f1, ...), as many columns as features",
-        hint="rename the columns, or name the features with --model-config",
-        details=[
-            f"missing: {_list_names(missing)}",
-            f"the data have {len(dataset.feature_names)}: {_list_names(dataset.feature_names)}",
-        ],
-    )
-
-
-def _list_names(names: tuple[str, ...] | list[str]) -> str:
-    rest = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -12,9 +12,9 @@ test file) have no label. The text may be compressed by gzip. The convention is 
 [torchrec, `datasets/criteo.py`, `tsv_to_npys`]: a missing value is 0, a dense input becomes
 log(x + 3), ids are taken modulo the table's rows (`hash_ids`). Newer TorchRec subtracts the least
 value of the whole file instead of -1, which a stream cannot know; here x below -2 counts as -2, so
-that the logarithm exists. A `schema.json` beside the file with `"dense_transform": "log1p"` gives
-the DLRM trainer's log(max(x, 0) + 1) instead (that trainer's ids come from a dictionary which only
-its processed npz holds).
+that the logarithm exists. A note says so; a `schema.json` beside the file with
+`"dense_transform": "log1p"` gives the DLRM trainer's log(max(x, 0) + 1) instead (that trainer's ids
+come from a dictionary which only its processed npz holds).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import gzip
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +34,19 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from dmt_convert.arrays import AnyArray
+from dmt_convert.data.array_names import made_up, name_columns, open_arrays
 from dmt_convert.data.batch import Bag, Batch, take_rows, uniform_offsets
-from dmt_convert.data.column_names import SCHEMA_NAME, read_schema
+from dmt_convert.data.column_names import read_schema
 from dmt_convert.data.data_files import natural_key
 from dmt_convert.data.dataset import Dataset, TakeRows
-from dmt_convert.data.npz_readers import log1p_dense
-from dmt_convert.data.stored_arrays import ArrayBlocks, ArrayPart, StoredArray, open_npy, open_npz
-from dmt_convert.data.value_checks import RowPlace, check_ids, check_labels
+from dmt_convert.data.dense_transforms import (
+    TRANSFORMS,
+    Transform,
+    choose_transform,
+    states_form,
+)
+from dmt_convert.data.stored_arrays import ArrayPart, StoredArray, open_npy, open_npz
+from dmt_convert.data.value_checks import RowPlace, check_dense, check_ids, check_labels
 from dmt_convert.errors import DataError
 
 _FILE_NAME: Final = re.compile(
@@ -52,7 +58,7 @@ _SPARSE_KINDS: Final = ("sparse", "sparse_contig_freq", "sparse_multi_hot")
 
 def is_criteo_npy(path: Path) -> bool:
     """Tell by file names: a set has at least its dense and one sparse file."""
-    return bool(_find_sets(path))
+    return any(_is_complete(files) for _, files in _find_sets(path))
 
 
 def read_criteo_npy(path: Path) -> Dataset:
@@ -61,7 +67,18 @@ def read_criteo_npy(path: Path) -> Dataset:
     Raises:
         DataError: Files are damaged, missing, ambiguous, or do not fit each other.
     """
-    parts = [_open_part(path, stem, files) for stem, files in _find_sets(path)]
+    sets = _find_sets(path)
+    broken = [
+        f"{stem or 'files'}: only {_list(files)}" for stem, files in sets if not _is_complete(files)
+    ]
+    if broken:
+        raise DataError(
+            f"{path}: {len(broken)} sets of files are not whole",
+            expected="*_dense.npy and one file of ids in every set",
+            hint="copy the missing files, or move the others away",
+            details=broken,
+        )
+    parts = [_open_part(path, stem, files) for stem, files in sets]
     shapes = {(part.num_dense, part.num_features, part.labels is None) for part in parts}
     if len(shapes) > 1:
         raise DataError(
@@ -74,23 +91,14 @@ def read_criteo_npy(path: Path) -> Dataset:
                 for part in parts
             ],
         )
-    first = parts[0]
-    source = ArrayBlocks(
-        parts=tuple(parts),
-        feature_names=tuple(f"cat_{i}" for i in range(first.num_features)),
-        dense_names=tuple(f"int_{i}" for i in range(first.num_dense)),
+    return open_arrays(
+        path,
+        "criteo-npy",
+        tuple(parts),
+        feature_name="cat_{}",
+        dense_name="int_{}",
         # Older TorchRec wrote 32-bit hashes as int32: some are negative, and hashed later.
-        allow_negative=True,
-    )
-    return Dataset(
-        path=path,
-        format="criteo-npy",
-        num_dense=first.num_dense,
-        feature_names=source.feature_names,
-        names_are_positional=True,
-        has_labels=first.labels is not None,
         hash_ids=True,
-        source=source,
     )
 
 
@@ -103,7 +111,7 @@ def _find_sets(path: Path) -> list[tuple[str, dict[str, Path]]]:
     sets: dict[str, dict[str, Path]] = defaultdict(dict)
     for file in (path if is_directory else path.parent).iterdir():
         match = _FILE_NAME.fullmatch(file.name)
-        if match is not None:
+        if match is not None and not file.name.startswith("."):
             sets[match["stem"] or ""][match["kind"]] = file
     if given is not None:
         files = sets[given["stem"] or ""]
@@ -111,12 +119,15 @@ def _find_sets(path: Path) -> list[tuple[str, dict[str, Path]]]:
             files = {kind: f for kind, f in files.items() if kind not in _SPARSE_KINDS}
             files[given["kind"]] = path
         sets = defaultdict(dict, {given["stem"] or "": files})
-    complete = {
-        stem: files
-        for stem, files in sets.items()
-        if "dense" in files and any(kind in files for kind in _SPARSE_KINDS)
-    }
-    return sorted(complete.items(), key=lambda item: natural_key(item[0]))
+    return sorted(sets.items(), key=lambda item: natural_key(item[0]))
+
+
+def _is_complete(files: Mapping[str, Path]) -> bool:
+    return "dense" in files and any(kind in files for kind in _SPARSE_KINDS)
+
+
+def _list(files: Mapping[str, Path]) -> str:
+    return ", ".join(sorted(file.name for file in files.values()))
 
 
 def _open_part(path: Path, stem: str, files: dict[str, Path]) -> ArrayPart:
@@ -152,23 +163,12 @@ def _multi_hot(file: Path, arrays: dict[str, StoredArray]) -> tuple[StoredArray,
 
 NUM_DENSE: Final = 13
 NUM_FEATURES: Final = 26
-FEATURE_NAMES: Final = tuple(f"cat_{i}" for i in range(NUM_FEATURES))
+FEATURE_NAMES: Final = made_up("cat_{}", NUM_FEATURES)
+DENSE_NAMES: Final = made_up("int_{}", NUM_DENSE)
 BLOCK_ROWS: Final = 1 << 15
 """Lines that are parsed at once."""
 _CHUNK_BYTES: Final = 1 << 22
 _READ_ERRORS: Final = (OSError, EOFError, zlib.error)
-
-
-def log3_dense(values: AnyArray) -> AnyArray:
-    """Return log(max(x, -2) + 3) in float32: TorchRec's transform of Criteo's integers."""
-    shifted: AnyArray = np.maximum(values, -2).astype(np.float32) + np.float32(3)
-    return np.log(shifted)
-
-
-_TRANSFORMS: Final[Mapping[str, Callable[[AnyArray], AnyArray]]] = {
-    "log3": log3_dense,
-    "log1p": log1p_dense,
-}
 
 
 def is_criteo_tsv(path: Path) -> bool:
@@ -193,27 +193,28 @@ def read_criteo_tsv(path: Path) -> Dataset:
         has_labels = _count_fields(file.readline(1 << 16)) == 1 + NUM_DENSE + NUM_FEATURES
     offsets, num_rows = _index_lines(path)
     schema = read_schema(path.parent)
-    transform = "log3" if schema is None else schema.dense_transform or "log3"
-    if transform not in _TRANSFORMS:
-        raise DataError(
-            f"{path.parent / SCHEMA_NAME}: dense_transform is {transform!r}",
-            expected=f"one of {', '.join(_TRANSFORMS)}",
-            hint="log3 is TorchRec's, log1p the DLRM trainer's",
-        )
+    transform = choose_transform(schema, "log3")
+    names = name_columns(path, schema, NUM_FEATURES, NUM_DENSE)
+    features = names.sparse_features or FEATURE_NAMES
     return Dataset(
         path=path,
         format="criteo-tsv",
         num_dense=NUM_DENSE,
-        feature_names=FEATURE_NAMES,
-        names_are_positional=True,
+        feature_names=features,
+        names_are_positional=names.sparse_features is None,
         has_labels=has_labels,
         hash_ids=True,
+        dense_names=names.dense_features or DENSE_NAMES,
+        dense_order="array" if names.dense_features is None else "listed",
+        dense_form=transform,
+        form_is_stated=states_form(schema),
         source=TsvBlocks(
             file=path,
             offsets=offsets,
             num_rows=num_rows,
             has_labels=has_labels,
-            transform=_TRANSFORMS[transform],
+            feature_names=features,
+            transform=TRANSFORMS[transform],
         ),
     )
 
@@ -230,7 +231,9 @@ class TsvBlocks:
     """Number of lines."""
     has_labels: bool
     """Whether lines begin with a label."""
-    transform: Callable[[AnyArray], AnyArray]
+    feature_names: tuple[str, ...]
+    """Names of the features."""
+    transform: Transform | None
     """What turns the 13 integers into dense inputs."""
 
     @property
@@ -273,13 +276,16 @@ class TsvBlocks:
         ]
         offsets = uniform_offsets(len(lines), 1)
         bags = []
-        for i, name in enumerate(FEATURE_NAMES):
+        for i, name in enumerate(self.feature_names):
             ids = _parse_column(fields[skip + NUM_DENSE + i :: width], 16, place, name)
             bags.append(Bag(values=check_ids(ids, offsets, place, name), offsets=offsets))
         labels = _parse_column(fields[0::width], 10, place, "label") if skip else None
+        dense = np.stack(numbers, axis=1)
         return Batch(
-            dense=self.transform(np.stack(numbers, axis=1)),
-            feature_names=FEATURE_NAMES,
+            dense=check_dense(
+                dense if self.transform is None else self.transform(dense), place, DENSE_NAMES
+            ),
+            feature_names=self.feature_names,
             bags=tuple(bags),
             labels=None if labels is None else check_labels(labels, place, "label"),
         )

@@ -8,19 +8,26 @@ so it reads only its own blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from dmt_convert.arrays import IntArray
 from dmt_convert.data.batch import Batch, Rows, join_batches
-from dmt_convert.errors import ConfigError
+from dmt_convert.documents import InputRecord
+from dmt_convert.errors import ConfigError, DataError
 
 TakeRows = Callable[[Rows], Batch]
 """Gives some rows of one block; rows count from the block's first."""
+
+
+ColumnOrder = Literal["array", "listed", "file", "fed"]
+"""What the order of a data set's columns means. array: they are columns of an array, their names
+are made up. listed: `schema.json` lists them in order. file: nothing, they stand as they were
+written. fed: they are the model's own inputs, as a probe holds them."""
 
 
 class BlockSource(Protocol):
@@ -63,11 +70,55 @@ class Dataset:
     """Whether batches carry the original model's logits (probes)."""
     hash_ids: bool = False
     """Whether ids must be taken modulo the table's rows, as the format's trainer does."""
+    feature_order: ColumnOrder = "listed"
+    """What the order of `feature_names` means."""
+    dense_names: tuple[str, ...] = ()
+    """Names of the D dense inputs of every batch; made up unless given."""
+    dense_order: ColumnOrder = "array"
+    """What the order of the dense inputs means."""
+    dense_form: str | None = "stored"
+    """In which form dense inputs are fed (`dense_transforms.FORMS`). None if they are the model's
+    own inputs (probes)."""
+    form_is_stated: bool = False
+    """Whether `schema.json` names the form."""
+    column_types: Mapping[str, str] = field(default_factory=dict)
+    """Name -> type of every column of the files, read or not, if columns have types of their
+    own."""
+    inputs: InputRecord | None = None
+    """How the columns were matched to a model's inputs, once they were."""
+
+    def __post_init__(self) -> None:
+        if not self.dense_names:
+            object.__setattr__(
+                self, "dense_names", tuple(f"dense[{i}]" for i in range(self.num_dense))
+            )
 
     @property
     def num_rows(self) -> int:
         """Number of rows, over all blocks."""
         return sum(self.source.block_sizes)
+
+    def lists_file_columns(self, order: Literal["feature_order", "dense_order"]) -> bool:
+        """Whether `schema.json` puts columns in order that have names of their own."""
+        return bool(self.column_types) and getattr(self, order) == "listed"
+
+    def require_labels(self, hint: str) -> None:
+        """Refuse rows without labels, naming what there is instead.
+
+        Args:
+            hint: What else one may do.
+
+        Raises:
+            DataError: There are none.
+        """
+        if self.has_labels:
+            return
+        columns = ", ".join(self.column_types)
+        raise DataError(
+            f"{self.path} has no labels" + (f"; its columns are {columns}" if columns else ""),
+            expected="a column `label` of 0 or 1" if columns else "a label of 0 or 1 for every row",
+            hint=f"rename the column of labels to `label`; {hint}" if columns else hint,
+        )
 
     def batches(
         self,

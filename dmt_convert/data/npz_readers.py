@@ -21,11 +21,12 @@ from typing import Final
 
 import numpy as np
 
-from dmt_convert.arrays import AnyArray, Float32Array
+from dmt_convert.arrays import Float32Array
+from dmt_convert.data.array_names import open_arrays
 from dmt_convert.data.batch import Bag, Batch, take_rows
-from dmt_convert.data.column_names import Schema, are_positional, check_unique, read_schema
+from dmt_convert.data.column_names import are_positional, check_unique
 from dmt_convert.data.dataset import Dataset, TakeRows
-from dmt_convert.data.stored_arrays import ArrayBlocks, ArrayPart, StoredArray, npz_names, open_npz
+from dmt_convert.data.stored_arrays import ArrayPart, StoredArray, npz_names, open_npz
 from dmt_convert.data.value_checks import (
     RowPlace,
     check_dense,
@@ -53,27 +54,13 @@ def read_dlrm_npz(path: Path) -> Dataset:
     part = ArrayPart(
         dense=arrays["X_int"], ids=(arrays["X_cat"],), is_matrix=True, labels=arrays["y"]
     )
-    source = ArrayBlocks(
-        parts=(part,),
-        feature_names=tuple(f"f{i}" for i in range(part.num_features)),
-        dense_names=tuple(f"X_int[{i}]" for i in range(part.num_dense)),
-        transform=log1p_dense,
+    return open_arrays(
+        path,
+        "dlrm-npz",
+        (part,),
+        dense_name="X_int[{}]",
+        transform="log1p",
     )
-    return Dataset(
-        path=path,
-        format="dlrm-npz",
-        num_dense=part.num_dense,
-        feature_names=source.feature_names,
-        names_are_positional=True,
-        has_labels=True,
-        source=source,
-    )
-
-
-def log1p_dense(values: AnyArray) -> AnyArray:
-    """Return log(max(x, 0) + 1) in float32, as the DLRM trainer computes it."""
-    raw = values.astype(np.float32)
-    return np.log(np.maximum(raw, np.float32(0)) + np.float32(1))
 
 
 def is_repository_npz(path: Path) -> bool:
@@ -94,44 +81,7 @@ def read_repository_npz(path: Path) -> Dataset:
         is_matrix=True,
         labels=arrays.get("label"),
     )
-    schema = read_schema(path.parent)
-    sparse = schema.sparse_features if schema is not None else None
-    dense = schema.dense_features if schema is not None else None
-    if schema is not None:
-        _check_counts(path, part, schema)
-    features = sparse or tuple(f"f{i}" for i in range(part.num_features))
-    source = ArrayBlocks(
-        parts=(part,),
-        feature_names=check_unique(features, path),
-        dense_names=dense or tuple(f"dense[{i}]" for i in range(part.num_dense)),
-    )
-    return Dataset(
-        path=path,
-        format="repository-npz",
-        num_dense=part.num_dense,
-        feature_names=source.feature_names,
-        names_are_positional=not sparse,
-        has_labels=part.labels is not None,
-        source=source,
-    )
-
-
-def _check_counts(path: Path, part: ArrayPart, schema: Schema) -> None:
-    details = [
-        f"{noun}: {found} in {path.name}, {len(names)} in {schema.file.name}"
-        for noun, found, names in (
-            ("dense columns", part.num_dense, schema.dense_features),
-            ("features", part.num_features, schema.sparse_features),
-        )
-        if names is not None and len(names) != found
-    ]
-    if details:
-        raise DataError(
-            f"{path} and {schema.file} disagree",
-            expected="as many names in the schema as columns in the data",
-            hint="use the schema.json that was written with the data",
-            details=details,
-        )
+    return open_arrays(path, "repository-npz", (part,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +127,9 @@ def read_probe_npz(path: Path) -> Dataset:
         names_are_positional=are_positional(batch.feature_names),
         has_labels=False,
         has_logits=batch.logits is not None,
+        feature_order="fed",
+        dense_order="fed",
+        dense_form=None,
         source=HeldBlock(batch=batch),
     )
 

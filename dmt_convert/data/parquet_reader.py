@@ -1,9 +1,9 @@
 """Reader of parquet: columns named as features, one row group at a time.
 
 Integer columns hold one id per row (null: an empty bag), list columns of integers several.
-`<feature>__weights` holds one weight per id. Float columns are dense inputs; a `schema.json`
-beside the file lists integer columns that are dense too, and the order of the dense inputs.
-`label` is the label. Other columns are left aside.
+`<feature>__weights` holds one weight per id, `label` the label. Float columns may be dense inputs:
+which of them are, and in which order, is settled by a `schema.json` beside the files, by names that
+count, or by what a bundle was fed before (`mapping`). Other columns are left aside.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +20,10 @@ import numpy as np
 
 from dmt_convert.arrays import AnyArray, Float32Array, IntArray
 from dmt_convert.data.batch import Bag, Batch, take_rows
-from dmt_convert.data.column_names import Schema, check_unique, read_schema
-from dmt_convert.data.data_files import natural_key
+from dmt_convert.data.column_names import LABEL, SCHEMA_NAME, Schema, check_unique, read_schema
 from dmt_convert.data.dataset import Dataset, TakeRows
+from dmt_convert.data.dense_transforms import states_form, stored_form
+from dmt_convert.data.parquet_files import parquet_files
 from dmt_convert.data.value_checks import (
     RowPlace,
     check_dense,
@@ -33,20 +34,9 @@ from dmt_convert.data.value_checks import (
 )
 from dmt_convert.errors import DataError
 
-LABEL: Final = "label"
 WEIGHTS_SUFFIX: Final = "__weights"
 
 _log = logging.getLogger(__name__)
-
-
-def is_parquet(path: Path) -> bool:
-    """Tell by magic bytes (a file) or file names (a directory)."""
-    if path.is_dir():
-        return bool(_files(path))
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 
 
 def read_parquet(path: Path) -> Dataset:
@@ -55,24 +45,21 @@ def read_parquet(path: Path) -> Dataset:
     Raises:
         DataError: pyarrow is missing, files are damaged, differ, or hold no features.
     """
-    files = _files(path) if path.is_dir() else [path]
-    opened = [_open_file(file) for file in files]
+    files = parquet_files(path)
     schema = read_schema(path if path.is_dir() else path.parent)
-    columns = _sort_columns(files[0], opened[0].schema_arrow, schema)
-    for file, parquet in zip(files, opened, strict=True):
-        if _sort_columns(file, parquet.schema_arrow, schema) != columns:
-            raise DataError(
-                f"{file} and {files[0].name} hold different columns",
-                expected="the same names and kinds of columns in all files",
-                hint="give one file, or write the files again with one schema",
-            )
+    columns: Columns | None = None
+    groups: list[RowGroup] = []
+    for file in files:  # one at a time: there may be more files than a process may open
+        with _open_file(file) as parquet:
+            own = _sort_columns(file, parquet.schema_arrow, schema)
+            groups += _row_groups(file, parquet.metadata)
+        columns = own if columns is None else columns
+        _check_same(files[0], columns, file, own)
+    assert columns is not None
     if columns.ignored:
         _log.info("%s: columns left aside: %s", path, ", ".join(columns.ignored))
-    groups = [
-        group
-        for file, parquet in zip(files, opened, strict=True)
-        for group in _row_groups(file, parquet.metadata)
-    ]
+    dense_listed = schema is not None and schema.dense_features is not None
+    features_listed = schema is not None and schema.sparse_features is not None
     return Dataset(
         path=path,
         format="parquet",
@@ -80,8 +67,33 @@ def read_parquet(path: Path) -> Dataset:
         feature_names=columns.features,
         names_are_positional=False,
         has_labels=columns.has_label,
+        feature_order="listed" if features_listed else "file",
+        dense_names=columns.dense,
+        dense_order="listed" if dense_listed else "file",
+        dense_form=stored_form(schema),
+        form_is_stated=states_form(schema),
+        column_types=columns.types,
         source=ParquetBlocks(groups=tuple(groups), columns=columns),
     )
+
+
+def _check_same(first: Path, columns: Columns, file: Path, own: Columns) -> None:
+    """Refuse a file whose columns are not those of the first, naming them."""
+    there, here = columns.roles, own.roles
+    differing = [
+        f"{name}: {columns.types.get(name, 'missing')} in {first.name}, "
+        f"{own.types.get(name, 'missing')} in {file.name}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise DataError(
+            f"{file} and {first.name} hold different columns: {differing[0]}"
+            + (f" and {len(differing) - 1} more" if len(differing) > 1 else ""),
+            expected="the same names and kinds of columns in all files, in any order",
+            hint="write the files again with one schema, or give them one by one",
+            details=differing[1:20],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +101,24 @@ class Columns:
     """What the columns of a file are."""
 
     dense: tuple[str, ...]
-    """Dense inputs, in the order in which they are fed."""
+    """Columns that are dense inputs, or may be."""
     features: tuple[str, ...]
-    """Features, in the order of the file."""
+    """Features, in the order of the file or of the schema."""
     weighted: frozenset[str]
     """Features that have a column of weights."""
     has_label: bool
     """Whether there is a label."""
     ignored: tuple[str, ...]
     """Columns that are neither."""
+    types: Mapping[str, str]
+    """Name -> type of every column of the file."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Column that is read -> what it is."""
+        roles = dict.fromkeys(self.features, "feature") | dict.fromkeys(self.dense, "dense")
+        roles |= {name + WEIGHTS_SUFFIX: "weights" for name in self.weighted}
+        return roles | ({LABEL: "label"} if self.has_label else {})
 
     @property
     def read(self) -> list[str]:
@@ -135,6 +156,16 @@ class ParquetBlocks:
     columns: Columns
     """What the columns are."""
 
+    def narrow(self, features: Sequence[str], dense: Sequence[str]) -> ParquetBlocks:
+        """Return the same rows with some of the columns, in the order asked for."""
+        columns = replace(
+            self.columns,
+            features=tuple(features),
+            dense=tuple(dense),
+            weighted=self.columns.weighted & {*features},
+        )
+        return replace(self, columns=columns)
+
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Rows of every row group."""
@@ -147,17 +178,17 @@ class ParquetBlocks:
 
     def read_blocks(self, blocks: Sequence[int]) -> Iterator[TakeRows]:
         """Read the row groups asked for, one at a time."""
-        pyarrow = _import_pyarrow("pyarrow")
         opened: dict[Path, Any] = {}
-        for block in blocks:
-            group = self.groups[block]
-            if group.file not in opened:
-                opened = {group.file: _open_file(group.file)}
-            try:
-                table = opened[group.file].read_row_group(group.index, columns=self.columns.read)
-            except (OSError, pyarrow.ArrowException) as error:
-                raise _damaged(group.file, error) from error
-            yield partial(take_rows, self._batch(table, group.place))
+        try:
+            for block in blocks:
+                group = self.groups[block]
+                if group.file not in opened:
+                    _close(opened)
+                    opened = {group.file: _open_file(group.file)}
+                table = _read_group(opened[group.file], group, self.columns.read)
+                yield partial(take_rows, self._batch(table, group.place))
+        finally:
+            _close(opened)
 
     def _batch(self, table: Any, place: RowPlace) -> Batch:
         numbers = [_numbers(table.column(name)) for name in self.columns.dense]
@@ -217,8 +248,8 @@ def _read_bags(column: Any, place: RowPlace, name: str) -> tuple[AnyArray, IntAr
 
 
 def _numbers(column: Any) -> AnyArray:
-    """Return a scalar column as floats, shape (B,), nulls as NaN."""
-    values: AnyArray = column.cast("float64").to_numpy()
+    """Return a scalar column as floats, shape (B,), nulls as NaN; large integers are rounded."""
+    values: AnyArray = column.cast("float64", safe=False).to_numpy()
     return values
 
 
@@ -226,48 +257,62 @@ def _sort_columns(file: Path, arrow: Any, schema: Schema | None) -> Columns:
     """Say what every column is, by name and type.
 
     Raises:
-        DataError: A name appears twice, a dense column of the schema is missing or no number,
+        DataError: A name appears twice, a column of the schema is missing or of the wrong type,
             there is no feature, or a label or weight is not a number.
     """
     types = _import_pyarrow("pyarrow.types")
     kinds = {name: arrow.field(i).type for i, name in enumerate(check_unique(arrow.names, file))}
-    listed = (schema.dense_features or ()) if schema is not None else ()
-    wrong = [name for name in listed if name not in kinds or not _is_number(types, kinds[name])]
-    if wrong:
-        raise DataError(
-            f"{file}: dense columns of the schema are missing or not numeric: {', '.join(wrong)}",
-            expected="every dense feature of schema.json as a column of numbers",
-            hint="correct the schema.json beside the data",
-        )
-    features = [
+    dense = schema.dense_features if schema is not None else None
+    sparse = schema.sparse_features if schema is not None else None
+    _check_listed(file, kinds, dense or (), sparse or ())
+    features = sparse or tuple(
         name
         for name, kind in kinds.items()
-        if name not in listed
-        and name != LABEL
-        and (
-            types.is_integer(kind) or (_is_list(types, kind) and types.is_integer(kind.value_type))
-        )
-    ]
+        if name not in (*(dense or ()), LABEL) and _is_ids(types, kind)
+    )
     if not features:
+        held = ", ".join(f"{name} ({kind})" for name, kind in list(kinds.items())[:20])
         raise DataError(
-            f"{file} does not hold a column of ids",
+            f"{file} does not hold a column of ids; it holds {held or 'no columns'}",
             expected="integer or list<integer> columns named as the model's features",
+            hint="map values to row numbers first, as for training (docs/data.md shows how)",
         )
     weights = {name + WEIGHTS_SUFFIX for name in features} & set(kinds)
     _check_types(file, kinds, weights)
-    floats = [
-        name
-        for name, kind in kinds.items()
-        if types.is_floating(kind) and name not in (*listed, LABEL, *weights)
-    ]
-    known = {*listed, *floats, *features, *weights, LABEL}
+    if dense is None:
+        dense = tuple(
+            name
+            for name, kind in kinds.items()
+            if types.is_floating(kind) and name not in (*features, LABEL, *weights)
+        )
+    known = {*dense, *features, *weights, LABEL}
     return Columns(
-        dense=(*listed, *floats),
-        features=tuple(features),
+        dense=dense,
+        features=features,
         weighted=frozenset(name.removesuffix(WEIGHTS_SUFFIX) for name in weights),
         has_label=LABEL in kinds,
         ignored=tuple(name for name in kinds if name not in known),
+        types={name: str(kind) for name, kind in kinds.items()},
     )
+
+
+def _check_listed(
+    file: Path, kinds: Mapping[str, Any], dense: Sequence[str], sparse: Sequence[str]
+) -> None:
+    """Refuse columns of the schema that are missing or of the wrong type."""
+    types = _import_pyarrow("pyarrow.types")
+    wrong = [
+        f"{noun} {name} ({kinds.get(name, 'missing')})"
+        for noun, names, is_right in (("dense", dense, _is_number), ("feature", sparse, _is_ids))
+        for name in names
+        if name not in kinds or not is_right(types, kinds[name])
+    ]
+    if wrong:
+        raise DataError(
+            f"{file}: columns of {SCHEMA_NAME} are missing or of another type: {', '.join(wrong)}",
+            expected="every dense feature as a column of numbers, every other as a column of ids",
+            hint=f"correct the {SCHEMA_NAME} beside the data",
+        )
 
 
 def _check_types(file: Path, kinds: Mapping[str, Any], weights: Collection[str]) -> None:
@@ -290,6 +335,10 @@ def _is_list(types: Any, kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
+def _is_ids(types: Any, kind: Any) -> bool:
+    return bool(types.is_integer(kind.value_type if _is_list(types, kind) else kind))
+
+
 def _is_number(types: Any, kind: Any) -> bool:
     return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
@@ -306,16 +355,28 @@ def _row_groups(file: Path, metadata: Any) -> Iterator[RowGroup]:
         first_row += num_rows
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.parquet"), key=lambda file: natural_key(file.name))
-
-
 def _open_file(file: Path) -> Any:
     pyarrow = _import_pyarrow("pyarrow")
     try:
         return _import_pyarrow("pyarrow.parquet").ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise _damaged(file, error) from error
+
+
+def _close(opened: Mapping[Path, Any]) -> None:
+    for file in opened.values():
+        file.close()
+
+
+def _read_group(opened: Any, group: RowGroup, columns: list[str]) -> Any:
+    pyarrow = _import_pyarrow("pyarrow")
+    try:
+        table = opened.read_row_group(group.index, columns=columns)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _damaged(group.file, error) from error
+    if table.num_rows != group.num_rows:
+        raise _damaged(group.file, ValueError("it changed while it was read"))
+    return table
 
 
 def _import_pyarrow(module: str) -> Any:

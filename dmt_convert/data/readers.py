@@ -22,7 +22,8 @@ from dmt_convert.data.npz_readers import (
     read_probe_npz,
     read_repository_npz,
 )
-from dmt_convert.data.parquet_reader import is_parquet, read_parquet
+from dmt_convert.data.parquet_files import is_parquet
+from dmt_convert.data.parquet_reader import read_parquet
 from dmt_convert.data.stored_arrays import npz_names
 from dmt_convert.errors import DataError
 from dmt_convert.readers import Reader, with_plugins

@@ -9,6 +9,7 @@ Letters: n rows of a file, D dense inputs, F features, L ids per row of a featur
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,11 @@ from dmt_convert.data.value_checks import RowPlace, check_dense, check_ids, chec
 from dmt_convert.errors import DataError
 from dmt_convert.zip_members import member_offset
 
-_READ_ERRORS: Final = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
+_READ_ERRORS: Final = (
+    *(zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, RuntimeError),
+    *(NotImplementedError, OverflowError, MemoryError),
+    *(SyntaxError, tokenize.TokenError),  # numpy parses headers as Python literals
+)
 
 
 class StoredArray:
@@ -89,6 +94,8 @@ def open_npz(path: Path) -> dict[str, StoredArray]:
             for info in archive.infolist():
                 if info.filename.endswith(".npy"):
                     array = _open_member(path, archive, info)
+                    if array.name in arrays:
+                        raise ValueError(f"array {array.name!r} is there twice")
                     arrays[array.name] = array
     except _READ_ERRORS as error:
         raise _damaged(path, str(error)) from error
@@ -116,9 +123,9 @@ def _open_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
         shape, order, dtype = _read_header(path, name, member)
         header_size = member.tell()
     offset = None
+    if header_size + math.prod(shape) * dtype.itemsize > info.file_size:
+        raise zipfile.BadZipFile(f"array {name!r} is longer than its member")
     if info.compress_type == zipfile.ZIP_STORED and 0 not in shape:
-        if header_size + math.prod(shape) * dtype.itemsize > info.file_size:
-            raise zipfile.BadZipFile(f"array {name!r} is longer than its member")
         offset = member_offset(archive, info) + header_size
 
     def load() -> AnyArray:
@@ -139,6 +146,8 @@ def _read_header(
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     else:
         shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
+        raise ValueError(f"array {name!r} claims the shape {shape}")
     if dtype.hasobject:
         raise DataError(
             f"{path}: array {name!r} holds pickled Python objects",
@@ -177,7 +186,9 @@ class ArrayPart:
         arrays = [array for array in (self.dense, *self.ids, self.labels) if array is not None]
         shapes = [f"{array.name}: {array.shape}" for array in arrays]
         file = arrays[0].file
-        flat = self.labels is None or self.labels.shape[1:] in ((), (1,))
+        flat = self.labels is None or (
+            len(self.labels.shape) >= 1 and self.labels.shape[1:] in ((), (1,))
+        )
         matrices = (*(() if self.dense is None else (self.dense,)), *self.ids)
         if not flat or any(len(array.shape) != 2 for array in matrices):
             raise DataError(

@@ -41,6 +41,7 @@ fm: true                       # DeepCTR: false for WDL, whose tensors look like
 features:                      # in interaction order; may rename features and share tables
   - {name: user_id, table: t_user, pooling: sum}
   - last_item
+dense_features: [age, price]   # columns of the data, in the order of the dense inputs
 ignore: ["train_auroc.*"]      # tensors that do not belong to the model
 """
 
@@ -122,6 +123,8 @@ class ModelConfig(_Settings):
     """deepctr: whether a factorisation machine pairs the features."""
     features: Features | None = None
     """The features in interaction order."""
+    dense_features: Annotated[tuple[Name, ...] | None, BeforeValidator(_read_list)] = None
+    """Names of the dense inputs in their order, as the data calls them."""
     ignore: Annotated[
         tuple[str, ...], BeforeValidator(lambda value: _read_list(() if value is None else value))
     ] = ()

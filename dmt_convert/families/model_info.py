@@ -19,6 +19,7 @@ import numpy as np
 
 from dmt_convert.arrays import Float64Array
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
+from dmt_convert.documents import InputRecord
 from dmt_convert.families.name_map import strip_wrappers
 from dmt_convert.spec import ModelSpec
 
@@ -88,6 +89,8 @@ class FlatModelInfo:
     """What the checkpoint holds in other dicts than the model's, one line each."""
     ignored_tensors: tuple[IgnoredTensor, ...] = ()
     """Tensors of the model's own dict that were passed over."""
+    inputs: InputRecord | None = None
+    """Which columns of the data are its dense inputs, if that is known."""
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""

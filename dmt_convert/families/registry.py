@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from dmt_convert.checkpoint import FlatCheckpoint
+from dmt_convert.documents import InputRecord
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.deepctr import DEEPCTR
 from dmt_convert.families.facebook import FACEBOOK_DLRM
@@ -64,7 +66,24 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         config=config,
         anchor=family.anchor,
     )
-    return family.describe(source)
+    return _name_dense(family.describe(source), config.dense_features)
+
+
+def _name_dense(info: FlatModelInfo, names: tuple[str, ...] | None) -> FlatModelInfo:
+    """Give the dense inputs the names that the user says they have.
+
+    Raises:
+        ConfigError: There are more or fewer names than inputs, or one is named twice.
+    """
+    if names is None:
+        return info
+    if len(names) != info.spec.num_dense or len({*names}) < len(names):
+        raise ConfigError(
+            f"dense_features of the model config has {len({*names})} different names",
+            expected=f"a name for each of the model's {info.spec.num_dense} dense inputs",
+            hint="list the columns of the data in the order of training",
+        )
+    return replace(info, inputs=InputRecord(dense=names))
 
 
 def infer_spec(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -> ModelSpec:

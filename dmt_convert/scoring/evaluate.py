@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dmt_convert.errors import DataError
+from dmt_convert.documents import InputRecord
 from dmt_convert.files import SCORES_FILE, check_output, staged_file
 from dmt_convert.metrics import measure_accuracy
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.scored_model import ScoredModel, Scores, score_data
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class Evaluation:
     """Rows evaluated."""
     rows_per_s: float
     """Rows read and scored per second."""
+    inputs: InputRecord
+    """Which columns of the data fed the model."""
 
 
 def evaluate_model(
@@ -48,12 +53,14 @@ def evaluate_model(
     Raises:
         DataError: The data has no labels, or does not fit the model.
     """
-    scores = score_data(model, data, max_rows=max_rows, progress=progress)
-    if scores.labels is None:
-        raise DataError(
-            f"{data} has no labels",
-            expected="a label of 0 or 1 for every row",
-            hint="use `dmt score` for data without labels",
+    scores = score_data(model, data, max_rows=max_rows, needs_labels=True, progress=progress)
+    assert scores.labels is not None
+    if scores.labels.min() == scores.labels.max():
+        _log.warning(
+            "%s: all %s rows have the label %g: AUC and NE do not exist",
+            data,
+            scores.rows,
+            scores.labels[0],
         )
     accuracy = measure_accuracy(scores.logits, scores.labels)
     return Evaluation(
@@ -62,6 +69,7 @@ def evaluate_model(
         ne=accuracy.ne,
         rows=scores.rows,
         rows_per_s=scores.rows_per_s,
+        inputs=scores.inputs,
     )
 
 

@@ -17,7 +17,8 @@ from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.config import ScoringOptions
-from dmt_convert.data import Batch, adapt_batches, open_data
+from dmt_convert.data import Batch, adapt_batches, open_inputs
+from dmt_convert.documents import InputRecord
 from dmt_convert.errors import DataError
 from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model, read_model_options
 from dmt_convert.files import check_checksums
@@ -47,6 +48,8 @@ class ScoredModel:
     """The model itself."""
     bundle: Bundle | None = None
     """The bundle, where it is one."""
+    inputs: InputRecord | None = None
+    """Which columns of the data fed it so far, if that is known."""
     files: tuple[Path, ...] = ()
     """Files of a checkpoint, which may lie beside each other."""
 
@@ -96,6 +99,8 @@ class Scores:
     """The original model's logits, shape (rows,), if the data holds them (probes)."""
     seconds: float
     """Time spent reading and scoring."""
+    inputs: InputRecord
+    """Which columns of the data fed the model."""
     path: Path | None = None
     """The npz that holds `logits`, if one was written."""
 
@@ -154,16 +159,25 @@ def open_model(
     if is_bundle(path):
         bundle = open_bundle(path)
         return ScoredModel(
-            path=path, kind="bundle", module=open_bundle_model(bundle), bundle=bundle
+            path=path,
+            kind="bundle",
+            module=open_bundle_model(bundle),
+            bundle=bundle,
+            inputs=bundle.manifest.inputs,
         )
     if is_export(path):
+        exported = ExportedModel(path, trust_code=trust_code)
         return ScoredModel(
-            path=path, kind="export", module=ExportedModel(path, trust_code=trust_code)
+            path=path, kind="export", module=exported, inputs=exported.manifest.columns
         )
     info = infer_model(open_checkpoint(path), config)
     _check_bytes(info)
     return ScoredModel(
-        path=path, kind="flat", module=open_flat_model(info), files=info.checkpoint.files
+        path=path,
+        kind="flat",
+        module=open_flat_model(info),
+        inputs=info.inputs,
+        files=info.checkpoint.files,
     )
 
 
@@ -179,6 +193,7 @@ def score_data(
     data: Path,
     *,
     max_rows: int | None = None,
+    needs_labels: bool = False,
     progress: Progress = no_progress,
 ) -> Scores:
     """Score every row of a data set, in its order.
@@ -187,13 +202,17 @@ def score_data(
         model: The model.
         data: The data set.
         max_rows: Score at most this many rows.
+        needs_labels: Refuse data without labels.
         progress: Told of the rows that are scored.
 
     Raises:
         DataError: The data cannot be read, has no rows, or does not fit the model.
         DmtError: A logit is not finite.
     """
-    dataset = open_data(data)
+    dataset = open_inputs(data, model.spec, model.inputs)
+    assert dataset.inputs is not None
+    if needs_labels:
+        dataset.require_labels("or use `dmt score`, which needs no labels")
     total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
     begin = time.perf_counter()
     parts: list[tuple[Float32Array, Float32Array | None, Float32Array | None]] = []
@@ -218,6 +237,7 @@ def score_data(
         labels=_join([labels for _, labels, _ in parts]),
         truth=_join([truth for _, _, truth in parts]),
         seconds=time.perf_counter() - begin,
+        inputs=dataset.inputs,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dmt_convert.bundle import check_digests
-from dmt_convert.data import Batch, adapt_batches, open_data
+from dmt_convert.data import Batch, adapt_batches, merge_records, open_inputs
 from dmt_convert.errors import ConfigError
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.scored_model import ScoredModel
@@ -208,7 +208,7 @@ def _batches(
         models = [m.module for m in (a, b) if isinstance(m.module, ExportedModel)]
         exports = [exported.manifest.inputs for exported in models]
         return _generated(a.spec, rows, seed, exports), rows, f"{rows} generated rows"
-    dataset = open_data(data)
+    dataset = open_inputs(data, a.spec, merge_records(a.inputs, b.inputs))
     total = dataset.num_rows if max_rows is None else min(max_rows, dataset.num_rows)
     batches = dataset.batches(_BATCH_ROWS, max_rows=max_rows)
     return adapt_batches(dataset, a.spec, batches), total, f"{total} rows of {data}"

@@ -26,7 +26,7 @@ from dmt_convert.adapter import load_adapter
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.child import python_command, python_environment
-from dmt_convert.data import Bag, Batch, adapt_batches, open_data
+from dmt_convert.data import Bag, Batch, adapt_batches, open_inputs
 from dmt_convert.documents import GraphCheck, to_json
 from dmt_convert.errors import DataError, DmtError, ExportError, GraphsDifferError
 from dmt_convert.model import DmtModel
@@ -263,7 +263,7 @@ def run_checks(exported: ExportedModel, model: DmtModel, data: Path | None) -> C
         else:
             yield from _refuse(exported, wrong, what)
     if data is not None:
-        dataset = open_data(data)
+        dataset = open_inputs(data, spec, exported.manifest.columns)
         batches = dataset.batches(DATA_ROWS, max_rows=DATA_ROWS)
         for batch in adapt_batches(dataset, spec, batches):
             yield from _compare(exported, model, batch, f"rows of {data.name}")

@@ -10,7 +10,9 @@ from typing import Any, Final
 from dmt_convert.config import ExportFormat, OutOfRange, TableCode
 from dmt_convert.documents import (
     OMITTED_IF_EMPTY,
+    OMITTED_IF_NONE,
     GraphCheck,
+    InputRecord,
     Layout,
     Tool,
     WeightsFile,
@@ -65,6 +67,8 @@ class ExportManifest:
     """The bundle that it was made of."""
     inputs: GraphInputs
     """What its graphs take."""
+    columns: InputRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Which columns of the data feed the bundle, if that is known."""
     out_of_range: OutOfRange = "refuse"
     """What becomes of ids outside their table."""
     quantize: TableCode = "none"

@@ -163,6 +163,7 @@ def export_bundle(
             format=config.format,
             model=job.spec,
             inputs=inputs,
+            columns=bundle.manifest.inputs,
             parts=written.parts,
             weights=_describe_weights(weights),
             bundle=ExportedBundle(

@@ -33,7 +33,7 @@ from dmt_convert.checkpoint import (
     stream_tensor,
 )
 from dmt_convert.config import TableCode
-from dmt_convert.data import Batch, adapt_batches, open_data, take_rows
+from dmt_convert.data import Batch, adapt_batches, open_data, open_inputs, take_rows
 from dmt_convert.errors import DataError, ExportError
 from dmt_convert.files import TreeDigest, safetensors_header
 from dmt_convert.metrics import measure_accuracy, measure_agreement
@@ -425,7 +425,7 @@ def _measure_logits(
 def _batches(bundle: Bundle, inputs: GraphInputs, data: Path | None) -> tuple[Iterator[Batch], int]:
     spec = bundle.manifest.model.flat
     if data is not None:
-        dataset = open_data(data)
+        dataset = open_inputs(data, spec, bundle.manifest.inputs)
         batches = dataset.batches(_BATCH_ROWS)
         return adapt_batches(dataset, spec, batches), dataset.num_rows
     every = replace(inputs, per_request=(), dense_per_request=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmt_convert.arrays import IntArray
+from dmt_convert.bundle import Manifest
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import (
     Batch,
@@ -20,15 +21,21 @@ from dmt_convert.data import (
     adapt_batches,
     adapt_shares,
     deal_batches,
+    merge_records,
     open_data,
+    open_inputs,
     take_range,
 )
-from dmt_convert.documents import TrainingDataRecord, to_json
+from dmt_convert.documents import InputRecord, TrainingDataRecord, to_json
 from dmt_convert.errors import DataError
 from dmt_convert.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+_LABELS_HINT: Final = (
+    "training needs labels; to imitate a flat model without labels, use "
+    "`dmt convert --distill-steps`"
+)
 _HELD_OUT: Final = 0.1
 _MAX_HELD_OUT: Final = 100_000
 _SEED_STRIDE: Final = 1_000_003
@@ -69,27 +76,33 @@ class TrainingData:
         return to_json(self.record)
 
 
-def open_training_data(data: Path, valid: Path | None = None) -> TrainingData:
-    """Open training and validation rows.
+def open_training_data(
+    data: Path, valid: Path | None = None, manifest: Manifest | None = None
+) -> TrainingData:
+    """Open training and validation rows as the inputs of a bundle's model.
 
     Args:
         data: A data set, or a folder with `train.npz` and, if `valid` is not given,
             `valid.npz`.
         valid: Validation rows. Without them and without a `valid.npz`, the last tenth of the data
             (at most 100,000 rows) is held out.
+        manifest: The bundle's: its model, and the columns that fed it so far. Without it columns
+            meet the model's inputs later, and again at every pass.
 
     Raises:
-        DataError: The data cannot be read, has no labels, or too few rows.
+        DataError: The data cannot be read, does not fit the model, has no labels, or too few
+            rows.
     """
     if (data / "train.npz").is_file():
         if valid is None and (data / "valid.npz").is_file():
             valid = data / "valid.npz"
         data = data / "train.npz"
-    rows = open_data(data)
-    _check_labels(rows)
+    known = None if manifest is None else manifest.inputs
+    rows = _open(data, manifest, known)
+    rows.require_labels(_LABELS_HINT)
     if valid is not None:
-        measured = open_data(valid)
-        _check_labels(measured)
+        measured = _open(valid, manifest, merge_records(known, rows.inputs))
+        measured.require_labels(_LABELS_HINT)
         return TrainingData(
             train=rows, valid=measured, train_name=data.name, valid_name=_name(valid)
         )
@@ -110,18 +123,14 @@ def open_training_data(data: Path, valid: Path | None = None) -> TrainingData:
     )
 
 
+def _open(path: Path, manifest: Manifest | None, known: InputRecord | None) -> Dataset:
+    if manifest is None:
+        return open_data(path)
+    return open_inputs(path, manifest.model.flat, known)
+
+
 def _name(path: Path) -> str:
     return path.name or str(path)
-
-
-def _check_labels(dataset: Dataset) -> None:
-    if not dataset.has_labels:
-        raise DataError(
-            f"{dataset.path} has no labels",
-            expected="a label of 0 or 1 for every row",
-            hint="training needs labels; to imitate a flat model without labels, use "
-            "`dmt convert --distill-steps`",
-        )
 
 
 def training_batches(dataset: Dataset, spec: ModelSpec, config: TrainingConfig) -> Iterator[Batch]:

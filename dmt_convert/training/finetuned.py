@@ -28,6 +28,7 @@ from dmt_convert.bundle import (
 )
 from dmt_convert.checkpoint import CHUNK_BYTES, ByteRows, TensorInfo, stream_tensor
 from dmt_convert.config import TrainingConfig
+from dmt_convert.data import merge_records
 from dmt_convert.documents import (
     FinetuneRecord,
     OptimizerState,
@@ -221,6 +222,7 @@ def write_trained(
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
         manifest = replace(
             parent.manifest,
+            inputs=merge_records(parent.manifest.inputs, data.train.inputs),
             initialisation=replace(parent.manifest.initialisation, finetune=record),
             optimizer_state=describe_tuned(parent, accumulators, config, moved=moved),
             quality=extend_quality(parent.manifest.quality, after, data),

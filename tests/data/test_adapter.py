@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmt_convert.data import adapt_batches, match_features, open_data
+from dmt_convert.data import Dataset, adapt_batches, match_inputs, open_data
 from dmt_convert.data.column_names import are_positional, count_columns
 from dmt_convert.errors import DataError
+from dmt_convert.spec import ModelSpec
 from support.data_files import WRITERS
 from support.specs import build_spec
 
@@ -21,6 +22,13 @@ def write_npz(path: Path, num_features: int, *, num_dense: int = 1, num_rows: in
     ids = np.arange(num_rows)[:, None] * 10 + np.arange(num_features)
     np.savez(path, sparse=ids, dense=np.zeros((num_rows, num_dense)), label=np.zeros(num_rows))
     return path
+
+
+def columns(dataset: Dataset, spec: ModelSpec) -> list[str]:
+    """Match, and return the column of every feature."""
+    inputs = match_inputs(dataset, spec).inputs
+    assert inputs is not None
+    return [inputs.features[name] for name in spec.feature_names]
 
 
 def test_bags_follow_the_model_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -33,7 +41,7 @@ def test_bags_follow_the_model_by_name(tmp_path: Path, caplog: pytest.LogCapture
     assert batches[1].bags[0].values.tolist() == [4, 5, 6, 7]
     assert batches[1].logits is not None
     assert [record.getMessage() for record in caplog.records] == [
-        f"{dataset.path}: columns dropped: a"
+        f"{dataset.path}: columns that feed nothing: a"
     ]
 
 
@@ -42,29 +50,38 @@ def test_bags_follow_the_model_by_name(tmp_path: Path, caplog: pytest.LogCapture
 def test_any_order_of_names(tmp_path_factory: pytest.TempPathFactory, order: list[str]) -> None:
     dataset = open_data(write_npz(tmp_path_factory.mktemp("data") / "a.npz", 4))
     spec = build_spec(order, dense=(1,), rows=100)
-    match = match_features(dataset, spec)
-    assert match.by == "name"
+    assert columns(dataset, spec) == order
     (batch,) = adapt_batches(dataset, spec, dataset.batches(8))
     assert [int(bag.values[1]) for bag in batch.bags] == [10 + int(name[1]) for name in order]
 
 
 @pytest.mark.parametrize("names", [["0", "1"], ["cat_0", "cat_1"], ["C1", "C2"]])
-def test_positional_model_names_match_by_position(
+def test_names_of_the_model_that_count_take_an_array_in_its_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str]
 ) -> None:
     dataset = open_data(WRITERS["repository-npz"](tmp_path))
     assert not dataset.names_are_positional
     with caplog.at_level(logging.INFO, "dmt_convert"):
-        match = match_features(dataset, build_spec(names, dense=(3,), rows=100))
-    assert (match.by, match.columns) == ("position", (0, 1))
-    assert len(caplog.records) == 1
+        assert columns(dataset, build_spec(names, dense=(3,), rows=100)) == ["user", "item"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{dataset.path}: columns -> features: user -> {names[0]}, item -> {names[1]}",
+        f"{dataset.path}: dense inputs, in this order: I1..I3",
+    ]
 
 
-def test_positional_data_names_match_by_position(tmp_path: Path) -> None:
+def test_an_array_without_names_is_not_matched_to_names_that_mean_something(
+    tmp_path: Path,
+) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
-    assert (
-        match_features(dataset, build_spec(["user", "item"], dense=(1,), rows=100)).by == "position"
-    )
+    with pytest.raises(DataError, match="lacks 2 of the model's 2") as caught:
+        match_inputs(dataset, build_spec(["user", "item"], dense=(1,), rows=100))
+    assert 'schema.json beside the data: {"features": ["user", "item"]}' in caught.value.hint
+
+
+def test_an_array_without_names_has_as_many_columns_as_the_model(tmp_path: Path) -> None:
+    dataset = open_data(write_npz(tmp_path / "a.npz", 3))
+    with pytest.raises(DataError, match="3 columns of ids without names, the model has 2"):
+        match_inputs(dataset, build_spec(["f0", "f1"], dense=(1,), rows=100))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,7 @@ def test_positional_data_names_match_by_position(tmp_path: Path) -> None:
 def test_missing_features_are_refused(tmp_path: Path, names: list[str]) -> None:
     dataset = open_data(WRITERS["repository-npz"](tmp_path))
     with pytest.raises(DataError, match=r"lacks \d of the model's") as caught:
-        match_features(dataset, build_spec(names, dense=(3,), rows=100))
+        match_inputs(dataset, build_spec(names, dense=(3,), rows=100))
     missing = [name for name in names if name != "user"]
     assert caught.value.details[0] == f"missing: {', '.join(missing)}"
 
@@ -87,13 +104,13 @@ def test_missing_features_are_refused(tmp_path: Path, names: list[str]) -> None:
 def test_positional_names_that_overlap_are_not_shifted(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 2))
     with pytest.raises(DataError, match="lacks 1 of the model's 2"):
-        match_features(dataset, build_spec(["f1", "f2"], dense=(1,), rows=100))
+        match_inputs(dataset, build_spec(["f1", "f2"], dense=(1,), rows=100))
 
 
 def test_numbers_in_another_order_say_the_column(tmp_path: Path) -> None:
     dataset = open_data(write_npz(tmp_path / "a.npz", 3))
-    match = match_features(dataset, build_spec(["t2", "t0", "t1"], dense=(1,), rows=100))
-    assert (match.by, match.columns) == ("position", (2, 0, 1))
+    spec = build_spec(["t2", "t0", "t1"], dense=(1,), rows=100)
+    assert columns(dataset, spec) == ["f2", "f0", "f1"]
 
 
 def test_columns_that_names_count() -> None:
@@ -159,7 +176,12 @@ def test_hashed_ids_are_taken_modulo(tmp_path: Path, caplog: pytest.LogCaptureFi
         row % 7 for row in range(11)
     ]
     assert set(batches[0].bags[2].values.tolist()) == {(2**32 - 1) % 7}
-    assert len(caplog.records) == 1
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        "dense inputs, in this order: int_0..int_12",
+        "dense inputs are fed as log(x + 3) of the raw counts; `dense_transform` in schema.json "
+        "can say otherwise",
+        "ids are taken modulo the tables' rows",
+    ]
     assert max(bag.values.max() for batch in batches for bag in batch.bags) == 6
 
 

@@ -312,7 +312,7 @@ def test_parquet_files_that_differ(tmp_path: Path) -> None:
 def test_parquet_schema_names_a_missing_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"f": [1], "s": ["x"]}), tmp_path / "a.parquet")
     (tmp_path / "schema.json").write_text(json.dumps({"dense_features": ["x", "s"]}))
-    assert "missing or not numeric: x, s" in refusal(tmp_path / "a.parquet")
+    assert "dense x (missing), dense s (string)" in refusal(tmp_path / "a.parquet")
 
 
 def test_an_array_that_claims_the_bytes_of_the_next_one(tmp_path: Path) -> None:
