@@ -119,7 +119,7 @@ def test_quiet_is_silent_but_for_the_result(
 
 def test_evaluate_has_exactly_these_keys(flat: Path, click_data: Path, call_dmt: Call) -> None:
     value = json.loads(call_dmt("evaluate", flat, "--data", click_data, "--json").stdout)
-    assert list(value) == ["auc", "log_loss", "ne", "rows", "rows_per_s"]
+    assert list(value) == ["auc", "log_loss", "ne", "rows", "rows_per_s", "inputs"]
     assert value["rows"] == 300
     assert 0.3 < value["auc"] < 0.7  # the labels are noise
     assert value["ne"] > 1
