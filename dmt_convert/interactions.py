@@ -10,7 +10,7 @@ Letters: B batch, N embedding dim, M sum of the input widths.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
@@ -23,6 +23,32 @@ if TYPE_CHECKING:
     from torch import nn
 
 PairOrder = Literal["tril", "triu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairRow:
+    """A vector and all vectors that it is paired with: one row of the triangle of pairs."""
+
+    vector: int
+    """The vector."""
+    others: slice
+    """The vectors it meets."""
+    columns: slice
+    """Where these pairs stand among all pairs."""
+
+
+def pair_rows(count: int, order: PairOrder, *, self_pairs: bool) -> Iterator[PairRow]:
+    """Yield the pairs of `count` vectors in their order, row by row of the triangle."""
+    begin = 0
+    for i in range(count):
+        if order == "tril":
+            others = slice(0, i + self_pairs)
+        else:
+            others = slice(i + (not self_pairs), count)
+        end = begin + others.stop - others.start
+        yield PairRow(vector=i, others=others, columns=slice(begin, end))
+        begin = end
+
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

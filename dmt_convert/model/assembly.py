@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.model.dmt_spec import DmtSpec, one_tower
+from dmt_convert.model.interaction_modules import DotInteraction
 from dmt_convert.model.layers import Mlp
 from dmt_convert.model.table_lookup import TrainableTables, to_tensor
 from dmt_convert.model.tower_kinds import TowerModuleSpec
@@ -132,8 +133,29 @@ class Head(nn.Module):
 
     def finish(self, dense_BN: Tensor, emitted_BP: Tensor) -> Tensor:
         """Return logits, shape (B,), from dense_arch's output and what all towers emitted."""
+        if not _keeps_values(dense_BN) and self._is_wide(len(dense_BN)):
+            return self.over_arch.finish(self.pre_activations(dense_BN, emitted_BP)).squeeze(1)
         logits: Tensor = self.over_arch(self.interact(dense_BN, emitted_BP))
         return logits.squeeze(1)
+
+    def pre_activations(self, dense_BN: Tensor, emitted_BP: Tensor) -> Tensor:
+        """Return over_arch's first layer before its ReLU, (B, H); a network's logit, (B, 1).
+
+        If the interaction pairs very many vectors, their products are never held all at once.
+        """
+        if not len(self.over_arch):
+            return self.interact(dense_BN, emitted_BP)
+        layer = self.over_arch[0]
+        assert isinstance(layer, nn.Linear)
+        if self._is_wide(len(dense_BN)):
+            assert isinstance(self.interaction, DotInteraction)
+            return self.interaction.map_output(layer, *self._meet(dense_BN, emitted_BP))
+        mapped: Tensor = layer(self.interact(dense_BN, emitted_BP))
+        return mapped
+
+    def _is_wide(self, batch: int) -> bool:
+        dots = self.interaction
+        return isinstance(dots, DotInteraction) and dots.pairs.is_wide(batch)
 
     def interact(self, dense_BN: Tensor, emitted_BP: Tensor) -> Tensor:
         """Return what over_arch takes, shape (B, width).
@@ -142,6 +164,11 @@ class Head(nn.Module):
         into the flat order, so that every sum is taken in the order in which the flat model takes
         it. Vectors for dot products are filled up to one width.
         """
+        interacted: Tensor = self.interaction(*self._meet(dense_BN, emitted_BP))
+        return interacted
+
+    def _meet(self, dense_BN: Tensor, emitted_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the interaction takes."""
         if self.restore is not None:
             if self.order.numel():
                 emitted_BP = emitted_BP.index_select(1, self.order)
@@ -151,8 +178,7 @@ class Head(nn.Module):
                 emitted_BP = nn.functional.pad(emitted_BP, (0, 1))
             emitted_BP = emitted_BP.index_select(1, self.arrange)
         part = dense_BN if self.dense_projection is None else self.dense_projection(dense_BN)
-        interacted: Tensor = self.interaction(part, emitted_BP, dense_BN)
-        return interacted
+        return part, emitted_BP, dense_BN
 
     def head_stages(self, dense_BD: Tensor, emitted_BP: Tensor) -> Stages:
         """Yield what the head computes: the output of every part, the logit last."""
@@ -291,6 +317,12 @@ def _arrangement(spec: DmtSpec) -> tuple[Tensor, int]:
         starts[-1],
     )
     return filled[position < wanted[:, None]], sum(dims)
+
+
+def _keeps_values(value: Tensor) -> bool:
+    """Whether intermediate results have to stay: for a gradient, or for a graph that is traced."""
+    traced = torch.compiler.is_compiling() or type(value) is not Tensor
+    return traced or torch.is_grad_enabled()
 
 
 def _unless_in_order(columns: Tensor, width: int) -> Tensor:

@@ -13,13 +13,16 @@ canonical ones of checkpoints. Letters: B batch, N dim, K vectors, M sum of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmt_convert.adapter import run_network
-from dmt_convert.model.layers import CrossNet, DotPairs, Mlp
+from dmt_convert.interactions import PairRow
+from dmt_convert.model.layers import CrossNet, DotPairs, Mlp, pair_part
 from dmt_convert.model.networks import build_network
 from dmt_convert.spec import InteractionSpec
 
@@ -34,8 +37,33 @@ class DotInteraction(nn.Module):
 
     def forward(self, dense_BN: Tensor, sparse_BM: Tensor, passed_BN: Tensor) -> Tensor:
         """Pair all vectors."""
-        vectors_BKN = torch.cat((dense_BN, sparse_BM), dim=1).reshape(-1, *self.shape)
-        return torch.cat((passed_BN, self.pairs(vectors_BKN)), dim=1)
+        return torch.cat((passed_BN, self.pairs(self._vectors(dense_BN, sparse_BM))), dim=1)
+
+    def map_output(
+        self, layer: nn.Linear, dense_BN: Tensor, sparse_BM: Tensor, passed_BN: Tensor
+    ) -> Tensor:
+        """Apply a linear layer to the output, shape (B, H), without ever holding all pairs.
+
+        A gradient computes the pairs again instead of keeping them.
+        """
+        vectors_BKN = self._vectors(dense_BN, sparse_BM)
+        width = passed_BN.shape[1]
+        mapped_BH = nn.functional.linear(passed_BN, layer.weight[:, :width], layer.bias)
+        for part in self.pairs.parts(len(vectors_BKN)):
+            columns = slice(width + part[0].columns.start, width + part[-1].columns.stop)
+            arguments = (vectors_BKN, layer.weight[:, columns], part)
+            if torch.is_grad_enabled():
+                mapped_BH = mapped_BH + checkpoint(_map_part, *arguments, use_reentrant=False)
+            else:
+                mapped_BH += _map_part(*arguments)
+        return mapped_BH
+
+    def _vectors(self, dense_BN: Tensor, sparse_BM: Tensor) -> Tensor:
+        return torch.cat((dense_BN, sparse_BM), dim=1).reshape(-1, *self.shape)
+
+
+def _map_part(vectors_BKN: Tensor, weight_HP: Tensor, part: Sequence[PairRow]) -> Tensor:
+    return nn.functional.linear(pair_part(vectors_BKN, part), weight_HP)
 
 
 class CatInteraction(nn.Module):

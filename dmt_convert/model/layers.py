@@ -5,12 +5,17 @@ Letters: B batch, F features, K vectors, N their width, M sum of widths, R rank,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.interactions import PairRow, pair_rows
 from dmt_convert.spec import MlpSpec, PairOrder
+
+_PART_ELEMENTS: Final = 1 << 24
+"""Dot products that are held at once, if they need not all be: 64 MiB."""
 
 
 class Mlp(nn.ModuleList):
@@ -26,10 +31,17 @@ class Mlp(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in) to (B, out)."""
         for i, layer in enumerate(self):
-            x = layer(x)
-            if self.final_relu or i < len(self) - 1:
-                x = torch.relu(x)
+            x = self._activate(i, layer(x))
         return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Map the first layer's output before its ReLU to (B, out)."""
+        for i, layer in enumerate(self):
+            x = self._activate(i, layer(x) if i else x)
+        return x
+
+    def _activate(self, layer: int, x: Tensor) -> Tensor:
+        return torch.relu(x) if self.final_relu or layer < len(self) - 1 else x
 
 
 class LowRankCross(nn.Module):
@@ -93,6 +105,7 @@ class DotPairs(nn.Module):
 
     def __init__(self, count: int, order: PairOrder = "triu", *, self_pairs: bool = False) -> None:
         super().__init__()
+        self._triangle = (count, order, self_pairs)
         left, right = pair_indices(count, order, self_pairs=self_pairs)
         self.register_buffer("cells", left * count + right, persistent=False)
 
@@ -101,6 +114,30 @@ class DotPairs(nn.Module):
         gram_BKK = torch.bmm(vectors_BKN, vectors_BKN.transpose(1, 2))
         # [:, left, right] is the same, and several times as slow in both directions
         return gram_BKK.flatten(1).index_select(1, self.cells)
+
+    def is_wide(self, batch: int) -> bool:
+        """Whether the products of so many rows should be computed part by part."""
+        return batch * self._triangle[0] ** 2 > _PART_ELEMENTS
+
+    def parts(self, batch: int) -> Iterator[list[PairRow]]:
+        """Cut the triangle of pairs into parts that take 64 MiB for so many rows of a batch."""
+        count, order, self_pairs = self._triangle
+        most = max(1, _PART_ELEMENTS // max(1, batch * count))
+        rows = list(pair_rows(count, order, self_pairs=self_pairs))
+        for begin in range(0, count, most):
+            yield rows[begin : begin + most]
+
+
+def pair_part(vectors_BKN: Tensor, part: Sequence[PairRow]) -> Tensor:
+    """Return the dot products of a part of all pairs, in their order: (B, pairs of the part)."""
+    first, last = part[0].vector, part[-1].vector + 1
+    begin, end = min(row.others.start for row in part), max(row.others.stop for row in part)
+    gram_BRK = torch.bmm(vectors_BKN[:, first:last], vectors_BKN[:, begin:end].transpose(1, 2))
+    picked = [
+        gram_BRK[:, i, row.others.start - begin : row.others.stop - begin]
+        for i, row in enumerate(part)
+    ]
+    return torch.cat(picked, dim=1)
 
 
 def map_features(

@@ -139,7 +139,7 @@ def _baseline(flat, spec, sample, held):
         dense = flat.dense_arch(torch.from_numpy(sample.batch.dense)).numpy()
     vectors = np.concatenate([dense, sample.pooled], axis=1).reshape(len(dense), -1, 8)
     width = spec.dense_dim
-    _, axes = np.linalg.eigh(second_moments(vectors).mean(axis=0))
+    _, axes = np.linalg.eigh(second_moments(vectors.swapaxes(0, 1)).mean(axis=0))
     shared = torch.from_numpy(axes[:, ::-1][:, :width].copy()).float()
     model, _ = initialise(flat, spec, None, method="random")
     order = [0] + [int(n[1:]) + 1 for tower in spec.towers for n in tower.features]

@@ -27,6 +27,16 @@ def _vectors(count=4, dim=6, rows=300, seed=0):
     ).astype(np.float32)
 
 
+def _moments(vectors):
+    return second_moments(vectors.swapaxes(0, 1))
+
+
+def _unfolded(pairs, norms, members):
+    """Gram matrix of W, unfolded for one tower, as `fit_combinations` takes it."""
+    scaled = [matrix[members] * norms[members, None] * norms for matrix in pairs]
+    return sum(part @ part.T for part in scaled)
+
+
 def _importance(count, seed=0):
     matrix = np.random.default_rng(seed).random((count, count))
     matrix = matrix + matrix.T
@@ -40,7 +50,7 @@ def test_second_moments_are_means_of_outer_products():
         np.mean([np.outer(row[i], row[i]) for row in vectors.astype(float)], axis=0)
         for i in range(4)
     ]
-    np.testing.assert_allclose(second_moments(vectors), expected, rtol=1e-12)
+    np.testing.assert_allclose(_moments(vectors), expected, rtol=1e-12)
 
 
 def test_the_pair_loss_is_the_mean_over_all_pairs_of_rows():
@@ -57,13 +67,13 @@ def test_the_pair_loss_is_the_mean_over_all_pairs_of_rows():
                 for b in x[:, j]
             ]
             brute += weights[i, j] * np.mean(errors)
-    assert pair_loss(second_moments(vectors), weights, projections) == pytest.approx(brute)
+    assert pair_loss(_moments(vectors), weights, projections) == pytest.approx(brute)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_projections_beat_the_shared_one_they_start_from(width, seed):
-    moments, weights = second_moments(_vectors(seed=seed)), _importance(4, seed)
+    moments, weights = _moments(_vectors(seed=seed)), _importance(4, seed)
     shared = np.repeat(shared_projection(moments, weights)[None, :, :width], 4, axis=0)
     fitted = fit_projections(moments, weights, [width] * 4)
     before = pair_loss(moments, weights, shared)
@@ -80,7 +90,7 @@ def test_projections_are_exact_where_the_vectors_span_no_more():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((6, 2)))[0]
     vectors = (rng.standard_normal((50, 4, 2)) @ basis.T).astype(np.float32)
-    fitted = fit_projections(second_moments(vectors), _importance(4), [2] * 4)
+    fitted = fit_projections(_moments(vectors), _importance(4), [2] * 4)
     emitted = np.einsum("nvd,vde->nve", vectors, fitted)
     np.testing.assert_allclose(
         np.einsum("nve,nwe->nvw", emitted, emitted)[:, ~np.eye(4, dtype=bool)],
@@ -90,7 +100,7 @@ def test_projections_are_exact_where_the_vectors_span_no_more():
 
 
 def test_a_wide_projection_is_the_identity():
-    fitted = fit_projections(second_moments(_vectors()), _importance(4), [6] * 4)
+    fitted = fit_projections(_moments(_vectors()), _importance(4), [6] * 4)
     assert (fitted == np.eye(6)).all()
 
 
@@ -98,12 +108,12 @@ def test_a_wide_projection_is_the_identity():
     ("moments", "weights"),
     [
         (np.zeros((4, 6, 6)), _importance(4)),
-        (second_moments(_vectors()), np.zeros((4, 4))),
-        (second_moments(_vectors(count=1)), np.zeros((1, 1))),
-        (second_moments(_vectors(count=2)), np.array([[0.0, 1e-30], [1e-30, 0.0]])),
-        (second_moments(_vectors()) * 1e-20, _importance(4)),
+        (_moments(_vectors()), np.zeros((4, 4))),
+        (_moments(_vectors(count=1)), np.zeros((1, 1))),
+        (_moments(_vectors(count=2)), np.array([[0.0, 1e-30], [1e-30, 0.0]])),
+        (_moments(_vectors()) * 1e-20, _importance(4)),
         (np.repeat(np.diag([1.0, 0, 0, 0, 0, 0])[None], 4, axis=0), _importance(4)),
-        (second_moments(_vectors()) * np.array([1, 0, 1, 0])[:, None, None], _importance(4)),
+        (_moments(_vectors()) * np.array([1, 0, 1, 0])[:, None, None], _importance(4)),
     ],
 )
 def test_degenerate_moments_give_finite_projections(moments, weights):
@@ -122,7 +132,7 @@ def test_combinations_span_what_over_arch_reads():
     pairs[:, :3, 3:] = true[:, None] * others[:, None, :]
     pairs += pairs.transpose(0, 2, 1)
     norms = np.array([1.0, 3.0, 0.2, 1, 2, 1, 1, 1])
-    combos = fit_combinations(pairs, norms, np.array([0, 1, 2]), 2)
+    combos = fit_combinations(_unfolded(pairs, norms, [0, 1, 2]), norms, np.array([0, 1, 2]), 2)
     assert combos.shape == (2, 8) and not combos[:, 3:].any()
     ratio = combos[0, :3] / true
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
@@ -130,7 +140,7 @@ def test_combinations_span_what_over_arch_reads():
 
 @pytest.mark.parametrize("norms", [np.zeros(4), np.array([0.0, 1, 1, 0])])
 def test_combinations_of_zero_vectors_are_finite(norms):
-    combos = fit_combinations(np.zeros((2, 4, 4)), norms, np.array([0, 1]), 5)
+    combos = fit_combinations(np.zeros((2, 2)), norms, np.array([0, 1]), 5)
     assert combos.shape == (5, 4) and np.isfinite(combos).all()
     assert not combos[2:].any()
 

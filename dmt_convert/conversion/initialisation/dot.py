@@ -7,22 +7,27 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
-from dmt_convert.arrays import Float32Array, Float64Array, IntArray
+from dmt_convert.arrays import Float32Array, Float64Array, FloatArray
+from dmt_convert.conversion.blocks import row_blocks
+from dmt_convert.conversion.initialisation import ridge
 from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Indices, Loss, Start
 from dmt_convert.conversion.initialisation.flat_trace import FlatTrace
-from dmt_convert.conversion.initialisation.ridge import refit_linear
-from dmt_convert.model import DmtModel, DmtSpec, pair_indices, to_tensor
+from dmt_convert.conversion.initialisation.ridge import ComputedRows, refit_linear
+from dmt_convert.interactions import PairRow, pair_rows
+from dmt_convert.model import DmtModel, DmtSpec, to_tensor
 from dmt_convert.spec import ModelSpec
 
 _FLOOR: Final = 1e-3
 _ITERATIONS: Final = 30
+_BLOCK_VECTORS: Final = 512
+"""Rows of a matrix of all pairs of vectors that are computed at a time."""
 _MAX_ELEMENTS: Final = 1 << 24
 """Elements of second moments up to which output dims are allotted."""
 
@@ -40,12 +45,19 @@ class DotForm(ClosedForm):
 
     def finish(self, model: DmtModel, trace: FlatTrace, start: Start) -> tuple[str, ...]:
         """Refit over_arch's first layer on the output of the converted interaction."""
-        dense = to_tensor(trace.dense)
-        inputs = model.interact(dense, model.emit(to_tensor(trace.pooled))).numpy()
-        prior = np.asarray(start.dense["over_arch.0.weight"], dtype=np.float64)
-        fit = refit_linear(inputs, trace.pre_activation, prior)
         layer = model.over_arch[0]
         assert isinstance(layer, nn.Linear)
+        if layer.in_features > ridge.MAX_INPUTS:
+            return (_fit_bias(model, layer, trace),)
+
+        def interact(rows: slice) -> Float32Array:
+            emitted = model.emit(to_tensor(trace.pooled[rows]))
+            interacted: Float32Array = model.interact(to_tensor(trace.dense[rows]), emitted).numpy()
+            return interacted
+
+        inputs = ComputedRows((len(trace.dense), layer.in_features), interact)
+        prior = np.asarray(start.dense["over_arch.0.weight"], dtype=np.float64)
+        fit = refit_linear(inputs, trace.pre_activation, prior)
         layer.weight.copy_(torch.from_numpy(fit.weight.astype(np.float32)))
         layer.bias.copy_(torch.from_numpy(fit.bias.astype(np.float32)))
         return (f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}",)
@@ -62,11 +74,9 @@ def _start(trace: FlatTrace, spec: DmtSpec) -> Start:
     """
     flat = spec.flat
     slots = max(1, spec.towers[0].module.c)
-    vectors = trace.inputs.reshape(len(trace.dense), len(flat.input_dims), -1)
-    moments = second_moments(vectors)
-    pairs = _pair_matrix(trace, spec)
+    moments = second_moments(trace.vectors())
     position = {name: i + 1 for i, name in enumerate(flat.feature_names)}
-    widths = [spec.dense_dim] * len(vectors[0])
+    widths = [spec.dense_dim] * len(moments)
     for tower in spec.towers:
         for name in tower.features:
             widths[position[name]] = tower.module.dim
@@ -76,9 +86,9 @@ def _start(trace: FlatTrace, spec: DmtSpec) -> Start:
     )
     projections = np.zeros((*fitted.shape[:2], slots * spec.dense_dim))
     projections[:, :, : fitted.shape[2]] = fitted
-    norms = np.sqrt(np.trace(moments, axis1=1, axis2=2))
-    modules, combos = [], []
-    for tower in spec.towers:
+    combos = _combine_features(trace, spec, moments, position)
+    modules = []
+    for t, tower in enumerate(spec.towers):
         module = tower.module
         members = np.array([position[name] for name in tower.features])
         emit = projections[members][:, :, _slot_columns(slots, module.dim)]
@@ -87,21 +97,40 @@ def _start(trace: FlatTrace, spec: DmtSpec) -> Start:
             state["feature_weight"] = emit.reshape(-1, emit.shape[2])
             state["feature_bias"] = np.zeros((len(members), emit.shape[2]))
         if module.p:
-            combo = fit_combinations(pairs, norms, members, module.p)
+            combo = combos[t]
             leading = projections[members][:, :, : module.dim].transpose(0, 2, 1)
             state["tower_weight"] = np.concatenate(
                 [combo[:, m, None, None] * part for m, part in zip(members, leading, strict=True)],
                 axis=2,
             ).reshape(module.p * module.dim, -1)
             state["tower_bias"] = np.zeros(module.p * module.dim)
-            combos.append(combo)
         modules.append(state)
-    dense = {"over_arch.0.weight": _carry_columns(trace, spec, pairs, position, combos)}
+    carried = _carry_columns(trace, spec, position, combos)
+    dense: dict[str, FloatArray] = {"over_arch.0.weight": carried}
     if spec.dense_dim != flat.input_dims[0]:
         columns = _slot_columns(slots, spec.dense_dim)[: spec.dense_dim]
         dense["dense_projection.weight"] = projections[0][:, columns].T
         dense["dense_projection.bias"] = np.zeros(spec.dense_dim)
     return Start(modules=modules, dense=dense)
+
+
+def _combine_features(
+    trace: FlatTrace, spec: DmtSpec, moments: Float64Array, position: dict[str, int]
+) -> list[Float64Array]:
+    """Return the combinations of every tower, each of shape (p, V); none if p is 0."""
+    if not spec.towers[0].module.p:
+        return []
+    norms = np.sqrt(np.trace(moments, axis1=1, axis2=2))
+    members = [np.array([position[name] for name in tower.features]) for tower in spec.towers]
+    grams = [np.zeros((len(own), len(own))) for own in members]
+    for pairs in _pair_matrices(trace):
+        for own, gram in zip(members, grams, strict=True):
+            scaled = pairs[own] * norms[own, None] * norms
+            gram += scaled @ scaled.T
+    return [
+        fit_combinations(gram, norms, own, tower.module.p)
+        for gram, own, tower in zip(grams, members, spec.towers, strict=True)
+    ]
 
 
 def _slot_columns(slots: int, dim: int) -> Indices:
@@ -112,48 +141,77 @@ def _slot_columns(slots: int, dim: int) -> Indices:
     return np.arange(slots * dim).reshape(dim, slots).T.reshape(-1)
 
 
-def _pairs(count: int, flat: ModelSpec) -> tuple[IntArray, IntArray]:
-    """Row and column of every pair of `count` vectors, in the order of the interaction."""
+def _fit_bias(model: DmtModel, layer: nn.Linear, trace: FlatTrace) -> str:
+    """Keep the weights of a layer that is too wide to refit; return what the best bias gives."""
+    found = np.concatenate(
+        [
+            model.pre_activations(
+                to_tensor(trace.dense[rows]), model.emit(to_tensor(trace.pooled[rows]))
+            ).numpy()
+            for rows in row_blocks(trace.spec, len(trace.dense))
+        ]
+    )
+    lost = trace.pre_activation.astype(np.float64) - found
+    shift = lost.mean(axis=0)
+    layer.bias.add_(torch.from_numpy(shift.astype(np.float32)))
+    spread = np.square(trace.pre_activation - trace.pre_activation.mean(axis=0)).sum()
+    r2 = 1 - float(np.square(lost - shift).sum()) / (float(spread) or 1.0)
+    return f"over_arch.0 is too wide to be refitted: R^2 of pre-activations {r2:.6f}"
+
+
+def _pair_matrices(trace: FlatTrace) -> Iterator[Float64Array]:
+    """Yield over_arch's first layer as W[h, i, j], symmetric in i and j, one h at a time: (V, V).
+
+    The same array every time.
+    """
+    flat = trace.spec
+    count, begin = len(flat.input_dims), flat.input_dims[0]
+    rows = _rows_of_pairs(count, flat)
+    matrix = np.zeros((count, count))
+    for weight in trace.weights["over_arch.0.weight"]:
+        for row in rows:
+            values = weight[begin:][row.columns]
+            matrix[row.vector, row.others] = matrix[row.others, row.vector] = values
+        yield matrix
+
+
+def _rows_of_pairs(count: int, flat: ModelSpec) -> list[PairRow]:
+    """Return the pairs of `count` vectors, as a model's interaction orders them."""
     spec = flat.interaction
-    left, right = pair_indices(count, spec.pair_order, self_pairs=spec.self_pairs)
-    return left.numpy(), right.numpy()
-
-
-def _pair_matrix(trace: FlatTrace, spec: DmtSpec) -> Float64Array:
-    """over_arch's first layer as W[h, i, j], symmetric in i and j, shape (H, V, V)."""
-    weight = trace.weights["over_arch.0.weight"].astype(np.float64)
-    count = len(spec.flat.input_dims)
-    left, right = _pairs(count, spec.flat)
-    matrix = np.zeros((len(weight), count, count))
-    columns = weight[:, spec.flat.input_dims[0] :]
-    matrix[:, left, right] = columns
-    matrix[:, right, left] = columns
-    return matrix
+    return list(pair_rows(count, spec.pair_order, self_pairs=spec.self_pairs))
 
 
 def pair_importance(trace: FlatTrace) -> Float64Array:
-    """How much the logit feels an error in each pair: its mean square gradient, shape (V, V)."""
+    """How much the logit feels an error in each pair: its mean square gradient, shape (V, V).
+
+    The gradient by pair k is g.W[:, k], with g that by the first layer's outputs, so its mean
+    square is W[:, k]^T E[g g^T] W[:, k].
+    """
     flat = trace.spec
-    count = len(flat.input_dims)
-    left, right = _pairs(count, flat)
-    squares = trace.interaction_gradient[flat.input_dims[0] :]
+    count, begin = len(flat.input_dims), flat.input_dims[0]
+    felt = trace.pre_gradient.astype(np.float64)
+    felt = felt.T @ felt / max(1, len(felt))
+    weight = trace.weights["over_arch.0.weight"]
     importance = np.zeros((count, count))
-    importance[left, right] = importance[right, left] = squares
-    floor = _FLOOR * float(squares.mean()) if squares.size else 0.0
+    total, pairs = 0.0, max(1, weight.shape[1] - begin)
+    for row in _rows_of_pairs(count, flat):
+        columns = weight[:, begin:][:, row.columns].astype(np.float64)
+        squares = np.maximum(np.einsum("hp,hp->p", felt @ columns, columns), 0.0)
+        importance[row.vector, row.others] = importance[row.others, row.vector] = squares
+        total += float(squares.sum())
+    floor = _FLOOR * total / pairs
     importance += floor if floor > 0 else 1.0
     np.fill_diagonal(importance, 0.0)
     return importance
 
 
 def _carry_columns(
-    trace: FlatTrace,
-    spec: DmtSpec,
-    pairs: Float64Array,
-    position: dict[str, int],
-    combos: list[Float64Array],
-) -> Float64Array:
+    trace: FlatTrace, spec: DmtSpec, position: dict[str, int], combos: list[Float64Array]
+) -> FloatArray:
     """Return weights of the converted pairs, which mean the same as the flat ones."""
     module = spec.towers[0].module
+    flat = trace.weights["over_arch.0.weight"]
+    begin = spec.flat.input_dims[0]
     origin, slot = [0], [0]
     for tower in spec.towers:
         for name in tower.features if module.c else ():
@@ -161,33 +219,53 @@ def _carry_columns(
             slot += list(range(module.c))
         origin += [-1] * module.p
         slot += [-1] * module.p
-    left, right = _pairs(len(origin), spec.flat)
+    rows = _rows_of_pairs(len(origin), spec.flat)
+    carried = np.zeros((len(flat), begin + rows[-1].columns.stop), dtype=np.float32)
+    carried[:, :begin] = flat[:, :begin]
+    if not module.c:
+        for h, combined in enumerate(_combined_pairs(trace, combos)):
+            np.fill_diagonal(combined, combined.diagonal() / 2)
+            for row in rows:
+                carried[h, begin:][row.columns] = combined[row.vector, row.others]
+        return carried
     source, kind = np.array(origin), np.array(slot)
-    if module.c:
-        values = pairs[:, source[left], source[right]]
-        same = (kind[left] == kind[right]) & (kind[left] >= 0)
-        distinct = (source[left] != source[right]) | (left == right)
-        values = np.where(same & distinct, values, 0.0)
+    for row in rows:
+        left, right = source[row.vector], source[row.others]
+        same = (kind[row.others] == kind[row.vector]) & (kind[row.vector] >= 0)
+        distinct = right != left
+        if spec.flat.interaction.self_pairs:
+            distinct |= np.arange(len(source))[row.others] == row.vector
+        kept = np.flatnonzero(same & distinct)
+        columns = _pair_columns(left, right[kept], spec.flat)
+        carried[:, begin + row.columns.start + kept] = flat[:, begin + columns]
+    return carried
+
+
+def _pair_columns(left: int, right: Indices, flat: ModelSpec) -> Indices:
+    """Return where the pairs of one vector and others stand among the flat model's pairs."""
+    count, spec = len(flat.input_dims), flat.interaction
+    small, large = np.minimum(left, right), np.maximum(left, right)
+    own = int(spec.self_pairs)
+    if spec.pair_order == "tril":
+        columns: Indices = large * (large - 1 + 2 * own) // 2 + small
     else:
-        values = _combined_pairs(pairs, combos)[:, left, right]
-        own = left == right
-        values[:, own] /= 2
-    dense = trace.weights["over_arch.0.weight"][:, : spec.flat.input_dims[0]]
-    return np.concatenate([dense.astype(np.float64), values], axis=1)
+        columns = small * (2 * count - small - 1 + 2 * own) // 2 + large - small - 1 + own
+    return columns
 
 
-def _combined_pairs(pairs: Float64Array, combos: list[Float64Array]) -> Float64Array:
-    """Rewrite W for vectors that are combinations: A^T W A with A the pseudo-inverse.
+def _combined_pairs(trace: FlatTrace, combos: list[Float64Array]) -> Iterator[Float64Array]:
+    """Rewrite W for vectors that are combinations: A^T W A with A the pseudo-inverse, (K, K) per h.
 
     Twice the quadratic form: W holds a pair of different vectors twice, so a self-pair counts
     double as well; the caller halves the diagonal.
     """
-    doubled = pairs * (1 + np.eye(pairs.shape[1]))
-    dense = np.zeros((1, pairs.shape[1]))
+    dense = np.zeros((1, combos[0].shape[1]))
     dense[0, 0] = 1.0
-    back = np.linalg.pinv(np.concatenate([dense, *combos]))
-    combined: Float64Array = np.einsum("fk,hfg,gl->hkl", back, doubled, back, optimize=True)
-    return combined
+    # combinations of different towers have no feature in common: each is inverted by itself
+    back = np.concatenate([np.linalg.pinv(part) for part in (dense, *combos)], axis=1)
+    for pairs in _pair_matrices(trace):
+        doubled = pairs + np.diag(pairs.diagonal())
+        yield np.asarray(back.T @ doubled @ back)
 
 
 def _dot_loss(trace: FlatTrace, spec: DmtSpec) -> Loss | None:
@@ -200,7 +278,7 @@ def _dot_loss(trace: FlatTrace, spec: DmtSpec) -> Loss | None:
     count, dim = len(spec.flat.input_dims), spec.flat.input_dims[0]
     if count * dim * dim > _MAX_ELEMENTS:
         return None
-    moments = second_moments(trace.inputs.reshape(len(trace.dense), count, -1))
+    moments = second_moments(trace.vectors())
     importance = pair_importance(trace)
     basis = shared_projection(moments, importance)
     turned = np.einsum("ka,vkl,lb->vab", basis, moments, basis, optimize=True)
@@ -224,14 +302,13 @@ def _dot_loss(trace: FlatTrace, spec: DmtSpec) -> Loss | None:
     return loss
 
 
-def second_moments(vectors: Float32Array) -> Float64Array:
-    """Second moments of every vector: (n, V, N) to (V, N, N)."""
-    count, width, dim = vectors.shape
-    moments = np.empty((width, dim, dim))
-    for i in range(width):
-        x = vectors[:, i].astype(np.float64)
-        moments[i] = x.T @ x / max(1, count)
-    return moments
+def second_moments(vectors: Iterable[Float32Array]) -> Float64Array:
+    """Second moments of every vector, shape (V, N, N), from samples of shape (n, N) each."""
+    moments = []
+    for samples in vectors:
+        x = samples.astype(np.float64)
+        moments.append(x.T @ x / max(1, len(x)))
+    return np.stack(moments)
 
 
 def fit_projections(
@@ -298,14 +375,15 @@ def pair_loss(moments: Float64Array, importance: Float64Array, projections: Floa
     """Sum of w_ij tr(C_i E_ij C_j E_ij^T) with E_ij = I - P_i P_j^T, without forming E_ij."""
     cp = moments @ projections
     pcp = projections.transpose(0, 2, 1) @ cp
-    flat = moments.reshape(len(moments), -1)
-    full = np.sum(importance * (flat @ flat.T))
+    count = len(moments)
+    total = 0.0
     # tr(C_i P_i P_j^T C_j): <P_i-weighted moments> contracted pairwise
-    left = cp.reshape(len(cp), -1)
-    mixed = np.sum(importance * (left @ left.T))
-    square = pcp.reshape(len(pcp), -1)
-    both = np.sum(importance * (square @ square.transpose(1, 0)))
-    return float(full - 2 * mixed + both)
+    for factors, sign in ((moments, 1), (cp, -2), (pcp, 1)):
+        flat = factors.reshape(count, -1)
+        for begin in range(0, count, _BLOCK_VECTORS):
+            rows = slice(begin, begin + _BLOCK_VECTORS)
+            total += sign * float(np.vdot(importance[rows], flat[rows] @ flat.T))
+    return total
 
 
 def _balance(projections: Float64Array, moments: Float64Array) -> Float64Array:
@@ -321,16 +399,16 @@ def _balance(projections: Float64Array, moments: Float64Array) -> Float64Array:
 
 
 def fit_combinations(
-    pair_weights: Float64Array, norms: Float64Array, members: Indices, p: int
+    gram: Float64Array, norms: Float64Array, members: Indices, p: int
 ) -> Float64Array:
     """Choose p combinations of a tower's features that keep most of what over_arch reads.
 
     over_arch's first layer reads sum_fg W_hfg <e_f, e_g>. For one tower, W unfolds into a
-    matrix (its features) x (everything else); its leading left singular vectors (with features
+    matrix U, (its features) x (everything else); its leading left singular vectors (with features
     scaled by their norms) are the combinations sum_f a_mf e_f that lose least.
 
     Args:
-        pair_weights: W, symmetric in its last two axes, shape (H, V, V).
+        gram: U U^T, features scaled, shape (F_t, F_t).
         norms: Root mean square norm of every vector, shape (V,).
         members: Indices of the tower's features among the V vectors.
         p: How many combinations.
@@ -338,10 +416,8 @@ def fit_combinations(
     Returns:
         a, shape (p, V), zero outside the tower; rows beyond the tower's rank are zero.
     """
-    scaled = pair_weights[:, members, :] * norms[members, None] * norms
-    unfolded = scaled.transpose(1, 0, 2).reshape(len(members), -1)
-    left, _, _ = np.linalg.svd(unfolded @ unfolded.T)
-    combos = np.zeros((p, pair_weights.shape[1]))
+    left, _, _ = np.linalg.svd(gram)
+    combos = np.zeros((p, len(norms)))
     take = min(p, len(members))
     safe = np.where(norms[members] > 0, norms[members], 1.0)
     combos[:take, members] = left[:, :take].T / safe * np.mean(safe)

@@ -6,6 +6,7 @@ of those of a tower, H outputs of the first layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 
 from dmt_convert.arrays import Float32Array, Float64Array
 from dmt_convert.conversion import Sample
+from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.model import FlatModel, to_tensor
 from dmt_convert.spec import ModelSpec
-
-_BATCH = 256  # what autograd keeps of a batch is many times its inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,8 @@ class FlatTrace:
     """Gradient of the logit by the pooled embeddings, shape (n, M)."""
     logits: Float32Array
     """The logits, shape (n,)."""
-    interaction_gradient: Float64Array
-    """Mean square gradient of the logit by every input of over_arch, shape (width,)."""
+    pre_gradient: Float32Array
+    """Gradient of the logit by `pre_activation`, of its shape."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -51,6 +51,14 @@ class FlatTrace:
     def inputs(self) -> Float32Array:
         """The interaction's inputs side by side, the dense vector first, shape (n, N + M)."""
         return np.concatenate([self.dense, self.pooled], axis=1)
+
+    def vectors(self) -> Iterator[Float32Array]:
+        """Yield the interaction's inputs one by one, the dense vector first: (n, N), (n, N_f)."""
+        yield self.dense
+        begin = 0
+        for dim in self.spec.feature_dims:
+            yield self.pooled[:, begin : begin + dim]
+            begin += dim
 
 
 def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
@@ -63,23 +71,20 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
     rows = sample.batch.num_rows
     out_dense = np.empty((rows, model.spec.input_dims[0]), dtype=np.float32)
     out_pre = np.empty((rows, model.spec.over_arch.widths[:2][-1]), dtype=np.float32)
+    out_by_pre = np.empty_like(out_pre)
     out_gradient = np.empty_like(sample.pooled)
     out_logits = np.empty(rows, dtype=np.float32)
-    squares: Float64Array | float = 0.0
-    for begin in range(0, rows, _BATCH):
-        chosen = slice(begin, begin + _BATCH)
+    for chosen in row_blocks(model.spec, rows):
         pooled = to_tensor(sample.pooled[chosen]).clone().requires_grad_(True)
         with torch.enable_grad():
             dense = model.dense_arch(to_tensor(sample.batch.dense[chosen]))
-            interacted = model.interaction(dense, pooled, dense)
-            pre = model.over_arch[0](interacted) if len(model.over_arch) else interacted
-            logits = model.over_arch(interacted).squeeze(1)
-            by_pooled, by_interacted = torch.autograd.grad(logits.sum(), (pooled, interacted))
+            pre = model.pre_activations(dense, pooled)
+            logits = model.over_arch.finish(pre).squeeze(1)
+            by_pooled, by_pre = torch.autograd.grad(logits.sum(), (pooled, pre))
         out_logits[chosen] = logits.detach().numpy()
         out_dense[chosen] = dense.detach().numpy()
         out_pre[chosen] = pre.detach().numpy()
-        out_gradient[chosen] = by_pooled.numpy()
-        squares = squares + by_interacted.double().square().sum(dim=0).numpy()
+        out_gradient[chosen], out_by_pre[chosen] = by_pooled.numpy(), by_pre.numpy()
     return FlatTrace(
         model=model,
         dense_inputs=sample.batch.dense,
@@ -89,7 +94,7 @@ def trace_flat(model: FlatModel, sample: Sample) -> FlatTrace:
         pre_activation=out_pre,
         pooled_gradient=out_gradient,
         logits=out_logits,
-        interaction_gradient=np.asarray(squares, dtype=np.float64) / max(1, rows),
+        pre_gradient=out_by_pre,
     )
 
 

@@ -1,25 +1,52 @@
 """Refit a linear layer to given outputs, starting from weights that are already good.
 
-Inputs stay float32; their moments are summed in float64, a block of rows at a time.
-Letters: n rows, k inputs, m outputs.
+Inputs stay float32, and may be computed a block of rows at a time; their moments are summed in
+float64. Letters: n rows, k inputs, m outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 
-from dmt_convert.arrays import Float64Array, FloatArray
+from dmt_convert.arrays import Float32Array, Float64Array, FloatArray
 
 _STRENGTHS: Final = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _PATIENCE: Final = 2
 _HELD_OUT: Final = 0.25
 _BLOCK_ROWS: Final = 512
+_BLOCK_ELEMENTS: Final = 1 << 22
 MAX_INPUTS: Final = 6_144
 """Widest layer that is refitted: beyond it the normal equations outgrow memory and minutes."""
+
+
+class Rows(Protocol):
+    """Rows of a matrix, given block by block: an array, or `ComputedRows`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k)."""
+
+    def __getitem__(self, rows: slice, /) -> FloatArray:
+        """Return some rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedRows:
+    """Rows that are computed whenever they are asked for, because all at once are too many."""
+
+    shape: tuple[int, int]
+    """(n, k)."""
+    compute: Callable[[slice], Float32Array]
+    """Gives some rows."""
+
+    def __getitem__(self, rows: slice) -> Float32Array:
+        """Compute some rows."""
+        return self.compute(rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +65,7 @@ class Refit:
     """Ridge strength chosen on held-out rows; infinite if the prior was kept."""
 
 
-def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> Refit:
+def refit_linear(inputs: Rows, targets: FloatArray, prior: FloatArray) -> Refit:
     """Minimise |targets - (inputs weight^T + bias)|^2 + strength |weight - prior|^2.
 
     The strength is chosen on the last quarter of the rows; the prior itself (with the best
@@ -51,19 +78,19 @@ def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -
         prior: Weights to start from, shape (m, k).
     """
     problem = _Problem(inputs, targets, prior)
-    cut = int(len(inputs) * (1 - _HELD_OUT))
-    x, residual = problem.design(slice(cut, len(inputs)))
-    y = targets[cut:] - problem.mean_y
-    total = float(np.square(y).sum()) or 1.0
-    prior_loss = best_loss = float(np.square(residual).sum())
+    (count, width), outputs = inputs.shape, targets.shape[1]
+    cut = int(count * (1 - _HELD_OUT))
+    held = slice(cut, count)
+    total = float(np.square(targets[held] - problem.mean_y).sum()) or 1.0
+    prior_loss = best_loss = problem.loss(held)
     scaled, best = problem.start, np.inf
-    if inputs.shape[1] <= MAX_INPUTS and cut > 1:
-        gram, cross = problem.moments(cut)
+    if width <= MAX_INPUTS and cut > 1:
+        gram, cross = np.zeros((width, width)), np.zeros((width, outputs))
+        problem.add_moments(slice(0, cut), gram, cross)
         diagonal = gram.diagonal().copy()
         rises, last = 0, prior_loss
         for strength in _STRENGTHS:
-            delta = _solve(gram, cross, diagonal + strength * cut)
-            loss = float(np.square(residual - x @ delta).sum())
+            loss = problem.loss(held, _solve(gram, cross, diagonal + strength * cut))
             if loss < best_loss * (1 - 1e-9):
                 best_loss, best = loss, strength
             rises, last = (rises + 1 if loss >= last else 0), loss
@@ -71,9 +98,8 @@ def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -
                 break
         if np.isfinite(best):
             np.fill_diagonal(gram, diagonal)
-            gram += x.T @ x
-            cross += x.T @ residual
-            delta = _solve(gram, cross, gram.diagonal() + best * len(inputs))
+            problem.add_moments(held, gram, cross)
+            delta = _solve(gram, cross, gram.diagonal() + best * count)
             scaled = scaled + delta.T
     weight = scaled / problem.scale
     return Refit(
@@ -88,39 +114,53 @@ def refit_linear(inputs: FloatArray, targets: FloatArray, prior: Float64Array) -
 class _Problem:
     """Standardised inputs, and the residual of the prior, in blocks of rows."""
 
-    def __init__(self, inputs: FloatArray, targets: FloatArray, prior: Float64Array) -> None:
+    def __init__(self, inputs: Rows, targets: FloatArray, prior: FloatArray) -> None:
         self._inputs, self._targets = inputs, targets
-        self.mean_x: Float64Array = inputs.mean(axis=0, dtype=np.float64)
+        count, width = inputs.shape
         self.mean_y: Float64Array = targets.mean(axis=0, dtype=np.float64)
-        squares = np.zeros(inputs.shape[1])
-        for rows in _blocks(len(inputs)):
-            squares += np.square(inputs[rows] - self.mean_x).sum(axis=0)
-        spread = np.sqrt(squares / max(1, len(inputs)))
+        self.mean_x: Float64Array = np.zeros(width)
+        self._step = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, width)))
+        for rows in self._blocks(slice(0, count)):
+            self.mean_x += inputs[rows].sum(axis=0, dtype=np.float64)
+        self.mean_x /= max(1, count)
+        squares, rounding = np.zeros(width), 0.0
+        for rows in self._blocks(slice(0, count)):
+            x = inputs[rows]
+            squares += np.square(x - self.mean_x).sum(axis=0)
+            rounding = _rounding(x)
+        spread = np.sqrt(squares / max(1, count))
         # what varies less than its own rounding is a constant: scaled up, it would be noise
         floor = 1e-12 * max(1.0, float(spread.max(initial=0.0)))
-        live = spread > np.maximum(floor, _rounding(inputs) * np.abs(self.mean_x))
+        live = spread > np.maximum(floor, rounding * np.abs(self.mean_x))
         self.scale: Float64Array = np.where(live, spread, 1.0)
         self.start: Float64Array = prior * self.scale
 
-    def design(self, rows: slice) -> tuple[Float64Array, Float64Array]:
+    def loss(self, rows: slice, delta: Float64Array | None = None) -> float:
+        """Squared error of the prior, or of the prior and a change of shape (k, m)."""
+        total = 0.0
+        for block in self._blocks(rows):
+            x, residual = self._design(block)
+            error = residual if delta is None else residual - x @ delta
+            total += float(np.square(error).sum())
+        return total
+
+    def add_moments(self, rows: slice, gram: Float64Array, cross: Float64Array) -> None:
+        """Add x^T x and x^T residual of some rows, shapes (k, k) and (k, m)."""
+        for block in self._blocks(rows):
+            x, residual = self._design(block)
+            # in place: the product by itself would be a second matrix of that size
+            torch.from_numpy(gram).addmm_(torch.from_numpy(x.T), torch.from_numpy(x))
+            cross += x.T @ residual
+
+    def _blocks(self, rows: slice) -> list[slice]:
+        begins = range(rows.start, rows.stop, self._step)
+        return [slice(a, min(a + self._step, rows.stop)) for a in begins]
+
+    def _design(self, rows: slice) -> tuple[Float64Array, Float64Array]:
         """Return x, shape (rows, k), and the residual of the prior, shape (rows, m)."""
         x: Float64Array = (self._inputs[rows] - self.mean_x) / self.scale
         residual: Float64Array = self._targets[rows] - self.mean_y - x @ self.start.T
         return x, residual
-
-    def moments(self, count: int) -> tuple[Float64Array, Float64Array]:
-        """Return x^T x and x^T residual over the first rows, shapes (k, k) and (k, m)."""
-        width = self._inputs.shape[1]
-        gram, cross = np.zeros((width, width)), np.zeros((width, self._targets.shape[1]))
-        for rows in _blocks(count):
-            x, residual = self.design(rows)
-            gram += x.T @ x
-            cross += x.T @ residual
-        return gram, cross
-
-
-def _blocks(count: int) -> list[slice]:
-    return [slice(a, min(a + _BLOCK_ROWS, count)) for a in range(0, count, _BLOCK_ROWS)]
 
 
 def _rounding(values: FloatArray) -> float:
