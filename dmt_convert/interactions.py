@@ -50,7 +50,6 @@ def pair_rows(count: int, order: PairOrder, *, self_pairs: bool) -> Iterator[Pai
         begin = end
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseWork:
     """What a dense part costs.

@@ -5,7 +5,7 @@ torch is imported when a model is run: documents and reports only read the table
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -19,22 +19,28 @@ from dmt_convert.metrics import measure_accuracy, measure_agreement
 if TYPE_CHECKING:
     from torch import nn
 
+    from dmt_convert.model import FlatModel
+
 _BATCH: Final = 1024
+_BLOCK_ELEMENTS: Final = 1 << 23
 
 
-def compare_models(flat: nn.Module, candidates: Mapping[str, nn.Module], held: Sample) -> Quality:
+def compare_models(
+    flat: FlatModel, candidates: Mapping[str, Callable[[], nn.Module]], held: Sample
+) -> Quality:
     """Compare converted models with the flat one on held-out rows.
 
     Args:
         flat: The flat model.
-        candidates: Name -> model.
+        candidates: Name -> gives the model, which is let go before the next is asked for.
         held: Rows that no fit has seen.
     """
-    reference = logits_of(flat, held.batch)
+    at_once = max(16, min(_BATCH, _BLOCK_ELEMENTS // sum(flat.spec.input_dims)))
+    reference = logits_of(flat, held.batch, at_once)
     labels = held.batch.labels
     rows = []
-    for name, model in {"flat": flat, **candidates}.items():
-        logits = reference if model is flat else logits_of(model, held.batch)
+    for name, find_model in {"flat": None, **candidates}.items():
+        logits = reference if find_model is None else logits_of(find_model(), held.batch, at_once)
         agreement = measure_agreement(reference, logits)
         accuracy = None if labels is None else measure_accuracy(logits, labels)
         rows.append(
@@ -56,13 +62,13 @@ def compare_models(flat: nn.Module, candidates: Mapping[str, nn.Module], held: S
     )
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Float32Array:
+def logits_of(model: nn.Module, batch: Batch, at_once: int = _BATCH) -> Float32Array:
     """Logits of many rows, some at a time, shape (B,)."""
     import torch
 
     parts = []
     with torch.inference_mode():
-        for begin in range(0, batch.num_rows, _BATCH):
-            end = min(begin + _BATCH, batch.num_rows)
+        for begin in range(0, batch.num_rows, at_once):
+            end = min(begin + at_once, batch.num_rows)
             parts.append(model(take_rows(batch, slice(begin, end))).numpy())
     return np.concatenate(parts)

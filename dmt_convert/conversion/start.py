@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from dmt_convert.bundle import SmallWeights, split_state
+from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.conversion.initialisation import (
     allot_dims,
     default_steps,
@@ -24,7 +25,6 @@ from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_f
 from dmt_convert.spec import Dtype
 
 _HELD_OUT: Final = 0.25
-_BATCH: Final = 256
 _AS_GOOD: Final = 5e-4
 """1 - R^2 of a closed form that distillation is not needed after, unless it is asked for."""
 
@@ -82,19 +82,20 @@ def start_model(
     tables = MappedTables(info.spec, infos, stored_as=stored_as)
     if spec.is_passthrough:
         model, notes = initialise(flat, spec, None, method="exact", tables=tables)
-        method, candidates = "exact", {"passthrough": model}
+        method, candidates = "exact", {"passthrough": lambda: model}
     else:
         starter = Starter(flat, fit, held, tables)
-        model, notes = starter.solve([spec, *alternatives], allot=allot)
-        method, candidates = "closed form", {"closed form": model}
-        better, note = starter.distill(model, distill_steps, seed, on_step)
-        notes = (*notes, note)
+        closed, notes = starter.solve([spec, *alternatives], allot=allot)
+        better, note = starter.distill(closed, distill_steps, seed, on_step)
+        del starter
+        model, method, notes = closed, "closed form", (*notes, note)
+        candidates = {"closed form": lambda: closed}
         if better is not None:
             model, method = better, "closed form, then distilled"
-            candidates["distilled"] = better
-        candidates["random initialisation"], _ = initialise(
+            candidates["distilled"] = lambda: model
+        candidates["random initialisation"] = lambda: initialise(
             flat, model.spec, None, method="random", tables=tables, seed=seed
-        )
+        )[0]
     return StartedModel(
         spec=model.spec,
         weights=split_state(model),
@@ -136,7 +137,7 @@ class Starter:
         """
         allotted = [allot_dims(self._trace, spec) for spec in specs] if allot else []
         tried = dict.fromkeys([*specs, *allotted])
-        found = []
+        said, best = [], None
         for spec in tried:
             model, notes = initialise(
                 self._flat,
@@ -146,10 +147,13 @@ class Starter:
                 tables=self._tables,
                 trace=self._trace,
             )
-            found.append((self._lost(model), model, notes))
-        _, model, notes = min(found, key=lambda entry: entry[0])
-        if len(found) > 1:
-            said = [f"{_say(m.spec)}: R^2 {1 - loss:.6f}" for loss, m, _ in found]
+            lost = self._lost(model)
+            said.append(f"{_say(model.spec)}: R^2 {1 - lost:.6f}")
+            if best is None or lost < best[0]:
+                best = lost, model, notes
+        assert best is not None
+        _, model, notes = best
+        if len(said) > 1:
             notes = ("tower modules tried, the best one taken: " + "; ".join(said), *notes)
         return model, notes
 
@@ -198,10 +202,10 @@ class Starter:
 
 def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
     dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
+    spec = model.spec if isinstance(model, FlatModel) else model.spec.flat
     with torch.inference_mode():
         parts = [
-            model.forward_pooled(dense[a : a + _BATCH], pooled[a : a + _BATCH])
-            for a in range(0, len(dense), _BATCH)
+            model.forward_pooled(dense[rows], pooled[rows]) for rows in row_blocks(spec, len(dense))
         ]
     return torch.cat(parts).double()
 

@@ -101,7 +101,9 @@ def test_the_quality_table_holds_the_flat_model_first(scored_checkpoint, scored_
     )  # fmt: skip
     flat = open_model(scored_checkpoint).module
     models = {kind: open_model(path).module for kind, path in scored_bundles.items()}
-    quality = compare_models(flat, {**models, "random initialisation": models["dlrm"]}, sample)
+    models["random initialisation"] = models["dlrm"]
+    found = {name: (lambda model=model: model) for name, model in models.items()}
+    quality = compare_models(flat, found, sample)
     assert [row.name for row in quality.rows] == [
         "flat", "passthrough", "dlrm", "random initialisation",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dmt_convert.conversion.initialisation.dcn import choose_coordinates, rebuild
+from dmt_convert.conversion.initialisation.dcn import choose_coordinates
 from dmt_convert.conversion.initialisation.dot import (
     fit_combinations,
     fit_projections,
@@ -16,6 +16,11 @@ from dmt_convert.conversion.initialisation.dot import (
     shared_projection,
 )
 from dmt_convert.conversion.initialisation.first_layer import fit_outputs
+from dmt_convert.conversion.initialisation.moments import (
+    MatrixMoment,
+    RowMoment,
+    second_moment,
+)
 
 
 def _vectors(count=4, dim=6, rows=300, seed=0):
@@ -29,6 +34,11 @@ def _vectors(count=4, dim=6, rows=300, seed=0):
 
 def _moments(vectors):
     return second_moments(vectors.swapaxes(0, 1))
+
+
+def _rebuild(covariance, chosen):
+    """B with x - mean ~ B (x_chosen - mean), shape (M, k)."""
+    return MatrixMoment(covariance).regressed(np.eye(len(covariance)), chosen)
 
 
 def _unfolded(pairs, norms, members):
@@ -198,7 +208,7 @@ def test_coordinates_are_chosen_greedily_and_near_the_best(seed):
     for _ in range(3):
         rest = [k for k in range(7) if k not in greedy]
         greedy.append(min(rest, key=lambda k: _loss(covariance, sensitivity, [*greedy, k])))
-    chosen = choose_coordinates(covariance, sensitivity, 3)
+    chosen = choose_coordinates(MatrixMoment(covariance), MatrixMoment(sensitivity), 3)
     assert list(chosen) == sorted(greedy)
     best = min(_loss(covariance, sensitivity, list(subset)) for subset in combinations(range(7), 3))
     nothing = float(np.trace(sensitivity @ covariance))
@@ -212,9 +222,9 @@ def test_coordinates_are_chosen_greedily_and_near_the_best(seed):
 @pytest.mark.parametrize("sensitivity", [np.zeros((5, 5)), np.eye(5)])
 def test_singular_covariances_still_give_distinct_coordinates(covariance, sensitivity):
     for count in range(1, 6):
-        chosen = choose_coordinates(covariance, sensitivity, count)
+        chosen = choose_coordinates(MatrixMoment(covariance), MatrixMoment(sensitivity), count)
         assert len(set(chosen.tolist())) == count and (np.diff(chosen) > 0).all()
-        back = rebuild(covariance, chosen)
+        back = _rebuild(covariance, chosen)
         assert back.shape == (5, count) and np.isfinite(back).all()
         assert (back[chosen] == np.eye(count)).all()
 
@@ -224,12 +234,13 @@ def test_rebuild_recovers_dependent_coordinates():
     x = rng.standard_normal((500, 2))
     x = np.column_stack([x, x @ [[1.0], [2.0]], x @ [[-1.0], [0.5]]])
     covariance = np.cov(x.T)
-    back = rebuild(covariance, np.array([0, 1]))
+    back = _rebuild(covariance, np.array([0, 1]))
     np.testing.assert_allclose(back, [[1, 0], [0, 1], [1, 2], [-1, 0.5]], atol=1e-4)
 
 
 def test_a_coordinate_that_the_logit_does_not_feel_is_left_out():
-    chosen = choose_coordinates(np.eye(4), np.diag([1.0, 0.0, 2.0, 0.0]), 2)
+    felt = MatrixMoment(np.diag([1.0, 0.0, 2.0, 0.0]))
+    chosen = choose_coordinates(MatrixMoment(np.eye(4)), felt, 2)
     assert list(chosen) == [0, 2]
 
 
@@ -242,12 +253,43 @@ def test_wide_towers_choose_by_a_sketch_nearly_as_well(monkeypatch):
 
     def loss(chosen):
         left = np.eye(200)
-        left[:, chosen] -= rebuild(covariance, chosen)
+        left[:, chosen] -= _rebuild(covariance, chosen)
         return np.trace(sensitivity @ left @ covariance @ left.T)
 
-    exact = loss(choose_coordinates(covariance, sensitivity, 30))
-    blind = loss(choose_coordinates(covariance, np.eye(200), 30))
-    monkeypatch.setattr("dmt_convert.conversion.initialisation.dcn._EXACT_WIDTH", 100)
-    sketched = loss(choose_coordinates(covariance, sensitivity, 30))
+    exact = loss(choose_coordinates(MatrixMoment(covariance), MatrixMoment(sensitivity), 30))
+    blind = loss(choose_coordinates(MatrixMoment(covariance), MatrixMoment(np.eye(200)), 30))
+    monkeypatch.setattr("dmt_convert.conversion.initialisation.moments._EXACT_WIDTH", 100)
+    sketched = loss(choose_coordinates(MatrixMoment(covariance), MatrixMoment(sensitivity), 30))
     assert sketched < 1.15 * exact
     assert sketched < 0.9 * blind
+
+
+def test_few_rows_stand_for_the_matrix_that_they_span():
+    """The form for towers that are wider than the sample is long gives the same choice."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((40, 90)) * np.linspace(0.1, 2, 90)).astype(np.float32)
+    gradient = rng.standard_normal((40, 90)).astype(np.float32)
+    covariance, felt = second_moment(x, centred=True), second_moment(gradient, centred=False)
+    assert isinstance(covariance, RowMoment) and isinstance(felt, RowMoment)
+    wide = [MatrixMoment(part.rows.T @ part.rows) for part in (covariance, felt)]
+    np.testing.assert_allclose(wide[0].matrix, np.cov(x.T, bias=True), atol=1e-6)
+    np.testing.assert_allclose(covariance.diagonal, wide[0].diagonal)
+    np.testing.assert_allclose(covariance.row(7), wide[0].row(7), atol=1e-12)
+    assert covariance.trace_of_product(felt) == pytest.approx(wide[0].trace_of_product(wide[1]))
+    chosen = choose_coordinates(covariance, felt, 25)
+    np.testing.assert_array_equal(chosen, choose_coordinates(wide[0], wide[1], 25))
+    weight = rng.standard_normal((3, 90))
+    np.testing.assert_allclose(
+        covariance.regressed(weight, chosen), wide[0].regressed(weight, chosen), rtol=1e-6
+    )
+
+
+def test_more_coordinates_than_rows_are_chosen_and_regressed():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((10, 60)).astype(np.float32)
+    covariance = second_moment(x, centred=True)
+    chosen = choose_coordinates(covariance, second_moment(x, centred=False), 30)
+    assert len(set(chosen.tolist())) == 30
+    back = covariance.regressed(np.eye(60), chosen)
+    centred = x - x.mean(axis=0)
+    np.testing.assert_allclose(centred[:, chosen] @ back.T, centred, atol=1e-3)

@@ -10,11 +10,12 @@ dims, S (k) chosen coordinates, r rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from dmt_convert.arrays import Float32Array, Float64Array, FloatArray
+from dmt_convert.arrays import BoolArray, Float32Array, Float64Array, FloatArray
 from dmt_convert.conversion.initialisation.closed_form import (
     ClosedForm,
     Indices,
@@ -23,13 +24,28 @@ from dmt_convert.conversion.initialisation.closed_form import (
     every_step,
     sum_of_curves,
 )
-from dmt_convert.conversion.initialisation.flat_trace import FlatTrace, tower_moments
+from dmt_convert.conversion.initialisation.flat_trace import FlatTrace
+from dmt_convert.conversion.initialisation.moments import Moment, second_moment
 from dmt_convert.conversion.initialisation.ridge import refit_linear
 from dmt_convert.model import DmtSpec
 
 _BLOCK_ROWS: Final = 512
-_EXACT_WIDTH: Final = 1024
-_SKETCH_ROWS: Final = 256
+_BLOCK_ELEMENTS: Final = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What a tower emits, and what is left of the layers behind it."""
+
+    module: dict[str, FloatArray]
+    """State of the tower's module."""
+    columns: Indices
+    """Chosen columns of the flat concatenation, one for each output of the tower."""
+    live: BoolArray
+    """Which outputs carry one; all others stay zero."""
+    carried: dict[str, Float64Array]
+    """Weights of cross.l.v and over_arch.0 on the chosen columns, by canonical name, that equal the
+    flat ones on all of the tower's columns as far as these follow from the chosen ones."""
 
 
 class CrossForm(ClosedForm):
@@ -46,11 +62,9 @@ class CrossForm(ClosedForm):
         read its r numbers from fewer inputs. It is refitted by ridge regression on the inputs of
         the converted layer, so later layers make up for what earlier ones lost.
         """
-        modules, chosen, blocks = _choose(trace, spec)
-        dense = np.arange(spec.flat.input_dims[0])
-        blocks = [(dense, np.eye(len(dense))), *blocks]
-        picked = np.concatenate([dense, *chosen]).astype(np.intp)
-        return _refit_layers(trace, spec, picked, blocks, modules)
+        return _refit_layers(
+            trace, spec, [_choose(trace, spec, t) for t in range(len(spec.towers))]
+        )
 
     def tower_loss(self, trace: FlatTrace, spec: DmtSpec) -> Loss:
         """Sum of the towers' losses by the number of coordinates."""
@@ -62,36 +76,42 @@ class CrossForm(ClosedForm):
         return sum_of_curves(curves)
 
 
-def _choose(
-    trace: FlatTrace, spec: DmtSpec
-) -> tuple[list[dict[str, Float64Array]], list[Indices], list[tuple[Indices, Float64Array]]]:
-    """Per tower: the module's state, the chosen coordinates, and how to rebuild all others."""
-    dense_width = spec.flat.input_dims[0]
-    first_v = trace.weights["cross.0.v"]
-    modules, chosen, blocks = [], [], []
-    for t, tower in enumerate(spec.towers):
-        own = np.array(spec.columns_by_tower[t])
-        members = own + dense_width
-        covariance, felt = tower_moments(trace.pooled[:, own], trace.pooled_gradient[:, own])
-        count = spec.tower_widths[t]
-        take = min(count, len(members))
-        local = choose_coordinates(covariance, felt, take)
-        weight = np.zeros((count, len(members)))
-        weight[np.arange(take), local] = 1.0
-        rank = min(tower.module.cross_rank, len(members))
-        state: dict[str, Float64Array] = {"weight": weight, "bias": np.zeros(count)}
-        for layer in range(tower.module.cross_layers):
-            # W = 0: the tower's own cross network begins as the identity and learns from V
-            state[f"cross.{layer}.w"] = np.zeros((len(members), rank))
-            state[f"cross.{layer}.v"] = _leading_rows(first_v[:, members], rank)
-            state[f"cross.{layer}.bias"] = np.zeros(len(members))
-        modules.append(state)
+def _choose(trace: FlatTrace, spec: DmtSpec, index: int) -> _Choice:
+    """Choose the coordinates of one tower."""
+    tower, own = spec.towers[index], np.array(spec.columns_by_tower[index])
+    members = own + spec.flat.input_dims[0]
+    covariance = second_moment(trace.pooled[:, own], centred=True)
+    felt = second_moment(trace.pooled_gradient[:, own], centred=False)
+    count = spec.tower_widths[index]
+    take = min(count, len(members))
+    local = choose_coordinates(covariance, felt, take)
+    weight = np.zeros((count, len(members)), dtype=np.float32)
+    weight[np.arange(take), local] = 1.0
+    rank = min(tower.module.cross_rank, len(members))
+    state: dict[str, FloatArray] = {"weight": weight, "bias": np.zeros(count)}
+    for layer in range(tower.module.cross_layers):
+        # W = 0: the tower's own cross network begins as the identity and learns from V
+        state[f"cross.{layer}.w"] = np.zeros((len(members), rank))
+        state[f"cross.{layer}.v"] = _leading_rows(trace.weights["cross.0.v"][:, members], rank)
+        state[f"cross.{layer}.bias"] = np.zeros(len(members))
+    carried = {}
+    for name in _read_layers(spec):
+        flat = trace.weights[name][:, members]
+        carried[name] = np.zeros((len(flat), count))
+        carried[name][:, :take] = covariance.regressed(flat, local)
+    return _Choice(
+        module=state,
         # outputs beyond the tower's own width stay zero; they read coordinate 0 with weight 0
-        chosen.append(np.concatenate([members[local], np.full(count - take, members[0])]))
-        block = np.zeros((len(members), count))
-        block[:, :take] = rebuild(covariance, local)
-        blocks.append((members, block))
-    return modules, chosen, blocks
+        columns=np.concatenate([members[local], np.full(count - take, members[0])]),
+        live=np.arange(count) < take,
+        carried=carried,
+    )
+
+
+def _read_layers(spec: DmtSpec) -> list[str]:
+    """Names of the weights that read all inputs."""
+    layers = range(spec.interaction.cross_layers)
+    return [*(f"cross.{layer}.v" for layer in layers), "over_arch.0.weight"]
 
 
 def _leading_rows(matrix: Float32Array, rank: int) -> Float64Array:
@@ -106,41 +126,37 @@ def _leading_rows(matrix: Float32Array, rank: int) -> Float64Array:
     return rows
 
 
-def _refit_layers(
-    trace: FlatTrace,
-    spec: DmtSpec,
-    picked: Indices,
-    blocks: list[tuple[Indices, Float64Array]],
-    modules: list[dict[str, Float64Array]],
-) -> Start:
+def _refit_layers(trace: FlatTrace, spec: DmtSpec, choices: list[_Choice]) -> Start:
     dense_width = trace.dense.shape[1]
-    x0 = np.concatenate([trace.dense, trace.pooled[:, picked[dense_width:] - dense_width]], axis=1)
-    x0[:, ~np.concatenate([block.any(axis=0) for _, block in blocks])] = 0.0
-    x = x0
+    chosen = np.concatenate([choice.columns for choice in choices]).astype(np.intp)
+    picked = np.concatenate([np.arange(dense_width), chosen])
+    x0 = np.empty((len(trace.dense), len(picked)), dtype=np.float32)
+    x0[:, :dense_width] = trace.dense
+    np.take(trace.pooled, chosen - dense_width, axis=1, out=x0[:, dense_width:], mode="clip")
+    x0[:, dense_width:][:, ~np.concatenate([choice.live for choice in choices])] = 0.0
+    x = x0.copy()
+
+    def carry(name: str) -> Float64Array:
+        own = trace.weights[name][:, :dense_width].astype(np.float64)
+        return np.concatenate([own, *(choice.carried[name] for choice in choices)], axis=1)
+
     dense: dict[str, FloatArray] = {}
     notes = []
     for layer, target in enumerate(_flat_reads(trace, spec.interaction.cross_layers)):
-        w, v, bias = (trace.weights[f"cross.{layer}.{kind}"] for kind in ("w", "v", "bias"))
-        fit = refit_linear(x, target, _carry(v, blocks))
+        w, bias = (trace.weights[f"cross.{layer}.{kind}"] for kind in ("w", "bias"))
+        fit = refit_linear(x, target, carry(f"cross.{layer}.v"))
         chosen_w, chosen_v = w[picked], fit.weight.astype(np.float32)
         shifted = (bias[picked] + chosen_w @ fit.bias).astype(np.float32)
         dense[f"cross.{layer}.w"] = chosen_w
         dense[f"cross.{layer}.v"] = chosen_v
         dense[f"cross.{layer}.bias"] = shifted
         notes.append(f"cross.{layer}.v refitted: R^2 {fit.prior_r2:.6f} -> {fit.r2:.6f}")
-        x = np.concatenate(
-            [x0[i] * ((x[i] @ chosen_v.T) @ chosen_w.T + shifted) + x[i] for i in _blocks(len(x))]
-        )
-    first = _carry(trace.weights["over_arch.0.weight"], blocks)
-    fit = refit_linear(x, trace.pre_activation, first)
+        for rows in _blocks(*x.shape):
+            x[rows] += x0[rows] * ((x[rows] @ chosen_v.T) @ chosen_w.T + shifted)
+    fit = refit_linear(x, trace.pre_activation, carry("over_arch.0.weight"))
     dense["over_arch.0.weight"], dense["over_arch.0.bias"] = fit.weight, fit.bias
     notes.append(f"over_arch.0 refitted: R^2 of pre-activations {fit.prior_r2:.6f} -> {fit.r2:.6f}")
-    return Start(modules=modules, dense=dense, notes=tuple(notes))
-
-
-def _carry(weight: Float32Array, blocks: list[tuple[Indices, Float64Array]]) -> Float64Array:
-    """Return weights on the chosen coordinates that equal the flat weights on rebuilt ones."""
-    return np.concatenate([weight[:, rows] @ block for rows, block in blocks], axis=1)
+    return Start(modules=[choice.module for choice in choices], dense=dense, notes=tuple(notes))
 
 
 def _flat_reads(trace: FlatTrace, layers: int) -> list[Float32Array]:
@@ -149,7 +165,7 @@ def _flat_reads(trace: FlatTrace, layers: int) -> list[Float32Array]:
     A block of rows at a time: only V x is kept, not the layers' inputs.
     """
     reads: list[list[Float32Array]] = [[] for _ in range(layers)]
-    for rows in _blocks(len(trace.dense)):
+    for rows in _blocks(len(trace.dense), sum(trace.spec.input_dims)):
         x0 = np.concatenate([trace.dense[rows], trace.pooled[rows]], axis=1)
         x = x0
         for layer in range(layers):
@@ -159,11 +175,12 @@ def _flat_reads(trace: FlatTrace, layers: int) -> list[Float32Array]:
     return [np.concatenate(parts) for parts in reads]
 
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(a, a + _BLOCK_ROWS) for a in range(0, count, _BLOCK_ROWS)]
+def _blocks(count: int, width: int) -> list[slice]:
+    step = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // width))
+    return [slice(a, a + step) for a in range(0, count, step)]
 
 
-def choose_coordinates(covariance: Float64Array, sensitivity: Float64Array, count: int) -> Indices:
+def choose_coordinates(covariance: Moment, sensitivity: Moment, count: int) -> Indices:
     """Choose coordinates greedily so that the logit loses least when the rest is regressed.
 
     The loss of a choice S is tr(G R_S), where R_S is the covariance left after regression on
@@ -180,7 +197,7 @@ def choose_coordinates(covariance: Float64Array, sensitivity: Float64Array, coun
         Sorted indices, shape (k,); once nothing is left to explain, the first free ones.
     """
     chosen, _ = _choose_greedily(covariance, sensitivity, count)
-    free = np.ones(len(covariance), dtype=bool)
+    free = np.ones(len(covariance.diagonal), dtype=bool)
     free[chosen] = False
     rest = [int(i) for i in np.flatnonzero(free)[: count - len(chosen)]]
     return np.sort(np.array(chosen + rest, dtype=np.intp))
@@ -196,26 +213,29 @@ def coordinate_losses(vectors: Float32Array, gradient: Float32Array) -> Float64A
     Returns:
         tr(G R_S) for every number of coordinates, shape (M_t + 1,).
     """
-    covariance, sensitivity = tower_moments(vectors, gradient)
-    _, gains = _choose_greedily(covariance, sensitivity, len(covariance))
-    total = float(np.sum(sensitivity * covariance))
-    losses = np.zeros(len(covariance) + 1)
+    covariance = second_moment(vectors, centred=True)
+    sensitivity = second_moment(gradient, centred=False)
+    width = vectors.shape[1]
+    _, gains = _choose_greedily(covariance, sensitivity, width)
+    total = covariance.trace_of_product(sensitivity)
+    losses = np.zeros(width + 1)
     losses[: len(gains) + 1] = np.maximum(total - np.cumsum([0.0, *gains]), 0.0)
     return losses
 
 
 def _choose_greedily(
-    covariance: Float64Array, sensitivity: Float64Array, count: int
+    covariance: Moment, sensitivity: Moment, count: int
 ) -> tuple[list[int], list[float]]:
     """Coordinates in the order of choice, and by how much each lowers the loss."""
-    root = _square_root(sensitivity) @ covariance
-    diagonal = np.diag(covariance).astype(np.float64)
-    factors = np.empty((count, len(covariance)))  # covariance - factors^T factors is what is left
+    root = covariance.mapped(sensitivity.root())
+    diagonal = covariance.diagonal
+    # covariance - factors^T factors is what is left
+    factors = np.empty((min(count, covariance.rank), len(diagonal)))
     floor = 1e-10 * max(float(diagonal.max(initial=0.0)), 1e-30)
     chosen: list[int] = []
     gains: list[float] = []
-    free = np.ones(len(covariance), dtype=bool)
-    for step in range(count):
+    free = np.ones(len(diagonal), dtype=bool)
+    for step in range(len(factors)):
         usable = free & (diagonal > floor)
         if not usable.any():
             break
@@ -226,40 +246,7 @@ def _choose_greedily(
         gains.append(float(gain[k]))
         free[k] = False
         scale = float(np.sqrt(diagonal[k]))
-        factors[step] = (covariance[k] - factors[:step, k] @ factors[:step]) / scale
+        factors[step] = (covariance.row(k) - factors[:step, k] @ factors[:step]) / scale
         root -= np.outer(root[:, k] / scale, factors[step])
         diagonal = diagonal - np.square(factors[step])
     return chosen, gains
-
-
-def _square_root(sensitivity: Float64Array) -> Float64Array:
-    """Return A with A^T A = G, shape (rank, M_t); for wide towers A^T A only estimates G.
-
-    Beyond 1,024 coordinates the eigenvectors take longer than all else; 256 random combinations
-    of the rows of a Cholesky factor keep every gain to within some per cent.
-    """
-    width = len(sensitivity)
-    if width <= _EXACT_WIDTH:
-        values, axes = np.linalg.eigh(sensitivity)
-        keep = values > max(float(values.max(initial=0.0)), 0.0) * 1e-6
-        exact: Float64Array = (axes[:, keep] * np.sqrt(values[keep])).T
-        return exact
-    damping = 1e-9 * max(float(np.trace(sensitivity)) / width, 1e-30)
-    factor = np.linalg.cholesky(sensitivity + damping * np.eye(width))
-    mix = np.random.default_rng(0).standard_normal((_SKETCH_ROWS, width))
-    sketch: Float64Array = mix @ factor.T / np.sqrt(_SKETCH_ROWS)
-    return sketch
-
-
-def rebuild(covariance: Float64Array, chosen: Indices) -> Float64Array:
-    """Regress all coordinates on the chosen ones.
-
-    Returns:
-        B with x - mean ~ B (x_chosen - mean), shape (M_t, k); chosen rows are unit vectors.
-    """
-    inner = covariance[np.ix_(chosen, chosen)]
-    ridge = 1e-6 * max(float(np.trace(inner)) / max(1, len(chosen)), 1e-30)
-    solution = np.linalg.solve(inner + ridge * np.eye(len(chosen)), covariance[chosen])
-    back: Float64Array = np.array(solution.T, dtype=np.float64)
-    back[chosen] = np.eye(len(chosen))
-    return back

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.conversion import Sample
+from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, count_parameters, to_tensor
 
 _BATCH: Final = 512
@@ -26,6 +27,9 @@ _FEWEST_STEPS: Final = 100
 _BUDGET: Final = 4e11
 """Floating-point operations that distillation may cost unasked: some seconds on two cores."""
 
+_KEPT_ELEMENTS: Final = 1 << 26
+_KEPT_TENSORS: Final = 8
+"""Tensors as wide as embeddings and interaction together that a step keeps for its gradient."""
 _SMALL: Final = 1 << 20
 """Weights that a row meets below which one thread is as fast as two."""
 
@@ -78,8 +82,7 @@ def distill(
         The best model found, and one line about the result.
     """
     dense, pooled = to_tensor(sample.batch.dense), to_tensor(sample.pooled)
-    with torch.no_grad():
-        target = flat.forward_pooled(dense, pooled)
+    target = _logits(flat, dense, pooled)
     cut = max(1, int(len(dense) * (1 - _VALIDATION)))
     student, trained = _trainable_copy(model)
     generator = torch.Generator().manual_seed(seed)
@@ -88,14 +91,16 @@ def distill(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
+    at_once = rows_with_gradients(model.spec)
     with _few_threads(model.spec):
         for step in range(1, steps + 1):
-            rows = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
-            with torch.enable_grad():
-                logits = student.forward_pooled(dense[rows], pooled[rows])
-                loss = (logits - target[rows]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+            drawn = torch.randint(cut, (min(_BATCH, cut),), generator=generator)
+            optimizer.zero_grad()
+            for rows in torch.split(drawn, at_once):
+                with torch.enable_grad():
+                    logits = student.forward_pooled(dense[rows], pooled[rows])
+                    loss = (logits - target[rows]).square().sum() / len(drawn)
+                    loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             if step % _CHECK_EVERY == 0 or step == steps:
@@ -144,8 +149,22 @@ class _Best:
 
     def _measure(self) -> float:
         dense, pooled, target = self._held
-        with torch.no_grad():
-            return float((self._model.forward_pooled(dense, pooled) - target).square().mean())
+        return float((_logits(self._model, dense, pooled) - target).square().mean())
+
+
+def _logits(model: FlatModel | DmtModel, dense: Tensor, pooled: Tensor) -> Tensor:
+    spec = model.spec if isinstance(model, FlatModel) else model.spec.flat
+    with torch.no_grad():
+        parts = [
+            model.forward_pooled(dense[rows], pooled[rows]) for rows in row_blocks(spec, len(dense))
+        ]
+    return torch.cat(parts)
+
+
+def rows_with_gradients(spec: DmtSpec) -> int:
+    """Rows of a step that are computed at a time: the results kept for them take 256 MiB."""
+    width = sum(spec.flat.input_dims) + spec.interaction.output_width(spec.interaction_dims)
+    return max(1, min(_BATCH, _KEPT_ELEMENTS // (_KEPT_TENSORS * width)))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from dmt_convert.arrays import Float64Array, FloatArray
+from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Indices, Start, with_dims
 from dmt_convert.conversion.initialisation.flat_trace import FlatTrace, tower_moments
 from dmt_convert.model import DmtSpec, to_tensor
@@ -27,7 +28,6 @@ blocks of features."""
 _DAMPING: Final = 1e-3
 _FLOOR: Final = 1e-12
 _HELD_OUT: Final = 0.25
-_BATCH: Final = 256
 _METRICS: Final[dict[str, Callable[[Float64Array], Float64Array]]] = {
     "what the logit feels": lambda felt: felt,
     "each element's own gradient": lambda felt: np.diag(np.diag(felt)),
@@ -176,8 +176,8 @@ def _lost(
     forward = trace.model.forward_pooled
     logits = np.concatenate(
         [
-            forward(to_tensor(dense[a : a + _BATCH]), to_tensor(restored[a : a + _BATCH])).numpy()
-            for a in range(0, len(dense), _BATCH)
+            forward(to_tensor(dense[block]), to_tensor(restored[block])).numpy()
+            for block in row_blocks(spec.flat, len(dense))
         ]
     )
     spread = float(np.square(target - target.mean()).sum())

@@ -18,6 +18,7 @@ from dmt_convert.config import AffinityKind
 from dmt_convert.conversion import Sample
 from dmt_convert.errors import ArchitectureError, PartitionError
 from dmt_convert.families import FlatModelInfo
+from dmt_convert.interactions import pair_rows
 from dmt_convert.spec import ModelSpec
 
 PairUse = Callable[[ModelSpec, Mapping[str, FloatArray], Sequence[FloatArray]], FloatArray]
@@ -143,7 +144,8 @@ def weights_affinity(
         )
     use = _PAIR_USES[spec.interaction.kind](spec, weights, pooled)
     np.fill_diagonal(use, 0)
-    affinity = use / (float(use.max(initial=0.0)) or 1.0)
+    affinity = use
+    affinity /= float(use.max(initial=0.0)) or 1.0
     np.fill_diagonal(affinity, 1)
     return np.asarray(affinity, dtype=np.float32)
 
@@ -152,16 +154,16 @@ def _dot_use(
     spec: ModelSpec, weights: Mapping[str, FloatArray], pooled: Sequence[FloatArray]
 ) -> FloatArray:
     first = _tensor(weights, "over_arch.0.weight", spec)
-    inputs = len(spec.input_dims)
-    offset = 0 if spec.interaction.self_pairs else 1
-    if spec.interaction.pair_order == "tril":
-        i, j = np.tril_indices(inputs, -offset)
-    else:
-        i, j = np.triu_indices(inputs, offset)
-    columns = first[:, spec.input_dims[0] :]
-    norms = np.zeros((inputs, inputs))
-    norms[i, j] = norms[j, i] = np.sqrt(np.einsum("op,op->p", columns, columns))
-    return np.asarray(norms[1:, 1:] * _dot_spread(pooled))
+    count, begin = len(spec.input_dims), spec.input_dims[0]
+    interaction = spec.interaction
+    norms = np.zeros((count, count))
+    for row in pair_rows(count, interaction.pair_order, self_pairs=interaction.self_pairs):
+        columns = first[:, begin:][:, row.columns]
+        own = np.sqrt(np.einsum("op,op->p", columns, columns))
+        norms[row.vector, row.others] = norms[row.others, row.vector] = own
+    use = norms[1:, 1:]
+    use *= _dot_spread(pooled)
+    return use
 
 
 def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
@@ -179,10 +181,12 @@ def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
                 products = sample[rows].astype(np.float64) @ sample[columns].T - base
                 total[rows, columns] += products
                 squares[rows, columns] += products * products
-    spread = np.sqrt(np.maximum(squares / rows_seen - (total / rows_seen) ** 2, 0))
     for rows, columns in _block_pairs(features):
-        spread[columns, rows] = spread[rows, columns].T
-    return np.asarray(spread)
+        mean = total[rows, columns] / rows_seen
+        variance = squares[rows, columns] / rows_seen - mean**2
+        total[rows, columns] = np.sqrt(np.maximum(variance, 0))
+        total[columns, rows] = total[rows, columns].T
+    return np.asarray(total)
 
 
 def _cross_use(
