@@ -113,9 +113,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
-    print(
-        "| model | features | module | dense MiB | written MiB | peak MiB | said MiB | CPU s | R^2 |"
-    )
+    names = ["model", "features", "module", "dense MiB", "written MiB", "peak MiB", "said MiB"]
+    print("| " + " | ".join([*names, "CPU s", "R^2"]) + " |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for interaction in options.interactions:
         for features in options.features:

@@ -115,8 +115,8 @@ class MatrixMoment(Moment):
             exact: Float64Array = (axes[:, keep] * np.sqrt(values[keep])).T
             return exact
         damping = 1e-9 * max(float(np.trace(self.matrix)) / width, 1e-30)
-        factor: Float64Array = np.linalg.cholesky(self.matrix + damping * np.eye(width))
-        return _sketch(factor.T)
+        factor = np.linalg.cholesky(self.matrix + damping * np.eye(width))
+        return _sketch(np.asarray(factor.T, dtype=np.float64))
 
     def trace_of_product(self, roots: Moment) -> float:
         """Sum of the products of all elements."""
