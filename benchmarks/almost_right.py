@@ -2,9 +2,9 @@
 
     python benchmarks/almost_right.py --inputs 600 --seed 0
 
-Every input has one plausible fault: a shard is missing, two saves are mixed, columns come in another
-order, a bit is flipped, a file is rewritten while it is read. What the model without the fault says
-is known. Each command that takes the input ends in one of:
+Every input has one plausible fault: a shard is missing, two saves are mixed, columns come in
+another order, a bit is flipped, a file is rewritten while it is read. What the model without the
+fault says is known. Each command that takes the input ends in one of:
 
     right    it answers as the model without the fault does
     refused  it says what it found (a DmtError, or an error of the system that names the file)
@@ -21,16 +21,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import resource
 import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,9 @@ from faulty_inputs import KINDS
 from faulty_inputs.case import VERDICTS, Case, Outcome, where
 from faulty_inputs.commands import be_quick, try_checkpoint
 from faulty_inputs.containers import save_any
+from faulty_inputs.documents import prepare_exports
 from faulty_inputs.models import plain_model
+from faulty_inputs.training import prepare_training
 
 MAX_SECONDS, MAX_BYTES = 60.0, 2 << 30
 
@@ -155,18 +157,27 @@ def show_table(results: Sequence[tuple[Task, list[Outcome]]]) -> str:
     return "\n".join([*lines, f"| **all** | {len(results)} | {cells} |"])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--inputs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--area", help="kinds of this area")
     parser.add_argument("--only", help="kinds whose name contains this")
     parser.add_argument("--number", type=int, help="with --only: one input of the kind")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the inputs in this folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--list", action="store_true", help="print the kinds of faults")
-    options = parser.parse_args(arguments)
-    kinds = [name for name in KINDS if options.only is None or options.only in name]
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    kinds = [
+        name
+        for name, kind in KINDS.items()
+        if (options.only or "") in name and options.area in (None, kind.area)
+    ]
     if options.list or not kinds:
         print("\n".join(f"{KINDS[name].area}: {name}" for name in kinds or KINDS))
         return 0 if kinds else 2
@@ -178,17 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = options.keep or Path(name)
         root.mkdir(parents=True, exist_ok=True)
         (root / "shared").mkdir(exist_ok=True)
-        prepare(root / "shared")
+        prepare(root / "shared", {KINDS[task.kind].area for task in given})
         results = list(
-            supervise(
-                given, options.seed, root, jobs=options.jobs, keep=options.keep is not None
-            )
+            supervise(given, options.seed, root, jobs=options.jobs, keep=options.keep is not None)
         )
     return report(results, options, time.monotonic() - begin)
 
 
-def prepare(root: Path) -> None:
-    """Import what the commands need, once, before processes are forked."""
+def prepare(root: Path, areas: Container[str]) -> None:
+    """Import what the commands need, and make what cases share, before processes are forked."""
     import torch
 
     torch.set_num_threads(1)
@@ -200,6 +209,26 @@ def prepare(root: Path) -> None:
         path = save_any(model.state, case.folder / container, container)
         try_checkpoint(case, path, model, **model.settings)
     assert all(outcome.verdict == "right" for outcome in case.outcomes), case.outcomes
+    if "documents" in areas:
+        in_a_fork(lambda: prepare_exports(root))
+    if "training" in areas:
+        import torchrec  # noqa: F401
+
+        in_a_fork(lambda: prepare_training(root))
+
+
+def in_a_fork(work: Callable[[], None]) -> None:
+    """Call a function in a forked process, so that this one gets no threads."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(where(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "what cases share could not be made"
 
 
 def report(

@@ -1,6 +1,6 @@
 """Inputs with one plausible fault each, and what every command makes of them."""
 
-from . import files, tensors
+from . import bundles, data, documents, files, tensors, training
 from .case import FAULTS as KINDS
 
-__all__ = ["KINDS", "files", "tensors"]
+__all__ = ["KINDS", "bundles", "data", "documents", "files", "tensors", "training"]

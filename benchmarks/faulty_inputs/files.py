@@ -14,7 +14,7 @@ import numpy as np
 from .case import Case, fault
 from .commands import score, try_checkpoint
 from .containers import is_table, save_any, save_ranks
-from .models import TRAINERS, Model, copy_source, plain_model
+from .models import TRAINERS, copy_source, plain_model
 from .tensors import any_model, nudged
 
 AREA = "files"
@@ -39,7 +39,7 @@ def flip_bit(path: Path, at: int, bit: int = 0) -> None:
     path.write_bytes(raw)
 
 
-def folder_of(path: Path, model: Model) -> Path:
+def folder_of(path: Path) -> Path:
     """The folder of a plain checkpoint's files."""
     return path if path.is_dir() else path.parent
 
@@ -53,7 +53,7 @@ CHECKED = ("torch", "nested", "dcp", "ranks", "indexed-bin")
 def file_missing(case: Case) -> None:
     model = plain_model(case)
     path = save_any(model.state, case.folder / "faulty", case.turn(*FOLDERS))
-    lost = case.choose(*[f for f in files_of(folder_of(path, model)) if f != path])
+    lost = case.choose(*[f for f in files_of(folder_of(path)) if f != path])
     lost.unlink()
     try_checkpoint(case, path, model, **model.settings)
 
@@ -62,7 +62,7 @@ def file_missing(case: Case) -> None:
 def cut_short(case: Case) -> None:
     model, container = any_model(case)
     path = save_any(model.state, case.folder / "faulty", container)
-    file = case.choose(*files_of(folder_of(path, model)))
+    file = case.choose(*files_of(folder_of(path)))
     size = file.stat().st_size
     os.truncate(file, case.choose(0, size // 2, size - 1, max(0, size - 64)))
     try_checkpoint(case, path, model, **model.settings)
@@ -73,7 +73,7 @@ def zero_block(case: Case) -> None:
     """A copy stopped and its file was padded; containers with checksums must notice."""
     model = plain_model(case)
     path = save_any(model.state, case.folder / "faulty", case.turn(*CHECKED))
-    file = case.choose(*payloads(folder_of(path, model)))
+    file = case.choose(*payloads(folder_of(path)))
     raw = bytearray(file.read_bytes())
     begin = case.rng.randrange(0, len(raw) * 3 // 4)
     raw[begin : begin + 256] = bytes(len(raw[begin : begin + 256]))
@@ -85,7 +85,7 @@ def zero_block(case: Case) -> None:
 def bit_flipped(case: Case) -> None:
     model = plain_model(case)
     path = save_any(model.state, case.folder / "faulty", case.turn(*CHECKED))
-    file = case.choose(*payloads(folder_of(path, model)))
+    file = case.choose(*payloads(folder_of(path)))
     flip_bit(file, case.rng.randrange(file.stat().st_size), case.rng.randrange(8))
     try_checkpoint(case, path, model, **model.settings)
 
@@ -194,7 +194,7 @@ def wrong_header(case: Case) -> None:
             if header[n]["data_offsets"][0] > header[name]["data_offsets"][0]:
                 header[n]["data_offsets"] = [x + 64 for x in header[n]["data_offsets"]]
     elif how == "shape":
-        header[name]["shape"] = header[name]["shape"][::-1] + [1]
+        header[name]["shape"] = [*header[name]["shape"][::-1], 1]
     else:
         data += os.urandom(100)
     write_safetensors(path, header, data, text)
@@ -290,7 +290,9 @@ def two_checkpoints(case: Case) -> None:
     first = case.turn("torch", "safetensors", "legacy")
     folder = case.folder / "faulty"
     save_any(model.state, folder, first)
-    other = save_any(nudged(model.state), case.folder / "other", case.choose("torch", "safetensors"))
+    other = save_any(
+        nudged(model.state), case.folder / "other", case.choose("torch", "safetensors")
+    )
     shutil.copy(other, folder / f"earlier{other.suffix}")
     expected = model if first == "safetensors" else model.never()
     try_checkpoint(case, folder, expected, **model.settings)
@@ -312,7 +314,7 @@ def linked(case: Case) -> None:
     path = save_any(model.state, case.folder / "faulty", container)
     blobs = case.folder / "blobs"
     blobs.mkdir()
-    for number, file in enumerate(files_of(folder_of(path, model))):
+    for number, file in enumerate(files_of(folder_of(path))):
         blob = blobs / f"{number:04x}"
         file.rename(blob)
         file.symlink_to(blob)
@@ -367,7 +369,7 @@ def another_file(case: Case) -> None:
     try_checkpoint(case, path, model, **model.settings)
 
 
-def _rewrites(model: Model, path: Path, other: Path) -> Callable[..., None]:
+def _rewrites(path: Path, other: Path) -> Callable[..., None]:
     """Replace a file's content in place once a command has begun to read."""
     done: list[bool] = []
 
@@ -413,7 +415,7 @@ def rewritten(case: Case) -> None:
             towers=2,
             tower_module="passthrough",
             distill_steps=0,
-            progress=_rewrites(model, source, other),
+            progress=_rewrites(source, other),
         )
         return check(score(bundle.path, model.rows))
 
@@ -421,7 +423,7 @@ def rewritten(case: Case) -> None:
         shutil.copytree(path.parent, case.folder / "work2", dirs_exist_ok=True)
         source = case.folder / "work2" / path.name
         out = case.folder / "plain.safetensors"
-        dmt.unshard(source, out, progress=_rewrites(model, source, other))
+        dmt.unshard(source, out, progress=_rewrites(source, other))
         return check(score(out, model.rows))
 
     def score_it() -> str | None:
@@ -431,7 +433,7 @@ def rewritten(case: Case) -> None:
         shutil.copytree(path.parent, case.folder / "work3", dirs_exist_ok=True)
         source = case.folder / "work3" / path.name
         opened = open_scored(source, ScoreConfig(data=model.rows))
-        _rewrites(model, source, other)()
+        _rewrites(source, other)()
         return check(score_data(opened, model.rows).logits)
 
     case.run("convert", convert)
@@ -659,7 +661,9 @@ def _change_graph(case: Case, path: Path) -> None:
 def _change_mapping(case: Case, path: Path) -> None:
     import torch
 
-    mapping = case.choose([[2], [1]], [[2, 0], [1, 3]], [[2, 0], [1, 1]], [[], []], [[0, 2, 0], [1]])
+    mapping = case.choose(
+        [[2], [1]], [[2, 0], [1, 3]], [[2, 0], [1, 1]], [[], []], [[0, 2, 0], [1]]
+    )
     value = {"data": {"device_mapping": {"embedding": mapping}}, "config": {}}
     torch.save(value, path / "metadata.pt")
 
@@ -684,5 +688,3 @@ def wrong_keys(case: Case) -> None:
         keys = keys.astype("<i4")
     file.write_bytes(keys.tobytes())
     try_checkpoint(case, path, model, unshard=False)
-
-

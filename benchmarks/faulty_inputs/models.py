@@ -112,9 +112,7 @@ class Model:
         path = self.folder / "clean-bundle"
         if not path.exists():
             options = {"tower_module": "passthrough", **options}
-            dmt.convert(
-                self.source, path, towers=2, distill_steps=0, **options, **self.settings
-            )
+            dmt.convert(self.source, path, towers=2, distill_steps=0, **options, **self.settings)
         return path
 
 
@@ -139,14 +137,23 @@ PLAIN = (
 """Names and interactions of models that any container may hold."""
 
 
-def plain_model(case: Case, **options: Any) -> Model:
-    """A DLRM or DCNv2 of four tables; which one goes by the number of the case."""
+def plain_model(case: Case, *, scale: float = 1.0, **options: Any) -> Model:
+    """A DLRM or DCNv2 of four tables; which one goes by the number of the case.
+
+    Args:
+        case: Gives seed and folder.
+        scale: Of the tables' rows.
+        options: Of `support.checkpoints.flat.flat_state`; `model` is one of `PLAIN`.
+    """
     import torch
+
     from support.checkpoints.flat import flat_state
 
     names, interaction = options.pop("model", None) or PLAIN[case.number % len(PLAIN)]
     options = {"dim": case.choose(4, 8), "rows": (7, 50, 11, 6), **options}
     state = flat_state(names=names, interaction=interaction, seed=case.seed, **options)
+    if scale != 1:
+        state = {n: t * scale if t.ndim == 2 and "emb" in n else t for n, t in state.items()}
     folder = case.folder / "clean"
     folder.mkdir()
     torch.save(state, folder / "clean.pt")
@@ -165,6 +172,7 @@ def plain_model(case: Case, **options: Any) -> Model:
 def deepctr_model(case: Case, **options: Any) -> Model:
     """A model of DeepCTR-Torch, saved as model.h5."""
     import torch
+
     from support.trainers import deepctr_models
     from support.trainers.comparison import stir
 
@@ -192,6 +200,7 @@ FUXICTR = {
 def fuxictr_model(case: Case) -> Model:
     """A model folder of FuxiCTR: expid.model, feature_map.json, params.json."""
     import torch
+
     from support.trainers import fuxictr_models
     from support.trainers.comparison import stir
 
@@ -212,9 +221,7 @@ def fuxictr_model(case: Case) -> Model:
     torch.save(state, source / "expid.model")
     for name, text in config.items():
         (source / name).write_text(text)
-    return Model(
-        family="fuxictr", folder=folder, state=state, source=source, config=config
-    )
+    return Model(family="fuxictr", folder=folder, state=state, source=source, config=config)
 
 
 _TZREC = """

@@ -247,7 +247,7 @@ def averaged_prefix(case: Case) -> None:
 @fault(AREA, "two saves in one dict", share=2)
 def two_saves(case: Case) -> None:
     """`module.x` and `x`: dicts of two runs, or of a wrapped and a bare model, were merged."""
-    model, container = any_model(case)
+    model, _container = any_model(case)
     prefix = case.turn("module.", "_orig_mod.", "_dmp_wrapped_module.", "model.")
     other = {prefix + n: t for n, t in nudged(model.state).items()}
     if case.rng.random() < 0.5:  # only some were overwritten
@@ -532,17 +532,21 @@ def trainer_part_missing(case: Case) -> None:
     model = deepctr_model(case)
     state = dict(model.state)
     name = case.choose(*state)
-    lost = [name] if case.rng.random() < 0.7 else [n for n in state if n.split(".")[0] == name.split(".")[0]]  # noqa: E501
+    lost = (
+        [name]
+        if case.rng.random() < 0.7
+        else [n for n in state if n.split(".")[0] == name.split(".")[0]]
+    )
     for key in lost:
         del state[key]
     path = Path(case.folder / "faulty.h5")
     torch.save(state, path)
     if lost == [n for n in model.state if n.split(".")[0] == name.split(".")[0]]:
-        return _optional_module_lost(case, path, model)
+        return _optional_module_lost(case, path)
     try_checkpoint(case, path, model, unshard=False)
 
 
-def _optional_module_lost(case: Case, path: Path, model: Model) -> None:
+def _optional_module_lost(case: Case, path: Path) -> None:
     """Without a whole module, what is left may be a model of its own; nothing says it is not."""
     import dmt_convert as dmt
 
