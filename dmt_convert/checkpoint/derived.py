@@ -30,6 +30,7 @@ from dmt_convert.checkpoint.derived_rows import (
     SideBySide,
     Stacked,
     Transposed,
+    Viewed,
 )
 from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Derivation, Piece, TensorInfo
 
@@ -184,14 +185,32 @@ def scale_rows(source: TensorInfo, factors: TensorInfo) -> TensorInfo:
     return describe(source.shape, Scaled(source=source, factors=factors))
 
 
-def decode_rows(codes: TensorInfo, scale: TensorInfo, bias: TensorInfo) -> TensorInfo:
-    """Decode 8-bit codes (R, N) by a scale and a bias per row, (R,) or (R, 1): fp32, (R, N)."""
+def decode_rows(
+    codes: TensorInfo, scale: TensorInfo, bias: TensorInfo, *, bits: int, dim: int
+) -> TensorInfo:
+    """Decode codes (R, bytes) by a scale and a bias per row, (R,) or (R, 1): fp32, (R, dim).
+
+    Args:
+        codes: The codes, uint8.
+        scale: One number per row.
+        bias: One number per row.
+        bits: Bits per code: 8, 4 or 2.
+        dim: Codes per row.
+    """
     assert all(math.prod(part.shape) == part.shape[0] == codes.shape[0] for part in (scale, bias))
-    return describe(codes.shape, Affine(source=codes, scale=scale, bias=bias))
+    derivation = Affine(source=codes, scale=scale, bias=bias, bits=bits, dim=dim)
+    return describe((codes.shape[0], dim), derivation)
+
+
+def view_rows(source: TensorInfo, dim: int, dtype: str) -> TensorInfo:
+    """Read rows of bytes (R, bytes) as floats (R, dim); what is left of a row is padding."""
+    width = dim * ITEM_BYTES[dtype]
+    assert source.dtype == "uint8" and width <= source.shape[1]
+    return describe((source.shape[0], dim), Viewed(source=source, width=width), dtype=dtype)
 
 
 def dequantise_rows(source: TensorInfo, dim: int, codes: RowCodes) -> TensorInfo:
-    """Decode a table of 8-bit rows (R, bytes), each with its scale and bias: fp32, (R, dim).
+    """Decode a table of rows of codes (R, bytes), each with its scale and bias: fp32, (R, dim).
 
     Args:
         source: The table, uint8.

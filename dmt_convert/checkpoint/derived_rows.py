@@ -265,12 +265,16 @@ class Cast(OneSource):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine(OneSource):
-    """A table of 8-bit codes whose rows' scales and biases are tensors of their own."""
+    """A table of codes whose rows' scales and biases are tensors of their own."""
 
     scale: TensorInfo
     """One number per row."""
     bias: TensorInfo
     """One number per row."""
+    bits: int
+    """Bits per code."""
+    dim: int
+    """Codes per row."""
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
@@ -279,24 +283,31 @@ class Affine(OneSource):
 
     def gather(self, rows: IntArray) -> ByteRows:
         """Decode these rows."""
-        codes, scale, bias = (
-            to_fp32(gather_bytes(part, rows), part.dtype) for part in self.sources
+        codes = unpack_codes(gather_bytes(self.source, rows), self.bits, self.dim)
+        scale, bias = (
+            to_fp32(gather_bytes(part, rows), part.dtype) for part in (self.scale, self.bias)
         )
         return as_bytes(codes * scale + bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCodes:
-    """Where an 8-bit row keeps its scale and bias: value = code * scale + bias."""
+    """Where a row of codes keeps its scale and bias: value = code * scale + bias."""
 
     dtype: Literal["fp16", "fp32"]
     """Dtype of scale and bias."""
     at_end: bool
     """Whether they follow the codes; else they stand before them."""
+    bits: int = 8
+    """Bits per code: 8, 4 or 2; those of the first elements are the low ones of a byte."""
+
+    def code_bytes(self, dim: int) -> int:
+        """Bytes of the codes of `dim` elements."""
+        return -(-dim * self.bits // 8)
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of `dim` elements, without padding."""
-        return dim + 2 * self._item
+        return self.code_bytes(dim) + 2 * self._item
 
     @property
     def _item(self) -> int:
@@ -305,7 +316,7 @@ class RowCodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dequantised(OneSource):
-    """A table of 8-bit rows in fp32."""
+    """A table of rows of codes in fp32."""
 
     dim: int
     """Elements per row."""
@@ -315,8 +326,30 @@ class Dequantised(OneSource):
     def gather(self, rows: IntArray) -> ByteRows:
         """Decode these rows."""
         raw = gather_bytes(self.source, rows)
-        pair = self.codes.row_bytes(self.dim) - self.dim
-        begin, place = (0, self.dim) if self.codes.at_end else (pair, 0)
+        size = self.codes.code_bytes(self.dim)
+        pair = self.codes.row_bytes(self.dim) - size
+        begin, place = (0, size) if self.codes.at_end else (pair, 0)
         numbers = to_fp32(np.ascontiguousarray(raw[:, place : place + pair]), self.codes.dtype)
-        values = raw[:, begin : begin + self.dim].astype(np.float32)
+        values = unpack_codes(raw[:, begin : begin + size], self.codes.bits, self.dim)
         return as_bytes(values * numbers[:, :1] + numbers[:, 1:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Viewed(OneSource):
+    """A table of floats that was saved as rows of bytes, with padding behind them."""
+
+    width: int
+    """Bytes of the floats of a row."""
+
+    def gather(self, rows: IntArray) -> ByteRows:
+        """Drop the padding of these rows."""
+        return np.ascontiguousarray(gather_bytes(self.source, rows)[:, : self.width])
+
+
+def unpack_codes(raw: ByteRows, bits: int, dim: int) -> Float32Array:
+    """Return the codes in rows of bytes, shape (n, dim), lowest bits first."""
+    if bits < 8:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        parts = (raw[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
+        raw = parts.reshape(len(raw), -1)
+    return raw[:, :dim].astype(np.float32)

@@ -33,6 +33,7 @@ prefix: model.                 # what precedes sparse_arch. or emb_l. in the nam
 interaction: dot               # dot | cat | dcn | projection
 self_pairs: false
 pair_order: triu               # triu | tril
+table_type: int8               # of tables of bytes, or a map from table name to a type
 pooling: sum                   # or a map from feature name to sum | mean
 final_sigmoid: false
 qr_operation: mult             # for quotient-remainder tables: mult | add | concat
@@ -89,6 +90,23 @@ class FeatureConfig(_Settings):
     """Pooling of this feature."""
 
 
+TableType = Literal[
+    "fp32",
+    "fp16",
+    "int8",
+    "int4",
+    "int2",
+    "byte_prepack",
+    "8bit_prepack",
+    "4bit_prepack",
+    "2bit_prepack",
+]
+"""Types of tables that are stored as rows of bytes; see `quantised_rows`."""
+TableTypes = Annotated[
+    Annotated[TableType, Tag("all")]
+    | Annotated[Mapping[Annotated[str, BeforeValidator(_read_name)], TableType], Tag("each")],
+    Discriminator(_is_map),
+]
 Features = Annotated[
     tuple[Annotated[FeatureConfig, BeforeValidator(_read_feature)], ...],
     Field(min_length=1),
@@ -113,6 +131,8 @@ class ModelConfig(_Settings):
     """dot: order of the pairs."""
     pooling: Poolings | None = None
     """Pooling of all features, or of each feature by name."""
+    table_type: TableTypes | None = None
+    """Type of the tables that are stored as bytes, all of them or each by name."""
     final_sigmoid: StrictBool | None = None
     """Whether the original model ends in a sigmoid."""
     qr_operation: Combination | None = None

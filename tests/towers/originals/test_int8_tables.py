@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.checkpoint import open_checkpoint, read_tensor
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import ModelConfig, infer_model
 from support.originals import assert_agrees, difference, torchrec_original
@@ -49,15 +49,16 @@ def quantise(original: Any, *, split: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim", "split", "pooling"),
+    ("kind", "dim", "split", "pooling", "said"),
     [
-        ("dot", 6, False, "sum"),
-        ("dcn", 12, False, "mean"),
-        ("projection", 6, False, "sum"),
-        ("dot", 6, True, "sum"),
+        ("dot", 6, False, "sum", "int8"),
+        ("dot", 32, False, "sum", None),  # no other rows are as wide
+        ("dcn", 12, False, "mean", "int8"),
+        ("projection", 6, False, "sum", "int8"),
+        ("dot", 6, True, "sum", None),
     ],
 )
-def test_quantised_models(kind, dim, split, pooling, tmp_path):
+def test_quantised_models(kind, dim, split, pooling, said, tmp_path):
     exact = torchrec_original(kind, lengths=4, dim=dim, pooling=pooling)
     original = quantise(exact, split=split)
     assert original.state[f"{EBC}.t_cat_0.weight"].dtype == torch.uint8
@@ -65,35 +66,26 @@ def test_quantised_models(kind, dim, split, pooling, tmp_path):
     # torch refuses to save the parts as they are: views of the same bytes in two dtypes
     state = {name: tensor.clone() for name, tensor in original.state.items()}
     torch.save(state if split else original.state, tmp_path / "model.pt")
-    assert_agrees(tmp_path / "model.pt", original, ModelConfig(pooling=pooling))
-    info = infer_model(open_checkpoint(tmp_path / "model.pt"))
+    config = ModelConfig(pooling=pooling, table_type=said)
+    assert_agrees(tmp_path / "model.pt", original, config)
+    info = infer_model(open_checkpoint(tmp_path / "model.pt"), config)
     assert {table.dtype for table in info.spec.tables} == {"fp32"}
-    facts = {fact.subject: fact for fact in info.facts}
-    assert facts["int8 tables"].value == "11 of 11, decoded to fp32"
-
-
-@pytest.mark.parametrize("dim", [5, 8])
-def test_rows_that_end_with_fp32_numbers(dim, tmp_path):
-    """FBGEMM's older rows; where padding could be meant as well, fp16 numbers are assumed."""
-    state = torchrec_original("dot", rows=(7, 9), dim=dim).state
-    wanted = {}
-    for name in [name for name in state if name.startswith(EBC)]:
-        state[name] = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(state[name])
-        wanted[name] = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(state[name])
-    torch.save(state, tmp_path / "model.pt")
-    info = infer_model(open_checkpoint(tmp_path / "model.pt"))
-    fact = next(fact for fact in info.facts if fact.subject == "int8 tables")
-    assert ("fp32 scale" in fact.reason) == (dim == 5)
-    if dim == 5:
-        for name, table in zip(wanted, info.spec.tables, strict=True):
-            ours = read_tensor(info.table_info(table.name))
-            np.testing.assert_allclose(ours, wanted[name].numpy(), rtol=1e-6, atol=1e-7)
+    fact = next(fact for fact in info.facts if fact.subject == "table types")
+    assert fact.value == "11 of 11 tables int8, decoded to fp32"
+    assert fact.source == ("inferred" if said is None else "given")
+    if said is not None:
+        with pytest.raises(ArchitectureError, match="the type of 11 tables") as caught:
+            infer_model(open_checkpoint(tmp_path / "model.pt"))
+        assert "table_type: {t_cat_0: " in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        ({"t_cat_1.weight": torch.ones(7, 9, dtype=torch.uint8)}, "rows of 9 bytes; those of 6"),
+        (
+            {"t_cat_1.weight": torch.ones(7, 9, dtype=torch.uint8)},
+            "rows of 9 bytes; those of 6 elements",
+        ),
         ({"t_cat_1.weight_qscale": torch.ones(3)}, r"has shape \[3\], expected \[7, 1\]"),
         ({"t_cat_1.weight_qscale": torch.ones(7)}, "has a scale or a bias, not both"),
     ],
@@ -105,7 +97,7 @@ def test_rows_that_do_not_fit(edit, says, tmp_path):
     state |= {f"{EBC}.{name}": tensor for name, tensor in edit.items()}
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(ArchitectureError) as caught:
-        infer_model(open_checkpoint(tmp_path / "model.pt"))
+        infer_model(open_checkpoint(tmp_path / "model.pt"), ModelConfig(table_type="int8"))
     assert any(re.search(says, line) for line in caught.value.details), caught.value.details
 
 
@@ -115,6 +107,8 @@ def test_tables_of_one_pooling_stand_together(tmp_path):
     renamed = {re.sub(r"t_cat_(\d+)", lambda m: "t_" + "xb"[int(m[1]) % 2] * (int(m[1]) + 1), n): t
                for n, t in state.items()}  # fmt: skip
     torch.save(renamed, tmp_path / "model.pt")
-    names = infer_model(open_checkpoint(tmp_path / "model.pt")).spec.feature_names
+    int8 = ModelConfig(table_type="int8")
+    names = infer_model(open_checkpoint(tmp_path / "model.pt"), int8).spec.feature_names
+    mixed = ModelConfig(table_type="int8", pooling={names[0]: "mean"})
     with pytest.raises(ArchitectureError, match="the order in which the features"):
-        infer_model(open_checkpoint(tmp_path / "model.pt"), ModelConfig(pooling={names[0]: "mean"}))
+        infer_model(open_checkpoint(tmp_path / "model.pt"), mixed)
