@@ -204,8 +204,8 @@ def _problems(folder: Path, name: str, size: int | None) -> Iterator[str]:
 
 
 def _may_be_edited(name: str) -> bool:
-    """Tell whether users are told to tune a file."""
-    return PurePosixPath(name).suffix in (".pbtxt", ".md")
+    """Tell whether users tune a file, or another generation's takes its place."""
+    return PurePosixPath(name).suffix in (".pbtxt", ".md", ".sh")
 
 
 def _is_below(name: str, folder: PurePosixPath) -> bool:

@@ -10,16 +10,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch
+
+from dmt_convert import __version__
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.config import ExportConfig, ExportFormat
-from dmt_convert.documents import GraphCheck, WeightsFile
+from dmt_convert.documents import GraphCheck, WeightsFile, to_json
 from dmt_convert.files import EXPORT, check_free, staged_folder
 from dmt_convert.model import DmtSpec
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving.checks import check_graphs
 from dmt_convert.serving.export_config import plan_inputs, request_features
-from dmt_convert.serving.export_files import digest_files
+from dmt_convert.serving.export_files import digest_document, digest_files
 from dmt_convert.serving.export_manifest import (
     EXPORT_MANIFEST,
     ExportedBundle,
@@ -63,6 +66,9 @@ class ExportJob:
     """Its weights, already below `folder`."""
     config: ExportConfig
     """What is asked for."""
+    generation: str = ""
+    """8 hex digits: two exports have the same only if they were made of the same weights, in the
+    same way, by the same versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,7 @@ class Written:
 
 
 class GraphWriter(Protocol):
-    """A format; made with the config of the export as its one argument."""
+    """A format; made with the config and the generation of the export."""
 
     format: ExportFormat
 
@@ -139,7 +145,8 @@ def export_bundle(
     check_free(out, EXPORT)
     user_file(bundle.manifest.model.flat)
     inputs = plan_inputs(bundle.manifest.model, config, request_features(bundle, config))
-    writer = load_writer(config)
+    generation = _generation_of(bundle, inputs, config)
+    writer = load_writer(config, generation)
     check_auc_limit(config.max_auc_loss, config.quantize, config.data)
     _check_weights(bundle, config.checksums, progress)
     quality = measure_quantisation(bundle, inputs, config.quantize, config.data, progress)
@@ -157,6 +164,7 @@ def export_bundle(
             inputs=inputs,
             weights=weights,
             config=config,
+            generation=generation,
         )
         written = writer.write(job, lambda done, total: progress("exporting", done, total))
         manifest = ExportManifest(
@@ -185,11 +193,22 @@ def export_bundle(
     return Export(path=out, manifest=manifest, checks=checks)
 
 
-def load_writer(config: ExportConfig) -> GraphWriter:
+def load_writer(config: ExportConfig, generation: str) -> GraphWriter:
     """Make the writer of a format; each needs packages of its own."""
     module, _, attribute = _WRITERS[config.format].partition(":")
-    writer: GraphWriter = getattr(import_module(module), attribute)(config)
+    writer: GraphWriter = getattr(import_module(module), attribute)(config, generation)
     return writer
+
+
+def _generation_of(bundle: Bundle, inputs: GraphInputs, config: ExportConfig) -> str:
+    made_of = {
+        "weights": to_json(bundle.manifest)["weights"],
+        "model": bundle.manifest.model.to_json(),
+        "inputs": inputs.to_json(),
+        "settings": [config.format, config.quantize, config.out_of_range, config.gpu],
+        "versions": [__version__, torch.__version__],
+    }
+    return digest_document(made_of).removeprefix("sha256:")[:8]
 
 
 def _check_weights(bundle: Bundle, all_digests: bool | None, progress: Progress) -> None:

@@ -27,11 +27,12 @@ class OnnxWriter:
 
     Args:
         config: What is asked for.
+        generation: Not used: a server loads another folder to change.
     """
 
     format: ExportFormat = "onnx"
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, config: ExportConfig, generation: str = "") -> None:
         self.config = config
 
     def folder_of(self, part: str) -> str:

@@ -393,6 +393,7 @@ class Pt2Writer:
 
     Args:
         config: What is asked for.
+        generation: Not used: a server loads another folder to change.
 
     Raises:
         ExportError: There is no C++ compiler, or no GPU for a graph that is to run on one.
@@ -400,7 +401,7 @@ class Pt2Writer:
 
     format: ExportFormat = "pt2"
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, config: ExportConfig, generation: str = "") -> None:
         # here, and not when graphs are written: weights may take long to be put in place
         if config.gpu:
             _check_gpu()

@@ -60,6 +60,9 @@ _FORMS: Final = {
     "jagged": "the ids of all rows one after another; the lengths say how many each row has",
 }
 CONFIG: Final = "config.pbtxt"
+SWITCH: Final = "switch.sh"
+CONFIGS: Final = "configs"
+"""Where a model's folder has further configs; Triton reads them when asked to only."""
 _PLACEHOLDER: Final = (
     "An ensemble has no file of its own, but Triton wants a folder for its version, and what\n"
     "copies folders often leaves out empty ones.\n"
@@ -83,14 +86,22 @@ def triton_messages() -> Any:
     return model_config_pb2
 
 
-def model_of(name: str, part: str) -> str:
+def model_of(name: str, generation: str, part: str) -> str:
     """Name of a part's model, and of its folder.
+
+    Every generation has parts of its own, so that those of the next one can lie beside them and be
+    loaded before the ensemble, whose name stays, passes requests on to them: all at once.
 
     Args:
         name: Name of the ensemble.
+        generation: The export's generation.
         part: `tower_000`, ..., `over_arch`.
     """
-    return f"{name}_{part}"
+    return f"{name}_{generation}_{part}"
+
+
+def _own(job: ExportJob, part: str) -> str:
+    return model_of(job.config.model_name, job.generation, part)
 
 
 def is_batched(job: ExportJob, part: str) -> bool:
@@ -159,9 +170,10 @@ def _ensemble(job: ExportJob, towers: Sequence[str]) -> Any:
     _add(config.output, LOGITS, "TYPE_FP32", [1], batched)
     for t, part in enumerate(towers):
         taken = [tensor for feature in features_of(job, t) for tensor in feature.names]
-        _add_step(config, model_of(name, part), taken, part)
+        _add_step(config, _own(job, part), taken, part)
     dense = [job.inputs.dense] if job.inputs.num_dense else []
-    _add_step(config, model_of(name, OVER_ARCH), [*dense, *towers], LOGITS)
+    _add_step(config, _own(job, OVER_ARCH), [*dense, *towers], LOGITS)
+    config.parameters["generation"].string_value = job.generation
     return config
 
 
@@ -172,7 +184,7 @@ def _model(
     messages = triton_messages()
     gpu = job.config.gpu
     config = messages.ModelConfig(
-        name=model_of(job.config.model_name, part),
+        name=_own(job, part),
         backend="onnxruntime",
         default_model_filename="model.onnx",
         max_batch_size=MAX_BATCH if batched else 0,
@@ -395,17 +407,10 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         job: What is exported.
         configs: The repository's `inference.ModelConfig`s, the ensemble last.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dmt_convert.serving", ""),
-        autoescape=False,  # Markdown, no HTML; the filters quote names
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": _code_span, "literal": repr}
-    return environment.get_template("triton_readme.md.j2").render(
+    return _render(
+        "triton_readme.md.j2",
         name=configs[-1].name,
+        generation=job.generation,
         tower=configs[0].name,
         towers=len(job.spec.towers),
         models=[_describe_model(config) for config in configs],
@@ -422,6 +427,19 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         safe_release=SAFE_RELEASE,
         tested=TESTED,
     )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dmt_convert.serving", ""),
+        autoescape=False,  # no HTML; filters quote names in Markdown, and models' need no quotes
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code_span, "literal": repr}
+    return environment.get_template(template).render(**values)
 
 
 def _code_span(name: str) -> str:
@@ -466,10 +484,11 @@ def _describe_feature(job: ExportJob, feature: FeatureInput) -> dict[str, Any]:
 
 
 class TritonWriter:
-    """Writes models `<name>_tower_000`, ..., `<name>_over_arch` and the ensemble `<name>`.
+    """Writes models `<name>_<generation>_tower_000`, ..., and the ensemble `<name>` over them.
 
     Args:
         config: What is asked for; names the models.
+        generation: See `ExportJob.generation`.
 
     Raises:
         ExportError: Triton's client is not installed, or the models cannot be called so.
@@ -477,14 +496,14 @@ class TritonWriter:
 
     format: ExportFormat = "triton"
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, config: ExportConfig, generation: str) -> None:
         check_model_name(config.model_name)  # before a folder is called so
         triton_messages()  # whoever lacks them should hear so before the weights are placed
-        self._name = config.model_name
+        self._name, self._generation = config.model_name, generation
 
     def folder_of(self, part: str) -> str:
         """See `GraphWriter.folder_of`."""
-        return f"{model_of(self._name, part)}/1"
+        return f"{model_of(self._name, self._generation, part)}/1"
 
     def write(self, job: ExportJob, on_part: Callable[[int, int], None]) -> Written:
         """See `GraphWriter.write`."""
@@ -500,21 +519,33 @@ class TritonWriter:
         configs = make_configs(job)
         for config in configs:
             _write_model(job.folder / config.name, config)
-        version = job.folder / configs[-1].name / "1"
-        version.mkdir()
-        (version / "placeholder.txt").write_text(_PLACEHOLDER, encoding="utf-8")
+        ensemble = configs[-1]
+        _write_switch(job.folder / ensemble.name, job.generation)
         check_repository(job.folder, configs)
         text = describe_repository(job, configs)
         (job.folder / "README.md").write_text(text, encoding="utf-8")
-        ensemble = configs[-1]
+        switch = _render("triton_switch.sh.j2", name=ensemble.name)
+        (job.folder / SWITCH).write_text(switch, encoding="utf-8")
         return Written(
             parts=parts,
             details={
                 **ONNX_DETAILS,
                 "ensemble": ensemble.name,
+                "generation": job.generation,
                 "max_batch_size": {config.name: config.max_batch_size for config in configs},
             },
         )
+
+
+def _write_switch(folder: Path, generation: str) -> None:
+    """Give the ensemble its version's folder, and keep its config under the generation's name.
+
+    To go on to a generation, or back to it, its config takes the place of `config.pbtxt`.
+    """
+    (folder / "1").mkdir()
+    (folder / "1" / "placeholder.txt").write_text(_PLACEHOLDER, encoding="utf-8")
+    (folder / CONFIGS).mkdir()
+    (folder / CONFIGS / f"{generation}.pbtxt").write_bytes((folder / CONFIG).read_bytes())
 
 
 def _write_model(folder: Path, config: Any) -> None:

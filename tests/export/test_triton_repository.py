@@ -32,9 +32,18 @@ def triton(bundle: Bundle, export_unchecked: Exporter) -> Exporter:
 
 
 def configs_of(folder: Path) -> list[Any]:
-    """Parse all configs, the ensemble last."""
-    paths = sorted(folder.glob("*/config.pbtxt"), key=lambda path: -len(path.parent.name))
+    """Parse all configs: towers, over_arch, the ensemble last."""
+    names = ("_tower_", "_over_arch")
+    paths = sorted(folder.glob("*/config.pbtxt"))
+    paths.sort(key=lambda path: [name in path.parent.name for name in names], reverse=True)
     return [text_format.Parse(path.read_text(), ModelConfig()) for path in paths]
+
+
+def part_names(exported: ExportedModel, name: str = "dmt") -> tuple[str, ...]:
+    """Names of the models under the ensemble: towers, then over_arch."""
+    generation = exported.manifest.details["generation"]
+    parts = (*(f"tower_{t:03d}" for t in range(len(exported.spec.towers))), "over_arch")
+    return tuple(f"{name}_{generation}_{part}" for part in parts)
 
 
 def dims(entries: Any) -> dict[str, list[int]]:
@@ -48,9 +57,10 @@ def test_padded_models_batch_and_their_graphs_answer_like_the_model(
     checks = checks_of(exported, bundle)
     assert checks and not [check.line for check in checks if not check.passed]
     configs = {config.name: config for config in configs_of(exported.path)}
-    assert set(configs) == {"dmt", "dmt_tower_000", "dmt_tower_001", "dmt_over_arch"}
+    names = part_names(exported)
+    assert set(configs) == {"dmt", *names}
     assert all(config.max_batch_size == 4096 for config in configs.values())
-    tower, over_arch, ensemble = (configs[f"dmt{n}"] for n in ("_tower_000", "_over_arch", ""))
+    tower, over_arch, ensemble = (configs[name] for name in (names[0], names[-1], "dmt"))
     assert dims(tower.input) == {name: [-1] for name in exported.spec.towers[0].features}
     widths = exported.spec.tower_widths
     assert dims(over_arch.input) == {
@@ -69,9 +79,9 @@ def test_models_behind_jagged_ids_do_not_batch_and_others_do(triton: Exporter) -
     exported = triton(pooling_input=["single", "cat_0=jagged"], weighted=("cat_0",), gpu=True)
     with_jagged = next(t for t, own in enumerate(exported.spec.towers) if "cat_0" in own.features)
     configs = {config.name: config for config in configs_of(exported.path)}
-    mine, other = (configs[f"dmt_tower_00{t}"] for t in (with_jagged, 1 - with_jagged))
+    mine, other = (configs[part_names(exported)[t]] for t in (with_jagged, 1 - with_jagged))
     assert (mine.max_batch_size, other.max_batch_size) == (0, 4096)
-    assert configs["dmt"].max_batch_size == configs["dmt_over_arch"].max_batch_size == 0
+    assert configs["dmt"].max_batch_size == configs[part_names(exported)[-1]].max_batch_size == 0
     jagged = {"cat_0.values": [-1], "cat_0.lengths": [-1], "cat_0.weights": [-1]}
     assert jagged.items() <= dims(mine.input).items()
     assert all(own == [1] for own in dims(other.input).values())

@@ -148,6 +148,10 @@ class Served:
     model: DmtModel
     server: Server
 
+    def part(self, name: str, ensemble: str = "dmt") -> str:
+        """Name of the model of a part."""
+        return f"{ensemble}_{self.exported.manifest.details['generation']}_{name}"
+
     def batch(self, rows: int, seed: int = 0) -> Batch:
         """Rows with empty bags, first and last ids."""
         return generate_batch(

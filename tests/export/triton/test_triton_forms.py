@@ -1,4 +1,4 @@
-"""Every form of input in a real Triton server, and a tower that is replaced while it serves."""
+"""Every form of input in a real Triton server."""
 
 import shutil
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from tritonclient.utils import InferenceServerException
 from dmt_convert.bundle import Bundle
 from dmt_convert.config import ExportConfig
 from dmt_convert.families.model_config import FeatureConfig, ModelConfig
-from dmt_convert.serving import open_graph
 
 PROTOCOLS = ("http", "grpc")
 FORMS: dict[str, dict[str, Any]] = {
@@ -91,44 +90,13 @@ def _refuses_lengths(served: Any, name: str) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_tower_is_replaced_while_the_server_answers(serve_export: Callable[..., Any]) -> None:
-    options = ("--model-control-mode=explicit", "--load-model=*")
-    with serve_export(*options) as served:
-        batch = served.batch(7)
-        feeds = served.feeds(batch)
-        before = served.server.ask("http", feeds)
-        folder = served.exported.path / "dmt_tower_000"
-        shutil.copytree(folder / "1", folder.parent / ".new")
-        weights = folder.parent / ".new/tower.safetensors"
-        content = bytearray(weights.read_bytes())
-        start = 8 + int.from_bytes(content[:8], "little")
-        values = np.frombuffer(content, dtype="<f4", offset=start)
-        values *= 2
-        weights.write_bytes(content)
-        (folder.parent / ".new").rename(folder / "2")
-        assert np.array_equal(served.server.ask("http", feeds), before)
-        with served.server.client("http") as client:
-            client.load_model("dmt_tower_000")
-        own = served.exported.manifest.inputs.feeds(batch, served.exported.spec.towers[0].features)
-        joined = {
-            "dense": feeds["dense"],
-            "tower_000": open_graph(folder / "2/model.onnx").run(own),
-            "tower_001": served.exported.tower(1, batch),
-        }
-        over_arch = open_graph(folder.parent / "dmt_over_arch/1/model.onnx")
-        after = served.server.ask("grpc", feeds)
-        np.testing.assert_allclose(after, over_arch.run(joined), rtol=0, atol=1e-5)
-        assert np.abs(after - before).max() > 1e-3
-
-
-@pytest.mark.exhaustive
 def test_the_server_sees_what_does_not_fit(
     serve_export: Callable[..., Any], triton_server: Callable[..., Any], tmp_path: Any
 ) -> None:
     """The server is no pushover: it refuses a repository whose parts do not fit."""
     with serve_export() as served:
         shutil.copytree(served.exported.path, tmp_path / "models")
-    config = tmp_path / "models/dmt_tower_001/config.pbtxt"
+    config = tmp_path / "models" / served.part("tower_001") / "config.pbtxt"
     width = served.exported.spec.tower_widths[1]
     config.write_text(config.read_text().replace(f"dims: {width}\n", f"dims: {width + 1}\n"))
     with (
@@ -136,3 +104,18 @@ def test_the_server_sees_what_does_not_fit(
         triton_server(tmp_path / "models", tmp_path / "log"),
     ):
         pass
+
+
+@pytest.mark.exhaustive
+def test_no_file_of_the_current_folder_runs(
+    serve_export: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server embeds a Python, which would import them."""
+    for name in ("json", "os", "numpy", "onnxruntime", "random"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})"
+        )
+    monkeypatch.chdir(tmp_path)
+    with serve_export() as served:
+        served.answers_still()
+    assert not (tmp_path / "ran").exists()

@@ -29,7 +29,7 @@ def padded(serve_export: Callable[..., Any]) -> Iterator[Served]:
 
 
 def test_every_model_is_ready_and_plain_files_are_ignored(padded: Served) -> None:
-    models = {"dmt", "dmt_tower_000", "dmt_tower_001", "dmt_over_arch"}
+    models = {"dmt", *map(padded.part, ("tower_000", "tower_001", "over_arch"))}
     for protocol in PROTOCOLS:
         with padded.server.client(protocol) as client:
             assert client.is_server_ready()
@@ -47,7 +47,7 @@ def test_answers_are_the_models(padded: Served, protocol: str) -> None:
     feeds = padded.exported.manifest.inputs.feeds(batch, padded.model.spec.towers[1].features)
     with torch.inference_mode():
         tower = dict(padded.model.stages(batch))["output of tower 1"].numpy()
-    found = padded.server.ask(protocol, feeds, "dmt_tower_001")
+    found = padded.server.ask(protocol, feeds, padded.part("tower_001"))
     np.testing.assert_allclose(found, tower, rtol=0, atol=ATOL + RTOL * np.abs(tower).max())
 
 
@@ -97,7 +97,7 @@ def test_requests_at_the_same_time_are_merged_and_answered_right(padded: Served)
 def _merged(served: Served) -> int:
     """Requests that the first tower answered together with others."""
     with served.server.client("http") as client:
-        (stats,) = client.get_inference_statistics("dmt_tower_000")["model_stats"]
+        (stats,) = client.get_inference_statistics(served.part("tower_000"))["model_stats"]
     requests = stats["inference_stats"]["success"]["count"]
     return int(requests) - int(stats["execution_count"])
 
