@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal, cast, get_args
 
-from dmt_convert.documents import MODEL_CONFIG, from_json, to_json
-from dmt_convert.errors import ArchitectureError, PartitionError
+from dmt_convert.arrays import IntArray
+from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_NONE, from_json, to_json
+from dmt_convert.errors import ArchitectureError, DataError, PartitionError
 from dmt_convert.interactions import InteractionSpec as InteractionSpec
 from dmt_convert.interactions import MlpSpec as MlpSpec
 from dmt_convert.interactions import NetworkSpec as NetworkSpec
@@ -65,6 +66,31 @@ class FeatureSpec:
     """Name of the table that it is looked up in (a table may serve several features)."""
     pooling: Pooling = "sum"
     """How the rows of one bag become one vector; an empty bag gives zeros."""
+    max_ids: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Most ids that a bag may hold: with more, the original model would give another vector. None:
+    as many as there are."""
+
+    def check_lengths(self, offsets: IntArray) -> None:
+        """Refuse bags that are longer than allowed.
+
+        Args:
+            offsets: Where every row's ids begin, then the number of all ids, shape (B + 1,).
+
+        Raises:
+            DataError: There is such a bag.
+        """
+        if self.max_ids is None or len(offsets) < 2:
+            return
+        lengths = offsets[1:] - offsets[:-1]
+        row = int(lengths.argmax())
+        if lengths[row] > self.max_ids:
+            raise DataError(
+                f"feature {self.name!r}: row {row} of a batch has a bag of {int(lengths[row])} ids",
+                expected=f"at most {self.max_ids}: its table was a multiplied quotient-remainder "
+                "table, which multiplies pooled rows, so that longer bags cannot be converted",
+                hint="give one id per row, as the trainer's Criteo data do; a model that was "
+                "trained with longer bags cannot be converted",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,9 @@ class PlainModel(nn.Module):
                 expected=f"{rows} rows, as the other inputs have",
                 hint="every input holds the same rows, in the same order",
             )
-        last = self.dmt.spec.flat.table_of(name).rows - 1
+        feature = next(f for f in self.dmt.spec.flat.features if f.name == name)
+        feature.check_lengths(bag.offsets)
+        last = self.dmt.spec.flat.table(feature.table).rows - 1
         if len(bag.values) and not 0 <= bag.values.min() <= bag.values.max() <= last:
             raise DataError(
                 f"feature {name!r} has ids from {bag.values.min()} to {bag.values.max()}",

@@ -167,8 +167,9 @@ def _check_ids(
     seen = 0
     for batch in batches:
         bags = []
-        for name, table, given in zip(spec.feature_names, tables, batch.bags, strict=True):
-            bag = given
+        for feature, table, given in zip(spec.features, tables, batch.bags, strict=True):
+            name, bag = feature.name, given
+            feature.check_lengths(bag.offsets)
             # Read as unsigned, a negative id is a very large one: one comparison for both ends.
             if len(bag.values) and int(bag.values.view(np.uint64).max()) >= table.rows:
                 if not dataset.hash_ids:

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.family import Family
@@ -78,6 +78,9 @@ class DlrmFamily(Family):
                 lost, facts = error, []
                 features = tuple(FeatureSpec(name=t.name, table=t.name) for t in source.tables)
             source.facts = [*facts, *source.facts]
+            features = tuple(
+                replace(f, max_ids=1) if f.table in source.single_id_tables else f for f in features
+            )
             spec = reader.read_model(features)
         if spec is not None:
             source.extra += [
@@ -307,7 +310,7 @@ class _ShapeReader:
             over: Input width of over_arch.
 
         Raises:
-            ArchitectureError: Two interactions fit, and neither is the trainer's default.
+            ArchitectureError: Two interactions fit, and the user does not say which one it is.
         """
         if kind is None:
             return self._dot_or_cat(dims, over)
@@ -355,29 +358,29 @@ class _ShapeReader:
             return None
         chosen, others = fitting[0], " and ".join(map(_label, fitting[1:]))
         label = _label(chosen)
+        if stated is None and config.self_pairs is None and self._is_one_ranks_share(label):
+            raise self._one_ranks_share(width, label)
+        if others:
+            dot = "`interaction: dot`" + (", `self_pairs: true`" if chosen.self_pairs else "")
+            raise ArchitectureError(
+                f"{self._over_name} takes {width} inputs, which {label} and {others} both give",
+                expected="a width that only one interaction gives",
+                hint=f"say which one with --model-config: {dot}, or `interaction: cat`",
+            )
+        if chosen.self_pairs and config.self_pairs is None and stated is None:
+            # n vectors have as many pairs with self-pairs as n + 1 vectors have without
+            raise ArchitectureError(
+                f"{self._over_name} takes {width} inputs, which a dot with self-pairs of "
+                f"{len(dims) - 1} features gives, and one without of {len(dims)}",
+                expected="a width that only one interaction gives",
+                hint="say with --model-config `self_pairs: true` if these are all features; if a "
+                "table is missing, save the whole model; if one serves two features, say "
+                "`self_pairs: false` and list the `features`",
+            )
         if config.interaction is not None:
             self.source.fact("interaction", label, "given", "--model-config")
         elif stated is not None:
             self.source.fact("interaction", label, "read", "the model's settings")
-        elif label != "dot" and config.self_pairs is None and self._is_one_ranks_share():
-            raise self._one_ranks_share(width, label)
-        elif others and label != "dot":
-            raise ArchitectureError(
-                f"{self._over_name} takes {width} inputs, which {label} and {others} both give",
-                expected="a width that only one interaction gives, or dot, the trainer's default",
-                hint="say which one with --model-config: `interaction: cat`, or "
-                "`interaction: dot` (and `self_pairs: true`)",
-            )
-        elif others:
-            reason = f"{others} would give the same width; dot is the trainer's default"
-            self.source.fact("interaction", label, "assumed", reason)
-        elif chosen.self_pairs:
-            # n vectors have as many pairs with self-pairs as n + 1 vectors have without
-            reason = (
-                f"a dot of {len(dims)} features without self-pairs is as wide: if a table is "
-                "missing, or serves two features, say so with --model-config"
-            )
-            self.source.fact("interaction", label, "assumed", reason)
         else:
             self._shape_fact(label, f"only this gives over_arch its {width} inputs")
         if chosen.kind == "dot" and config.pair_order is None:
@@ -403,14 +406,19 @@ class _ShapeReader:
         ]
         return options + ([InteractionSpec(kind="cat")] if "cat" in kinds else [])
 
-    def _is_one_ranks_share(self) -> bool:
+    def _is_one_ranks_share(self, label: str) -> bool:
         """Recognise a file of dlrm_s_pytorch.py run on several ranks: only its MLPs are in DDP.
 
         Each rank has a share of the tables, numbered from 0, and saves no others.
         """
-        return self.family.allows_self_pairs and any(
-            ".bot_l.module." in f".{name}" or ".top_l.module." in f".{name}"
-            for name in self.source.parameter_names
+        alone = label != "dot" and self.family.allows_self_pairs
+        return (
+            alone
+            and self.source.config.interaction is None
+            and any(
+                ".bot_l.module." in f".{name}" or ".top_l.module." in f".{name}"
+                for name in self.source.parameter_names
+            )
         )
 
     def _one_ranks_share(self, width: int, label: str) -> ArchitectureError:

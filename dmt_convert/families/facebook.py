@@ -19,7 +19,6 @@ from typing import Final
 from dmt_convert.checkpoint import Combination, TensorInfo, derived
 from dmt_convert.errors import ConfigError
 from dmt_convert.families.dlrm import DlrmFamily
-from dmt_convert.families.model_info import Source
 from dmt_convert.families.name_map import NameMap
 from dmt_convert.families.trainer_tensors import TrainerTensors
 
@@ -34,6 +33,7 @@ def put_tables_together(source: TrainerTensors) -> None:
     """Replace tables in parts by plain ones.
 
     Raises:
+        ArchitectureError: Neither the shapes nor the user tell the operation.
         ConfigError: The operation that the user gives contradicts the shapes.
     """
     parts = source.table_parts()
@@ -45,6 +45,9 @@ def put_tables_together(source: TrainerTensors) -> None:
         table = _plain_table(source, name, found, operation)
         if table is not None:
             tables[name] = table
+    if operation == "mult":
+        # the trainer multiplies pooled sums, which equals pooled products only for one id
+        source.single_id_tables = {name for name, found in parts.items() if "q" in found}
     _report(source, parts)
     source.set_tables(tables)
 
@@ -139,22 +142,24 @@ def _operation(
             "add if each part is",
             hint="leave `qr_operation` out, or correct it",
         )
-    operation: Combination = "concat" if joined else given or "mult"
-    reason = "--model-config"
-    if joined:
-        reason = "both parts together are as wide as dense_arch's output"
-    elif given is None:
-        reason = "the trainer's default; not stored (--model-config: `qr_operation: add`)"
-    kind: Source = "inferred" if joined else "assumed" if given is None else "given"
-    count = f"{len(pairs)} of {len(parts)}, {operation}"
-    source.fact("quotient-remainder tables", count, kind, reason)
-    if operation == "mult":
-        source.fact(
-            "bags of those tables",
-            "one id each",
-            "assumed",
-            "the trainer multiplies pooled sums, which equals pooling products only for one id",
+    if given is None and not joined:
+        raise source.refuse(
+            f"{len(pairs)} quotient-remainder tables, whose rows may be multiplied or added",
+            expected="parts that are concatenated, which shows in their width",
+            hint="say it with --model-config: `qr_operation: mult` (the trainer's default) or "
+            "`qr_operation: add`",
         )
+    operation: Combination = "concat" if joined else given or "mult"
+    reason = "both parts together are as wide as dense_arch's output"
+    source.fact(
+        "quotient-remainder tables",
+        f"{len(pairs)} of {len(parts)}, {operation}",
+        "inferred" if joined else "given",
+        reason if joined else "--model-config",
+    )
+    if operation == "mult":
+        reason = "the trainer multiplies pooled rows; data with longer bags are refused"
+        source.fact("bags of those tables", "at most one id", "read", reason)
     return operation
 
 

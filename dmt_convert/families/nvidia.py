@@ -65,10 +65,16 @@ def _drop_padding(source: TrainerTensors) -> None:
     dims = [width] * (count + 1)
     takes, dot = first.shape[1], _DOT.output_width(dims)
     said = str(source.checkpoint.scalars.get("config.interaction_op", ""))
-    kind: InteractionKind = "cat" if said == "cat" else "dot"
+    kind: InteractionKind = "cat" if "cat" in (said, source.config.interaction) else "dot"
     if said in ("cat", "dot", "cuda_dot"):
         source.interaction = kind
-    elif takes == sum(dims) and not dot <= takes < dot + _PADDING:
+    elif takes == sum(dims) and source.config.interaction is None:
+        if dot <= takes < dot + _PADDING:
+            raise source.refuse(
+                f"{first.path} takes {takes} inputs, which cat and a padded dot both give",
+                expected="metadata.pt with interaction_op",
+                hint="say which one with --model-config: `interaction: dot` or `interaction: cat`",
+            )
         kind = "cat"
     if kind == "dot" and dot < takes < dot + _PADDING:
         source.canonical[_FIRST] = derived.select_columns(first, range(dot))

@@ -154,6 +154,8 @@ class TrainerTensors:
     """Tensors that the model has no use for, beside those in `tensors` that are never taken."""
     ignored: dict[str, IgnoredTensor] = field(init=False, default_factory=dict)
     """Tensors that are passed over, by path."""
+    single_id_tables: set[str] = field(init=False, default_factory=set)
+    """Tables that stand for the trainer's only for bags of up to one id."""
     ordered: bool = field(init=False)
     """Whether the tables in the file are in the order in which the model was built."""
     order: Fact | None = field(init=False, default=None)

@@ -60,6 +60,15 @@ def plan_inputs(
             expected="features of the bundle",
             hint=f"its features are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}",
         )
+    single = {feature.name for feature in spec.flat.features if feature.max_ids == 1}
+    longer = [name for name in sorted(single & set(forms)) if forms[name] != "single"]
+    if longer:
+        raise ExportError(
+            f"{', '.join(longer)} may have at most one id per row, and are asked for in bags",
+            expected="the form single: their tables were multiplied quotient-remainder tables",
+            hint="leave out --pooling-input for these features",
+        )
+    forms |= dict.fromkeys(single, "single")
     everything = "*" in config.weighted
     return GraphInputs(
         num_dense=spec.flat.num_dense,

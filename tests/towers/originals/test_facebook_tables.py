@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from dmt_convert.checkpoint import open_checkpoint
-from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.data import adapt_batches, open_data
+from dmt_convert.errors import ArchitectureError, ConfigError, DataError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
+from dmt_convert.spec import ModelSpec
 from support.originals import (
     assert_agrees,
-    difference,
     facebook_original,
-    flat_logits,
     save_facebook,
 )
 
@@ -112,7 +112,7 @@ def md() -> list[nn.Module | None]:
 
 
 CASES: dict[str, tuple[Callable[[], list[nn.Module | None]], dict[str, Any], str | None]] = {
-    "mult": (lambda: qr("mult"), {"lengths": 1}, None),
+    "mult": (lambda: qr("mult"), {"lengths": 1}, "mult"),
     "add": (lambda: qr("add"), {"lengths": 4}, "add"),
     "concat": (lambda: qr("concat", DIM // 2, skip=0), {"lengths": 4}, None),
     "mixed dims": (md, {"lengths": 4}, None),
@@ -128,7 +128,8 @@ def test_tables_in_parts(case, store):
     tables, options, operation = CASES[case]
     path, original = store(tables(), **options)
     assert_agrees(path, original, ModelConfig(qr_operation=operation))  # type: ignore[arg-type]
-    info = infer_model(open_checkpoint(path))
+    config = ModelConfig(qr_operation=operation)  # type: ignore[arg-type]
+    info = infer_model(open_checkpoint(path), config)
     # what an optimizer gathered for one form of a table is no state of another
     derived = {t.name for t in info.spec.tables if info.table_info(t.name).derivation is not None}
     assert not derived & set(info.accumulators)
@@ -143,17 +144,27 @@ def test_tables_in_parts(case, store):
         assert facts["tables with learned pooling weights"].value == "4 of 4"
 
 
-def test_what_the_file_does_not_say_is_assumed_and_shows(store):
-    path, original = store(qr("add"), lengths=1)
-    facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
-    said = facts["quotient-remainder tables"]
-    assert (said.value, said.source) == (
-        "3 of 4, mult",
-        "assumed",
-    ) and "qr_operation" in said.reason
-    assert facts["bags of those tables"].source == "assumed"
-    _, wrong = flat_logits(infer_model(open_checkpoint(path)), original.batch)
-    assert difference(wrong, original.logits) > 1e-2
+def test_whether_rows_are_multiplied_or_added_is_asked_for(store):
+    path, _ = store(qr("add"), lengths=1)
+    with pytest.raises(ArchitectureError, match="3 quotient-remainder tables") as caught:
+        infer_model(open_checkpoint(path))
+    assert "qr_operation: mult" in caught.value.hint and "qr_operation: add" in caught.value.hint
+
+
+def test_longer_bags_of_multiplied_rows_are_refused(store, tmp_path):
+    """The trainer multiplies what is pooled; a plain table pools what is multiplied."""
+    path, original = store(qr("mult"), lengths=4)
+    info = infer_model(open_checkpoint(path), ModelConfig(qr_operation="mult"))
+    assert [feature.max_ids for feature in info.spec.features] == [None, 1, 1, 1]
+    assert ModelSpec.from_json(info.spec.to_json()) == info.spec
+    assert "max_ids" not in info.spec.to_json()["features"][0]
+    batch, arrays = original.batch, {}
+    for i, bag in enumerate(batch.bags):
+        arrays |= {f"values_{i}": bag.values, f"offsets_{i}": bag.offsets}
+    np.savez(tmp_path / "rows.npz", dense=batch.dense, feature_names=batch.feature_names, **arrays)
+    rows = open_data(tmp_path / "rows.npz")
+    with pytest.raises(DataError, match=r"has a bag of [234] ids"):
+        list(adapt_batches(rows, info.spec, rows.batches(64)))
 
 
 @pytest.mark.parametrize(
@@ -170,12 +181,13 @@ def test_what_the_file_does_not_say_is_assumed_and_shows(store):
 )
 def test_parts_that_do_not_fit(edit, says, store, tmp_path):
     path, original = store(qr("mult"), lengths=1)
+    mult = ModelConfig(qr_operation="mult")
     state = {**original.state, **edit}
     if "emb_l.3.proj.weight" in state:
         del state["emb_l.3.weight_q"], state["emb_l.3.weight_r"]
     torch.save({name: t for name, t in state.items() if t is not None}, path)
     with pytest.raises(ArchitectureError) as caught:
-        infer_model(open_checkpoint(path))
+        infer_model(open_checkpoint(path), mult)
     assert any(re.search(says, line) for line in caught.value.details), caught.value.details
 
 
@@ -191,13 +203,11 @@ def test_shared_tables_and_mean_pooling(store):
     path, original = store([shared, None, None, shared], lengths=4)
     state = {n: t for n, t in original.state.items() if not n.startswith("emb_l.3.")}
     torch.save(state, path)
-    # one table fewer is as wide as all of them with self-pairs would be: that is said
-    facts = {fact.subject: fact for fact in infer_model(open_checkpoint(path)).facts}
-    assert (facts["interaction"].value, facts["interaction"].source) == (
-        "dot with self-pairs",
-        "assumed",
-    )
-    assert "4 features" in facts["interaction"].reason
+    # one table fewer is as wide as all of them with self-pairs would be: that is asked for
+    config = ModelConfig(qr_operation="add")
+    with pytest.raises(ArchitectureError, match="a dot with self-pairs of 3 features") as caught:
+        infer_model(open_checkpoint(path), config)
+    assert "self_pairs: false" in caught.value.hint
     names = [("a", "0"), ("b", "1"), ("c", "2"), ("d", "0")]
     features = tuple(FeatureConfig(name=name, table=table) for name, table in names)
     pooling: dict[str, Any] = {"a": "mean", "d": "mean"}
@@ -211,7 +221,8 @@ def test_a_file_of_one_rank_that_lacks_a_single_table_is_refused(store):
     last = max(n for n in original.state if n.startswith("emb_l."))
     state = {n: t for n, t in original.state.items() if n != last}
     torch.save(state, path)
-    assert infer_model(open_checkpoint(path)).spec.interaction.self_pairs
+    with pytest.raises(ArchitectureError, match="a dot with self-pairs of 3 features"):
+        infer_model(open_checkpoint(path))
     state = {re.sub("^(bot_l|top_l)", r"\1.module", n): t for n, t in state.items()}
     torch.save(state, path)
     with pytest.raises(ArchitectureError, match="tables that are there only a dot") as caught:
@@ -227,4 +238,4 @@ def test_files_saved_from_a_gpu(zipped, store, monkeypatch):
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
     torch.save(original.state, path, _use_new_zipfile_serialization=zipped)
     assert b"cuda:3" in path.read_bytes()
-    assert_agrees(path, original)
+    assert_agrees(path, original, ModelConfig(qr_operation="mult"))
