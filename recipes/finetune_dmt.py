@@ -152,7 +152,7 @@ def train(
         begin = time.perf_counter()
         progress.step += 1
         loss = take_step(trainer, config.lr_factor(progress.step, schedule.total_steps))
-        progress.note_loss(loss)  # raises if training diverged
+        progress.note_loss(loss, trainer.own_absurd_weights)  # raises if training diverged
         progress.seconds += time.perf_counter() - begin
         monitor.on_step(progress.step, loss)
 
@@ -194,7 +194,7 @@ def evaluate(
     """Measure on the validation rows; returns whether the model is the best so far."""
     accuracy = trainer.measure()
     trainer.average_losses(progress)
-    is_best = progress.note_accuracy(accuracy, progress.mean_loss)
+    is_best = progress.note_accuracy(accuracy, progress.mean_loss, trainer.absurd_weights)
     monitor.on_evaluation(progress.history[-1])
     return is_best
 

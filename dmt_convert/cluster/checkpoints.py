@@ -54,6 +54,7 @@ from dmt_convert.cluster.ranks import DEFAULT_TIMEOUT, Ranks
 from dmt_convert.cluster.sharding import table_shards
 from dmt_convert.cluster.trainer import ClusterTrainer
 from dmt_convert.config import TrainingConfig
+from dmt_convert.data import Dataset
 from dmt_convert.errors import CheckpointError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.placement import TowerPlan
@@ -64,6 +65,8 @@ from dmt_convert.training import (
     TrainingData,
     TrainResult,
     bundle_digest,
+    digest_share,
+    join_digests,
     judge,
     table_infos,
 )
@@ -71,6 +74,10 @@ from dmt_convert.training import (
 logger = logging.getLogger(__name__)
 
 _MAX_DETAILS: Final = 10
+_OTHER_TRAINING_HINT: Final = (
+    "give the settings and rows that it was started with; to train on other rows, start anew: "
+    "fine-tune the bundle that this training writes, with another --checkpoints folder"
+)
 _HEAD: Final = "model.head."
 _TOWER: Final = re.compile(r"(\btowers\.towers\.)(\d+)\.")
 
@@ -102,16 +109,25 @@ class ClusterJob:
             return self
         return replace(self, resume=True, force=True)
 
-    def must_match(self) -> dict[str, Any]:
-        """Return what has to be the same for a checkpoint to be resumed."""
+    def must_match(self, ranks: Ranks) -> dict[str, Any]:
+        """Return what has to be the same for a checkpoint to be resumed; all ranks at once."""
         return {
             "bundle": bundle_digest(self.bundle),
             "training rows": self.data.train.num_rows,
+            "digest of the training rows": _digest_together(self.data.train, ranks),
+            "validation rows": self.data.valid.num_rows,
+            "digest of the validation rows": _digest_together(self.data.valid, ranks),
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
             "table_optimizer": self.config.table_optimizer,
             "dense_optimizer": self.config.dense_optimizer,
         }
+
+
+def _digest_together(rows: Dataset, ranks: Ranks) -> str:
+    """Digest rows, every rank a share of them."""
+    shares = ranks.on_all(lambda: digest_share(rows, ranks.rank, ranks.size))
+    return join_digests(rows, {first: run for share in shares for first, run in share.items()})
 
 
 class CheckpointStore:
@@ -452,7 +468,7 @@ class TrainingCheckpoints:
             job.checkpoints, keep=job.config.keep_checkpoints, timeout=ranks.timeout
         )
         self._rows = {table.name: table.rows for table in job.bundle.manifest.model.flat.tables}
-        self._must_match = ranks.on_first(job.must_match)
+        self._must_match = job.must_match(ranks)
         self._found = self._choose()
         self._demands = Demands(ranks, job.config.checkpoint_seconds)
         ranks.on_first(lambda: mark_begun(job.checkpoints))
@@ -483,9 +499,17 @@ class TrainingCheckpoints:
             raise CheckpointError(
                 f"{found.path} is of another training",
                 expected="the same bundle, rows, batch size, seed and optimizers",
-                hint="give the settings that it was started with, or another --checkpoints folder",
+                hint=_OTHER_TRAINING_HINT,
                 details=different,
             )
+        unknown = [name for name in self._must_match if name not in theirs]
+        if unknown:
+            note = (
+                f"{found.path} was written by an earlier version: not compared were the "
+                + ", the ".join(unknown)
+            )
+            logger.warning("%s", note)
+            self._store.notes.append(note)
         return found
 
     @property

@@ -28,11 +28,12 @@ from dmt_convert.cluster.optimizers import (
     fill_sums_by_mean,
 )
 from dmt_convert.cluster.ranks import RankLayout
+from dmt_convert.cluster.sharding import table_shards
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import Progress, training_shares
+from dmt_convert.training import Progress, name_absurd, training_shares
 
 _EVALUATION_ROWS: Final = 4096
 """Rows of one rank that are measured at once."""
@@ -231,6 +232,19 @@ class ClusterTrainer:
             dist.all_reduce(each)
             progress.losses[progress.averaged :] = (each / self.layout.world_size).tolist()
         progress.averaged = len(progress.losses)
+
+    def own_absurd_weights(self) -> list[str]:
+        """Say which of this rank's weights are absurd, a line each."""
+        found = list(name_absurd(self.model.dense_parameters().items()))
+        for table, top, _, part in table_shards(self.model):
+            found += name_absurd([(f"table {table!r}", part)], first_row=top)
+        return found
+
+    def absurd_weights(self) -> list[str]:
+        """Say which weights of all ranks are absurd, a line each; all ranks at once."""
+        found: list[list[str]] = [[] for _ in range(self.layout.world_size)]
+        dist.all_gather_object(found, self.own_absurd_weights())
+        return [line for lines in found for line in lines]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the model and its optimizers; shares memory."""

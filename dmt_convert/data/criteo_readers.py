@@ -237,6 +237,11 @@ class TsvBlocks:
     """What turns the 13 integers into dense inputs."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold the rows."""
+        return (self.file,)
+
+    @property
     def block_sizes(self) -> tuple[int, ...]:
         """Rows of every block."""
         count = len(self.offsets) - 1

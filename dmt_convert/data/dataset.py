@@ -98,6 +98,14 @@ class Dataset:
         """Number of rows, over all blocks."""
         return sum(self.source.block_sizes)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold the rows, each once, in order; none if the reader does not say."""
+        source: object = self.source
+        while hasattr(source, "inner"):
+            source = source.inner
+        return tuple(dict.fromkeys(getattr(source, "files", ())))
+
     def lists_file_columns(self, order: Literal["feature_order", "dense_order"]) -> bool:
         """Whether `schema.json` puts columns in order that have names of their own."""
         return bool(self.column_types) and getattr(self, order) == "listed"

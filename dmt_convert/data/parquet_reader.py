@@ -167,6 +167,11 @@ class ParquetBlocks:
         return replace(self, columns=columns)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold the rows."""
+        return tuple(group.file for group in self.groups)
+
+    @property
     def block_sizes(self) -> tuple[int, ...]:
         """Rows of every row group."""
         return tuple(group.num_rows for group in self.groups)

@@ -250,6 +250,12 @@ class ArrayBlocks:
     """Whether negative ids pass (they are hashed later)."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold the rows."""
+        arrays = [a for part in self.parts for a in (part.dense, *part.ids, part.labels)]
+        return tuple(array.file for array in arrays if array is not None)
+
+    @property
     def block_sizes(self) -> tuple[int, ...]:
         """Rows of every block."""
         return tuple(last - first for _, first, last in self._blocks())

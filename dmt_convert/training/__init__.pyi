@@ -1,4 +1,5 @@
 # What other folders use.
+from .absurd_weights import name_absurd as name_absurd
 from .data import TrainingData as TrainingData
 from .data import open_training_data as open_training_data
 from .data import training_shares as training_shares
@@ -27,5 +28,8 @@ from .loop import Progress as Progress
 from .loop import Schedule as Schedule
 from .loop import TrainResult as TrainResult
 from .optimizers import BETAS as BETAS
+from .row_digest import digest_rows as digest_rows
+from .row_digest import digest_share as digest_share
+from .row_digest import join_digests as join_digests
 from .trainable_model import TrainableModel as TrainableModel
 from .trainable_model import make_trainable as make_trainable

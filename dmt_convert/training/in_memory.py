@@ -20,6 +20,7 @@ from dmt_convert.errors import ConfigError
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.model import DmtModel, FlatModel
 from dmt_convert.spec import ModelSpec
+from dmt_convert.training.absurd_weights import name_absurd
 from dmt_convert.training.data import training_batches
 from dmt_convert.training.loop import (
     Evaluation,
@@ -254,7 +255,16 @@ def _make_parts(
         step=lambda lr_factor: take_step(model, optimizers, next(batches), lr_factor),
         measure=lambda: measure_rows(model, valid_rows),
         best_state=BestInMemory(parameters, model.store),
+        causes=lambda: name_absurd_weights(model),
     )
+
+
+def name_absurd_weights(model: TrainableModel) -> list[str]:
+    """Say which tables and parameters hold absurd weights, a line each."""
+    tables = (
+        (f"table {table.name!r}", model.store.table(table.name)) for table in model.spec.tables
+    )
+    return [*name_absurd(tables), *name_absurd(model.dense_parameters().items())]
 
 
 def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None = None) -> Accuracy:

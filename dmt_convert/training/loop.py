@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.documents import EvaluationRecord
-from dmt_convert.errors import ConfigError
+from dmt_convert.errors import ConfigError, DataError
 from dmt_convert.metrics import Accuracy
+from dmt_convert.training.absurd_weights import join_causes
 from dmt_convert.training.optimizers import PartOptimizer
 
 
@@ -98,6 +99,10 @@ class BestState(Protocol):
         """Return to the best state."""
 
 
+Causes = Callable[[], Iterable[str]]
+"""Names what may be behind a loss that is not finite, or absurd; a line each."""
+_ABSURD_LOSS: Final = 1e6
+"""Mean loss, in nats, that no model has whose weights and inputs make sense."""
 _NOT_SAVED: Final = ("averaged", "best_is_lost")
 
 
@@ -131,28 +136,43 @@ class Progress:
         """Mean of the losses since the evaluation before; None if there was no step."""
         return sum(self.losses) / len(self.losses) if self.losses else None
 
-    def note_loss(self, loss: float) -> None:
+    def note_loss(self, loss: float, causes: Causes = lambda: ()) -> None:
         """Take the loss of a step.
+
+        Args:
+            loss: The loss.
+            causes: Names weights that are absurd, if the loss is.
 
         Raises:
             ConfigError: It is not finite.
         """
         if not math.isfinite(loss):
-            raise _diverged("loss", loss, self.step)
+            raise _diverged("loss", loss, self.step, causes())
         self.losses.append(loss)
 
-    def note_accuracy(self, accuracy: Accuracy, train_loss: float | None) -> bool:
+    def note_accuracy(
+        self, accuracy: Accuracy, train_loss: float | None, causes: Causes = lambda: ()
+    ) -> bool:
         """Take a measurement; returns whether the model is the best so far, as it is at the start.
 
         Args:
             accuracy: On the validation rows.
             train_loss: Mean loss of the steps since the evaluation before, over all processes.
+            causes: Names weights that are absurd, if the validation loss is; on all ranks at once.
 
         Raises:
-            ConfigError: The validation loss is not finite.
+            ConfigError: The validation loss is not finite, or absurd.
+            DataError: All validation rows have one label.
         """
-        if not math.isfinite(accuracy.log_loss):
-            raise _diverged("validation loss", accuracy.log_loss, self.step)
+        if not abs(accuracy.log_loss) <= _ABSURD_LOSS:  # NaN, too
+            raise _diverged("validation loss", accuracy.log_loss, self.step, causes())
+        if accuracy.ne is None:
+            raise DataError(
+                "all validation rows have the same label: neither AUC nor NE can be measured",
+                expected="validation rows with labels 0 and 1",
+                hint="give other rows with --valid; without --valid the last tenth of DATA is "
+                "held out, so shuffle rows that are sorted by their label",
+            )
         evaluation = Evaluation(
             step=self.step,
             auc=accuracy.auc,
@@ -246,6 +266,8 @@ class TrainingParts:
     """Measures the model on the validation rows."""
     best_state: BestState
     """Holds on to the best state."""
+    causes: Causes = lambda: ()
+    """Names weights that are absurd."""
 
 
 def run_loop(
@@ -275,7 +297,7 @@ def run_loop(
     now, total = Progress(), schedule.total_steps
 
     def evaluate() -> None:
-        if now.note_accuracy(parts.measure(), now.mean_loss):
+        if now.note_accuracy(parts.measure(), now.mean_loss, parts.causes):
             parts.best_state.keep()
         on_evaluation(now.history[-1])
 
@@ -288,7 +310,7 @@ def run_loop(
         begin = time.perf_counter()
         now.step += 1
         loss = parts.step(config.lr_factor(now.step, total))
-        now.note_loss(loss)
+        now.note_loss(loss, parts.causes)
         now.seconds += time.perf_counter() - begin
         on_step(now.step, loss)
         if schedule.measures(now.step):
@@ -328,9 +350,18 @@ def take_step(
     return value
 
 
-def _diverged(what: str, value: float, step: int) -> ConfigError:
+def _diverged(what: str, value: float, step: int, causes: Iterable[str]) -> ConfigError:
+    if step == 0:
+        return ConfigError(
+            f"the {what} is {value:.4g} before the first step",
+            expected="a model that fits these rows; nothing was written",
+            hint="compare the rows' dense inputs with those of the flat training, and look at the "
+            "weights that are named, if any: the bundle, or its checkpoint, may be damaged",
+            details=join_causes(causes),
+        )
     return ConfigError(
-        f"training diverged: the {what} is {value} at step {step}",
+        f"training diverged: the {what} is {value:.4g} at step {step}",
         expected="a finite loss; nothing was written",
         hint="lower --dense-lr and --table-lr, add --warmup-steps 100 or --clip-norm 1",
+        details=join_causes(causes),
     )

@@ -115,6 +115,66 @@ def test_checkpoints_are_written_by_the_clock(tune) -> None:
     assert found.record["history"] == plain.record["history"]
 
 
+def flip_rows(folder: Path, rows: Path, name: str) -> Path:
+    """Copy rows; one label of a file is another one."""
+    shutil.copytree(rows, folder)
+    arrays = dict(np.load(rows / f"{name}.npz"))
+    arrays["label"][100] ^= 1
+    np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "told"), [("train", "training"), ("valid", "validation")])
+def test_other_rows_are_refused_on_resume(tune, tmp_path, cluster_rows, name, told) -> None:
+    """As many of them: only their content differs."""
+    found = tune("1x1", "--max-steps", 4)
+    shutil.rmtree(found.out)
+    other = flip_rows(tmp_path / "other", cluster_rows, name)
+    refused = tune("1x1", "--max-steps", 6, "--resume", data=other, ends=False)
+    errors = assert_told_once(refused, "is of another training", "start anew")
+    assert f"digest of the {told} rows" in errors
+    assert errors.count("digest of") == 1
+    again = Path(shutil.copytree(cluster_rows, tmp_path / "copied"))
+    resumed = tune("1x1", "--max-steps", 6, "--resume", data=again)
+    assert "going on from the checkpoint of step 4\n" in resumed.printed
+
+
+def test_a_damaged_best_state_is_replaced_by_what_is_left(tune, tmp_path) -> None:
+    """It is found when training goes on, not when its time is spent; and no bit of it is used."""
+    first = tune("1x2", *SETTINGS, "--max-steps", 8)
+    shutil.rmtree(first.out)
+    worse = ("--table-lr", 3, "--dense-lr", 0.3, "--lr-decay", "constant", "--resume")
+    second = tune("1x2", *worse, "--max-steps", 15)
+    best = second.record["best_step"]
+    assert 0 < best <= 8
+    (whole,) = (tmp_path / "a/new.checkpoints").glob(f"step*{best}")
+    path = whole / "__1_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    shutil.rmtree(second.out)
+    third = tune("1x2", *worse, "--max-steps", 15, notes=None)
+    note = third.record["notes"][0]
+    assert "__1_0.distcp has other bytes" in note
+    assert f"{whole.name}-damaged" in note
+    assert whole.with_name(f"{whole.name}-damaged").is_dir()
+    assert third.record["best_step"] in (0, 15)
+    steps = [found["step"] for found in third.record["history"]]
+    assert steps[-2:] == [15, 15]  # measured anew
+
+
+def test_bits_that_flip_in_the_bundle_are_refused(tune, tmp_path, wide) -> None:
+    """By the rank that reads them; fresh digests are never written over damage."""
+    bundle = Path(shutil.copytree(wide, tmp_path / "flipped"))
+    for path in sorted((bundle / "weights").glob("tower*")):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 0x40
+        path.write_bytes(data)
+    found = tune("1x2", bundle=bundle, ends=False)
+    assert_told_once(found, str(bundle))
+    assert_nothing_there(found)
+
+
 @pytest.mark.exhaustive
 def test_without_restarts_the_loss_is_said(tune) -> None:
     found = tune("1x2", faults=[{"rank": 1, "moment": "step", "time": 6}], ends=False)

@@ -16,7 +16,7 @@ from dmt_convert.data import Dataset, open_data
 from dmt_convert.errors import ConfigError, DataError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.model import FlatModel
-from dmt_convert.training import make_trainable, measure_rows, train
+from dmt_convert.training import make_trainable, measure_rows, name_absurd, train
 from dmt_convert.training.data import open_training_data, training_batches, training_shares
 from dmt_convert.training.loop import Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.training.optimizers import DenseOptimizer
@@ -141,10 +141,52 @@ def test_patience_counts_evaluations_since_the_best(clicks) -> None:
     assert fakes.log == ["keep", "step", "step", "keep", "step", "step", "step", "restore"]
 
 
-def test_without_ne_the_log_loss_decides(clicks) -> None:
-    fakes = Fakes([None, None])
+def test_validation_rows_of_one_class_are_refused(clicks) -> None:
+    """Of these the log loss is best for a model that says the same of every row."""
     config = TrainingConfig(batch_size=8, patience=1)
-    assert run_fakes(fakes, config, clicks).best_step == 0
+    with pytest.raises(DataError, match="all validation rows have the same label") as refused:
+        run_fakes(Fakes([None, None]), config, clicks)
+    assert "--valid" in refused.value.hint
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, np.inf, np.nan])
+def test_weights_behind_an_absurd_loss_are_named(rows, value) -> None:
+    """Before the first step, and after one that spoilt them."""
+    model = build_model()
+    table = next(iter(model.state_dict()))
+    assert "tables" in table or "emb" in table
+    with torch.no_grad():
+        model.state_dict()[table][5, 1] = value
+    with pytest.raises(ConfigError, match="before the first step") as refused:
+        train(model, *rows, SETTINGS)
+    assert len(refused.value.details) == 1
+    assert f", row 5: {value:.4g}" in refused.value.details[0]
+    assert "damaged" in refused.value.hint
+
+
+def test_a_step_that_spoils_a_row_is_stopped_with_its_name(rows) -> None:
+    model = make_trainable(build_model())
+
+    def spoil(step: int, loss: float) -> None:
+        if step == 3:
+            model.store.table(model.spec.tables[1].name)[2, 0] = 1e30
+
+    with pytest.raises(ConfigError, match=r"diverged: the (validation )?loss is .* at step") as got:
+        train(model, *rows, SETTINGS, on_step=spoil)
+    assert any(f"table {model.spec.tables[1].name!r}, row" in line for line in got.value.details)
+
+
+def test_absurd_weights_are_found_in_any_tensor() -> None:
+    good = torch.linspace(-3, 3, 60).reshape(20, 3)
+    assert [*name_absurd([("a", good), ("b", good.long()), ("c", torch.zeros(0, 3))])] == []
+    assert [*name_absurd([("large", good * 1e7)])] == []  # but all of one size
+    for value in (1e9, -3e38, np.nan, np.inf):
+        bad = good.clone()
+        bad[7, 2] = value
+        (line,) = name_absurd([("a", good), ("t", bad)], first_row=100)
+        assert line == f"t, row 107: {value:.4g}"
+    bias = torch.tensor([0.1, np.nan])
+    assert [*name_absurd([("bias", bias)])] == ["bias, row 1: nan"]
 
 
 def test_no_patience_means_all_steps(clicks) -> None:
