@@ -32,6 +32,7 @@ _VERBS = {
     "distilling": "Distilling",
     "writing": "Writing the bundle",
     "scoring": "Scoring",
+    "checking rows": "Checking rows",
     "checking": "Checking digests",
     "unsharding": "Writing tensors",
 }

@@ -14,6 +14,7 @@ import typer
 
 from . import (
     convert_command,
+    data_command,
     evaluate_command,
     export_command,
     finetune_command,
@@ -68,6 +69,7 @@ for _module in (
     convert_command,
     partition_command,
     plan_command,
+    data_command,
     score_command,
     evaluate_command,
     verify_command,

@@ -1,5 +1,6 @@
 __version__: str
 
+from .api import check_data as check_data
 from .api import convert as convert
 from .api import evaluate as evaluate
 from .api import export as export

@@ -21,6 +21,7 @@ from dmt_convert.bundle import open_bundle as _open_bundle
 from dmt_convert.config import (
     Config,
     ConvertConfig,
+    DataConfig,
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
@@ -37,6 +38,7 @@ from dmt_convert.progress import Progress, no_progress
 if TYPE_CHECKING:
     from dmt_convert.conversion import Preview
     from dmt_convert.conversion.partition import Partition
+    from dmt_convert.data import DataReport
     from dmt_convert.families import FlatModelInfo
     from dmt_convert.files import Unsharded
     from dmt_convert.placement import TowerPlan
@@ -166,6 +168,44 @@ def predict(
     if not config.predict_scaling:
         config = config.replace(predict=True)
     return predict_plan(opened, plan_bundle(opened, config.replace(out=None)), config)
+
+
+def check_data(
+    model: Bundle | AnyPath,
+    data: AnyPath,
+    *,
+    config: DataConfig | None = None,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> DataReport:
+    """Say what a data set would feed a model, column by column, and what is in the way.
+
+    Args:
+        model: A flat checkpoint, a bundle or an export; only headers are read.
+        data: The data set.
+        config: Settings of `dmt data`.
+        progress: Called as work goes on.
+        **settings: Settings that differ from `config`, or from the defaults.
+
+    Returns:
+        The report; `report.usable` says whether the data can be used, `report.faults` why not.
+    """
+    from dmt_convert.conversion import describe_flat
+    from dmt_convert.data import profile_data
+    from dmt_convert.serving import is_export, read_export_manifest
+
+    config = _settings(DataConfig, config, settings)
+    path = model.path if isinstance(model, Bundle) else Path(model)
+    if is_bundle(path):
+        made = _opened(model).manifest
+        spec, known = made.model.flat, made.inputs
+    elif is_export(path):
+        manifest = read_export_manifest(path)
+        spec, known = manifest.model.flat, manifest.columns
+    else:
+        info = describe_flat(path, config)
+        spec, known = info.spec, info.inputs
+    return profile_data(Path(data), spec, known, max_rows=config.rows, progress=progress)
 
 
 def score(

@@ -3,6 +3,7 @@ from .base import Config as Config
 from .base import SettingsError as SettingsError
 from .commands import COMMANDS as COMMANDS
 from .commands import ConvertConfig as ConvertConfig
+from .commands import DataConfig as DataConfig
 from .commands import EvaluateConfig as EvaluateConfig
 from .commands import ExportConfig as ExportConfig
 from .commands import InspectConfig as InspectConfig

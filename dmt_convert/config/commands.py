@@ -267,6 +267,14 @@ class PlanConfig(BundleOptions):
         return self
 
 
+class DataConfig(ModelOptions):
+    """Settings of `dmt data`."""
+
+    command: ClassVar[str] = "data"
+
+    rows: int | None = setting(None, "Read at most this many rows.", ge=1, auto="all")
+
+
 class ScoreConfig(ScoringOptions):
     """Settings of `dmt score`."""
 
@@ -403,6 +411,7 @@ COMMANDS: Final[tuple[type[Config], ...]] = (
     ConvertConfig,
     PartitionConfig,
     PlanConfig,
+    DataConfig,
     ScoreConfig,
     EvaluateConfig,
     VerifyConfig,

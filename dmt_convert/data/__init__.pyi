@@ -7,6 +7,8 @@ from .batch import Batch as Batch
 from .batch import join_batches as join_batches
 from .batch import take_rows as take_rows
 from .batch import uniform_offsets as uniform_offsets
+from .data_profile import DataReport as DataReport
+from .data_profile import profile_data as profile_data
 from .dataset import Dataset as Dataset
 from .dataset import RowBatches as RowBatches
 from .dataset import take_range as take_range

@@ -5,9 +5,12 @@ Rows are counted from 0 inside the file. Letters: B batch, D dense inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -43,6 +46,44 @@ def refuse_value(
     )
 
 
+@dataclass(slots=True)
+class ValueFaults:
+    """Values that cannot be used, by column: the first refusal, and how many rows are like it."""
+
+    first: dict[str, DataError] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, column: str, error: DataError, count: int) -> None:
+        """Count rows whose value cannot be used."""
+        self.first.setdefault(column, error)
+        self.counts[column] = self.counts.get(column, 0) + count
+
+
+_COLLECTED: Final[ContextVar[ValueFaults | None]] = ContextVar("_COLLECTED", default=None)
+
+
+@contextmanager
+def collect_faults() -> Iterator[ValueFaults]:
+    """Collect bad values instead of refusing them at the first: for reports on whole data sets.
+
+    Inside, ids that are no whole numbers are read as 0, negative ids and other values as they are.
+    """
+    faults = ValueFaults()
+    token = _COLLECTED.set(faults)
+    try:
+        yield faults
+    finally:
+        _COLLECTED.reset(token)
+
+
+def _refuse(column: str, error: DataError, count: int) -> None:
+    """Raise the error, or count it if faults are collected."""
+    collected = _COLLECTED.get()
+    if collected is None:
+        raise error
+    collected.add(column, error, count)
+
+
 def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> Float32Array:
     """Return dense inputs as float32, shape (B, D), or refuse what is not finite.
 
@@ -53,15 +94,17 @@ def check_dense(dense: AnyArray, place: RowPlace, columns: Sequence[str]) -> Flo
         values = np.ascontiguousarray(dense, dtype=np.float32)
     finite = np.isfinite(values)
     if not finite.all():
-        index, column = (int(i) for i in np.argwhere(~finite)[0])
-        raise refuse_value(
-            place,
-            columns[column],
-            index,
-            f"{dense[index, column]}",
-            expected="finite numbers (float32) as dense inputs",
-            hint="fill in missing values first, as for training",
-        )
+        for column in np.flatnonzero(~finite.all(axis=0)).tolist():
+            bad = np.flatnonzero(~finite[:, column])
+            error = refuse_value(
+                place,
+                columns[column],
+                int(bad[0]),
+                f"{dense[bad[0], column]}",
+                expected="finite numbers (float32) as dense inputs",
+                hint="fill in missing values first, as for training",
+            )
+            _refuse(columns[column], error, len(bad))
     return values
 
 
@@ -71,19 +114,20 @@ def check_labels(labels: AnyArray, place: RowPlace, column: str) -> Float32Array
     Raises:
         DataError: A label is neither 0 nor 1.
     """
-    values = labels.reshape(-1).astype(np.float32)
-    good = (values == 0) | (values == 1)
+    raw = labels.reshape(-1)
+    good = (raw == 0) | (raw == 1)
     if not good.all():
         index = int(np.flatnonzero(~good)[0])
-        raise refuse_value(
+        error = refuse_value(
             place,
             column,
             index,
-            f"label {labels.reshape(-1)[index]}",
+            f"label {raw[index]}",
             expected="0 or 1 as label",
             hint="binarise the labels, or leave the label column out if the rows have none",
         )
-    return values
+        _refuse(column, error, int((~good).sum()))
+    return np.where(good, raw, np.nan).astype(np.float32)
 
 
 def check_ids(
@@ -103,19 +147,24 @@ def check_ids(
     Raises:
         DataError: An id is negative, fractional or too large for int64.
     """
+    bad = np.zeros(0, dtype=bool)
     if ids.dtype.kind == "f":
         bad = ~(np.isfinite(ids) & (ids == np.floor(ids)) & (np.abs(ids) < 2.0**63))
     elif ids.dtype == np.uint64:
         bad = ids > np.iinfo(np.int64).max
-    else:
-        bad = np.zeros(0, dtype=bool)
+    whole = np.where(bad, 0, ids) if bad.any() else ids
+    values: IntArray = np.ascontiguousarray(whole, dtype=np.int64)
     if not bad.any():
-        values: IntArray = np.ascontiguousarray(ids, dtype=np.int64)
-        if allow_negative or not len(values) or int(values.min()) >= 0:
+        if (
+            allow_negative
+            or _COLLECTED.get() is not None
+            or not len(values)
+            or int(values.min()) >= 0
+        ):
             return values
         bad = values < 0
     at = int(np.flatnonzero(bad)[0])
-    raise refuse_value(
+    error = refuse_value(
         place,
         column,
         int(np.searchsorted(offsets, at, side="right")) - 1,
@@ -123,6 +172,8 @@ def check_ids(
         expected="whole ids from 0",
         hint="map missing or unknown ids to a row of the table, as for training",
     )
+    _refuse(column, error, int(bad.sum()))
+    return values
 
 
 def check_offsets(offsets: AnyArray, num_values: int, file: Path, column: str) -> IntArray:
