@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -52,10 +53,8 @@ class Output:
         try:
             self._print(value, *tables)
             sys.stdout.flush()
-        except BrokenPipeError:
-            drop_stdout()  # who reads has seen enough (head, less)
         except OSError:
-            drop_stdout()
+            drop(sys.stdout)
             raise
 
     def _print(self, value: Mapping[str, Any], *tables: RenderableType) -> None:
@@ -67,10 +66,8 @@ class Output:
         # in a pipe lines are long, so that they can be searched
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
         console = Console(highlight=False, width=width)
-        with console.capture() as printed:  # rich ends the process where a pipe was closed
-            for table in tables:
-                console.print(table)
-        print(printed.get(), end="")
+        for table in tables:
+            console.print(table)
 
     def remark(self, text: str) -> None:
         """Say something beside the result, on stderr."""
@@ -105,9 +102,65 @@ class Output:
             yield show
 
 
-def drop_stdout() -> None:
-    """Let what is still buffered for stdout go nowhere, where it cannot be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class _SteadyStream:
+    """A text stream that goes nowhere once nobody reads it any more (`dmt ... | head -1`)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, as far as somebody reads it."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            drop(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, as far as somebody reads it."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            drop(self._stream)
+
+
+@contextmanager
+def steady_streams() -> Iterator[None]:
+    """Let stdout and stderr take any text, and go nowhere once nobody reads them.
+
+    What their encoding does not have is escaped, as Python does on stderr.
+    """
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    steady = [cast(TextIO, _SteadyStream(stream)) for stream in streams]
+    sys.stdout, sys.stderr = steady
+    try:
+        yield
+    finally:
+        written = [_can_flush(stream) for stream in steady]
+        sys.stdout, sys.stderr = streams
+        if not written[0]:
+            print("error: the output could not be written", file=sys.stderr)
+            raise SystemExit(3)
+
+
+def _can_flush(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:  # a full disk: Python would try again at its end
+        drop(stream)
+        return False
+    return True
+
+
+def drop(stream: TextIO) -> None:
+    """Let what is still buffered for a stream go nowhere, where it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def visible(text: str) -> str:
@@ -122,9 +175,8 @@ def visible(text: str) -> str:
 
 
 def json_text(value: object, *, allow_nan: bool = True) -> str:
-    """Write JSON; lone surrogates, which file names may hold, are escaped."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan)
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Write JSON in ASCII, which every terminal and every locale can take."""
+    return json.dumps(value, indent=1, allow_nan=allow_nan)
 
 
 def finite(value: Any) -> Any:

@@ -25,7 +25,7 @@ from . import (
     unshard_command,
     verify_command,
 )
-from .console import drop_stdout, json_text, visible
+from .console import drop, json_text, steady_streams, visible
 
 _INTERRUPT_CODE: Final = 130
 _INTERRUPTED: Final = "interrupted; nothing half-written was left in place"
@@ -82,10 +82,16 @@ for _module in (
 
 def main() -> None:
     """Run `dmt`; what goes wrong is printed, and told by the exit code."""
+    for name in ("stdout", "stderr"):  # closed by who called: nothing is to be printed
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    with steady_streams():
+        _run()
+
+
+def _run() -> None:
     from dmt_convert.errors import DmtError
 
-    if sys.stdout is None:  # closed by who called: nothing is to be printed
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     as_json = "--json" in sys.argv[1:]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -147,7 +153,7 @@ def _fail(value: Mapping[str, object], text: str, *, code: int, as_json: bool) -
         try:
             print(json_text(value), flush=True)
         except OSError:  # closed, or on a full disk: stderr still says it
-            drop_stdout()
+            drop(sys.stdout)
     print(f"error: {visible(text)}", file=sys.stderr)
     sys.exit(code)
 

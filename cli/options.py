@@ -6,7 +6,9 @@ A command is a function of its positional arguments, its settings and how to tal
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -49,11 +51,21 @@ def command(kind: type[Config]) -> Callable[[Command], Command]:
             mine = {p.name: values.pop(p.name) for p in own}
             run(**mine, config=make_config(kind, _given(kind, values), file), output=output)
 
+        wrapper.__doc__ = run.__doc__ or _docstring(run)
         wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
         return wrapper
 
     return decorate
+
+
+def _docstring(run: Command) -> str:
+    """Read the help text of a command from its source: `python -OO` drops docstrings."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(run))).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    return ast.get_docstring(function) or "" if isinstance(function, ast.FunctionDef) else ""
 
 
 def _given(kind: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,3 +42,4 @@ from .values import OutOfRange as OutOfRange
 from .values import Strategy as Strategy
 from .values import TableCode as TableCode
 from .values import TableOptimizerKind as TableOptimizerKind
+from .yaml_text import load_yaml as load_yaml

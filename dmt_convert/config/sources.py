@@ -18,6 +18,7 @@ from dmt_convert.config.fields import (
     noun,
     option_name,
 )
+from dmt_convert.config.yaml_text import load_yaml
 from dmt_convert.errors import ConfigError, UsageError
 
 Kind = TypeVar("Kind", bound=Config)
@@ -59,12 +60,7 @@ def _read_document(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             content = json.loads(text)
         else:
-            import yaml
-
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(str(error)) from None
+            content = load_yaml(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(

@@ -125,7 +125,7 @@ def read_schema(folder: Path) -> Schema | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise _malformed(file, [str(error) or type(error).__name__]) from error
     if not isinstance(content, dict):
@@ -147,6 +147,14 @@ def read_schema(folder: Path) -> Schema | None:
     return Schema(
         file=file, dense_features=dense, sparse_features=sparse, dense_transform=transform
     )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, whose keys must differ."""
+    repeated = _repeated([key for key, _ in pairs])
+    if repeated:
+        raise ValueError(f"keys that appear twice: {', '.join(repeated)}")
+    return dict(pairs)
 
 
 def _misspelt(key: str) -> str:

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from dmt_convert.adapter import LoadedAdapter
 from dmt_convert.checkpoint import Combination
+from dmt_convert.config import load_yaml
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import PairOrder, Pooling
 
@@ -160,11 +161,9 @@ def read_model_config(path: Path) -> ModelConfig:
         ConfigError: The file is missing or is not YAML, or a key or value in it is not known. All
             faults are listed.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"the model config {path} cannot be read ({reason})",
