@@ -19,6 +19,7 @@ Exit codes are those of `dmt`: 0 done, 1 bug or a lost rank, 2 usage, 3 somethin
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -255,6 +256,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe; errors become one message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # paths may hold what the locale's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options = parser.parse_args(arguments)
     timeout = options.timeout or RunConfig.model_fields["timeout"].default
@@ -267,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         alone = cluster.current_rank() is None
         summary = (finetune_alone if alone else finetune_over_ranks)(options, config)
     if options.json and summary is not None:
-        print(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(summary, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

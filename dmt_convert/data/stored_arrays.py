@@ -111,6 +111,8 @@ def open_npy(path: Path) -> StoredArray:
     try:
         with path.open("rb") as file:
             shape, _, dtype = _read_header(path, path.name, file)
+            if file.tell() + math.prod(shape) * dtype.itemsize > path.stat().st_size:
+                raise EOFError(f"the file is shorter than its array of shape {shape}")
         values: AnyArray = np.load(path, mmap_mode="r", allow_pickle=False)
     except _READ_ERRORS as error:
         raise _damaged(path, str(error)) from error

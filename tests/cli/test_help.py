@@ -23,6 +23,7 @@ OPTIONS = {
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
     "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
     "--json --quiet",
+    "data": "--rows --model-config --model --json --quiet",
     "score": "--data --out --model-config --model --json --quiet",
     "evaluate": "--data --model-config --model --json --quiet",
     "verify": "--data --atol --rtol --checksums --model-config --model --json --quiet",
@@ -44,6 +45,7 @@ ARGUMENTS = {
     "convert": ["source"],
     "partition": ["source"],
     "plan": ["bundle"],
+    "data": ["model", "data"],
     "score": ["model"],
     "evaluate": ["model"],
     "verify": ["a", "b"],

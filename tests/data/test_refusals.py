@@ -331,3 +331,64 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = WRITERS["parquet"](tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install '.[parquet]'" in refusal(path)
+
+
+def npy(header: str, data: bytes = bytes(64)) -> bytes:
+    """An npy file of version 1.0 with a header of one's own."""
+    text = header.ljust(117).encode("latin-1") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+BAD_HEADERS = [
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (40, 1\xff\xff",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (4, ",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (True, 2), }",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (99999999999999999999,), }",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (4611686018427387903, 4), }",
+    "{'descr': None, 'fortran_order': False, 'shape': (2,), }",
+    "{'descr': '<i4', 'fortran_order': 7, 'shape': (2,), }",
+    "'''",
+    "((((((((",
+    "[1, 2]",
+]
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS)
+def test_damaged_headers_of_arrays(tmp_path: Path, header: str) -> None:
+    np.save(tmp_path / "a_dense.npy", np.zeros((4, 1), dtype=np.float32))
+    (tmp_path / "a_sparse.npy").write_bytes(npy(header))
+    assert "a_sparse.npy" in refusal(tmp_path / "a_sparse.npy")
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+            archive.writestr("sparse.npy", npy(header))
+        assert "a.npz" in refusal(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["sparse", "dense", "label"])
+def test_arrays_without_dimensions(tmp_path: Path, name: str) -> None:
+    arrays: dict[str, Any] = {
+        "sparse": np.zeros((2, 1), dtype=int),
+        "dense": np.zeros((2, 1)),
+        "label": np.zeros(2),
+    }
+    text = refusal(save(tmp_path / "a.npz", **(arrays | {name: np.float64(1)})))
+    assert f"{name}: ()" in text or f"{name!r}" in text
+
+
+def test_an_array_that_is_there_twice(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 1), dtype=int))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("sparse.npy", content.getvalue())
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("sparse.npy", content.getvalue())
+    assert "'sparse' is there twice" in refusal(tmp_path / "a.npz")
+
+
+def test_rows_without_labels_name_the_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"f": [1], "click": [0]}), tmp_path / "a.parquet")
+    dataset = open_data(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has no labels; its columns are f, click") as caught:
+        dataset.require_labels("or do something else")
+    assert "rename the column of labels to `label`; or do" in caught.value.hint
