@@ -45,8 +45,8 @@ def _layer(name: str, fan_in: int, fan_out: int) -> dict[str, Any]:
 def _write_deepctr(folder: Path) -> Path:
     import torch
 
-    state = {f"embedding_dict.{n}.weight": torch.ones(rows, 4) for n, rows in (("a", 5), ("b", 6))}
-    for name, rows in (("a", 5), ("b", 6)):
+    state = {f"embedding_dict.{n}.weight": torch.ones(rows, 4) for n, rows in (("b", 6), ("a", 5))}
+    for name, rows in (("b", 6), ("a", 5)):
         state[f"linear_model.embedding_dict.{name}.weight"] = torch.ones(rows, 1)
     state |= {"linear_model.weight": torch.ones(2, 1), "out.bias": torch.ones(1)}
     state |= _layer("dnn.linears.0", 10, 3) | {"dnn_linear.weight": torch.ones(1, 13)}

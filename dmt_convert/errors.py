@@ -17,8 +17,15 @@ Everything else that escapes is a bug (exit code 1).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+_MAX_WORD: Final = 1000
+"""Longest word of a message: paths may have some hundred characters."""
+_MAX_PART: Final = 20_000
+"""Longest part of a message."""
+_LONG_WORD: Final = re.compile(rf"\S{{{_MAX_WORD},}}")
 
 
 class DmtError(Exception):
@@ -42,11 +49,11 @@ class DmtError(Exception):
         hint: str = "",
         details: Sequence[str] = (),
     ) -> None:
-        super().__init__(found)
-        self.found = found
-        self.expected = expected
-        self.hint = hint
-        self.details = tuple(details)
+        self.found = _shorten(found)
+        super().__init__(self.found)
+        self.expected = _shorten(expected)
+        self.hint = _shorten(hint)
+        self.details = tuple(map(_shorten, details))
 
     def __str__(self) -> str:
         lines = [self.found, *(f"  - {detail}" for detail in self.details)]
@@ -77,6 +84,15 @@ class DmtError(Exception):
             hint=str(value.get("hint", "")),
             details=[str(detail) for detail in value.get("details", ())],
         )
+
+
+def _shorten(text: str) -> str:
+    """Cut long words, such as a name of megabytes in a hostile file, and what is still too long."""
+    if len(text) > _MAX_WORD:
+        text = _LONG_WORD.sub(lambda word: f"{word[0][:60]}...{word[0][-20:]}", text)
+    if len(text) > _MAX_PART:
+        text = f"{text[: _MAX_PART - 200]} ... {text[-200:]}"
+    return text
 
 
 def _subclasses(kind: type[DmtError]) -> Iterator[type[DmtError]]:

@@ -13,6 +13,7 @@ from .held_files import HeldFile as HeldFile
 from .held_files import holding as holding
 from .inert.deepctr import DEEPCTR_MODULE as DEEPCTR_MODULE
 from .inert.unpickler import read_pickle as read_pickle
+from .merged_dicts import merge_dicts as merge_dicts
 from .readers import open_checkpoint as open_checkpoint
 from .row_reads import read_ranges as read_ranges
 from .safetensors_reader import DICTS_KEY as DICTS_KEY

@@ -6,6 +6,7 @@ plain pickle that torch loads unguarded; here it is read as inert records.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, FlatCheckpoint, P
 from dmt_convert.checkpoint.inert import (
     DCP_GLOBALS,
     Record,
+    TensorRef,
     UnknownGlobal,
+    collect_content,
     is_size,
     read_pickle,
     read_sizes,
@@ -27,6 +30,7 @@ from dmt_convert.checkpoint.safetensors_reader import (
     read_header,
 )
 from dmt_convert.checkpoint.shards import check_files, check_tiling, payload_path
+from dmt_convert.checkpoint.torch_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 
 _Location = tuple[str, int, int]
@@ -67,7 +71,11 @@ def read_dcp(path: Path) -> FlatCheckpoint:
         if not name.startswith("torch.") or name.count(".") > 1:  # else a dtype
             raise refuse_global(metadata_path, name)
     try:
+        if not isinstance(metadata, Record):
+            raise TypeError("no Metadata record")
         tensors, unread = _read_entries(folder, metadata)
+        if not tensors:
+            tensors, unread = _read_objects(folder, metadata, unread)
     except (*_DAMAGED, RuntimeError) as error:  # pathlib's word for a loop of symbolic links
         raise CheckpointError(
             f"{metadata_path} does not describe a checkpoint ({type(error).__name__}: {error})",
@@ -92,12 +100,15 @@ def is_dcp_pair(path: Path) -> bool:
 
 
 def read_dcp_pair(path: Path) -> FlatCheckpoint:
-    """Read the metadata of `model/` and `optimizer/`; these names become the outermost keys.
+    """Read the metadata of `model/` and what lies beside; these names become the outermost keys.
+
+    Beside it may lie `optimizer/`, and TorchEasyRec's averaged weights of the dense part,
+    `dense_ema/`.
 
     Raises:
         CheckpointError: One of them is incomplete or damaged.
     """
-    folders = [path / name for name in ("model", "optimizer")]
+    folders = [path / name for name in ("model", "optimizer", "dense_ema")]
     opened = {folder.name: read_dcp(folder) for folder in folders if _is_saved(folder)}
     return FlatCheckpoint(
         source=path,
@@ -121,9 +132,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    if not isinstance(metadata, Record):
-        raise TypeError("no Metadata record")
+def _read_entries(folder: Path, metadata: Record) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
     entries = _mapping(metadata.get("state_dict_metadata"))
     locations = _read_locations(folder, metadata.get("storage_data"))
     payloads = _Payloads(folder)
@@ -156,6 +165,44 @@ def _read_entries(folder: Path, metadata: object) -> tuple[tuple[TensorInfo, ...
             )
         )
     return tuple(tensors), unread
+
+
+def _read_objects(
+    folder: Path, metadata: Record, unread: dict[str, str]
+) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    """Look for tensors in the objects of a checkpoint that was saved with flatten_state_dict=False.
+
+    Each is a file of `torch.save` inside of a payload file. What is sharded in one is not read: of
+    objects only one rank's are saved.
+    """
+    tensors: list[TensorInfo] = []
+    left = dict(unread)
+    locations = _read_locations(folder, metadata.get("storage_data"))
+    for name in [name for name in unread if unread[name].startswith("a pickled object")]:
+        relative, offset, length = locations[name, ()]
+        path = payload_path(folder, _text(relative))
+        if not (is_size(offset) and is_size(length)) or not path.is_file():
+            continue
+        archive = read_zip_archive(path, start=offset, length=length)
+        unknown: dict[str, UnknownGlobal] = {}
+        value = read_pickle(io.BytesIO(archive.pickle), source=path, unknown=unknown)
+        content = collect_content(value, path)
+        found = content.tensors.items()
+        if content.tensors and all(isinstance(tensor, TensorRef) for _, tensor in found):
+            tensors += [
+                TensorInfo(
+                    name=keys[-1] if keys else name,
+                    container=(name, *keys[:-1]) if keys else (),
+                    dtype=tensor.dtype,
+                    shape=tensor.shape,
+                    pieces=(archive.piece(tensor, name=".".join((name, *keys))),),
+                )
+                for keys, tensor in found
+                if isinstance(tensor, TensorRef)
+            ]
+            del left[name]
+            left |= {f"{name}.{key}": what for key, what in content.unread.items()}
+    return tuple(tensors), left
 
 
 def _mapping(value: object) -> dict[Any, Any]:

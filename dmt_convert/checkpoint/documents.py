@@ -69,8 +69,20 @@ _TOKEN: Final = re.compile(
     re.VERBOSE,
 )
 _MAX_DEPTH: Final = 64
+_MAX_HEX: Final = 20
 _CLOSING: Final = {"{": "}", "<": ">"}
-_ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "0": "\0"}
+_ESCAPE: Final = re.compile(
+    rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL
+)
+_ESCAPES: Final = {
+    b"n": b"\n",
+    b"t": b"\t",
+    b"r": b"\r",
+    b"a": b"\a",
+    b"b": b"\b",
+    b"f": b"\f",
+    b"v": b"\v",
+}
 
 _Token = tuple[str, str]
 
@@ -159,7 +171,7 @@ class _Parser:
             parts = [text]
             while self._next[0] == "string":
                 parts.append(self._take()[1])
-            return "".join(_unquote(part) for part in parts)
+            return b"".join(map(_unquote, parts)).decode()
         if kind == "number":
             return _number(text)
         if kind == "name":
@@ -167,12 +179,31 @@ class _Parser:
         raise ValueError(f"{text or 'the end'!r} instead of a value")
 
 
-def _unquote(text: str) -> str:
-    return re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[1]), text[1:-1])
+def _unquote(text: str) -> bytes:
+    """Return the bytes of a string in quotes.
+
+    Bytes are escaped one by one, as protobuf writes names that are not ASCII, so that they become
+    text only together.
+    """
+    return _ESCAPE.sub(_unescape, text[1:-1].encode())
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    octal, byte, short, long, other = match.groups()
+    if octal is not None or byte is not None:
+        value = int(octal, 8) if octal is not None else int(byte, 16)
+        if value > 0xFF:
+            raise ValueError(f"the escape {match[0]!r}")
+        return bytes([value])
+    if short is not None or long is not None:
+        return chr(int(short or long, 16)).encode()
+    return _ESCAPES.get(other, other)
 
 
 def _number(text: str) -> int | float:
     if text.lower().lstrip("+-").startswith("0x"):
+        if len(text) > _MAX_HEX:
+            raise ValueError(f"a number of {len(text)} digits")
         return int(text, 16)
     if re.fullmatch(r"[-+]?\d{1,40}", text):
         return int(text)

@@ -37,7 +37,7 @@ def open_folder(folder: Path, read: _Read) -> FlatCheckpoint:
         CheckpointError: It holds none, or several.
     """
     _refuse_own(folder)
-    _refuse_partitioned(folder)
+    _check_deepspeed(folder)
     opened = _open_inside(folder, read)
     if len(opened) > 1:
         joined = None if len(opened) > _MAX_OPENED else join_folder(folder, opened)
@@ -136,7 +136,19 @@ def _is_payload(folder: Path) -> bool:
     return folder.name.isdecimal() and folder.name.isascii()
 
 
-def _refuse_partitioned(folder: Path) -> None:
+def refuse_partitioned(path: Path) -> CheckpointError | None:
+    """Refuse a file of DeepSpeed's stage 3, of which every rank has its own; None for others."""
+    if not path.name.startswith("zero_pp_rank_") or not _DEEPSPEED.fullmatch(path.name):
+        return None
+    folder = path.parent
+    return CheckpointError(
+        f"{path} is one rank's file of DeepSpeed, whose stage 3 cuts the weights over all ranks",
+        expected="one file with the weights of the whole model",
+        hint=f"join them: python {folder.parent / 'zero_to_fp32.py'} {folder.parent} weights",
+    )
+
+
+def _check_deepspeed(folder: Path) -> None:
     """Point at the weights in a folder of DeepSpeed, and refuse what its stage 3 cut."""
     latest = folder / "latest"
     step = folder

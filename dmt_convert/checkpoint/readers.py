@@ -9,7 +9,7 @@ from typing import Final
 from dmt_convert.checkpoint.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
 from dmt_convert.checkpoint.file_sets import find_parts, join_parts, read_safetensors_file
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
-from dmt_convert.checkpoint.folders import open_folder
+from dmt_convert.checkpoint.folders import open_folder, refuse_partitioned
 from dmt_convert.checkpoint.held_files import holding
 from dmt_convert.checkpoint.identify import (
     refuse_remote,
@@ -49,6 +49,11 @@ READERS: Final[tuple[Reader[FlatCheckpoint], ...]] = (
 ENTRY_POINTS: Final = "dmt_convert.readers"
 """Group of entry points to which other distributions add a `Reader[FlatCheckpoint]`."""
 _MAX_LISTED: Final = 20
+_SAVE_ARRAYS: Final = (
+    "save tensors: torch.save({name: torch.from_numpy(array) for name, array in state.items()}, "
+    "'weights.pt')"
+)
+_FLAT_PARAMETERS: Final = ("_flat_param", "flat_param")
 
 
 def open_checkpoint(path: str | Path) -> FlatCheckpoint:
@@ -82,7 +87,7 @@ def _open(path: Path) -> FlatCheckpoint:
             hint=f"look into {path.parent}" if path.parent.exists() else "check the path",
         )
     if refusal is None:
-        refusal = refuse_special(path)
+        refusal = refuse_special(path) or refuse_partitioned(path)
     if refusal is None and path.is_file() and path.stat().st_size == 0:
         refusal = CheckpointError(
             f"{path} is empty (0 bytes)",
@@ -123,14 +128,27 @@ def _no_tensor(path: Path, reader: str, checkpoint: FlatCheckpoint) -> Checkpoin
         f"{path} ({reader}) does not hold any tensor that can be read"
         + (f", but {len(details)} other objects" if details else ""),
         expected="a state dict with the model's weights, as dense tensors of floats or integers",
-        hint="save the weights: torch.save(model.state_dict(), 'weights.pt')",
+        hint=_SAVE_ARRAYS
+        if any("numpy array" in what for what in checkpoint.unread.values())
+        else "save the weights: torch.save(model.state_dict(), 'weights.pt')",
         details=details[:_MAX_LISTED] + ([f"... and {more} more"] if more > 0 else []),
     )
 
 
 def _check_names(checkpoint: FlatCheckpoint) -> None:
-    """Refuse names that cannot be written to a file or a terminal (lone surrogates)."""
+    """Refuse names that cannot be written (lone surrogates), and those of FSDP's flat parameters.
+
+    Every rank holds a slice of these, which are all weights of a module one after the other.
+    """
     for tensor in checkpoint.tensors:
+        if tensor.name.rpartition(".")[2] in _FLAT_PARAMETERS:
+            raise CheckpointError(
+                f"{checkpoint.source} holds FSDP's flat parameters, which are no tensors of the "
+                f"model: {tensor.path}",
+                expected="the model's own tensors",
+                hint="save with StateDictType.FULL_STATE_DICT, or with get_model_state_dict and "
+                "torch.distributed.checkpoint.save",
+            )
         try:
             tensor.path.encode()
         except UnicodeEncodeError:

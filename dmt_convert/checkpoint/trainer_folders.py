@@ -32,6 +32,7 @@ from dmt_convert.errors import CheckpointError
 _FUXICTR_MAP: Final = "feature_map.json"
 _FUXICTR_PARAMS: Final = "params.json"
 _TZREC_CONFIG: Final = "pipeline.config"
+_AVERAGES: Final = "dense_ema"
 _TZREC_STEP: Final = re.compile(r"model\.ckpt-(\d{1,18})")
 _DENSE: Final = re.compile(r"(?P<prefix>.*)(?<!_opt)_dense_(?P<step>\d{1,18})\.model")
 _GRAPH: Final = "graph.json"
@@ -102,7 +103,31 @@ def read_torcheasyrec(path: Path) -> FlatCheckpoint:
     # without its .metadata the save did not finish, which the reader of DCP says
     whole = (step / "model" / ".metadata").is_file()
     checkpoint = read_dcp_pair(step) if whole else read_dcp(step / "model")
+    checkpoint = replace(checkpoint, tensors=_with_averages(step, checkpoint.tensors))
     return _with_documents(checkpoint, step, "torcheasyrec", [step.parent / _TZREC_CONFIG])
+
+
+def _with_averages(step: Path, tensors: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:
+    """Complete the averaged weights of the dense part by the tables, to a model of its own.
+
+    The trainer evaluates and exports with the averages if it has any; which of the two models is
+    meant, the user has to say.
+    """
+    averages = {t.name: t for t in tensors if t.container == (_AVERAGES,)}
+    model = [t for t in tensors if t.container == ("model",)]
+    shapes = {tensor.name: tensor.shape for tensor in model}
+    strange = [name for name, info in averages.items() if shapes.get(name) != info.shape]
+    if strange:
+        raise CheckpointError(
+            f"{step / _AVERAGES} holds averaged weights that are not those of {step / 'model'}",
+            expected="the dense tensors of the model, under the same names",
+            hint=f"to convert the weights as trained, move {step / _AVERAGES} elsewhere",
+            details=strange[:20],
+        )
+    if not averages:
+        return tensors
+    rest = [replace(t, container=(_AVERAGES,)) for t in model if t.name not in averages]
+    return (*tensors, *rest)
 
 
 def _checkpoint_of(path: Path) -> Path | None:

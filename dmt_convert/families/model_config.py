@@ -46,6 +46,7 @@ features:                      # in interaction order; may rename features and s
 dense_features: [age, price]   # columns of the data, in the order of the dense inputs
 ignore: ["train_auroc.*"]      # tensors that do not belong to the model
 """
+_MAX_BYTES: Final = 16 << 20
 
 
 def _read_name(value: object) -> object:
@@ -161,6 +162,13 @@ def read_model_config(path: Path) -> ModelConfig:
         ConfigError: The file is missing or is not YAML, or a key or value in it is not known. All
             faults are listed.
     """
+    if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_BYTES):
+        what = f"has {path.stat().st_size} bytes" if path.is_file() else "is not a file"
+        raise ConfigError(
+            f"the model config {path} {what}",
+            expected=f"a YAML file of at most {_MAX_BYTES} bytes",
+            hint=f"an example:\n{EXAMPLE}",
+        )
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -195,12 +203,19 @@ def parse_model_config(name: str, content: object) -> ModelConfig:
     return config
 
 
+def _show(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+
+
 def _show_fault(fault: ErrorDetails) -> str:
     """Say in one line which key is wrong, why, and what stands there."""
-    value = reprlib.repr(fault["input"])
+    value = _show(fault["input"])
     key, *rest = fault["loc"]
     if fault["type"] in ("extra_forbidden", "invalid_key") and not rest:
-        return f"unknown key {key!r}"
+        return f"unknown key {_show(key)}"
     # the tags of `Poolings` are ours, not the user's
     place = [str(part) for part in rest if part not in ("all", "each", "[key]")]
     reason = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Final
 
-from dmt_convert.checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint import FlatCheckpoint, merge_dicts
 from dmt_convert.documents import InputRecord
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.deepctr import DEEPCTR
@@ -52,6 +53,18 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
         ConfigError: What the user says does not fit the checkpoint, or a plugin is broken.
     """
     config = config or ModelConfig()
+    try:
+        return _infer(checkpoint, config)
+    except ArchitectureError:
+        if config.container is None:
+            for merged in merge_dicts(checkpoint):
+                with contextlib.suppress(ArchitectureError):
+                    return _infer(merged, config)
+        raise
+
+
+def _infer(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatModelInfo:
+    """Understand a checkpoint whose model lies in one dict."""
     family: Family
     if config.adapter is not None:
         user = user_family(config.adapter)
