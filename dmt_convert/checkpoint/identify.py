@@ -88,15 +88,20 @@ def refuse_unknown_file(path: Path) -> CheckpointError:
 
 
 def check_stand_in(path: Path) -> None:
-    """Refuse a file that stands in for the weights under their name: a pointer, a page.
+    """Refuse a file that has the name of weights and is something else: a pointer, a page, an archive.
 
     Raises:
-        CheckpointError: It does.
+        CheckpointError: It is.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    if head.startswith(b"version https://git-lfs") or _page(head):
+    if _known(head) or not any(head):
         raise refuse_unknown_file(path)
+
+
+def _known(head: bytes) -> bool:
+    magic = tuple(first for first, _, _ in _MAGIC)
+    return head.startswith(magic) or head[257:262] == b"ustar" or bool(_page(head))
 
 
 def _identify(path: Path, head: bytes) -> tuple[str, str]:

@@ -143,12 +143,14 @@ def read_header(path: Path, *, start: int = 0) -> SafetensorsHeader:
     Raises:
         CheckpointError: The header is damaged, or the file is not as long as it says.
     """
-    check_stand_in(path)
     size = path.stat().st_size - start
     with path.open("rb") as file:
         file.seek(start)
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
+        head = file.read(9)
+        if not looks_like_header(head):
+            check_stand_in(path)
+        file.seek(start + 8)
+        length = int.from_bytes(head[:8], "little")
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise _damaged(path, f"{size} bytes, with a header of {length}")
         raw = file.read(length)

@@ -110,7 +110,8 @@ def open_torch_file(path: Path) -> TorchFile:
     Raises:
         CheckpointError: The file is damaged.
     """
-    check_stand_in(path)
+    if not is_torch_file(path):
+        check_stand_in(path)
     unknown: dict[str, UnknownGlobal] = {}
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
