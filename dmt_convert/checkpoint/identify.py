@@ -88,7 +88,7 @@ def refuse_unknown_file(path: Path) -> CheckpointError:
 
 
 def check_stand_in(path: Path) -> None:
-    """Refuse a file that has the name of weights and is something else: a pointer, a page, an archive.
+    """Refuse a file that is not what its name says: a pointer, a page, an archive.
 
     Raises:
         CheckpointError: It is.

@@ -177,7 +177,7 @@ def test_names_that_protobuf_escapes():
     )
     assert message["name"] == ["用户", "用", "用", 'a\n"b"', "cd", "\0"]
     for wrong in (r'"\347"', r'"\777"', r'"\ud800"'):
-        with pytest.raises(ValueError, match="escape|decode|encode"):
+        with pytest.raises(ValueError, match=r"escape|decode|encode"):
             parse_protobuf_text(f"name: {wrong}")
 
 
