@@ -140,20 +140,20 @@ def _check_names(checkpoint: FlatCheckpoint) -> None:
 
     Every rank holds a slice of these, which are all weights of a module one after the other.
     """
-    for tensor in checkpoint.tensors:
-        if tensor.name.rpartition(".")[2] in _FLAT_PARAMETERS:
+    for path in (*(tensor.path for tensor in checkpoint.tensors), *checkpoint.unread):
+        if path.rpartition(".")[2] in _FLAT_PARAMETERS:
             raise CheckpointError(
                 f"{checkpoint.source} holds FSDP's flat parameters, which are no tensors of the "
-                f"model: {tensor.path}",
+                f"model: {path}",
                 expected="the model's own tensors",
                 hint="save with StateDictType.FULL_STATE_DICT, or with get_model_state_dict and "
                 "torch.distributed.checkpoint.save",
             )
         try:
-            tensor.path.encode()
+            path.encode()
         except UnicodeEncodeError:
             raise CheckpointError(
-                f"{checkpoint.source} holds a tensor named {ascii(tensor.path)[:80]}",
+                f"{checkpoint.source} holds a tensor named {ascii(path)[:80]}",
                 expected="names that are text",
                 hint="the file is damaged; copy it again",
             ) from None

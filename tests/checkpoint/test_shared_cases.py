@@ -82,7 +82,8 @@ def test_what_cannot_is_called_what_it_is(case, name, found, hint, cases):
 
 
 def test_a_bomb_of_aliases_is_refused(cases, tmp_path):
-    for path in (cases / "reliability" / "torchsnapshot-yaml-alias-bomb").glob("*.snapshot_metadata"):
+    folder = cases / "reliability" / "torchsnapshot-yaml-alias-bomb"
+    for path in folder.glob("*.snapshot_metadata"):
         (tmp_path / ".snapshot_metadata").write_bytes(path.read_bytes())
         with pytest.raises(CheckpointError, match="does not describe a snapshot"):
             open_checkpoint(tmp_path)
