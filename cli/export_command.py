@@ -22,9 +22,7 @@ NAME = "export"
 
 @command(ExportConfig)
 def run(
-    bundle: Annotated[
-        Path, typer.Argument(help="Bundle to export. Weights are hard-linked when possible.")
-    ],
+    bundle: Annotated[Path, typer.Argument(help="Bundle to export.")],
     *,
     config: ExportConfig,
     output: Output,

@@ -369,6 +369,11 @@ class ExportConfig(BundleOptions):
     dense_per_request: bool = setting(
         False, "Dense inputs also come once per request.", panel=_REQUESTS
     )
+    copy_weights: bool = setting(
+        False,
+        "Copy the weights instead of sharing them with the bundle by hard links, which the onnx "
+        "package refuses.",
+    )
     model_name: str = setting(
         "dmt", "triton: name of the ensemble, and prefix of its parts.", metavar="NAME"
     )

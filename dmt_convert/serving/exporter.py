@@ -153,10 +153,17 @@ def export_bundle(
     if quality:
         on_quality(quality)
         check_auc_lost(quality, config.max_auc_loss)
-    needed = placed_bytes(bundle, out.parent, config.quantize) + _GRAPH_BYTES
+    needed = _GRAPH_BYTES + placed_bytes(
+        bundle, out.parent, config.quantize, copy=config.copy_weights
+    )
     with staged_folder(out, needed_bytes=needed, output=EXPORT) as staging:
         weights = place_weights(
-            bundle, staging, writer.folder_of, quantize=config.quantize, progress=progress
+            bundle,
+            staging,
+            writer.folder_of,
+            quantize=config.quantize,
+            copy=config.copy_weights,
+            progress=progress,
         )
         job = ExportJob(
             folder=staging,
@@ -242,13 +249,9 @@ def _write_manifest(folder: Path, manifest: ExportManifest) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Bring every file to the disk, readable by a server's user."""
+    """Bring every file to the disk."""
     for path in folder.rglob("*"):
-        if path.is_dir():
-            path.chmod(0o755)
-            continue
-        if path.stat().st_nlink == 1:  # shared weights are on the disk already
-            path.chmod(0o644)
+        if path.is_file() and path.stat().st_nlink == 1:  # shared weights are on the disk already
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from dmt_convert.serving.quantisation import coded_bytes, read_ahead, write_code
 
 TOWER_WEIGHTS: Final = "tower.safetensors"
 OVER_ARCH_WEIGHTS: Final = "over_arch.safetensors"
-_FOR_ALL: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +64,7 @@ def place_weights(
     folder_of: Callable[[str], str],
     *,
     quantize: TableCode = "none",
+    copy: bool = False,
     progress: Progress = no_progress,
 ) -> PlacedWeights:
     """Share or copy the weights of a bundle, or write quantised tables.
@@ -78,6 +77,7 @@ def place_weights(
         staging: The export's folder while it is being written.
         folder_of: Part (`tower_000`, ..., `over_arch`) -> folder of its weights below `staging`.
         quantize: How to store the tables.
+        copy: Whether to share nothing.
         progress: Told of step, done and total, in bytes.
 
     Raises:
@@ -85,7 +85,7 @@ def place_weights(
         ExportError: A row of a table does not fit the code.
         OSError: The disk is full, or fails.
     """
-    placer = _Placer(bundle, staging, progress)
+    placer = _Placer(bundle, staging, progress, copy=copy)
     towers = []
     for t, tensors in enumerate(bundle.towers):
         source, path = tower_file(t), f"{folder_of(tower_name(t))}/{TOWER_WEIGHTS}"
@@ -99,15 +99,16 @@ def place_weights(
     return PlacedWeights(towers=tuple(towers), over_arch=over_arch)
 
 
-def placed_bytes(bundle: Bundle, target: Path, quantize: TableCode) -> int:
+def placed_bytes(bundle: Bundle, target: Path, quantize: TableCode, *, copy: bool = False) -> int:
     """Bytes that `place_weights` will write, where it can share what it may.
 
     Args:
         bundle: The bundle.
         target: A folder on the disk of the export.
         quantize: How to store the tables.
+        copy: Whether to share nothing.
     """
-    shares = bundle.path.stat().st_dev == target.stat().st_dev
+    shares = not copy and bundle.path.stat().st_dev == target.stat().st_dev
     tables = bundle.manifest.model.flat.tables
     if quantize == "none":
         return 0 if shares else sum(table.nbytes for table in tables)
@@ -115,10 +116,8 @@ def placed_bytes(bundle: Bundle, target: Path, quantize: TableCode) -> int:
 
 
 def share_file(source: Path, target: Path) -> bool:
-    """Give a file a second name; returns whether that was possible, and good for a server."""
+    """Give a file a second name; returns whether that was possible."""
     source = source.resolve()  # of a symbolic link, the link itself would be shared
-    if source.stat().st_mode & _FOR_ALL != _FOR_ALL:
-        return False
     try:
         os.link(source, target)
     except OSError:  # another disk, a file system without links, too many of them, a foreign file
@@ -134,7 +133,8 @@ def _is_stored_as(tensors: Mapping[str, TensorInfo], code: RowCode) -> bool:
 class _Placer:
     """Places one file after the other, and counts bytes."""
 
-    def __init__(self, bundle: Bundle, staging: Path, progress: Progress) -> None:
+    def __init__(self, bundle: Bundle, staging: Path, progress: Progress, *, copy: bool) -> None:
+        self._is_copying = copy
         self._bundle, self._staging, self._progress = bundle, staging, progress
         names = [tower_file(t) for t in range(len(bundle.towers))]
         self._total = sum(bundle.manifest.weights[name].bytes for name in (*names, DENSE_FILE))
@@ -144,7 +144,7 @@ class _Placer:
         """Place a file as it is."""
         target = self._target(path)
         entry = self._bundle.manifest.weights[source]
-        if share_file(self._bundle.path / source, target):
+        if not self._is_copying and share_file(self._bundle.path / source, target):
             self._done += entry.bytes
         else:
             read = self._copy(self._bundle.path / source, target, tensors)

@@ -74,7 +74,7 @@ def write_coded(
     """Write the weights of a tower, its tables coded.
 
     Args:
-        target: Where to; must not exist. Its mode is 0644, whatever the umask says.
+        target: Where to; must not exist.
         tensors: The tower's tensors in a bundle, by name.
         code: How to store its tables.
         on_bytes: Told of every piece of a table that was coded, in bytes as they were read.
@@ -87,9 +87,8 @@ def write_coded(
         OSError: The disk is full, or fails.
     """
     layout = _layout(tensors, code)
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        os.fchmod(descriptor, 0o644)
         header = safetensors_header(layout, {"format": "pt", "dmt_code": code})
         _write_at(descriptor, memoryview(header), 0)
         os.ftruncate(descriptor, len(header) + sum(info.nbytes for info in layout))

@@ -189,7 +189,7 @@ def test_a_full_disk(bundle: Path, quantize: str, monkeypatch: pytest.MonkeyPatc
 def test_a_disk_that_is_too_small(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(bundle))(1 << 30, 0, 65 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(exporter, "placed_bytes", lambda *_: 2 << 20)
+    monkeypatch.setattr(exporter, "placed_bytes", lambda *_, **__: 2 << 20)
     assert "--quantize int8" in refuse(bundle, "GiB left").hint
 
 

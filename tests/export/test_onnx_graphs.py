@@ -1,7 +1,6 @@
 """ONNX graphs answer like the model, whatever the interaction, the module and the inputs' form."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.config import ExportConfig
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import DataError
-from dmt_convert.serving import ExportedModel, export_bundle, onnx_jagged
+from dmt_convert.serving import ExportedModel, export_bundle, onnx_jagged, open_graph
 from dmt_convert.serving.checks import generate_batch
 from support.exports import checks_of
+from support.paths import REPOSITORY
 
 Exporter = Callable[..., ExportedModel]
 
@@ -103,18 +103,26 @@ def test_export_with_its_own_process(make_bundle: Callable[..., Bundle], tmp_pat
     assert len(export.checks) > 20
 
 
+def test_the_onnx_package_opens_copied_weights_and_refuses_hard_links(
+    make_bundle: Callable[..., Bundle], export_unchecked: Exporter
+) -> None:
+    """docs/export.md quotes the words."""
+    bundle = make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
+    shared, own = (export_unchecked(bundle, copy_weights=copy) for copy in (False, True))
+    with pytest.raises(Exception, match="hard link"):
+        onnx.load(str(shared.path / "whole.onnx"))
+    onnx.load(str(own.path / "whole.onnx"))
+    onnx.checker.check_model(str(own.path / "whole.onnx"))
+    assert "hardlink" in (REPOSITORY / "docs/export.md").read_text("utf-8")
+
+
 @pytest.mark.slow
 def test_files_say_what_they_are_and_hold_no_table(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, tmp_path: Path
 ) -> None:
     bundle = make_bundle("dlrm", convert={"c": 1, "p": 2, "dim": 4})
-    exported = export_unchecked(bundle, pooling_input="padded")
-    folder = tmp_path / "copy"
-    for path in exported.path.rglob("*"):  # the checker refuses hard links
-        if path.is_file():
-            target = folder / path.relative_to(exported.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    exported = export_unchecked(bundle, pooling_input="padded", copy_weights=True)
+    folder = exported.path
     for part, name in exported.manifest.parts.items():
         onnx.checker.check_model(str(folder / name))
         model = onnx.load(str(folder / name), load_external_data=False)
@@ -331,7 +339,11 @@ def test_an_id_outside_its_table_names_the_place(
     for bad in (-3, 50, 2**40, -(2**63), 1 - 2**63, 2**63 - 1):
         bag = replace(batch.bags[1], values=np.array([0, bad, 1]))
         wrong = replace(batch, bags=(batch.bags[0], bag, *batch.bags[2:]))
-        with pytest.raises(DataError, match="indices element out of data bounds"):
+        named = f"id {bad} of feature {batch.feature_names[1]!r} is outside its table"
+        with pytest.raises(DataError, match=named):
             exported.whole(wrong)
-        with pytest.raises(DataError, match="indices element out of data bounds"):
+        with pytest.raises(DataError, match=named):
             exported.joined(wrong)
+        graph = open_graph(exported.path / "whole.onnx")
+        with pytest.raises(DataError, match="indices element out of data bounds"):
+            graph.run(exported.manifest.inputs.feeds(wrong))

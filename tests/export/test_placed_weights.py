@@ -20,6 +20,7 @@ from dmt_convert.files.safetensors_writer import safetensors_header
 from dmt_convert.serving.placed_weights import PlacedFile, PlacedWeights, place_weights
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
+from support.exports import umask
 
 
 def convert(flat: Path, out: Path, **options: Any) -> Bundle:
@@ -49,7 +50,7 @@ def check_against_bundle(weights: PlacedWeights, bundle: Bundle, out: Path) -> N
         source = next(iter(tensors.values())).pieces[0].path
         assert path.read_bytes() == source.read_bytes()
         assert file.bytes == path.stat().st_size
-        assert path.stat().st_mode & 0o777 == 0o644
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
         assert file.tensors.keys() == tensors.keys() == file.digests.keys()
         for name, info in file.tensors.items():
             assert file.offset(name) == tensors[name].pieces[0].offset
@@ -64,22 +65,24 @@ def no_link(*_: object) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
-@pytest.mark.parametrize("obstacle", ["none", "no links", "a private file", "a symbolic link"])
+@pytest.mark.parametrize("obstacle", ["none", "no links", "asked for", "a symbolic link"])
 def test_shared_or_copied(
     tmp_path: Path, bundle: Bundle, obstacle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = bundle.path / "weights/tower_000.safetensors"
     if obstacle == "no links":
         monkeypatch.setattr(os, "link", no_link)
-    if obstacle == "a private file":
-        first.chmod(0o600)
     if obstacle == "a symbolic link":  # as in a cache of downloaded files
         first.rename(tmp_path / "blob")
         first.symlink_to(tmp_path / "blob")
     told: list[tuple[str, int, int]] = []
     out = tmp_path / "out"
     weights = place_weights(
-        bundle, out, lambda part: f"dmt_{part}/1", progress=lambda *step: told.append(step)
+        bundle,
+        out,
+        lambda part: f"dmt_{part}/1",
+        copy=obstacle == "asked for",
+        progress=lambda *step: told.append(step),
     )
     check_against_bundle(weights, bundle, out)
     assert [file.path for file in files_of(weights)] == [
@@ -88,10 +91,9 @@ def test_shared_or_copied(
         "dmt_over_arch/1/over_arch.safetensors",
     ]
     links = [(out / file.path).stat().st_nlink for file in files_of(weights)]
-    copied = {"no links": [1, 1, 1], "a private file": [1, 2, 2]}.get(obstacle, [2, 2, 2])
-    assert links == copied
+    assert links == ([1, 1, 1] if obstacle in ("no links", "asked for") else [2, 2, 2])
     assert not any((out / file.path).is_symlink() for file in files_of(weights))
-    assert bool(told) == (1 in copied)
+    assert bool(told) == (1 in links)
     size = sum(file.bytes for file in files_of(weights))
     assert all(step == "copying" and done <= total == size for step, done, total in told)
 

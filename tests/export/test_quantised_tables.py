@@ -25,6 +25,7 @@ from dmt_convert.serving.placed_weights import PlacedWeights, place_weights
 from dmt_convert.serving.quantisation import coded_bytes, measure_quantisation, write_coded
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
+from support.exports import umask
 
 Quality = Mapping[str, Any]
 CODES: tuple[RowCode, ...] = ("fp16", "int8", "int4")
@@ -99,7 +100,7 @@ def check_layout(bundle: Bundle, weights: PlacedWeights, out: Path, code: RowCod
         rest = [name for name in tensors if not name.startswith("tables.")]
         expected = [f"{table}.{kind}" for kind in kinds for table in tables] + rest
         assert sorted(file.tensors, key=file.offset) == list(file.tensors) == expected
-        assert (out / file.path).stat().st_mode & 0o777 == 0o644
+        assert (out / file.path).stat().st_mode & 0o777 == 0o666 & ~umask()
         assert file.bytes == (out / file.path).stat().st_size
         for name, info in file.tensors.items():
             digest = TreeDigest()

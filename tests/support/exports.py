@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from dmt_convert.bundle import Bundle, open_bundle_model
@@ -14,3 +16,10 @@ def checks_of(exported: ExportedModel, bundle: Bundle) -> list[GraphCheck]:
     """Run, in this process, what an export is checked by."""
     with torch.inference_mode():
         return list(run_checks(exported, open_bundle_model(bundle), None))
+
+
+def umask() -> int:
+    """What this process's new files may not be."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
