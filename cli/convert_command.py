@@ -66,6 +66,7 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "out": str(preview.out),
         "spec": spec.to_json(),
         "facts": [asdict(fact) for fact in preview.flat.facts],
+        "ignored_tensors": [asdict(tensor) for tensor in preview.flat.ignored_tensors],
         "towers": preview.num_towers,
         "assignment": towers,
         "tower_module": to_json(module),
@@ -123,6 +124,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         "optimizer_state": to_json(manifest.optimizer_state),
         "quality": quality.to_json(),
         "facts": [asdict(fact) for fact in manifest.facts],
+        "ignored_tensors": [asdict(tensor) for tensor in manifest.ignored_tensors],
     }
     rows = [
         ("bundle", str(bundle.path)),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 _LISTED = 20
-"""Objects that were not read, as far as a table lists them."""
+"""Tensors that were passed over and objects that were not read, as far as a table lists them."""
 
 
 @command(InspectConfig)
@@ -65,6 +65,7 @@ def _as_json(info: FlatModelInfo) -> dict[str, Any]:
         "optimizer_state": {name: tensor.path for name, tensor in info.row_state.items()},
         "accumulators": {name: tensor.path for name, tensor in info.accumulators.items()},
         "ignored": list(info.ignored),
+        "ignored_tensors": [asdict(tensor) for tensor in info.ignored_tensors],
         "unread": dict(info.checkpoint.unread),
         "scalars": {key: _plain(value) for key, value in info.checkpoint.scalars.items()},
     }
@@ -103,12 +104,13 @@ def _tables(info: FlatModelInfo) -> list[Any]:
         ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
         ("accumulators", f"Adagrad's, which bundles keep, for {len(info.accumulators)} of these"),
         *(("not used", line) for line in info.ignored),
+        *(("passed over", f"{t.name}: {t.reason}") for t in info.ignored_tensors[:_LISTED]),
         *(("not read", f"{path}: {what}") for path, what in [*checkpoint.unread.items()][:_LISTED]),
     ]
     facts = [[fact.subject, fact.value, fact.source, fact.reason] for fact in info.facts]
-    features = []
+    features, tables = [], spec.tables_by_feature
     for feature in spec.features:
-        of = spec.table(feature.table)
+        of = tables[feature.name]
         features.append(
             [
                 feature.name,

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from dmt_convert.data import check_inputs
 from dmt_convert.documents import (
+    OMITTED_IF_EMPTY,
     OMITTED_IF_NONE,
     Initialisation,
     InputRecord,
@@ -23,7 +24,7 @@ from dmt_convert.documents import (
     to_json,
 )
 from dmt_convert.errors import BundleError
-from dmt_convert.families import Fact
+from dmt_convert.families import Fact, IgnoredTensor
 from dmt_convert.files import MANIFEST_NAME
 from dmt_convert.model import DmtSpec
 
@@ -48,6 +49,8 @@ class Manifest:
     """The converted model."""
     facts: tuple[Fact, ...] = ()
     """How the flat model was understood."""
+    ignored_tensors: tuple[IgnoredTensor, ...] = field(default=(), metadata=OMITTED_IF_EMPTY)
+    """Tensors of the checkpoint, beside the model's own, that were passed over."""
     inputs: InputRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
     """Which columns of the data feed the model. None if no data was given when it was made."""
     partition: PartitionRecord = field(default_factory=PartitionRecord)

@@ -46,6 +46,7 @@ def describe_manifest(
         model=started.spec,
         source=describe_source(flat),
         facts=flat.facts,
+        ignored_tensors=flat.ignored_tensors,
         inputs=merge_records(flat.inputs, sample.inputs),
         partition=describe_partition(partition, dict(config.group)),
         initialisation=Initialisation(

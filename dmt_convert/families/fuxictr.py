@@ -17,8 +17,9 @@ from dmt_convert.checkpoint import TensorInfo, derived, stream_tensor
 from dmt_convert.families.deepctr import take_cross_mix
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
+from dmt_convert.families.layer_stacks import Layer, LayerNames
 from dmt_convert.families.model_info import FlatModelInfo
-from dmt_convert.families.trainer_tensors import Layer, LayerNames, TrainerTensors
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling
 
 _STEMS: Final = (

@@ -46,7 +46,7 @@ _REMAPS: Final[tuple[tuple[str, str], ...]] = (
     (r".*_hash_zch_\w+", "multi-probe zero-collision hashing (MP-ZCH)"),
     (r"(.*\.)?(_mch_\w+|_output_segments_tensor)", "managed collisions (ZCH)"),
     (r"(.*\.)?_managed_collision\w*\..*", "managed collisions (ZCH)"),
-    (r".*_itp_\w+", "pruning of rows while training (ITEP)"),
+    (r".*_ite?p_\w+(\..*)?|(.*[._])?(address_lookup|row_util)\w*", "pruning of rows (ITEP)"),
     (r".*\.(weight_id|bucket|metadata)", "key-value tables (KVZCH)"),
 )
 """Name of a tensor that no known model has -> what remaps or prunes ids with it."""

@@ -9,6 +9,7 @@ from typing import Final
 from dmt_convert.checkpoint import FlatCheckpoint, merge_dicts
 from dmt_convert.documents import InputRecord
 from dmt_convert.errors import ArchitectureError, ConfigError
+from dmt_convert.families.averages import check_averages
 from dmt_convert.families.deepctr import DEEPCTR
 from dmt_convert.families.facebook import FACEBOOK_DLRM
 from dmt_convert.families.family import Family
@@ -71,6 +72,7 @@ def _infer(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatModelInfo:
         family, place = user, user.find(checkpoint, config)
     else:
         family, place = find_model(checkpoint, list_families(), config)
+    check_averages(checkpoint, place, config)
     source = TrainerTensors(
         family=family.name,
         trainer=family.trainer,

@@ -16,8 +16,9 @@ from typing import Any, Final, cast
 
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
+from dmt_convert.families.layer_stacks import Layer, LayerNames
 from dmt_convert.families.model_info import FlatModelInfo
-from dmt_convert.families.trainer_tensors import Layer, LayerNames, TrainerTensors
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
 
 _TABLE: Final = re.compile(

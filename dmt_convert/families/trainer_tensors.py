@@ -14,6 +14,15 @@ from typing import Any, Final, Literal
 
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.families.averages import is_averaged
+from dmt_convert.families.layer_stacks import (
+    ACTIVATIONS,
+    Layer,
+    LayerNames,
+    cat_columns,
+    dot_columns,
+    mlp_of,
+)
 from dmt_convert.families.leftovers import (
     check_remapping,
     counter_of,
@@ -38,7 +47,6 @@ from dmt_convert.spec import (
     FeatureSpec,
     InteractionKind,
     InteractionSpec,
-    MlpSpec,
     ModelSpec,
     NetworkSpec,
     TableSpec,
@@ -47,71 +55,11 @@ from dmt_convert.spec import (
 )
 
 FLOATS: Final = ("fp32", "fp16", "bf16", "fp64")
-ACTIVATIONS: Final = (
-    "linear",
-    "relu",
-    "sigmoid",
-    "tanh",
-    "gelu",
-    "silu",
-    "elu",
-    "leakyrelu",
-    "softplus",
-    "prelu",
-)
-"""Activations that networks know."""
 _MAX_WIDTH: Final = 1_000_000
 _MAX_LISTED: Final = 100
 """Faults of a kind that an error lists."""
 _MAX_UNREAD: Final = 10
 """Objects that were not read, as far as an error lists them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerNames:
-    """What a trainer calls the parts of a layer."""
-
-    linear: str
-    """Stem of the linear layer's weight and bias."""
-    norm: str = ""
-    """Stem of the batch norm's or layer norm's tensors; empty without a norm."""
-    slope: str = ""
-    """Name of a PReLU's weight; empty without one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One layer of a stack: linear, then perhaps a norm, then an activation."""
-
-    fan_in: int
-    """Input width."""
-    fan_out: int
-    """Output width."""
-    tensors: Mapping[str, TensorInfo]
-    """Name within the layer (`linear.weight`, `norm.mean`, `slope`, ...) -> tensor."""
-    activation: str = "linear"
-    """One of `ACTIVATIONS`."""
-    norm: Literal["batch", "layer"] | None = None
-    """Kind of the norm."""
-    slopes: int = 0
-    """PReLU only: number of slopes if there is one per output; 0 if all outputs share one."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a layer of an `MlpSpec`: linear with a bias, then ReLU."""
-        return self.activation == "relu" and self.norm is None and "linear.bias" in self.tensors
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The layer as a network's factory wants it; see `dmt_convert.model.networks.layers`."""
-        return {
-            "in": self.fan_in,
-            "out": self.fan_out,
-            "bias": "linear.bias" in self.tensors,
-            "activation": self.activation,
-            **({"slopes": self.slopes} if self.slopes else {}),
-            "norm": self.norm,
-        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -603,7 +551,14 @@ class TrainerTensors:
         hints = []
         if self.missing or self.wrong:
             hints.append("save the whole model again")
-        if parts:
+        averaged = [info for info in parts if is_averaged(info.name) and not self.is_inside(info)]
+        if averaged:
+            head = averaged[0].name.split(".")[0]
+            hints.append(
+                f"if the trained weights are meant, and not the averaged ones, say `ignore: "
+                f'["{head}.*"]` in --model-config'
+            )
+        elif parts:
             hints.append(
                 "a model with other parts than these trainers' is not supported by itself; "
                 f"{DESCRIBE_IT}"
@@ -700,7 +655,7 @@ class TrainerTensors:
         widths = [bottom[-1].fan_out, *(dims[feature.table] for feature in features)]
         # our vector i is their vector theirs[i]
         theirs = [dense_at, *(i for i in range(len(widths)) if i != dense_at)]
-        columns = (_dot_columns if interaction == "dot" else _cat_columns)(widths, theirs)
+        columns = (dot_columns if interaction == "dot" else cat_columns)(widths, theirs)
         for stem, layers in (("dense_arch", bottom), ("over_arch", top)):
             for i, layer in enumerate(layers):
                 for kind in ("weight", "bias"):
@@ -711,9 +666,9 @@ class TrainerTensors:
             family=self.family,
             tables=tuple(self.tables),
             features=tuple(features),
-            dense_arch=_mlp(bottom, final_relu=True),
+            dense_arch=mlp_of(bottom, final_relu=True),
             interaction=InteractionSpec(kind=interaction),
-            over_arch=_mlp(top, final_relu=False),
+            over_arch=mlp_of(top, final_relu=False),
             final_sigmoid=final_sigmoid,
         )
         return self.finish(spec)
@@ -768,31 +723,3 @@ def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
     return len(shape) == len(expected) and all(
         have > 0 and want in (None, have) for have, want in zip(shape, expected, strict=True)
     )
-
-
-def _mlp(layers: Sequence[Layer], *, final_relu: bool) -> MlpSpec:
-    widths = (layers[0].fan_in, *(layer.fan_out for layer in layers))
-    return MlpSpec(widths=widths, final_relu=final_relu)
-
-
-def _cat_columns(widths: Sequence[int], theirs: Sequence[int]) -> list[int]:
-    """Return their column of each of our columns [dense, features]."""
-    starts, begin = {}, 0
-    for place, i in sorted((place, i) for i, place in enumerate(theirs)):
-        starts[place] = begin
-        begin += widths[i]
-    return [
-        starts[place] + column
-        for width, place in zip(widths, theirs, strict=True)
-        for column in range(width)
-    ]
-
-
-def _dot_columns(widths: Sequence[int], theirs: Sequence[int]) -> list[int]:
-    """Return their column [pairs, dense] of each of our columns [dense, pairs]."""
-    pairs = [(i, j) for i in range(len(theirs)) for j in range(i + 1, len(theirs))]
-    number = {pair: k for k, pair in enumerate(pairs)}
-    columns = [len(pairs) + i for i in range(widths[0])]
-    for i, j in pairs:
-        columns.append(number[min(theirs[i], theirs[j]), max(theirs[i], theirs[j])])
-    return columns

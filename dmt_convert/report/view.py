@@ -592,6 +592,15 @@ class ReportView:
         return f"{'; '.join(counts)}.{advice if 'assumed' in found else ''}"
 
     @property
+    def ignored_summary(self) -> str:
+        """Say how many tensors were passed over; empty if none was."""
+        count = len(self.manifest.ignored_tensors)
+        if not count:
+            return ""
+        passed = "tensor of the checkpoint was" if count == 1 else "tensors of the checkpoint were"
+        return f"{count} {passed} passed over: no part of the converted model depends on them."
+
+    @property
     def weights_bytes(self) -> int:
         """Size of all weights files."""
         return sum(entry.bytes for entry in self.manifest.weights.values())

@@ -15,6 +15,7 @@ import dmt_convert as dmt
 from dmt_convert.conversion import default_out
 from dmt_convert.documents import Quality, QualityRow
 from dmt_convert.errors import ConfigError
+from dmt_convert.families import ModelConfig
 from dmt_convert.scoring import open_model
 from dmt_convert.scoring.verify import verify_models
 from support.checkpoints.flat import make_flat
@@ -30,6 +31,11 @@ FAMILIES = [
     ("facebook", "cat"),
 ]
 CONTAINERS = ["ckpt.pt", "ckpt.safetensors", "ckpt"]
+
+
+def facts_of(interaction: str) -> dict[str, Any] | None:
+    """What has to be said of a model: a dot with self-pairs is as wide as one of a feature more."""
+    return {"self_pairs": True} if interaction == "self-pairs" else None
 
 
 def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> dmt.Bundle:
@@ -49,15 +55,16 @@ def test_every_family_from_every_container(
     tmp_path: Path, names: str, interaction: str, container: str
 ) -> None:
     source = make_flat(tmp_path / container, names=names, interaction=interaction)
-    exact = convert(source, tmp_path / "exact", tower_module="passthrough")
+    config = facts_of(interaction)
+    exact = convert(source, tmp_path / "exact", tower_module="passthrough", model_config=config)
     assert exact.quality.converted.max_abs_diff == 0
-    flat = open_model(source)
+    flat = open_model(source, None if config is None else ModelConfig(**config))
     report = verify_models(flat, open_model(exact.path), max_rows=200)
     assert report.same
     assert all(check.identical for check in report.checks)
     assert report.checks[-1].stage == "logit"
 
-    compressed = convert(source, tmp_path / "auto", distill_steps=0)
+    compressed = convert(source, tmp_path / "auto", distill_steps=0, model_config=config)
     model = compressed.manifest.model
     assert model.kind == ("dcn" if interaction == "dcn" else "dlrm")
     assert model.compression == 2
@@ -77,9 +84,13 @@ def test_passthrough_is_exact_for_any_number_of_towers(
     tmp_path: Path, names: str, interaction: str, towers: int
 ) -> None:
     source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
-    done = convert(source, tmp_path / "out", towers=towers, tower_module="passthrough")
+    config = facts_of(interaction)
+    done = convert(
+        source, tmp_path / "out", towers=towers, tower_module="passthrough", model_config=config
+    )
     assert len(done.towers) == towers
-    report = verify_models(open_model(source), open_model(done.path), max_rows=300)
+    flat = open_model(source, None if config is None else ModelConfig(**config))
+    report = verify_models(flat, open_model(done.path), max_rows=300)
     assert all(check.identical for check in report.checks)
 
 
@@ -101,6 +112,7 @@ def test_sizes_of_tower_modules(
     tmp_path: Path, names: str, interaction: str, options: dict[str, Any]
 ) -> None:
     source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
+    options = {**options, "model_config": facts_of(interaction)}
     if interaction == "dcn" and {"c", "p"} & set(options):
         with pytest.raises(ConfigError, match="a dcn tower module with"):
             convert(source, tmp_path / "out", **options)
@@ -114,7 +126,9 @@ def test_sizes_of_tower_modules(
     if model.kind == "dcn":
         emitted = sum(len(t.features) * d for t, (_, _, d) in zip(model.towers, kept, strict=True))
     assert model.compression == 4 * 8 / emitted
-    assert model.compression >= (2.0 if not options else options.get("compression", 0.0))
+    assert model.compression >= (
+        2.0 if set(options) == {"model_config"} else options.get("compression", 0.0)
+    )
     if "compression" not in options or {"c", "p"} & set(options):
         asked = options.get("c", 1), options.get("p", 0)
         assert all((c, p) == asked for c, p, _ in kept if model.kind == "dlrm")

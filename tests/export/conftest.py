@@ -42,9 +42,12 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
             source = make_flat(folder / "flat.pt", edit=edit, **options)
             prefix = "cat_" if options.get("names", "torchrec") == "torchrec" else ""
             pooling: dict[str, Any] = {f"{prefix}{i}": "mean" for i in (1, 3)} if mean else {}
+            facts: dict[str, Any] = {"pooling": pooling} if pooling else {}
+            if options.get("interaction") == "self-pairs":
+                facts["self_pairs"] = True
             asked: dict[str, Any] = {
                 "tower_module": module,
-                "model_config": {"pooling": pooling} if pooling else None,
+                "model_config": facts or None,
                 "distill_steps": 0,
             }
             converted = convert_quickly(

@@ -13,7 +13,7 @@ from torch import nn
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
-from dmt_convert.families.trainer_tensors import ACTIVATIONS
+from dmt_convert.families.layer_stacks import ACTIVATIONS
 from dmt_convert.model.networks import layers
 from support.trainers import deepctr_models
 from support.trainers.comparison import draw_rows, pad, same_logits, stir
