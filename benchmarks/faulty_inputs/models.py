@@ -185,7 +185,9 @@ def deepctr_model(case: Case, **options: Any) -> Model:
     folder.mkdir()
     state = dict(model.state_dict())
     torch.save(state, folder / "model.h5")
-    return Model(family="deepctr", folder=folder, state=state, source=folder / "model.h5")
+    facts = {"fm": True} if options.get("fm") else {}  # a plain dict does not name the module
+    source = folder / "model.h5"
+    return Model(family="deepctr", folder=folder, state=state, source=source, facts=facts)
 
 
 FUXICTR = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import replace
 from typing import Final
 
@@ -37,6 +38,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     HUGECTR,
 )
 """The families of this package; see `list_families` for those of others."""
+_log = logging.getLogger(__name__)
 _MAX_PLACES: Final = 100
 """Places of a model up to which it is looked at which are parts of others."""
 
@@ -81,7 +83,12 @@ def _infer(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatModelInfo:
         config=config,
         anchor=family.anchor,
     )
-    return _name_dense(family.describe(source), config.dense_features)
+    info = _name_dense(family.describe(source), config.dense_features)
+    if info.ignored_tensors:
+        names = ", ".join(tensor.name for tensor in info.ignored_tensors[:5])
+        more = f" and {len(info.ignored_tensors) - 5} more" if len(info.ignored_tensors) > 5 else ""
+        _log.info("%d tensors are passed over: %s%s", len(info.ignored_tensors), names, more)
+    return info
 
 
 def _name_dense(info: FlatModelInfo, names: tuple[str, ...] | None) -> FlatModelInfo:

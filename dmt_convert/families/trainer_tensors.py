@@ -435,7 +435,8 @@ class TrainerTensors:
         Args:
             known: The known ones, such as `neither DLRM nor DCNv2`.
         """
-        names = [n for n in self.tensors if not re.fullmatch(self.anchor, self.place.prefix + n)]
+        matches = {n: re.fullmatch(self.anchor, self.place.prefix + n) for n in self.tensors}
+        names = [n for n, m in matches.items() if m is None or m["prefix"] != self.place.prefix]
         parts = describe_parts(names) or "nothing but tables"
         return self.refuse(
             f"a model of {self.trainer.split(' (')[0]} that is {known}: it has {parts}",
