@@ -9,7 +9,9 @@ a change that older readers would misunderstand raises it. Hence:
 
 - a key that is missing gets the default of its field, if it has one;
 - an unknown key is ignored, except in the description of a model, which must be understood whole;
-- a document with a newer schema version is refused.
+- a document with a newer schema version is refused;
+- a document may have a `digest` of all its other keys, or a `model_digest` of its key `model`: then
+  one that was damaged or edited there is refused.
 
 The three documents themselves live with what they describe: `bundle.Manifest`,
 `placement.TowerPlan`, `serving.ExportManifest`. Their parts are here.
@@ -17,8 +19,11 @@ The three documents themselves live with what they describe: `bundle.Manifest`,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -41,6 +46,9 @@ OMITTED_IF_EMPTY: Final[Mapping[str, bool]] = {"omitted_if_empty": True}
 MODEL_CONFIG: Final[Mapping[str, str]] = {"extra": "forbid"}
 """`__pydantic_config__` of data in which an unknown key cannot be ignored."""
 
+MAX_SETTINGS_BYTES: Final = 16 << 20
+"""Largest file that people write: settings, facts, towers."""
+_MAX_BYTES: Final = 512 << 20
 _MAX_DETAILS: Final = 20
 _MAX_SHOWN: Final = 40
 
@@ -307,6 +315,55 @@ class WeightsFile:
     """Tensor -> its digest."""
 
 
+def read_whole(path: Path, most_bytes: int) -> bytes:
+    """Read a file that must fit in memory; a pipe is not waited for, unless it is an open one.
+
+    Args:
+        path: The file.
+        most_bytes: How large it may be.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger, or no file.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        # `--config <(make-settings)` of a shell
+        piped = stat.S_ISFIFO(found.st_mode) and path.parent in (Path("/dev/fd"), Path("/dev"))
+        if not stat.S_ISREG(found.st_mode) and not piped:
+            raise ValueError("not a regular file")
+        os.set_blocking(file.fileno(), True)
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"more than {most_bytes >> 20} MiB")
+    return content
+
+
+def read_json(path: Path, most_bytes: int = MAX_SETTINGS_BYTES) -> Any:
+    """Read JSON that people may have written.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not JSON, too large, or nested too deeply.
+    """
+    try:
+        return json.loads(read_whole(path, most_bytes))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def to_text(value: object) -> str:
+    """Write a document as JSON."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def digest_document(value: Mapping[str, Any]) -> str:
+    """Return the digest of a JSON object without its own key `digest`, however it is laid out."""
+    content = {key: part for key, part in value.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
 def to_json(document: object) -> dict[str, Any]:
     """Return the JSON-able form of a dataclass: its fields by name.
 
@@ -387,11 +444,13 @@ class Layout(Generic[Content]):
             DmtError: The file cannot be read, is damaged, or has a newer schema version.
         """
         try:
-            text = path.read_bytes()
+            text = read_whole(path, _MAX_BYTES)
         except OSError as error:
             if absent is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise absent from None
             raise self._damaged(str(path), [error.strerror or str(error)]) from None
+        except ValueError as error:
+            raise self._damaged(str(path), [str(error)]) from None
         return self.parse(text, str(path))
 
     def parse(self, text: str | bytes, name: str) -> Content:
@@ -406,9 +465,29 @@ class Layout(Generic[Content]):
         """
         try:
             self._check_version(_validate(_Versioned, text).schema_version, name)
-            return _validate(self.content, text)
+            content = _validate(self.content, text)
         except _InvalidError as error:
             raise self._damaged(name, error.problems) from None
+        self._check_digest(text, name)
+        return content
+
+    def _check_digest(self, text: str | bytes, name: str) -> None:
+        try:
+            value = json.loads(text)
+            stated = {"digest": value, "model_digest": value.get("model", {})}
+            wrong = [
+                key
+                for key, part in stated.items()
+                if value.get(key) and digest_document(part) != value[key]
+            ]
+        except (ValueError, RecursionError):  # such as numbers of thousands of digits
+            wrong = ["digest"]
+        if wrong:
+            raise self.error(
+                f"{name} was changed since it was written: it does not fit its own {wrong[0]}",
+                expected="the document as it was written",
+                hint=f"{self.remedy}; if you edited it on purpose, remove its key `{wrong[0]}`",
+            )
 
     def _check_version(self, found: int, name: str) -> None:
         if found > self.version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,13 +15,14 @@ from dmt_convert.bundle.accumulators import (
 from dmt_convert.bundle.manifest import Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
 from dmt_convert.checkpoint import TensorInfo, holding, read_safetensors
-from dmt_convert.documents import Quality
+from dmt_convert.documents import Quality, shorten
 from dmt_convert.errors import BundleError, CheckpointError, DmtError
 from dmt_convert.files import (
     MANIFEST_NAME,
     digest_of,
     guarded,
 )
+from dmt_convert.model import DmtSpec
 from dmt_convert.placement import TowerPlan, read_plan
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _open(path: Path) -> Bundle:
         _read_headers(path, tower_file(t), manifest) for t in range(len(manifest.model.towers))
     )
     _check_tables(path, manifest, towers)
+    _check_sizes(path, manifest.model, dense, towers)
     return Bundle(
         path=path,
         manifest=manifest,
@@ -185,6 +187,55 @@ def _check_tables(
             if info is None or info.shape != (table.rows, table.dim):
                 found = "missing" if info is None else f"of shape {list(info.shape)}"
                 raise _broken(folder, f"table {table.name!r} of tower {t} is {found}")
+
+
+def _check_sizes(
+    folder: Path,
+    model: DmtSpec,
+    dense: Mapping[str, TensorInfo],
+    towers: tuple[Mapping[str, TensorInfo], ...],
+) -> None:
+    """Refuse numbers that the stored weights cannot have, before anything is made as large.
+
+    Raises:
+        BundleError: A tower emits more, or a network is deeper, than its tensors allow.
+    """
+    head = _widest(dense.values(), 1)
+    problems = _beyond(head, "the interaction", layers=model.flat.interaction.cross_layers)
+    for t, (tower, dims) in enumerate(zip(model.towers, model.dims_by_tower, strict=True)):
+        module, own = (
+            tower.module,
+            [info for name, info in towers[t].items() if name.startswith("tower_module.")],
+        )
+        # what a module emits is the output of a layer, or at most all that goes into it
+        most = _widest(own, sum(dims))
+        problems += _beyond(
+            most,
+            f"tower {t}",
+            c=module.c,
+            p=module.p,
+            D=module.dim,
+            layers=module.cross_layers,
+            rank=module.cross_rank,
+        )
+        width = module.num_vectors(len(dims)) * module.dim
+        if width > most * (len(dims) + 1):
+            problems.append(f"tower {t} emits {width} numbers per row")
+    if problems:
+        raise BundleError(
+            f"the bundle {folder} describes a larger model than its weights hold",
+            expected="the model whose weights lie beside the manifest",
+            hint=_REMEDY,
+            details=shorten(problems),
+        )
+
+
+def _widest(tensors: Iterable[TensorInfo], at_least: int) -> int:
+    return max([at_least, *(size for info in tensors for size in info.shape)])
+
+
+def _beyond(most: int, what: str, **numbers: int) -> list[str]:
+    return [f"{what} has {name}={n}" for name, n in numbers.items() if not 0 <= n <= most]
 
 
 def _read_accumulators(folder: Path, manifest: Manifest) -> dict[str, dict[str, TensorInfo]]:

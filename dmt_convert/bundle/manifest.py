@@ -20,6 +20,7 @@ from dmt_convert.documents import (
     Source,
     Tool,
     WeightsFile,
+    digest_document,
     from_json,
     to_json,
 )
@@ -69,11 +70,15 @@ class Manifest:
             check_inputs(self.inputs, self.model.flat)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of `dmt.json`, which also states the model's compression."""
+        """Return the content of `dmt.json`, which also states what follows from the model.
+
+        That is its compression, and its digest, by which damage is found.
+        """
         value = to_json(self)
         order = [*list(value)[: list(value).index("model")], "compression", *value]
         value["compression"] = self.model.compression
-        return {key: value[key] for key in order}
+        signed = {"model_digest": digest_document(value["model"])}
+        return {key: value[key] for key in order} | signed
 
     @classmethod
     def from_json(cls, value: object) -> Manifest:

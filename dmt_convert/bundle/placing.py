@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from dmt_convert.bundle.bundle import Bundle
 from dmt_convert.config import PlanConfig
+from dmt_convert.documents import to_text
 from dmt_convert.families import read_model_options
 from dmt_convert.files import (
     FIGURE_FILE,
@@ -38,7 +37,7 @@ def plan_bundle(bundle: Bundle, config: PlanConfig) -> TowerPlan:
         model.flat, model.assignment, make_cluster(config), tower_widths=model.tower_widths
     )
     if config.out is not None:
-        write_text(config.out, json.dumps(plan.to_json(), indent=1) + "\n")
+        write_text(config.out, to_text(plan.to_json()))
     return plan
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dmt_convert.bundle.accumulators import AccumulatorSource, write_accumulator
 from dmt_convert.bundle.bundle import PLAN_NAME, Bundle, open_bundle
 from dmt_convert.bundle.manifest import SCHEMA_VERSION, Manifest
 from dmt_convert.bundle.weights import SmallWeights
-from dmt_convert.documents import WeightsFile
+from dmt_convert.documents import WeightsFile, to_text
 from dmt_convert.files import (
     MANIFEST_NAME,
     StreamedFile,
@@ -130,10 +129,10 @@ class BundleWriter:
         digest = manifest.source.digest or self._source_digest(weights)
         source = replace(manifest.source, digest=digest)
         manifest = replace(manifest, weights=weights, source=source)
-        _write_text(self._staging / PLAN_NAME, _dump(plan.to_json()))
+        _write_text(self._staging / PLAN_NAME, to_text(plan.to_json()))
         for name, text in documents(manifest).items():
             _write_text(self._staging / name, text)
-        _write_text(self._staging / MANIFEST_NAME, _dump(manifest.to_json()))
+        _write_text(self._staging / MANIFEST_NAME, to_text(manifest.to_json()))
 
     def wait(self) -> None:
         """Wait until the tables are on the disk; accumulators know their damage from then on.
@@ -216,10 +215,6 @@ def write_bundle(
         writer.wait()
         writer.finish(small, *describe())
     return open_bundle(out)
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from dmt_convert.config.fields import (
     option_name,
 )
 from dmt_convert.config.yaml_text import load_yaml
+from dmt_convert.documents import MAX_SETTINGS_BYTES, read_whole
 from dmt_convert.errors import ConfigError, UsageError
 
 Kind = TypeVar("Kind", bound=Config)
@@ -56,7 +57,8 @@ def read_settings(path: Path, kind: type[Config]) -> dict[str, Any]:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # the dmt.json of a bundle, or what people write
+        text = read_whole(path, MAX_SETTINGS_BYTES).decode("utf-8")
         if path.suffix == ".json":
             content = json.loads(text)
         else:

@@ -218,12 +218,16 @@ class TowerPlan:
         return self.traffic.estimate(self.cluster, samples_per_rank)
 
     def _problems(self) -> list[str]:
-        problems = self._host_problems() or self._table_problems()
         world_size = self.cluster.world_size
-        for name in ("bytes_per_rank", "lookups_per_rank"):
-            found = len(getattr(self, name))
-            if found != world_size:
-                problems.append(f"{name} has {found} entries for {world_size} ranks")
+        counts = {name: len(getattr(self, name)) for name in ("bytes_per_rank", "lookups_per_rank")}
+        problems = [
+            f"{name} has {found} entries for {world_size} ranks"
+            for name, found in counts.items()
+            if found != world_size
+        ]
+        if problems:  # no work for more hosts than the plan has entries
+            return problems
+        problems += self._host_problems() or self._table_problems()
         usable = self.cluster.usable_bytes
         problems += [
             f"rank {rank} holds {show_bytes(used)} of {show_bytes(usable)} that tables may use"

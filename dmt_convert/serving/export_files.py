@@ -8,7 +8,6 @@ its digest too.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -54,13 +53,6 @@ def digest_files(folder: Path, others: Mapping[str, Any]) -> dict[str, FileDiges
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [(path.relative_to(folder).as_posix(), path) for path in found]
     return {name: digest_file(path) for name, path in names if name not in others}
-
-
-def digest_document(value: Mapping[str, Any]) -> str:
-    """Return the digest of a JSON object without its own key `digest`, however it is laid out."""
-    content = {key: part for key, part in value.items() if key != "digest"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 class ExportFiles:
@@ -210,30 +202,6 @@ def _may_be_edited(name: str) -> bool:
 
 def _is_below(name: str, folder: PurePosixPath) -> bool:
     return PurePosixPath(name).is_relative_to(folder)
-
-
-def check_document(path: Path, expected: str) -> None:
-    """Compare `export.json` with its own digest.
-
-    Args:
-        path: The file.
-        expected: What it says; empty in exports of early versions.
-
-    Raises:
-        ExportError: It was changed since it was written.
-    """
-    if not expected:
-        return
-    try:
-        found = digest_document(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):  # such as numbers of thousands of digits
-        found = ""
-    if found != expected:
-        raise ExportError(
-            f"{path} was changed since it was written: it does not fit its own digest",
-            expected=expected,
-            hint=_AGAIN,
-        )
 
 
 def consent_error(path: Path, *, has_digest: bool) -> DmtError:

@@ -16,6 +16,7 @@ from dmt_convert.documents import (
     Layout,
     Tool,
     WeightsFile,
+    digest_document,
     from_json,
     to_json,
 )
@@ -23,9 +24,7 @@ from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtSpec
 from dmt_convert.serving.export_files import (
     FileDigest,
-    check_document,
     check_names,
-    digest_document,
 )
 from dmt_convert.serving.graph_inputs import GraphInputs
 
@@ -141,6 +140,5 @@ def read_export_manifest(folder: Path) -> ExportManifest:
             hint="export a bundle first: dmt export ckpt-dmt4 --format onnx --out served",
         ),
     )
-    check_document(folder / EXPORT_MANIFEST, manifest.digest)
     check_names(folder, manifest)
     return manifest

@@ -83,6 +83,7 @@ def test_manifest_keys_do_not_change_unnoticed(bundle_path: Path) -> None:
         "optimizer_state",
         "quality",
         "weights",
+        "model_digest",
     ]
     assert value["schema_version"] == 1
     assert list(value["tool"]) == ["name", "version"]

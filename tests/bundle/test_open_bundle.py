@@ -27,6 +27,7 @@ def copy(bundle_path: Path, tmp_path: Path) -> Path:
 
 def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads((folder / "dmt.json").read_text("utf-8"))
+    value.pop("model_digest", None)
     edit(value)
     (folder / "dmt.json").write_text(json.dumps(value), "utf-8")
 
@@ -209,6 +210,7 @@ def test_any_value_anywhere_in_the_manifest_is_no_crash(
     path = bundle_path / "dmt.json"
     text = path.read_text("utf-8")
     manifest = json.loads(text)
+    manifest.pop("model_digest")
     place, last = manifest, data.draw(st.sampled_from(list(manifest)))
     while isinstance(place[last], dict | list) and place[last] and data.draw(st.booleans()):
         place = place[last]
@@ -218,6 +220,6 @@ def test_any_value_anywhere_in_the_manifest_is_no_crash(
     try:
         path.write_text(json.dumps(manifest), "utf-8")
         with suppress(BundleError):
-            open_bundle(bundle_path)
+            open_bundle_model(open_bundle(bundle_path))
     finally:
         path.write_text(text, "utf-8")

@@ -5,7 +5,6 @@ Letters: F features, T towers, U units (features that must share a tower).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dmt_convert.conversion.partition.search import (
     search_towers,
 )
 from dmt_convert.conversion.partition.units import EMITTED_BYTES_PER_ELEMENT, Units, build_units
+from dmt_convert.documents import read_json
 from dmt_convert.errors import PartitionError
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
@@ -201,8 +201,8 @@ def read_towers(path: Path, spec: ModelSpec, config: PartitionOptions, units: Un
 
 def _parse_towers(path: Path) -> list[list[str]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise PartitionError(
             f"partition file {path} cannot be read: {error}",
             expected='a JSON file {"towers": [["f0", "f3"], ...]}',
