@@ -47,7 +47,9 @@ MODEL_CONFIG: Final[Mapping[str, str]] = {"extra": "forbid"}
 """`__pydantic_config__` of data in which an unknown key cannot be ignored."""
 
 MAX_SETTINGS_BYTES: Final = 16 << 20
-"""Largest file that people write: settings, facts, towers."""
+"""Largest JSON that people write: settings, towers."""
+MAX_YAML_BYTES: Final = 2 << 20
+"""Largest YAML; a parser takes a second per megabyte."""
 _MAX_BYTES: Final = 512 << 20
 _MAX_DETAILS: Final = 20
 _MAX_SHOWN: Final = 40

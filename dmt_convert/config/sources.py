@@ -19,7 +19,7 @@ from dmt_convert.config.fields import (
     option_name,
 )
 from dmt_convert.config.yaml_text import load_yaml
-from dmt_convert.documents import MAX_SETTINGS_BYTES, read_whole
+from dmt_convert.documents import MAX_SETTINGS_BYTES, MAX_YAML_BYTES, read_whole
 from dmt_convert.errors import ConfigError, UsageError
 
 Kind = TypeVar("Kind", bound=Config)
@@ -57,9 +57,9 @@ def read_settings(path: Path, kind: type[Config]) -> dict[str, Any]:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        # the dmt.json of a bundle, or what people write
-        text = read_whole(path, MAX_SETTINGS_BYTES).decode("utf-8")
-        if path.suffix == ".json":
+        as_json = path.suffix == ".json"
+        text = read_whole(path, MAX_SETTINGS_BYTES if as_json else MAX_YAML_BYTES).decode("utf-8")
+        if as_json:
             content = json.loads(text)
         else:
             content = load_yaml(text)

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from dmt_convert.adapter import LoadedAdapter
 from dmt_convert.checkpoint import Combination
 from dmt_convert.config import load_yaml
-from dmt_convert.documents import MAX_SETTINGS_BYTES, read_whole
+from dmt_convert.documents import MAX_YAML_BYTES, read_whole
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import PairOrder, Pooling
 
@@ -171,7 +171,7 @@ def read_model_config(path: Path) -> ModelConfig:
             hint=f"an example:\n{EXAMPLE}",
         )
     try:
-        content = load_yaml(read_whole(path, MAX_SETTINGS_BYTES).decode("utf-8"))
+        content = load_yaml(read_whole(path, MAX_YAML_BYTES).decode("utf-8"))
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(

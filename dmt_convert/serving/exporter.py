@@ -16,13 +16,13 @@ from dmt_convert import __version__
 from dmt_convert.adapter import user_file
 from dmt_convert.bundle import Bundle, check_digests
 from dmt_convert.config import ExportConfig, ExportFormat
-from dmt_convert.documents import GraphCheck, WeightsFile, to_json
+from dmt_convert.documents import GraphCheck, WeightsFile, digest_document, to_json
 from dmt_convert.files import EXPORT, check_free, staged_folder
 from dmt_convert.model import DmtSpec
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.serving.checks import check_graphs
 from dmt_convert.serving.export_config import plan_inputs, request_features
-from dmt_convert.serving.export_files import digest_document, digest_files
+from dmt_convert.serving.export_files import digest_files
 from dmt_convert.serving.export_manifest import (
     EXPORT_MANIFEST,
     ExportedBundle,
