@@ -58,6 +58,9 @@ class DeepCtr(Family):
         width, columns = _input_width(source), sum(vectors.values())
         num_wide = source.tensors["linear_model.weight"].shape[0] if _has_wide(source) else 0
         num_dense = _num_dense(source, columns, width, num_wide, module)
+        if module is not None:
+            named = module.deep_dense or module.wide_dense
+            source.dense_names = tuple(name for name, _ in named)
         config: dict[str, Any] = {
             "inputs": [["feature", i] for i in deep]
             + [["dense", d] for d in range(max(0, width - columns))],

@@ -265,6 +265,7 @@ def _read_fields(source: TrainerTensors) -> _Fields:
     }
     features = _features(source, names, described, shared)
     order = _input_order(source, stored, described, features, scaled)
+    source.dense_names = tuple(numeric)
     return _Fields(
         features=features,
         dims=tuple(tables[f.table].dim for f in features),

@@ -319,8 +319,12 @@ def _groups_of_config(
     sparse = "sparse" if "sparse" in groups else next(iter(groups))
     fields = _fields(source, groups[sparse], settings, tables)
     dense = 0
+    plain = [field for field in fields if field.table is None]
     if "dense" in groups and sparse != "dense":
-        dense = sum(field.dim for field in _fields(source, groups["dense"], settings, tables))
+        plain = [*_fields(source, groups["dense"], settings, tables)]
+        dense = sum(field.dim for field in plain)
+    if all(field.dim == 1 for field in plain):
+        source.dense_names = tuple(field.name for field in plain)
     source.fact("features", f"group {sparse!r}, {len(fields)} features", "read", "pipeline.config")
     return _Groups(
         features=tuple(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived
+from dmt_convert.documents import InputRecord
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.families.averages import is_averaged
 from dmt_convert.families.layer_stacks import (
@@ -108,6 +109,8 @@ class TrainerTensors:
     """Whether the tables in the file are in the order in which the model was built."""
     order: Fact | None = field(init=False, default=None)
     """Why the order of the tables is that of the features, whatever their names suggest."""
+    dense_names: tuple[str, ...] = field(init=False, default=())
+    """Names of the dense inputs in their order, as the data calls them, if something says."""
     interaction: InteractionKind | None = field(init=False, default=None)
     """The interaction, if the checkpoint states it."""
     _used: set[str] = field(init=False, default_factory=set)
@@ -599,7 +602,14 @@ class TrainerTensors:
             facts=tuple(facts),
             ignored=self._list_ignored(),
             ignored_tensors=tuple(self.ignored.values()),
+            inputs=self._name_dense(spec.num_dense),
         )
+
+    def _name_dense(self, num_dense: int) -> InputRecord | None:
+        """Return the names of the dense inputs, if there is one for each."""
+        names = self.dense_names
+        is_whole = names and len({*names}) == len(names) == num_dense
+        return InputRecord(dense=names) if is_whole else None
 
     def describe_network(
         self,

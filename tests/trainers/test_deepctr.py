@@ -222,6 +222,7 @@ def test_a_pickled_model_says_what_tensors_do_not(pickled):
     facts = {fact.subject: (fact.value, fact.source) for fact in info.facts}
     assert facts["FM term"] == ("false", "read") and facts["activation"] == ("sigmoid", "read")
     assert [f.pooling for f in info.spec.features] == ["mean", "mean", "sum"]
+    assert info.inputs is not None and info.inputs.dense == ("a", "b", "c")
 
 
 def test_a_pickled_model_that_cannot_be_converted_is_refused(pickled):

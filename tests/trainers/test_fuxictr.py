@@ -73,6 +73,7 @@ def test_a_dlrm_with_dense_inputs_is_the_plain_one(save, pairs):
     assert info.spec.interaction.kind == ("dot" if pairs else "cat")
     assert info.spec.dense_arch.widths == (2, 5, 4) and info.spec.final_sigmoid
     assert info.spec.feature_names == ("user", "item", "day")
+    assert info.inputs is not None and info.inputs.dense == ("price", "age")
 
 
 @pytest.mark.parametrize(

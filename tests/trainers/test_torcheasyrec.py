@@ -95,6 +95,13 @@ def test_a_dlrm_without_dense_inputs(save):
     assert same_logits(*save(model, text, num_dense=0)).spec.num_dense == 0
 
 
+def test_raw_features_name_the_dense_inputs(save):
+    model = tzrec_models.Dlrm(TABLES, FEATURES, 1)
+    text = group("dense", "price") + group("sparse", "user", "item", "seen", "day") + "dlrm {}"
+    info = same_logits(*save(model, text, num_dense=1))
+    assert info.inputs is not None and info.inputs.dense == ("price",)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"backbone": True}, {"deep": False}, {"final": False, "backbone": True}]
 )
