@@ -248,7 +248,7 @@ def order_tables(
     if natural is not None and alphabetical:
         reason = "table names are numbered, and stand sorted as strings, as DMP leaves them"
         return natural, _order_fact(natural, "inferred", reason)
-    if natural is not None or alphabetical or not source.stands_as_built:
+    if natural is not None or alphabetical or not source.ordered:
         raise _order_lost(source, tables)
     return tables, _order_fact(
         tables, "assumed", "order of the file, which tells neither its modules nor numbers"

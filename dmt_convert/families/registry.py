@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from dataclasses import replace
 from typing import Final
 
@@ -234,6 +235,17 @@ def _no_model(
         if (value := getattr(config, key)) is not None
     ]
     check_remapping(checkpoint, checkpoint.tensors)
+    for family in families:
+        tables = [p for p in checkpoint.unread if re.fullmatch(family.anchor, strip_wrappers(p))]
+        if tables:
+            return ArchitectureError(
+                f"{checkpoint.source} holds a model of {family.trainer} whose tables are of types "
+                f"that are not read: {checkpoint.unread[tables[0]]}",
+                expected="tables in fp32, fp16, bf16 or fp64, or TorchRec's rows of bytes",
+                hint="load the model with its trainer, convert the tables to fp32, and save it "
+                "again: torch.save(model.state_dict(), 'model.pt')",
+                details=list_unread(checkpoint),
+            )
     names = [tensor.path for tensor in checkpoint.tensors]
     details = [*names[:6], f"... and {len(names) - 6} more"] if len(names) > 6 else names
     details += list_unread(checkpoint)

@@ -158,34 +158,6 @@ class TrainerTensors:
                 found[match["table"]] = None
         return list(found)
 
-    @property
-    def stands_as_built(self) -> bool:
-        """Whether the file may hold the tensors as a module lists them.
-
-        A module's tensors stand together, and a layer's weight precedes its bias. A dict that was
-        sorted, or merged from those of several ranks, betrays itself.
-        """
-        if not self.ordered:
-            return False
-        closed: set[str] = set()
-        previous: tuple[str, ...] = ()
-        seen: set[str] = set()
-        for info in self.held:
-            stem, _, leaf = info.name.rpartition(".")
-            parts = tuple(stem.split("."))
-            common = next(
-                (i for i, (a, b) in enumerate(zip(parts, previous, strict=False)) if a != b),
-                min(len(parts), len(previous)),
-            )
-            closed.update(".".join(previous[: i + 1]) for i in range(common, len(previous)))
-            if any(".".join(parts[: i + 1]) in closed for i in range(common, len(parts))):
-                return False
-            if leaf == "weight" and f"{stem}.bias" in seen:
-                return False
-            seen.add(info.name)
-            previous = parts
-        return True
-
     def keys_of(self, pattern: str) -> list[str]:
         """Return what `{}` stands for in the names of a pattern, in file order."""
         expression = re.compile(re.escape(pattern).replace(r"\{\}", r"([^.]+)"))
@@ -554,7 +526,8 @@ class TrainerTensors:
         measures = [info for info in extra if is_measure(info)]
         hints = []
         if self.missing or self.wrong:
-            hints.append("save the whole model again")
+            unread = ", with the tensors that were not read in fp32" * bool(self.checkpoint.unread)
+            hints.append(f"save the whole model again{unread}")
         averaged = [info for info in parts if is_averaged(info.name) and not self.is_inside(info)]
         if averaged:
             head = averaged[0].name.split(".")[0]

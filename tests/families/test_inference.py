@@ -137,20 +137,6 @@ def test_a_lost_order_is_asked_for(tables, ordered):
     assert [feature.table for feature in spec.features] == tables
 
 
-@pytest.mark.parametrize("spoil", ["between", "bias first"])
-def test_a_dict_that_was_merged_or_sorted_betrays_itself(spoil):
-    names = list(torchrec_shapes({"t_b": 3, "t_a": 4}))
-    tables, dense = names[:2], names[2:]
-    if spoil == "between":
-        names = [tables[0], *dense, tables[1]]
-    else:
-        names = [*tables, *(n for i in range(0, len(dense), 2) for n in dense[i : i + 2][::-1])]
-    shapes = torchrec_shapes({"t_b": 3, "t_a": 4})
-    checkpoint = make_checkpoint(("", {name: shapes[name] for name in names}), rebuilt=True)
-    with pytest.raises(ArchitectureError, match="order in which the features"):
-        infer_model(checkpoint)
-
-
 def test_faults_are_named_before_the_order_is_asked_for():
     shapes = torchrec_shapes({"user": 3, "item": 4}) | {f"{EBC}.item.weight": (0, 4)}
     with pytest.raises(ArchitectureError, match="1 misshapen") as caught:

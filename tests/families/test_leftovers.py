@@ -186,6 +186,11 @@ def test_what_was_not_read_is_named():
     with pytest.raises(ArchitectureError) as caught:
         infer_model(checkpoint)
     assert f"not read: {EBC}.t_b.weight (a tensor of torch.quint4x2)" in caught.value.details
+    del shapes[f"{EBC}.t_a.weight"]
+    tables = replace(make_checkpoint(("", shapes)), unread=unread)
+    with pytest.raises(ArchitectureError, match="whose tables are of types that are not read"):
+        infer_model(tables)
+    unread = {"a": "a tensor of torch.quint4x2"}
     other = replace(make_checkpoint(("", {"x": (3,)})), unread=unread)
     with pytest.raises(ArchitectureError, match="no model of a known family") as caught:
         infer_model(other)
