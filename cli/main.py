@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
@@ -28,6 +29,7 @@ from . import (
 from .console import drop, json_text, steady_streams, visible
 
 _INTERRUPT_CODE: Final = 130
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED: Final = "interrupted; nothing half-written was left in place"
 
 app = typer.Typer(
@@ -93,7 +95,9 @@ def _run() -> None:
     from dmt_convert.errors import DmtError
 
     as_json = "--json" in sys.argv[1:]
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         # standalone, typer prints usage errors for people; otherwise it raises them
         code = app(prog_name="dmt", standalone_mode=not as_json)
@@ -111,7 +115,8 @@ def _run() -> None:
         _fail(value, _INTERRUPTED, code=_INTERRUPT_CODE, as_json=as_json)
     except SystemExit as stop:
         if stop.code == _INTERRUPT_CODE:  # what typer makes of an interrupt
-            print(_INTERRUPTED, file=sys.stderr)
+            with suppress(OSError):  # the terminal is gone
+                print(_INTERRUPTED, file=sys.stderr)
         raise
     except Exception as error:
         if os.environ.get("DMT_TRACEBACK") == "1":
@@ -120,6 +125,8 @@ def _run() -> None:
 
 
 def _interrupt(*_: object) -> None:
+    for number in _ENDING:  # a terminal that closes sends several; tidying up must not be stopped
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -154,7 +161,8 @@ def _fail(value: Mapping[str, object], text: str, *, code: int, as_json: bool) -
             print(json_text(value), flush=True)
         except OSError:  # closed, or on a full disk: stderr still says it
             drop(sys.stdout)
-    print(f"error: {visible(text)}", file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone
+        print(f"error: {visible(text)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -191,7 +191,10 @@ def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         if len(seen) == 1 and process.poll() is None:
             process.terminate()
 
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    heard = [*_SIGNALS]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield seen
     finally:

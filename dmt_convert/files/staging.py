@@ -162,6 +162,7 @@ def staged_folder(
 
     check()
     with _staging(out, output, needed_bytes, alone=True) as staging:
+        _try_in_place(staging, out)
         yield staging
         for folder, _, _ in os.walk(staging, topdown=False):
             sync_folder(Path(folder))
@@ -196,7 +197,7 @@ def staged_file(
                 staged.replace(path)
             else:
                 _rename_new(staged, path, output)
-            sync_folder(path.parent)
+            _confirm(path, output)
     except OSError as error:
         if not _concerns(error, path):
             raise
@@ -204,6 +205,17 @@ def staged_file(
             f"{path} cannot be written ({error.strerror})",
             expected="a file that can be written, in an existing folder, on a disk with space",
             hint="choose another file",
+        ) from None
+
+
+def _confirm(path: Path, output: Output) -> None:
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        raise output.error(
+            f"{path} was written, but the disk did not confirm its name ({error.strerror})",
+            expected="a disk that works",
+            hint="look into the log of the system, and copy the file to another disk",
         ) from None
 
 
@@ -306,20 +318,67 @@ def _remove_stale(out: Path, *, alone: bool) -> None:
             os.close(descriptor)
 
 
+def _try_in_place(staging: Path, out: Path) -> None:
+    """Refuse a target that cannot be replaced in one step, before any work is done."""
+    if os.path.ismount(out):
+        raise BundleError(
+            f"{out} is the root of a mounted file system, which cannot be replaced",
+            expected="a folder inside a file system",
+            hint=f"write to a folder inside of it: --out {out / 'bundle'}",
+        )
+    if out.is_dir() and any(out.iterdir()):
+        first, second = (staging / f"{name}{_MARK}" for name in "ab")
+        first.mkdir()
+        second.mkdir()
+        try:
+            exchange_folders(first, second)
+        except OSError as error:
+            raise _no_exchange(out, error) from None
+        finally:
+            first.rmdir()
+            second.rmdir()
+
+
 def _put_in_place(staging: Path, out: Path) -> None:
     """Rename; if a bundle is there, swap the two atomically (the old one then goes away)."""
-    if out.is_dir() and any(out.iterdir()):
+    replaced = out.is_dir() and any(out.iterdir())
+    if replaced:
         try:
             exchange_folders(staging, out)
         except OSError as error:
-            raise BundleError(
-                f"{out} cannot be replaced in one step here ({error.strerror})",
-                expected="a local Linux file system (renameat2 with RENAME_EXCHANGE)",
-                hint="choose another --out, or move the old bundle away first",
-            ) from None
+            raise _no_exchange(out, error) from None
     else:
         staging.rename(out)
-    sync_folder(out.parent)
+    try:
+        sync_folder(out.parent)
+    except OSError as error:
+        kept = _keep(staging, out) if replaced else None
+        raise BundleError(
+            f"{out} was written and put in place, but the disk did not confirm its name "
+            f"({error.strerror})",
+            expected="a disk that works",
+            hint="look into the log of the system, and copy the new bundle to another disk"
+            + (f"; the old one is kept as {kept}" if kept is not None else ""),
+        ) from None
+
+
+def _keep(old: Path, out: Path) -> Path:
+    """Save a replaced bundle from being removed; returns where it is."""
+    kept = next(
+        path
+        for path in (out.with_name(f"{out.name}.old{n or ''}") for n in itertools.count())
+        if not os.path.lexists(path)
+    )
+    old.rename(kept)
+    return kept
+
+
+def _no_exchange(out: Path, error: OSError) -> BundleError:
+    return BundleError(
+        f"{out} cannot be replaced in one step here ({error.strerror})",
+        expected="a local Linux file system (renameat2 with RENAME_EXCHANGE)",
+        hint="choose another --out, or move the old bundle away first",
+    )
 
 
 def _rename_new(staged: Path, path: Path, output: Output) -> None:
@@ -357,9 +416,12 @@ def exchange_folders(a: Path, b: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of files to the disk."""
+    """Bring a folder's list of files to the disk, if its file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

@@ -15,7 +15,7 @@ import pytest
 
 from dmt_convert.bundle import Bundle, check_digests, open_bundle
 from dmt_convert.errors import BundleError, ConfigError
-from dmt_convert.files import check_target
+from dmt_convert.files import check_target, staging
 from dmt_convert.files.staging import staged_file, staged_folder, write_text
 from support.checkpoints.flat import make_flat
 
@@ -260,6 +260,60 @@ def test_no_exchange_on_this_file_system(
     with pytest.raises(BundleError, match="cannot be replaced in one step"):
         write(tmp_path / "out", force=True)
     assert content(tmp_path) == before
+    # seen before any work is done
+    target = staged_folder(tmp_path / "out", force=True, needed_bytes=1)
+    with pytest.raises(BundleError, match="cannot be replaced in one step"), target:
+        pytest.fail("the work began")
+
+
+def test_the_root_of_a_file_system_is_no_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    target = staged_folder(tmp_path / "out", needed_bytes=1)
+    with pytest.raises(BundleError, match="root of a mounted file system") as refused, target:
+        pytest.fail("the work began")
+    assert str(tmp_path / "out" / "bundle") in refused.value.hint
+    assert left(tmp_path) == ["out"]
+
+
+def unconfirmed(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A disk that fails when the names in a folder are synced."""
+    real = staging.sync_folder
+
+    def fail(path: Path) -> None:
+        if path == folder:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        real(path)
+
+    patch.setattr(staging, "sync_folder", fail)
+
+
+def test_a_disk_that_does_not_confirm_the_exchange(
+    tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new bundle is in place, the old one is not lost, and the message says so."""
+    write(tmp_path / "out")
+    (tmp_path / "out.old").mkdir()
+    before = (tmp_path / "out").stat().st_ino
+    unconfirmed(monkeypatch, tmp_path)
+    with pytest.raises(BundleError, match="was written and put in place, but the disk") as refused:
+        write(tmp_path / "out", force=True)
+    assert f"the old one is kept as {tmp_path / 'out.old1'}" in refused.value.hint
+    assert (tmp_path / "out.old1").stat().st_ino == before
+    open_bundle(tmp_path / "out")
+    open_bundle(tmp_path / "out.old1")
+    assert left(tmp_path) == ["out", "out.old", "out.old1"]
+
+
+def test_a_disk_that_does_not_confirm_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unconfirmed(monkeypatch, tmp_path)
+    with pytest.raises(ConfigError, match="was written, but the disk did not confirm"):
+        write_text(tmp_path / "file", "x")
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_files_reach_the_disk_before_the_name(

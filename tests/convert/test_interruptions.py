@@ -92,7 +92,7 @@ def start(*args: object, **options: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, large: Path, number: int) -> None:
     process = start("convert", large, *QUICKLY, "--out", tmp_path / "out", "--json")
     end = time.monotonic() + 60
