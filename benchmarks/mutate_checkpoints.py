@@ -128,10 +128,66 @@ def _write_seeds(folder: Path) -> dict[str, Path]:
         save_dcp(value, place(f"pair-{name}")).rename(pair / name)
     seeds["dcp-pair"] = pair
     parts = {name: tensor for name, tensor in state.items() if name != "emb_l.1.weight"}
-    parts |= {f"emb_l.1.weight_{part}": torch.ones(2, 4) for part in "qr"}
+    parts |= {f"emb_l.1.weight_{part}": torch.ones(2, 2) for part in "qr"}
     seeds["quotient-remainder"] = save_torch(parts, place("quotient-remainder"))
     seeds["nvidia"] = write_nvidia(place("nvidia"), state)
+    seeds |= write_parts(place, state)
     return seeds | write_trainer_seeds(place)
+
+
+def write_parts(place: Callable[[str], Path], state: dict[str, Any]) -> dict[str, Path]:
+    """Write checkpoints of several files or dicts, and payloads in other forms."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import save_file, save_model
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+
+    seeds: dict[str, Path] = {}
+    tables = {name: tensor for name, tensor in state.items() if name.startswith("emb")}
+    dense = {name: tensor for name, tensor in state.items() if name not in tables}
+    folder = seeds["shards"] = place("shards")
+    for rank, rows in enumerate((slice(0, 5), slice(5, 9))):
+        part = {"emb_l.2.weight": tables["emb_l.2.weight"][rows].clone()}
+        part |= {name: tensor for name, tensor in state.items() if name not in part and not rank}
+        starts = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in part.items()}
+        starts["emb_l.2.weight"]["saved_offsets"] = [rows.start, 0]
+        file = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        save_file(part, file, {"DCP_SHARDING_INFO": json.dumps(starts), "format": "pt"})
+    folder = place("parts")
+    for rank, name in enumerate(tables):
+        torch.save({name: tables[name]} | dense, folder / f"rank{rank}.pt", pickle_protocol=4)
+    seeds["parts"] = folder / "rank0.pt"
+    folder = seeds["folder"] = place("folder")
+    torch.save(tables, folder / "sparse.pt")
+    save_file(dense, folder / "dense.safetensors")
+    nn = torch.nn
+    embeddings = nn.ModuleList(nn.Embedding(5, 4) for _ in range(3))
+    layers = {"bot_l": nn.Sequential(nn.Linear(3, 4)), "top_l": nn.Sequential(nn.Linear(10, 1))}
+    model = nn.ModuleDict({"emb_l": embeddings, **layers})
+    embeddings[1].weight = embeddings[0].weight
+    seeds["tied"] = place("tied") / "model.safetensors"
+    save_model(model, str(seeds["tied"]))
+    content = {"model": state, "a": {("b", (1,)): frozenset("c")}, "d": bytearray(b"e")}
+    content["f"] = torch.ones(3).numpy()
+    seeds["protocol-5"] = place("protocol-5") / "model.pt"
+    torch.save(content, seeds["protocol-5"], pickle_protocol=5)
+    seeds["dcp-safetensors"], seeds["dcp-objects"] = place("dcp-safetensors"), place("dcp-objects")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            dict(state),
+            storage_writer=FileSystemWriter(
+                seeds["dcp-safetensors"], serialization_format=SerializationFormat.SAFETENSORS
+            ),
+            no_dist=True,
+        )
+        dcp.save(
+            {"model": state},
+            checkpoint_id=seeds["dcp-objects"],
+            planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    return seeds
 
 
 def write_nvidia(folder: Path, state: dict[str, Any]) -> Path:
@@ -139,7 +195,10 @@ def write_nvidia(folder: Path, state: dict[str, Any]) -> Path:
     import torch
 
     parts: dict[str, Any] = {
-        "metadata.pt": {"data": {"device_mapping": {"embedding": [[2, 0], [1]]}}, "config": {}},
+        "metadata.pt": {
+            "data": {"device_mapping": {"embedding": [[2, 0], [1]]}},
+            "config": {"interaction_op": "dot"},
+        },
         "bottom_model.mlp.pt": {
             "weights": [state["bot_l.0.weight"]],
             "biases": [state["bot_l.0.bias"]],

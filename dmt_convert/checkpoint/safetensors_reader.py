@@ -163,7 +163,7 @@ def read_header(path: Path, *, start: int = 0) -> SafetensorsHeader:
         dicts = _Dicts(str(scalars.pop(DICTS_KEY, "[]")))
         offsets = _read_offsets(scalars.pop(_SHARDS_KEY, None))
         entries = {name: _Entry.read(name, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"a header that cannot be read ({str(error)[:200]})") from None
     _check_layout(path, size - 8 - length, entries)
     tensors = {
