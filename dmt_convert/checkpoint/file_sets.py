@@ -71,16 +71,18 @@ def _join_shards(first: SafetensorsHeader) -> FlatCheckpoint:
                 raise _contradiction(header.path, f"{tensor.path} has offsets {list(starts)}")
             piece = replace(tensor.pieces[0], starts=starts)
             parts[tensor.path].append(replace(tensor, pieces=(piece,)))
-    _log.warning(
-        "%d shards are read as one checkpoint; they do not say how many there were, so check the "
-        "rows of the tables: %s",
-        len(headers),
-        _name_some([header.path.name for header in headers]),
-    )
+    tensors = tuple(_join_blocks(folder, blocks) for blocks in parts.values())
+    if not any(_shows_last_rank(tensor, len(headers)) for tensor in tensors):
+        _log.warning(
+            "%d shards are read as one checkpoint, and nothing says that there were no more: check "
+            "the rows of the tables: %s",
+            len(headers),
+            _name_some([header.path.name for header in headers]),
+        )
     return FlatCheckpoint(
         source=first.path,
         format="safetensors",
-        tensors=tuple(_join_blocks(folder, blocks) for blocks in parts.values()),
+        tensors=tensors,
         ordered=False,
         files=tuple(header.path for header in headers),
         scalars={key: value for h in reversed(headers) for key, value in h.scalars.items()},
@@ -114,6 +116,19 @@ def _join_blocks(folder: Path, blocks: Sequence[TensorInfo]) -> TensorInfo:
     shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
     check_tiling(folder, name, shape, pieces)
     return replace(first, shape=shape, pieces=tuple(pieces))
+
+
+def _shows_last_rank(tensor: TensorInfo, count: int) -> bool:
+    """Tell whether the rows of a tensor's shards show that there were no more than so many ranks.
+
+    torch gives every rank ceil(rows / ranks) of them, as long as there are any: a shard with fewer
+    is the last one, and other numbers of ranks would have given shards of other sizes.
+    """
+    pieces = sorted(tensor.pieces, key=lambda piece: piece.starts)
+    if not tensor.shape or any(piece.sizes[1:] != tensor.shape[1:] for piece in pieces):
+        return False
+    first, last = pieces[0].sizes[0], pieces[-1].sizes[0]
+    return last < first and first > 1 and -(-tensor.shape[0] // (first - 1)) - 1 <= count
 
 
 def _contradiction(path: Path, found: str) -> CheckpointError:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Scalar, TensorInfo
-from dmt_convert.checkpoint.safetensors_reader import read_safetensors
+from dmt_convert.checkpoint.safetensors_reader import (
+    flat_checkpoint,
+    read_header,
+    read_safetensors,
+    refuse_shard,
+)
 from dmt_convert.checkpoint.torch_reader import read_torch
 from dmt_convert.errors import CheckpointError
 
@@ -36,7 +42,7 @@ def read_indexed(path: Path) -> FlatCheckpoint:
     """
     single = _single(path)
     if single is not None:
-        return _read_shard(single)
+        return _read_whole(single)
     indices = _indices(path)
     if len(indices) > 1:
         raise CheckpointError(
@@ -47,8 +53,36 @@ def read_indexed(path: Path) -> FlatCheckpoint:
     return _read_all(indices[0])
 
 
-def _read_shard(path: Path) -> FlatCheckpoint:
+def _read_whole(path: Path) -> FlatCheckpoint:
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def _read_shards(paths: list[Path], total: Scalar) -> list[FlatCheckpoint]:
+    """Read the files that an index names.
+
+    Args:
+        paths: The files.
+        total: Size of all tensors in bytes, as the index says.
+
+    Raises:
+        CheckpointError: One is damaged, or may hold parts of tensors only.
+    """
+    headers = [read_header(path) if path.suffix == ".safetensors" else None for path in paths]
+    opened = [
+        read_torch(path) if header is None else flat_checkpoint(header)
+        for path, header in zip(paths, headers, strict=True)
+    ]
+    size = sum(tensor.nbytes for checkpoint in opened for tensor in checkpoint.tensors)
+    for header in headers:
+        # torch's writer calls shards also what one rank wrote whole: then the size is that of all
+        offsets = {} if header is None else header.offsets or {}
+        if header is not None and header.is_shard and (total != size or _any_moved(offsets)):
+            raise refuse_shard(header.path)
+    return opened
+
+
+def _any_moved(offsets: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(any(starts) for starts in offsets.values())
 
 
 def _indices(path: Path) -> list[Path]:
@@ -89,7 +123,7 @@ def _read_all(index: Path) -> FlatCheckpoint:
             hint="copy the missing ones there",
             details=missing[:_MAX_LISTED],
         )
-    opened = [_read_shard(shard) for shard in shards]
+    opened = _read_shards(shards, scalars.get("total_size"))
     tensors = {
         (checkpoint.source.name, tensor.path): tensor
         for checkpoint in opened

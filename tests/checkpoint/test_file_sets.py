@@ -125,6 +125,35 @@ def test_a_shard_under_an_index_is_no_whole(tmp_path):
     refuse(tmp_path, "one rank's shard")
 
 
+def test_what_one_rank_wrote_whole_has_an_index_with_its_size(tmp_path):
+    state = tiny_state()
+    weight_map = {}
+    for place in range(2):
+        part = {name: state[name] for name in list(state)[place::2]}
+        path = write_shard(tmp_path, 1, part, {})
+        path = path.rename(tmp_path / f"model-0000{place + 1}-of-00002.safetensors")
+        weight_map |= dict.fromkeys(part, path.name)
+    size = sum(tensor.nbytes for tensor in state.values())
+    for total, whole in ((size, True), (2 * size, False)):
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if whole:
+            same(open_checkpoint(path), state)
+        else:  # ranks wrote to one file, one after the other
+            refuse(path, "one rank's shard")
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(1000, False), (1001, True), (1500, False), (7, True)])
+def test_whether_a_rank_is_missing_at_the_end_is_said(rows, shown, tmp_path, caplog):
+    """Only what is not divided evenly shows that the last shard is the last."""
+    table, step = torch.ones(rows, 2), -(-rows // 2)
+    for rank in range(2):
+        part = {"w": table[rank * step : (rank + 1) * step]}
+        write_shard(tmp_path, rank + 1, part, {"w": (rank * step, 0)})
+    same(open_checkpoint(tmp_path), {"w": table})
+    assert shown != ("nothing says that there were no more" in caplog.text)
+
+
 def save(value: Any, path: Path) -> Path:
     if path.suffix == ".safetensors":
         save_file(value, path)
