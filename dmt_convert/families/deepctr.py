@@ -54,7 +54,8 @@ class DeepCtr(Family):
         features = _features(source, list(tables), module)
         deep = [i for i, f in enumerate(features) if _DEEP.format(f.table) in source]
         wide = [i for i, f in enumerate(features) if _WIDE.format(f.table) in source]
-        vectors = {i: tables[features[i].table].dim - (i in wide) for i in deep}
+        with_term = set(wide)
+        vectors = {i: tables[features[i].table].dim - (i in with_term) for i in deep}
         width, columns = _input_width(source), sum(vectors.values())
         num_wide = source.tensors["linear_model.weight"].shape[0] if _has_wide(source) else 0
         num_dense = _num_dense(source, columns, width, num_wide, module)
@@ -128,7 +129,7 @@ def _features(
     deep = source.tables_by_module()
     if set(deep) == set(source.keys_of(_DEEP)):
         # those of linear terms alone follow, in any order: no layer takes them side by side
-        tables = [*deep, *(table for table in tables if table not in deep)]
+        tables = [*deep, *sorted(set(tables) - set(deep))]
         source.order = Fact(
             subject="feature order",
             value=tables[0] + (f" ... {tables[-1]}" if len(tables) > 1 else ""),
@@ -425,9 +426,8 @@ def _read_module(
 def _join(source: TrainerTensors, deep: list[list[Any]], wide: list[list[Any]]) -> list[list[Any]]:
     """List the features of both parts. Features of one table must be in the same parts."""
     rows = {row[0]: row for row in (*wide, *deep)}
-    parts = {
-        name: (name in [row[0] for row in deep], name in [row[0] for row in wide]) for name in rows
-    }
+    in_deep, in_wide = {row[0] for row in deep}, {row[0] for row in wide}
+    parts = {name: (name in in_deep, name in in_wide) for name in rows}
     by_table: dict[str, set[tuple[bool, bool]]] = {}
     for name, row in rows.items():
         by_table.setdefault(row[1], set()).add(parts[name])

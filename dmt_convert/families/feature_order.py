@@ -229,7 +229,8 @@ def order_tables(
     Raises:
         ArchitectureError: The order was lost, or names and file contradict each other.
     """
-    built = [table for table in source.tables_by_module() if table in tables]
+    known = set(tables)
+    built = [table for table in source.tables_by_module() if table in known]
     grouped = not source.ordered and source.checkpoint.ordered
     if sorted(built) == sorted(tables) and not grouped:
         return built, _order_fact(built, "read", "the order of the modules in the state dict")

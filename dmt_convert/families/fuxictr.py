@@ -18,7 +18,7 @@ from dmt_convert.families.deepctr import take_cross_mix
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
 from dmt_convert.families.layer_stacks import Layer, LayerNames
-from dmt_convert.families.model_info import FlatModelInfo
+from dmt_convert.families.model_info import FlatModelInfo, Source
 from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling
 
@@ -224,7 +224,8 @@ def _activations(
     given = value if isinstance(value, list) else [value] * count
     names = ["linear" if name is None else str(name).lower() for name in given]
     shown = ", ".join(dict.fromkeys(names)) or "none"
-    source.fact(f"activation ({key})", shown, "read", "params.json, or the trainer's default")
+    reason = "params.json" if key in params else "the trainer's default; params.json does not say"
+    source.fact(f"activation ({key})", shown, "read" if key in params else "assumed", reason)
     if len(names) != count:
         source.wrong.append(f"params.json: {key} has {len(names)} entries for {count} layers")
         return ["relu"] * count
@@ -325,7 +326,8 @@ def _input_order(
         rest = iter(names)
         slots = [n if n in scaled else next(rest, "") for n in described or stored]
         return [*(name for name in slots if name), *rest]
-    places = [n for n in described or stored if n in names or n in scaled]
+    known = {*names, *scaled}
+    places = dict.fromkeys(name for name in described or stored if name in known)
     return [*places, *(name for name in names if name not in places)]
 
 
@@ -390,7 +392,8 @@ def _check_order(
     source: TrainerTensors, stored: list[str], described: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Refuse a file whose tables are in another order than the features of the description."""
-    listed = [name for name in described if name in stored]
+    held = set(stored)
+    listed = [name for name in described if name in held]
     if source.ordered and listed != [name for name in stored if name in described]:
         raise source.refuse(
             "its tables stand in another order than feature_map.json lists them",
@@ -444,6 +447,11 @@ def _features(
         )
         source.wrong += [f"{name} is not in feature_map.json" for name in names if name not in used]
         source.fact("features", f"{len(features)} features", "read", "feature_map.json")
+        poolings = {f.pooling for f in features if described[f.name]["type"] == "sequence"}
+        if poolings:
+            how: Source = "read" if config.pooling is None else "given"
+            reason = "feature_encoder in feature_map.json" if how == "read" else "--model-config"
+            source.fact("pooling of sequences", " and ".join(sorted(poolings)), how, reason)
     reason = "the trainer's ids begin at 1, row 0 is the padding"
     source.fact("padding", "id 0", "assumed" if described is None else "read", reason)
     return features

@@ -88,7 +88,9 @@ def _infer(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatModelInfo:
     if info.ignored_tensors:
         names = ", ".join(tensor.name for tensor in info.ignored_tensors[:5])
         more = f" and {len(info.ignored_tensors) - 5} more" if len(info.ignored_tensors) > 5 else ""
-        _log.info("%d tensors are passed over: %s%s", len(info.ignored_tensors), names, more)
+        count = len(info.ignored_tensors)
+        verb = "tensor is" if count == 1 else "tensors are"
+        _log.info("%d %s passed over: %s%s", count, verb, names, more)
     return info
 
 

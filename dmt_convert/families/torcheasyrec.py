@@ -326,6 +326,13 @@ def _groups_of_config(
     if all(field.dim == 1 for field in plain):
         source.dense_names = tuple(field.name for field in plain)
     source.fact("features", f"group {sparse!r}, {len(fields)} features", "read", "pipeline.config")
+    given = source.config.pooling is not None
+    source.fact(
+        "pooling",
+        "as listed" if not isinstance(source.config.pooling, str) else source.config.pooling,
+        "given" if given else "read",
+        "--model-config" if given else "pipeline.config, whose default is sum",
+    )
     return _Groups(
         features=tuple(
             FeatureSpec(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived
 from dmt_convert.documents import InputRecord
@@ -567,6 +567,8 @@ class TrainerTensors:
         facts = self.facts
         if not any(fact.subject == "family" for fact in facts):
             facts = [self._family_fact(), *facts]
+        inputs = self._name_dense(spec.num_dense)
+        facts = [*facts, *_dense_facts(spec, inputs, self.config.dense_features)]
         return FlatModelInfo(
             checkpoint=self.checkpoint,
             spec=spec,
@@ -575,7 +577,7 @@ class TrainerTensors:
             facts=tuple(facts),
             ignored=self._list_ignored(),
             ignored_tensors=tuple(self.ignored.values()),
-            inputs=self._name_dense(spec.num_dense),
+            inputs=inputs,
         )
 
     def _name_dense(self, num_dense: int) -> InputRecord | None:
@@ -684,6 +686,25 @@ class TrainerTensors:
                 head = tensor.container[0] if tensor.container else "(top level)"
                 counts[head] = counts.get(head, 0) + 1
         return tuple(f"{head}: {count} tensors" for head, count in counts.items())
+
+
+def _dense_facts(
+    spec: ModelSpec, inputs: InputRecord | None, given: Sequence[str] | None
+) -> list[Fact]:
+    """Say what is known about the dense inputs, and that the trainer's data are not."""
+    if not spec.num_dense:
+        return []
+    names, how, reason = f"none for {spec.num_dense}", "assumed", "not stored: columns by position"
+    known = given or (inputs.dense if inputs is not None else None)
+    if known:
+        names = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+        how = "given" if given else "read"
+        reason = "--model-config" if given else "the trainer's description of the model"
+    fed = "one such as log(x + 3) is not stored: feed what the model was fed"
+    return [
+        Fact(subject="names of dense inputs", value=names, source=cast(Source, how), reason=reason),
+        Fact(subject="dense transform", value="none", source="assumed", reason=fed),
+    ]
 
 
 DESCRIBE_IT: Final = "describe it with --model (docs/adapters.md)"
