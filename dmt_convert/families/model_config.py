@@ -45,7 +45,7 @@ features:                      # in interaction order; may rename features and s
   - {name: user_id, table: t_user, pooling: sum}
   - last_item
 dense_features: [age, price]   # columns of the data, in the order of the dense inputs
-ignore: ["train_auroc.*"]      # tensors that do not belong to the model
+ignore: ["train_auroc.*"]      # metrics, counters, what stands outside the model's modules
 """
 _MAX_BYTES: Final = 16 << 20
 
