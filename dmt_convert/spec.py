@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, get_args
 
-from dmt_convert.arrays import IntArray
 from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_NONE, from_json, to_json
 from dmt_convert.errors import ArchitectureError, DataError, PartitionError
 from dmt_convert.interactions import InteractionSpec as InteractionSpec
 from dmt_convert.interactions import MlpSpec as MlpSpec
 from dmt_convert.interactions import NetworkSpec as NetworkSpec
 from dmt_convert.interactions import PairOrder as PairOrder
+
+if TYPE_CHECKING:
+    from dmt_convert.arrays import IntArray
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
