@@ -206,6 +206,7 @@ class _FeatureCounts:
     """What is counted of one feature."""
 
     table: TableSpec
+    max_ids: int | None
     low: int | None = None
     high: int | None = None
     ids: int = 0
@@ -213,10 +214,13 @@ class _FeatureCounts:
     outside: int = 0
     first: int | None = None
     example: int = 0
+    longest: int = 0
 
     def add(self, bag: Bag, first_row: int, *, hashed: bool) -> None:
         self.ids += len(bag.values)
-        self.empty += int((np.diff(bag.offsets) == 0).sum())
+        lengths = np.diff(bag.offsets)
+        self.empty += int((lengths == 0).sum())
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
         if not len(bag.values):
             return
         low, high = int(bag.values.min()), int(bag.values.max())
@@ -263,7 +267,8 @@ class _Counts:
         assert dataset.inputs is not None
         self.rows = 0
         self._dataset, self._inputs = dataset, dataset.inputs
-        self._features = {name: _FeatureCounts(t) for name, t in spec.tables_by_feature.items()}
+        tables = spec.tables_by_feature
+        self._features = {f.name: _FeatureCounts(tables[f.name], f.max_ids) for f in spec.features}
         width = 0 if self._inputs.dense == () else spec.num_dense
         self._low, self._high = np.full(width, np.inf), np.full(width, -np.inf)
         self._sum, self._finite = np.zeros(width), np.zeros(width, dtype=np.int64)
@@ -345,8 +350,14 @@ class _Counts:
             yield f"all labels are {self.positive_share:g}: AUC and NE do not exist"
 
     def faults(self) -> Iterable[DataError]:
-        """Name the features whose ids lie outside their tables."""
+        """Name the features whose ids lie outside their tables, or whose bags are too long."""
         for name, found in self._features.items():
+            if found.max_ids is not None and found.longest > found.max_ids:
+                yield DataError(
+                    f"{self._dataset.path}: feature {name!r} has bags of up to {found.longest} ids",
+                    expected=f"at most {found.max_ids}: longer ones cannot be converted exactly",
+                    hint="give one id per row, as the trainer's Criteo data do",
+                )
             if found.outside:
                 column = self._inputs.features[name]
                 fed = "" if column == name else f" (column {column!r})"

@@ -210,7 +210,8 @@ def check_weights(
     Raises:
         DataError: There is not one finite weight per id.
     """
-    values = np.ascontiguousarray(weights, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(weights, dtype=np.float32)
     if values.shape != (int(offsets[-1]),):
         raise DataError(
             f"{place.file}: column {column!r}: {values.size} weights for {int(offsets[-1])} ids",

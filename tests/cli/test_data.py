@@ -20,6 +20,7 @@ from dmt_convert.errors import BundleError, DataError
 from dmt_convert.training import open_training_data
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
+from support.specs import build_spec
 
 Call = Callable[..., Any]
 TABLES = (7, 50, 11, 6)
@@ -246,3 +247,11 @@ def test_evaluate_names_the_columns_of_rows_without_labels(
     assert run.code == 3
     assert "price, age, days, size, rate, cat_0, cat_1, cat_2, cat_3, click" in run.stderr
     assert "rename the column of labels" in run.stderr
+
+
+def test_bags_that_are_too_long_are_a_fault(tmp_path: Path) -> None:
+    spec = build_spec(["f0"], dense=(1,), rows=9)
+    spec = replace(spec, features=(replace(spec.features[0], max_ids=1),))
+    path = write(tmp_path / "r", {"f0": [[1], [2, 3]]})
+    (fault,) = data_profile.profile_data(path, spec).faults
+    assert "feature 'f0' has bags of up to 2 ids" in fault.found

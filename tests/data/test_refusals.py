@@ -296,6 +296,12 @@ def test_gzip_of_something_else(tmp_path: Path) -> None:
             "column 'f__weights', row 1 (from 0): weight nan",
         ),
         ({"x": [1.0, 2.0]}, "column of ids"),
+        ({"f": [1, 2], "x": [1.0, 1e300]}, "column 'x', row 1 (from 0): 1e+300"),
+        (
+            {"f": [[1], [2]], "f__weights": [[0.5], [1e300]]},
+            "column 'f__weights', row 1 (from 0): weight inf",
+        ),
+        ({"f": [1, 2], "label": [0.0, 1e300]}, "column 'label', row 1 (from 0): label 1e+300"),
     ],
 )
 def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], found: str) -> None:
@@ -392,3 +398,10 @@ def test_rows_without_labels_name_the_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no labels; its columns are f, click") as caught:
         dataset.require_labels("or do something else")
     assert "rename the column of labels to `label`; or do" in caught.value.hint
+
+
+def test_counts_that_float32_does_not_hold(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "a.npz", X_int=np.full((1, 1), 1e300), X_cat=np.ones((1, 1)), y=np.ones(1)
+    )
+    assert "column 'X_int[0]', row 0 (from 0): inf" in refusal(path)
