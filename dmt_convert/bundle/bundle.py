@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dmt_convert.bundle.plain_model import PlainModel
 
 PLAN_NAME: Final = "plan.json"
+FolderIdentity = tuple[int, int]
+"""Device and inode."""
 _TRIES: Final = 5
 """Attempts to open a bundle that others replace meanwhile: what is half old and half new is not
 damaged."""
@@ -49,6 +51,8 @@ class Bundle:
     """Tensors of every tower: `tables.{table}.weight` and `tower_module.*`."""
     accumulator_files: Mapping[str, Mapping[str, TensorInfo]]
     """Weights file -> Adagrad's accumulators of a tower's tables: `tables.{table}.accumulator`."""
+    folder: FolderIdentity
+    """What tells its folder from another one under the same path."""
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""
@@ -92,8 +96,36 @@ class Bundle:
 
         Raises:
             PlanError: It is missing, damaged, or has a newer schema version.
+            BundleError: The bundle was replaced since it was opened.
         """
-        return read_plan(self.path / PLAN_NAME)
+        plan = read_plan(self.path / PLAN_NAME)
+        self._check_folder()
+        return plan
+
+    def check_in_place(self) -> None:
+        """Refuse a bundle that was replaced or written to since it was opened.
+
+        Tensors can be read on from a bundle that was replaced; call this if its files are also
+        used by their names.
+
+        Raises:
+            BundleError: It was replaced.
+            CheckpointError: A file was written to.
+        """
+        self._check_folder()
+        groups = (self.dense, *self.towers, *self.accumulator_files.values())
+        pieces = [piece for group in groups for info in group.values() for piece in info.pieces]
+        for file in {id(piece.file): piece.file for piece in pieces}.values():
+            if file is not None:
+                file.check_unchanged(by_name=True)
+
+    def _check_folder(self) -> None:
+        if not self.path.exists() or _identity(self.path) != self.folder:
+            raise BundleError(
+                f"the bundle {self.path} was replaced since it was opened",
+                expected="the bundle that was opened",
+                hint="open it again, or run the command again",
+            )
 
 
 def is_bundle(path: Path) -> bool:
@@ -117,7 +149,7 @@ def open_bundle(path: Path) -> Bundle:
         folder = _identity(path)
         try:
             with holding(path):
-                bundle = _open(path)
+                bundle = _open(path, folder)
         except (DmtError, OSError):
             if turn == _TRIES - 1 or _identity(path) == folder:
                 raise
@@ -131,12 +163,12 @@ def open_bundle(path: Path) -> Bundle:
     )
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _identity(folder: Path) -> FolderIdentity:
     found = folder.stat()
     return found.st_dev, found.st_ino
 
 
-def _open(path: Path) -> Bundle:
+def _open(path: Path, folder: FolderIdentity) -> Bundle:
     manifest = read_manifest(path)
     dense = _read_headers(path, DENSE_FILE, manifest)
     towers = tuple(
@@ -150,6 +182,7 @@ def _open(path: Path) -> Bundle:
         dense=dense,
         towers=towers,
         accumulator_files=_read_accumulators(path, manifest),
+        folder=folder,
     )
 
 

@@ -210,7 +210,7 @@ class FlatCheckpoint:
             CheckpointError: A file changed.
         """
         for file in self.held:
-            file.check_unchanged(by_name=len(self.held) > 1)
+            file.check_unchanged(by_name=len(self.held) > 1, times=True)
 
     @property
     def nbytes(self) -> int:

@@ -137,7 +137,8 @@ class HeldFile:
         self._key = next(_KEYS)
         weakref.finalize(self, _DESCRIPTORS.close, self._key)
         descriptor = _open_regular(path)
-        self.identity = identity or FileIdentity.of(os.fstat(descriptor))
+        self._first = os.fstat(descriptor)
+        self.identity = identity or FileIdentity.of(self._first)
         _DESCRIPTORS.add(self._key, descriptor)
         try:
             self._check(descriptor)
@@ -197,10 +198,11 @@ class HeldFile:
                 )
             filled += count
 
-    def check_unchanged(self, *, by_name: bool = False) -> None:
+    def check_unchanged(self, *, by_name: bool = False, times: bool = False) -> None:
         """Refuse a file that was written to.
 
         Args:
+            times: Also refuse one that was written to by a tool that set its time back.
             by_name: Also refuse another file under its name; none at all is no harm.
 
         Raises:
@@ -210,6 +212,8 @@ class HeldFile:
         if descriptor is not None:
             try:
                 self._check(descriptor)
+                if times:
+                    self._check_times(os.fstat(descriptor))
             finally:
                 _DESCRIPTORS.give_back(self._key)
         if by_name or descriptor is None:
@@ -217,6 +221,21 @@ class HeldFile:
                 found = FileIdentity.of(self.path.stat())
                 if found != self.identity:
                     raise _changed(self.path, replaced=not found.is_same_file(self.identity))
+
+    def _check_times(self, found: os.stat_result) -> None:
+        """Refuse a file that was written to by a tool that set its time back afterwards.
+
+        The time of the last change of the inode tells; but it also changes with owner, permissions,
+        name and links.
+        """
+        harmless = ("st_mode", "st_uid", "st_gid", "st_nlink")
+        if found.st_ctime_ns == self._first.st_ctime_ns or any(
+            getattr(found, name) != getattr(self._first, name) for name in harmless
+        ):
+            return
+        with contextlib.suppress(OSError):
+            if FileIdentity.of(self.path.stat()).is_same_file(self.identity):
+                raise _changed(self.path, replaced=False)
 
     def _check(self, descriptor: int) -> None:
         found = FileIdentity.of(os.fstat(descriptor))

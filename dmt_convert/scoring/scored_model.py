@@ -139,8 +139,10 @@ def open_scored(
     """
     if isinstance(model, ScoredModel):
         return model
-    path = model.path if isinstance(model, Bundle) else Path(model)
-    return open_model(path, read_model_options(options), trust_code=options.trust_code)
+    facts = read_model_options(options)
+    if isinstance(model, Bundle):
+        return _open_bundle(model)
+    return open_model(Path(model), facts, trust_code=options.trust_code)
 
 
 def open_model(
@@ -157,14 +159,7 @@ def open_model(
         DmtError: It cannot be read, or is no model that is known.
     """
     if is_bundle(path):
-        bundle = open_bundle(path)
-        return ScoredModel(
-            path=path,
-            kind="bundle",
-            module=open_bundle_model(bundle),
-            bundle=bundle,
-            inputs=bundle.manifest.inputs,
-        )
+        return _open_bundle(open_bundle(path))
     if is_export(path):
         exported = ExportedModel(path, trust_code=trust_code)
         return ScoredModel(
@@ -178,6 +173,17 @@ def open_model(
         module=open_flat_model(info),
         inputs=info.inputs,
         files=info.checkpoint.files,
+    )
+
+
+def _open_bundle(bundle: Bundle) -> ScoredModel:
+    """Score a bundle as it was opened, even if it was replaced since."""
+    return ScoredModel(
+        path=bundle.path,
+        kind="bundle",
+        module=open_bundle_model(bundle),
+        bundle=bundle,
+        inputs=bundle.manifest.inputs,
     )
 
 

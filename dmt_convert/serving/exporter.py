@@ -197,6 +197,7 @@ def export_bundle(
         manifest = replace(manifest, checks=checks).sealed()
         _write_manifest(staging, manifest)
         _settle(staging)
+        bundle.check_in_place()  # files of it were linked, and compared with, by their names
     return Export(path=out, manifest=manifest, checks=checks)
 
 

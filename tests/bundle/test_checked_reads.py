@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dmt_convert as dmt
 from dmt_convert.bundle import bundle as bundle_module
 from dmt_convert.bundle import open_bundle
 from dmt_convert.checkpoint import (
@@ -208,6 +209,22 @@ def test_a_reader_goes_on_with_what_it_opened(bundles: tuple[Path, Path], tmp_pa
     assert not np.array_equal(
         read_tensor(open_bundle(x).towers[0]["tables.t_cat_0.weight"]), before
     )
+
+
+def test_what_is_read_by_name_is_of_the_same_bundle(
+    bundles: tuple[Path, Path], tmp_path: Path, rows: Path
+) -> None:
+    x, y = (Path(shutil.copytree(bundle, tmp_path / bundle.name)) for bundle in bundles)
+    bundle, plan = open_bundle(x), open_bundle(x).plan
+    expected = dmt.score(x, rows).logits
+    bundle.check_in_place()
+    assert bundle.plan == plan
+    exchange_folders(x, y)
+    assert np.array_equal(dmt.score(bundle, rows).logits, expected)
+    assert not np.array_equal(dmt.score(x, rows).logits, expected)
+    for use in (bundle.check_in_place, lambda: bundle.plan):
+        with pytest.raises(BundleError, match="was replaced since it was opened"):
+            use()
 
 
 def test_a_bundle_that_is_replaced_while_it_is_opened(

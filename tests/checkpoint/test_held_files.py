@@ -76,6 +76,19 @@ def test_a_file_that_was_replaced_is_read_on(tmp_path: Path) -> None:
     checkpoint.check_unchanged()
 
 
+def test_a_tool_that_sets_the_time_back(tmp_path: Path) -> None:
+    source = save_flat(tmp_path / "ckpt.safetensors", flat_state())
+    checkpoint = open_checkpoint(source)
+    source.chmod(0o640)  # which changes nothing that is read
+    checkpoint.check_unchanged()
+    checkpoint = open_checkpoint(source)
+    time = source.stat().st_mtime_ns
+    rewrite(source)
+    os.utime(source, ns=(time, time))
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint.check_unchanged()
+
+
 def test_of_several_files_none_may_be_replaced(tmp_path: Path) -> None:
     """Some may have been replaced before they were opened."""
     source = save_flat(tmp_path / "ckpt", flat_state())
