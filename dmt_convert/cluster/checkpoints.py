@@ -74,6 +74,11 @@ from dmt_convert.training import (
 logger = logging.getLogger(__name__)
 
 _MAX_DETAILS: Final = 10
+_MAY_CHANGE: Final = (
+    *("epochs", "max_steps", "eval_every", "patience", "warmup_steps", "lr_decay", "clip_norm"),
+    *("dense_lr", "table_lr", "comm_dtype"),
+)
+"""Settings that shape the result and may differ when a training resumes; this is noted."""
 _OTHER_TRAINING_HINT: Final = (
     "give the settings and rows that it was started with; to train on other rows, start anew: "
     "fine-tune the bundle that this training writes, with another --checkpoints folder"
@@ -404,6 +409,14 @@ class CheckpointStore:
         return name
 
 
+def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {value} ({before[name]} before)"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+
+
 def _none_whole(folder: Path, damage: Mapping[int, str]) -> CheckpointError:
     return CheckpointError(
         f"all {len(damage)} checkpoints in {folder} are damaged; nothing was changed",
@@ -469,6 +482,7 @@ class TrainingCheckpoints:
         )
         self._rows = {table.name: table.rows for table in job.bundle.manifest.model.flat.tables}
         self._must_match = job.must_match(ranks)
+        self._settings = {name: getattr(job.config, name) for name in _MAY_CHANGE}
         self._found = self._choose()
         self._demands = Demands(ranks, job.config.checkpoint_seconds)
         ranks.on_first(lambda: mark_begun(job.checkpoints))
@@ -502,15 +516,22 @@ class TrainingCheckpoints:
                 hint=_OTHER_TRAINING_HINT,
                 details=different,
             )
+        self._store.notes[:0] = theirs.get("notes", [])
         unknown = [name for name in self._must_match if name not in theirs]
         if unknown:
-            note = (
+            self._note(
                 f"{found.path} was written by an earlier version: not compared were the "
                 + ", the ".join(unknown)
             )
-            logger.warning("%s", note)
-            self._store.notes.append(note)
+        changed = _changed_settings(theirs.get("settings", {}), self._settings)
+        if changed:
+            self._note(f"from step {found.step} on with other settings: {', '.join(changed)}")
         return found
+
+    def _note(self, note: str) -> None:
+        """Say something that the new bundle records, too."""
+        logger.warning("%s", note)
+        self._store.notes.append(note)
 
     @property
     def resumes(self) -> bool:
@@ -539,12 +560,10 @@ class TrainingCheckpoints:
             aside = self._store.set_aside(best)
             fault = f"{error.found}; it is set aside as {aside.name}"
         progress.forget_best()
-        note = (
+        self._note(
             f"{fault}. It was the best state: the state of step {progress.step} is measured anew, "
             "and competes with the start instead"
         )
-        logger.warning("%s", note)
-        self._store.notes.append(note)
 
     def demand(self) -> Demand:
         """Return what is asked of the training after a step: a checkpoint, to stop, or nothing."""
@@ -557,11 +576,16 @@ class TrainingCheckpoints:
         self._store.save(
             progress.step,
             self._state(trainer),
-            {"training": self._must_match, **progress.to_json()},
+            {"training": self._describe(), **progress.to_json()},
             asynchronous=self.job.config.async_checkpoints,
             protect=(progress.best.step,),
         )
         self._demands.saved(time.monotonic() - begin)
+
+    def _describe(self) -> dict[str, Any]:
+        """What a checkpoint says of the training that it belongs to."""
+        notes = {"notes": list(self._store.notes)} if self._store.notes else {}
+        return {**self._must_match, "settings": self._settings, **notes}
 
     def stop(self, progress: Progress) -> NoReturn:
         """End a training that was asked to stop; its present state has been saved.

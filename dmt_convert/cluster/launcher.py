@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 RECIPE: Final = "dmt_convert.recipes.finetune_dmt"
 """The recipe that is run unless another is given; torchrun takes modules, too."""
 _AGENT: Final = "dmt_convert.cluster.agent"
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOOPBACK: Final = "127.0.0.1"
 _TORCHRUN_PREFIX: Final = "PET_"
 """torchrun reads every option that it is not given from a variable with this prefix."""
@@ -113,8 +113,8 @@ def launch(
 ) -> Launched:
     """Run a recipe on the ranks of this host, and wait for its end.
 
-    SIGINT, SIGTERM and SIGUSR1 are handed to torchrun, which hands them to the ranks. These have
-    `config.shutdown_timeout` seconds to write a checkpoint and to end before they are killed.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are handed to torchrun, which hands them to the ranks. These
+    have `config.shutdown_timeout` seconds to write a checkpoint and to end before they are killed.
 
     Args:
         config: How ranks are started.
@@ -123,6 +123,8 @@ def launch(
         capture: Keep what ranks print to stdout off the terminal, and take the JSON document that
             it ends with for the result.
     """
+    if config.nnodes == 1 and config.rdzv_endpoint is not None:
+        logger.warning("--rdzv-endpoint is not used: --nnodes is 1, so this host trains alone")
     command = python_command("-m", _AGENT, *torchrun_arguments(config, arguments, recipe))
     with tempfile.TemporaryDirectory(prefix="dmt-launch-") as name:
         error_file = Path(name) / "error.json"
@@ -191,10 +193,8 @@ def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         if len(seen) == 1 and process.poll() is None:
             process.terminate()
 
-    heard = [*_SIGNALS]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in heard}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}  # nohup ignores SIGHUP
     try:
         yield seen
     finally:

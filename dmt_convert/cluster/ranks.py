@@ -5,6 +5,7 @@ Letters: H hosts, R ranks per host, W = H * R world size.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -20,10 +21,19 @@ from typing import Any, Final, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import (
+    DebugLevel,
+    PrefixStore,
+    Store,
+    TCPStore,
+    get_debug_level,
+    set_debug_level,
+)
 from torch.distributed.rendezvous import rendezvous
 
 from dmt_convert.errors import ConfigError, DmtError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -141,6 +151,12 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta)
         ConfigError: A rank did not come.
     """
     os.environ[_POD] = str(hosts_per_tower)  # TorchRec reads it when it makes its groups
+    if layout.backend == "gloo" and get_debug_level() == DebugLevel.DETAIL:
+        set_debug_level(DebugLevel.INFO)
+        logger.warning(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL is lowered to INFO: torch %s crashes with it on CPUs",
+            torch.__version__,
+        )
     if layout.backend == "nccl":
         torch.cuda.set_device(layout.local_rank)
     try:

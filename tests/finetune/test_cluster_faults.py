@@ -135,8 +135,9 @@ def test_other_rows_are_refused_on_resume(tune, tmp_path, cluster_rows, name, to
     assert f"digest of the {told} rows" in errors
     assert errors.count("digest of") == 1
     again = Path(shutil.copytree(cluster_rows, tmp_path / "copied"))
-    resumed = tune("1x1", "--max-steps", 6, "--resume", data=again)
+    resumed = tune("1x1", "--max-steps", 6, "--resume", data=again, notes=None)
     assert "going on from the checkpoint of step 4\n" in resumed.printed
+    assert resumed.record["notes"] == ["from step 4 on with other settings: max_steps 6 (4 before)"]
 
 
 def test_a_damaged_best_state_is_replaced_by_what_is_left(tune, tmp_path) -> None:
@@ -144,7 +145,7 @@ def test_a_damaged_best_state_is_replaced_by_what_is_left(tune, tmp_path) -> Non
     first = tune("1x2", *SETTINGS, "--max-steps", 8)
     shutil.rmtree(first.out)
     worse = ("--table-lr", 3, "--dense-lr", 0.3, "--lr-decay", "constant", "--resume")
-    second = tune("1x2", *worse, "--max-steps", 15)
+    second = tune("1x2", *worse, "--max-steps", 15, notes=None)
     best = second.record["best_step"]
     assert 0 < best <= 8
     (whole,) = (tmp_path / "a/new.checkpoints").glob(f"step*{best}")
@@ -154,7 +155,8 @@ def test_a_damaged_best_state_is_replaced_by_what_is_left(tune, tmp_path) -> Non
     path.write_bytes(data)
     shutil.rmtree(second.out)
     third = tune("1x2", *worse, "--max-steps", 15, notes=None)
-    note = third.record["notes"][0]
+    settings, note = third.record["notes"][:2]
+    assert "table_lr 3.0 (0.1 before)" in settings  # of the resumption before; it stays
     assert "__1_0.distcp has other bytes" in note
     assert f"{whole.name}-damaged" in note
     assert whole.with_name(f"{whole.name}-damaged").is_dir()

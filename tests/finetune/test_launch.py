@@ -266,7 +266,7 @@ def test_signals_end_the_ranks_once(
     assert len(list(tmp_path.glob("interrupted-*"))) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_what_a_stopped_training_says_is_told_once(
     recipe: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
