@@ -42,7 +42,7 @@ def open_folder(folder: Path, read: _Read) -> FlatCheckpoint:
     if len(opened) > 1:
         joined = None if len(opened) > _MAX_OPENED else join_folder(folder, opened)
         if joined is None:
-            raise _several(folder, [checkpoint.source for checkpoint in opened])
+            raise _several(folder, opened)
         opened = [joined]
     if not opened:
         raise _nothing(folder, read)
@@ -71,7 +71,8 @@ def _open_inside(folder: Path, read: _Read) -> list[FlatCheckpoint]:
     return opened
 
 
-def _several(folder: Path, paths: list[Path]) -> CheckpointError:
+def _several(folder: Path, opened: list[FlatCheckpoint]) -> CheckpointError:
+    paths = [checkpoint.source for checkpoint in opened]
     names = [str(path) for path in paths]
     more = " and others" if len(names) > _MAX_OPENED else ""
     return CheckpointError(
@@ -80,8 +81,16 @@ def _several(folder: Path, paths: list[Path]) -> CheckpointError:
         + (", ..." if len(paths) > 5 else "")
         + more,
         expected="one checkpoint",
-        hint="name one of: " + ", ".join(names[:5]),
+        hint="name one of: " + ", ".join(names[:5]) + _hint_at_parts(opened),
     )
+
+
+def _hint_at_parts(opened: list[FlatCheckpoint]) -> str:
+    """Say what to do if some of the files make one model; empty if all hold the same tensors."""
+    held = [{tensor.path for tensor in checkpoint.tensors} for checkpoint in opened]
+    if all(held[0] & other for other in held[1:]):
+        return ""
+    return "; if several of them make one model, put these into a folder of their own"
 
 
 def _nothing(folder: Path, read: _Read) -> CheckpointError:

@@ -24,12 +24,16 @@ _MAX_DEPTH: Final = 64
 def is_module_order(tensors: Iterable[Keys] | Mapping[Keys, Any]) -> bool:
     """Tell whether the tensors of every dict may stand in the order of a module.
 
+    Dicts of optimizers do not count.
+
     Args:
         tensors: Keys of the tensors in the order of the file; or a mapping from them to objects
             with a `dtype` and a `shape`, from which more can be told.
     """
     dicts: dict[Keys, list[str]] = defaultdict(list)
     for keys in tensors:
+        if any(key.lower().startswith("optim") for key in keys[:-1]):
+            continue
         dicts[keys[:-1]].append(keys[-1] if keys else "")
     if not all(map(_may_be_module, dicts.values())):
         return False

@@ -248,3 +248,18 @@ def test_modules_that_hold_themselves_and_modules_that_multiply(tmp_path, monkey
         data += module_pickle(inner)
     with pytest.raises(CheckpointError, match="holds over"):
         open_checkpoint(write(tmp_path / "b.pt", b"\x80\x02" + data + b"."))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_were_compiled(tmp_path):
+    """`torch.compile` wraps a module in another, of which it is an argument and not a part."""
+    plain = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 1)})
+    inside = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 1)})
+    inside.load_state_dict(plain.state_dict())
+    inside["b"] = torch.compile(inside["b"])
+    expected = {name: tensor.tolist() for name, tensor in plain.state_dict().items()}
+    for name, model in (("whole", torch.compile(plain)), ("inside", inside)):
+        torch.save(model, tmp_path / f"{name}.pt")
+        checkpoint = open_checkpoint(tmp_path / f"{name}.pt")
+        assert {t.name: read_tensor(t).tolist() for t in checkpoint.tensors} == expected

@@ -79,7 +79,8 @@ def test_sparse_and_dense_parts_in_two_dicts_or_files(tmp_path):
         assert difference(flat_logits(info, original.batch)[1], original.logits) <= 1e-6
     # of two versions of the dense part, nobody can say which one is meant
     torch.save(dense, tmp_path / "files" / "dense_old.pt")
-    refuse(tmp_path / "files", "holds several checkpoints")
+    error = refuse(tmp_path / "files", "holds several checkpoints")
+    assert "into a folder of their own" in error.hint
 
 
 @pytest.mark.parametrize("kind", [*SAVES, "indexed", "snapshot"])
