@@ -51,7 +51,9 @@ class Manifest:
     facts: tuple[Fact, ...] = ()
     """How the flat model was understood."""
     ignored_tensors: tuple[IgnoredTensor, ...] = field(default=(), metadata=OMITTED_IF_EMPTY)
-    """Tensors of the checkpoint, beside the model's own, that were passed over."""
+    """Tensors of the model's dict, beside its own, that were passed over."""
+    other_dicts: tuple[str, ...] = field(default=(), metadata=OMITTED_IF_EMPTY)
+    """What the checkpoint holds in other dicts than the model's, one line each."""
     inputs: InputRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
     """Which columns of the data feed the model. None if no data was given when it was made."""
     partition: PartitionRecord = field(default_factory=PartitionRecord)

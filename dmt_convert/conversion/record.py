@@ -47,6 +47,7 @@ def describe_manifest(
         source=describe_source(flat),
         facts=flat.facts,
         ignored_tensors=flat.ignored_tensors,
+        other_dicts=flat.ignored,
         inputs=merge_records(flat.inputs, sample.inputs),
         partition=describe_partition(partition, dict(config.group)),
         initialisation=Initialisation(

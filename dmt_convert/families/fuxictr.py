@@ -394,7 +394,8 @@ def _check_order(
     """Refuse a file whose tables are in another order than the features of the description."""
     held = set(stored)
     listed = [name for name in described if name in held]
-    if source.ordered and listed != [name for name in stored if name in described]:
+    order = source.tables_by_module() or (stored if source.ordered else [])
+    if order and listed != [name for name in order if name in described]:
         raise source.refuse(
             "its tables stand in another order than feature_map.json lists them",
             expected="the feature_map.json of this model",

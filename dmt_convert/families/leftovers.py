@@ -58,7 +58,10 @@ _PARTS: Final[tuple[tuple[str, str], ...]] = (
     (r"vector_wise_net\..*|bit_wise_net\..*", "a DIFM"),
     (r"(.*\.)?(attention|attn|self_attn|multi_head\w*)\..*", "attention"),
     (r"(.*\.)?(lstm|gru|rnn)\..*", "a recurrent network"),
-    (r"(.*\.)?(position_weights?|_?feature_processors?)(\..*)?", "weights by position in the bag"),
+    (
+        r"(.*\.)?(position_weights?|_?feature_processors?)(\..*)?",
+        "a feature processor, which weights ids by their position",
+    ),
     (r"(.*\.)?lr_layer\..*", "a linear part"),
 )
 """Names of tensors, without the model's prefix -> what trainers have under them."""
@@ -128,6 +131,16 @@ def describe_parts(names: Iterable[str]) -> str:
 
 _SHARED_HEADS: Final = ("sparse_arch", "dense_arch", "inter_arch", "over_arch", "fm")
 """Modules of known models, in which a part that is not known needs its own name."""
+
+
+def list_parts(names: Iterable[str]) -> list[str]:
+    """Say what trainers have under names of tensors, each thing once."""
+    found: dict[str, None] = {}
+    for name in names:
+        for pattern, said in _PARTS:
+            if re.fullmatch(pattern, name):
+                found[said] = None
+    return list(found)
 
 
 def find_matches(pattern: str, tensors: Iterable[TensorInfo]) -> list[TensorInfo]:

@@ -17,7 +17,7 @@ from dmt_convert.families.facebook import FACEBOOK_DLRM
 from dmt_convert.families.family import Family
 from dmt_convert.families.fuxictr import FUXICTR
 from dmt_convert.families.hugectr import HUGECTR
-from dmt_convert.families.leftovers import check_remapping, counter_of
+from dmt_convert.families.leftovers import check_remapping, counter_of, list_parts
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
 from dmt_convert.families.name_map import strip_wrappers
@@ -251,9 +251,12 @@ def _no_model(
     names = [tensor.path for tensor in checkpoint.tensors]
     details = [*names[:6], f"... and {len(names) - 6} more"] if len(names) > 6 else names
     details += list_unread(checkpoint)
+    parts = list_parts(strip_wrappers(name) for name in names)
     return ArchitectureError(
         f"{checkpoint.source} ({checkpoint.format}, {len(names)} tensors) holds no model of a "
-        "known family" + (f" with {', '.join(chosen)}" if chosen else ""),
+        "known family"
+        + (f" with {', '.join(chosen)}" if chosen else "")
+        + (f"; it has {', '.join(parts)}" if parts else ""),
         expected="a checkpoint of " + ", or ".join(family.trainer for family in families),
         hint=f"for any other model, {DESCRIBE_IT}; if it is one of these models with other "
         "names, rename its tensors and save it again",

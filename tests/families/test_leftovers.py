@@ -194,6 +194,9 @@ def test_what_was_not_read_is_named():
     other = replace(make_checkpoint(("", {"x": (3,)})), unread=unread)
     with pytest.raises(ArchitectureError, match="no model of a known family") as caught:
         infer_model(other)
+    processed = "ebc._feature_processors.features.position_weights.a"
+    with pytest.raises(ArchitectureError, match="a feature processor"):
+        infer_model(make_checkpoint(("", {processed: (3,)})))
     assert "torch.quint4x2" in caught.value.details[-1] and "--model" in caught.value.hint
 
 

@@ -68,8 +68,8 @@ def test_numbers_are_names(tmp_path):
         ("features: [{name: a, pooling: max}]", "features.0.pooling: should be"),
         ("ignore: a", "ignore: should be a list"),
         ("ignore: [1]", "ignore.0: should be a valid string"),
-        ("a: &a [x,x,x,x,x,x,x,x]\nfeatures: [[*a,*a,*a,*a,*a,*a,*a,*a]]", "features.0"),
-        ("features: &a [*a]", "features.0"),
+        ("a: &a [x,x,x,x,x,x,x,x]\nfeatures: [[*a,*a,*a,*a,*a,*a,*a,*a]]", "an alias"),
+        ("features: &a [*a]", "an alias"),
         ("adapter: x", "unknown key 'adapter'"),
     ],
 )
