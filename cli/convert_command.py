@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,6 +103,26 @@ def _partition_text(partition: PartitionRecord) -> str:
     return partition.strategy + (f" by {partition.affinity}" if chosen else "")
 
 
+def _remarks(bundle: Bundle) -> Iterator[str]:
+    """Say what the user asked for in vain, and what is not as good as it might be."""
+    from dmt_convert.conversion import describe_weakness
+
+    manifest = bundle.manifest
+    steps = (manifest.config or {}).get("distill_steps")
+    start = manifest.initialisation
+    if steps and "distilled" not in start.method.split():
+        why = next((note for note in start.notes if "distill" in note), start.notes[0])
+        yield f"--distill-steps {steps} changed nothing: {why}"
+    weakness = describe_weakness(bundle.quality)
+    if weakness is not None:
+        yield weakness
+    if manifest.model.compression < 1:
+        yield (
+            f"towers emit more than they hold (compression {manifest.model.compression:.2f}): "
+            "choose smaller --c, --p or --dim"
+        )
+
+
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     from dmt_convert.adapter import model_option
     from dmt_convert.documents import to_json
@@ -146,7 +166,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         lines.append(cells)
     title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
     output.result(value, grid(rows), table(title, columns, lines))
-    for note in manifest.optimizer_state.notes:
+    for note in (*manifest.optimizer_state.notes, *_remarks(bundle)):
         output.remark(f"note: {note}")
     assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
     if assumed:

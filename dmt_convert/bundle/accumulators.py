@@ -17,7 +17,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.checkpoint import CHUNK_BYTES, ZEROS, ByteRows, TensorInfo, to_fp32
+from dmt_convert.checkpoint import (
+    CHUNK_BYTES,
+    ZEROS,
+    ByteRows,
+    TensorInfo,
+    find_outlier,
+    to_fp32,
+)
 from dmt_convert.documents import OptimizerState
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import FlatModelInfo
@@ -27,6 +34,9 @@ FloatRows = npt.NDArray[np.float32]
 _ITEM: Final = 4
 _PREFIX: Final = "tables."
 _SUFFIX: Final = ".accumulator"
+_ABSURD_RATIO, _ABSURD_FLOOR = 1e12, 1e6
+"""Sums of squares differ more than weights do: that of a row that every batch reads may be millions
+of times those of the others."""
 
 
 def accumulator_file(index: int) -> str:
@@ -100,7 +110,10 @@ def find_damage(values: FloatRows) -> str | None:
         return "NaN"
     if least < 0:
         return "negative numbers"
-    return "Inf" if math.isinf(most) else None
+    if math.isinf(most):
+        return "Inf"
+    outlier = find_outlier(values, ratio=_ABSURD_RATIO, floor=_ABSURD_FLOOR)
+    return None if outlier is None else f"an absurd value, {outlier.describe()}"
 
 
 def plan_accumulator_files(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -43,7 +43,11 @@ class SmallWeights:
 
 
 def plan_table_files(
-    info: FlatModelInfo, towers: Sequence[Sequence[str]], *, dtype: Dtype | None = None
+    info: FlatModelInfo,
+    towers: Sequence[Sequence[str]],
+    *,
+    dtype: Dtype | None = None,
+    accept_outliers: bool = False,
 ) -> dict[str, list[TensorSource]]:
     """List the tables of every weights file; the one of the dense parts has none.
 
@@ -51,12 +55,18 @@ def plan_table_files(
         info: The flat checkpoint: tables are streamed from it, byte for byte.
         towers: Features of every tower.
         dtype: Store tables in this type instead of their own.
+        accept_outliers: Take values that are absurd as weights.
     """
     tables = info.spec.tables_by_feature
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, features in enumerate(towers):
         names = dict.fromkeys(tables[feature].name for feature in features)
-        files[tower_file(t)] = [_table_source(info.table_info(name), name, dtype) for name in names]
+        files[tower_file(t)] = [
+            replace(
+                _table_source(info.table_info(name), name, dtype), is_weight=not accept_outliers
+            )
+            for name in names
+        ]
     return files
 
 

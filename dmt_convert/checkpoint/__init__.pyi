@@ -14,6 +14,12 @@ from .held_files import holding as holding
 from .inert.deepctr import DEEPCTR_MODULE as DEEPCTR_MODULE
 from .inert.unpickler import read_pickle as read_pickle
 from .merged_dicts import merge_dicts as merge_dicts
+from .outliers import LARGEST as LARGEST
+from .outliers import OUTLIERS_HINT as OUTLIERS_HINT
+from .outliers import check_outliers as check_outliers
+from .outliers import find_outlier as find_outlier
+from .outliers import find_outlier_in_bytes as find_outlier_in_bytes
+from .outliers import outlier_error as outlier_error
 from .readers import open_checkpoint as open_checkpoint
 from .row_reads import read_ranges as read_ranges
 from .safetensors_reader import DICTS_KEY as DICTS_KEY

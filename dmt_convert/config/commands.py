@@ -96,6 +96,11 @@ class PartitionOptions(Config):
         auto="rows drawn from the tables",
         metavar="DATA",
     )
+    outliers: Literal["refuse", "accept"] = setting(
+        "refuse",
+        "Whether weights may hold single values that are absurd beside all others, as a flipped "
+        "bit leaves them.",
+    )
     seed: int = setting(0, "Seed of all random choices.", ge=0)
 
     @property

@@ -7,6 +7,7 @@ from .convert import find_towers as find_towers
 from .convert import partition_checkpoint as partition_checkpoint
 from .convert import preview_conversion as preview_conversion
 from .drawn_inputs import draw_rows as draw_rows
+from .quality import describe_weakness as describe_weakness
 from .record import describe_partition as describe_partition
 from .sample import Sample as Sample
 from .sample import draw_sample as draw_sample

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from dmt_convert.bundle import (
     Bundle,
     BundleWriter,
@@ -17,7 +19,7 @@ from dmt_convert.bundle import (
     plan_table_files,
     table_bytes,
 )
-from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.checkpoint import check_finite, check_outliers, open_checkpoint, read_tensor
 from dmt_convert.config import ConvertConfig, ModelOptions, PartitionConfig, PartitionOptions
 from dmt_convert.conversion.module_choice import choose_modules, default_strategy, may_allot
 from dmt_convert.conversion.partition import (
@@ -28,6 +30,7 @@ from dmt_convert.conversion.partition import (
 )
 from dmt_convert.conversion.record import describe_manifest, describe_partition
 from dmt_convert.conversion.sample import Sample, draw_sample
+from dmt_convert.data import open_data
 from dmt_convert.errors import BundleError, DataError, PlanError
 from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
 from dmt_convert.files import (
@@ -70,8 +73,7 @@ def convert_checkpoint(
 
     flat = describe_flat(source, config)
     out = _check_out(flat, config)
-    for tensor in flat.dense_tensors.values():
-        check_checksums(tensor, tensor.path)
+    _check_dense(flat, config)
     progress("sampling", 0, 0)
     sample = _draw_sample(flat, config)
     progress("partitioning", 0, 0)
@@ -134,6 +136,8 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
     """
     flat = describe_flat(source, config)
     out = _check_out(flat, config)
+    if config.calibration is not None:
+        open_data(config.calibration)
     known = isinstance(config.partition, Path) or config.partition == "round-robin"
     # towers are found from the weights later; that there can be so many is known now
     dealt = partition_features(
@@ -197,13 +201,34 @@ def _accumulator_bytes(flat: FlatModelInfo, config: ConvertConfig) -> int:
     return accumulator_bytes(flat) if config.optimizer_state == "keep" else 0
 
 
+def _check_dense(flat: FlatModelInfo, options: PartitionOptions) -> None:
+    """Read all weights outside tables once, before anything is computed from them.
+
+    Raises:
+        CheckpointError: Bytes changed since the checkpoint was written; a weight is NaN or Inf, or
+            absurd beside all others.
+    """
+    for tensor in flat.dense_tensors.values():
+        check_checksums(tensor, tensor.path)
+        array = read_tensor(tensor)
+        check_finite(array, tensor.path)
+        if options.outliers == "refuse":
+            check_outliers(array, tensor.path)
+
+
 def _draw_sample(flat: FlatModelInfo, options: PartitionOptions) -> Sample:
     """Draw the rows that towers are fitted to and measured on.
 
     Raises:
         DataError: The calibration data holds too few rows, or does not fit the model.
+        CheckpointError: A row that was drawn holds NaN or Inf, or an absurd value.
     """
-    sample = draw_sample(flat, calibration=options.calibration, seed=options.seed)
+    sample = draw_sample(
+        flat,
+        calibration=options.calibration,
+        seed=options.seed,
+        accept_outliers=options.outliers == "accept",
+    )
     if sample.batch.num_rows < _MIN_ROWS:
         raise DataError(
             f"--calibration holds {sample.batch.num_rows} rows",
@@ -235,7 +260,9 @@ def find_towers(
         options = options.replace(partition=default_strategy(flat.spec, modules))
     if options.affinity == "weights" and not tells_pairs(flat.spec):
         options = options.replace(affinity="cosine")
-    affinity = measure_affinity(flat, sample, options.affinity)
+    # what overflows is refused by name: affinities must be finite
+    with np.errstate(all="ignore"):
+        affinity = measure_affinity(flat, sample, options.affinity)
     return replace(partition_features(flat.spec, options, affinity), sample=sample.description)
 
 
@@ -284,7 +311,9 @@ def _streamed_weights(
     towers = partition.towers
     kept = config.optimizer_state == "keep"
     return StreamedWeights(
-        tables=plan_table_files(flat, towers, dtype=config.dtype),
+        tables=plan_table_files(
+            flat, towers, dtype=config.dtype, accept_outliers=config.outliers == "accept"
+        ),
         accumulators=plan_accumulator_files(flat, towers) if kept else {},
     )
 
@@ -309,17 +338,19 @@ def _start(
     # imports torch, which takes seconds: only now, while tables are being copied
     from dmt_convert.conversion.start import start_model
 
-    return start_model(
-        flat,
-        specs[0],
-        sample,
-        alternatives=specs[1:],
-        allot=may_allot(specs[0].towers[0].module, config.compression),
-        distill_steps=config.distill_steps,
-        stored_as=config.dtype,
-        seed=config.seed,
-        on_step=lambda done, total: progress("distilling", done, total),
-    )
+    # what overflows is refused by name: logits must be finite, and closed forms be solved
+    with np.errstate(all="ignore"):
+        return start_model(
+            flat,
+            specs[0],
+            sample,
+            alternatives=specs[1:],
+            allot=may_allot(specs[0].towers[0].module, config.compression),
+            distill_steps=config.distill_steps,
+            stored_as=config.dtype,
+            seed=config.seed,
+            on_step=lambda done, total: progress("distilling", done, total),
+        )
 
 
 def partition_checkpoint(
@@ -338,7 +369,13 @@ def partition_checkpoint(
     flat = describe_flat(source, config)
     _check_files(flat, config)
     progress("sampling", 0, 0)
-    sample = draw_sample(flat, calibration=config.calibration, seed=config.seed)
+    _check_dense(flat, config)
+    sample = draw_sample(
+        flat,
+        calibration=config.calibration,
+        seed=config.seed,
+        accept_outliers=config.outliers == "accept",
+    )
     progress("partitioning", 0, 0)
     partition = find_towers(flat, sample, config)
     if config.out is not None:

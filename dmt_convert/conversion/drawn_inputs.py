@@ -22,6 +22,7 @@ import numpy as np
 from dmt_convert.arrays import BoolArray, Float32Array, Float64Array, IntArray
 from dmt_convert.checkpoint import (
     ITEM_BYTES,
+    LARGEST,
     TensorInfo,
     gather_rows,
     read_tensor,
@@ -122,7 +123,7 @@ def _chunks(state: TensorInfo, initial: float) -> Iterator[Float64Array]:
 def _weights(values: Float32Array, dtype: str, initial: float) -> Float64Array:
     """Average the columns of every row; a row whose accumulator is damaged weighs nothing."""
     mean: Float64Array = values.mean(axis=1, dtype=np.float64)
-    sound = np.isfinite(mean) & (values.min(axis=1) >= 0)
+    sound = np.isfinite(mean) & (values.min(axis=1) >= 0) & (mean <= LARGEST)
     return np.where(sound, subtract_initial(mean, dtype, initial), 0.0)
 
 

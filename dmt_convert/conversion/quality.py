@@ -5,6 +5,7 @@ torch is imported when a model is run: documents and reports only read the table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dmt_convert.model import FlatModel
 
 _BATCH: Final = 1024
+_FAIR_R2: Final = 0.9
 _BLOCK_ELEMENTS: Final = 1 << 23
 
 
@@ -59,6 +61,23 @@ def compare_models(
         data=held.description,
         count=held.batch.num_rows,
         labelled=labels is not None,
+    )
+
+
+def describe_weakness(quality: Quality) -> str | None:
+    """Say that a converted model agrees badly with the flat one, and what helps; None: it does not.
+
+    Args:
+        quality: What `compare_models` found.
+    """
+    r2 = quality.converted.r2
+    if r2 is not None and r2 >= _FAIR_R2:
+        return None
+    found = "not finite" if r2 is None or not math.isfinite(r2) else f"{r2:.3f}"
+    return (
+        f"R^2 of the logits is {found}, below {_FAIR_R2}: this start is not the flat model. Give "
+        "--calibration rows of the model's own data, a smaller --compression or larger --dim, more "
+        "--distill-steps, or --tower-module passthrough; or fine-tune before serving"
     )
 
 

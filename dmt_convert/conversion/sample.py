@@ -12,8 +12,8 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dmt_convert.arrays import Float32Array
-from dmt_convert.checkpoint import gather_rows
+from dmt_convert.arrays import Float32Array, IntArray
+from dmt_convert.checkpoint import TensorInfo, find_outlier, gather_rows, outlier_error
 from dmt_convert.conversion.drawn_inputs import draw_dense, draw_rows, estimate_scale
 from dmt_convert.data import (
     Bag,
@@ -69,7 +69,12 @@ def sample_size(spec: ModelSpec) -> int:
 
 
 def draw_sample(
-    info: FlatModelInfo, *, calibration: Path | None = None, rows: int | None = None, seed: int = 0
+    info: FlatModelInfo,
+    *,
+    calibration: Path | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    accept_outliers: bool = False,
 ) -> Sample:
     """Draw input rows and pool the model's embeddings for them.
 
@@ -83,16 +88,17 @@ def draw_sample(
         calibration: Data set to draw from.
         rows: n; by default `sample_size`.
         seed: Seed of the draw.
+        accept_outliers: Take values that are absurd as weights.
 
     Raises:
         DataError: The calibration data does not fit the model.
-        CheckpointError: A row that was drawn holds NaN or Inf.
+        CheckpointError: A row that was drawn holds NaN or Inf, or an absurd value.
     """
     count = sample_size(info.spec) if rows is None else rows
     if calibration is not None:
         batch, inputs = _calibration_rows(info, calibration, count, seed)
         description = f"{batch.num_rows} random rows of {calibration.name}"
-        pooled = pool_batch(info, batch)
+        pooled = pool_batch(info, batch, accept_outliers=accept_outliers)
         return Sample(
             batch=batch,
             pooled=pooled,
@@ -105,7 +111,7 @@ def draw_sample(
     sized = "assumed" if estimate_scale(info) is None else "scaled as in training"
     return Sample(
         batch=batch,
-        pooled=pool_batch(info, batch),
+        pooled=pool_batch(info, batch, accept_outliers=accept_outliers),
         source="tables",
         description=f"{count} sampled inputs, table rows drawn {by}, dense inputs {sized}",
     )
@@ -145,14 +151,14 @@ def _drawn_rows(info: FlatModelInfo, count: int, seed: int) -> Batch:
     )
 
 
-def pool_batch(info: FlatModelInfo, batch: Batch) -> Float32Array:
+def pool_batch(info: FlatModelInfo, batch: Batch, *, accept_outliers: bool = False) -> Float32Array:
     """Pool the embeddings of all features from disk.
 
     Returns:
         Pooled embeddings side by side, shape (B, M), float32.
 
     Raises:
-        CheckpointError: A row that is touched holds NaN or Inf.
+        CheckpointError: A row that is touched holds NaN or Inf, or an absurd value.
     """
     spec = info.spec
     out = np.zeros((batch.num_rows, sum(spec.feature_dims)), dtype=np.float32)
@@ -168,9 +174,19 @@ def pool_batch(info: FlatModelInfo, batch: Batch) -> Float32Array:
                 expected="finite weights",
                 hint="the training diverged or the file is damaged; use another checkpoint",
             )
+        if not accept_outliers:
+            _check_outliers(table, feature.table, rows, ids)
         _pool(rows, inverse, bag, feature, out[:, column : column + dim])
         column += dim
     return out
+
+
+def _check_outliers(info: TensorInfo, table: str, rows: Float32Array, ids: IntArray) -> None:
+    outlier = find_outlier(rows)
+    if outlier is not None:
+        row, column = divmod(outlier.index, rows.shape[1])
+        found = replace(outlier, index=int(ids[row]) * rows.shape[1] + column)
+        raise outlier_error(f"table {table!r} ({info.path})", found, info.shape)
 
 
 def _pool(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 
+from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import SmallWeights, split_state
 from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.conversion.initialisation import (
@@ -17,9 +20,10 @@ from dmt_convert.conversion.initialisation import (
     initialise,
     trace_flat,
 )
-from dmt_convert.conversion.quality import compare_models
+from dmt_convert.conversion.quality import compare_models, describe_weakness
 from dmt_convert.conversion.sample import Sample
 from dmt_convert.documents import Quality
+from dmt_convert.errors import CheckpointError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model, to_tensor
 from dmt_convert.spec import Dtype
@@ -74,7 +78,8 @@ def start_model(
         on_step: Called with the steps of distillation that are done, and all steps.
 
     Raises:
-        CheckpointError: A weight is NaN or Inf.
+        CheckpointError: A weight is NaN or Inf; or the numbers are so large that the flat model's
+            logits are not finite, or that no closed form can be solved.
     """
     flat = open_flat_model(info)
     fit, held = sample.split(_HELD_OUT)
@@ -84,6 +89,7 @@ def start_model(
         model, notes = initialise(flat, spec, None, method="exact", tables=tables)
         method, candidates = "exact", {"passthrough": lambda: model}
     else:
+        check_logits(flat, held)
         starter = Starter(flat, fit, held, tables)
         closed, notes = starter.solve([spec, *alternatives], allot=allot)
         better, note = starter.distill(closed, distill_steps, seed, on_step)
@@ -96,12 +102,14 @@ def start_model(
         candidates["random initialisation"] = lambda: initialise(
             flat, model.spec, None, method="random", tables=tables, seed=seed
         )[0]
+    quality = compare_models(flat, candidates, held)
+    weak = describe_weakness(quality)
     return StartedModel(
         spec=model.spec,
         weights=split_state(model),
         method=method,
-        notes=notes,
-        quality=compare_models(flat, candidates, held),
+        notes=notes if weak is None else (*notes, weak),
+        quality=quality,
     )
 
 
@@ -134,7 +142,19 @@ class Starter:
 
         Returns:
             The model, and one line per thing that was tried or fitted.
+
+        Raises:
+            CheckpointError: None can be solved.
         """
+        try:
+            model, notes = self._solve(specs, allot=allot)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            raise self._unsolvable(str(error).splitlines()[0]) from None
+        if not math.isfinite(self._lost(model)):
+            raise self._unsolvable("its logits are not finite")
+        return model, notes
+
+    def _solve(self, specs: Sequence[DmtSpec], *, allot: bool) -> tuple[DmtModel, tuple[str, ...]]:
         allotted = [allot_dims(self._trace, spec) for spec in specs] if allot else []
         tried = dict.fromkeys([*specs, *allotted])
         said, best = [], None
@@ -149,7 +169,7 @@ class Starter:
             )
             lost = self._lost(model)
             said.append(f"{_say(model.spec)}: R^2 {1 - lost:.6f}")
-            if best is None or lost < best[0]:
+            if best is None or math.isnan(best[0]) or lost < best[0]:
                 best = lost, model, notes
         assert best is not None
         _, model, notes = best
@@ -193,11 +213,55 @@ class Starter:
             return None, f"distillation ({steps} steps) did not beat the closed form, which stays"
         return better, note
 
+    def _unsolvable(self, reason: str) -> CheckpointError:
+        """Say that towers cannot be fitted, and which tensors span the widest range."""
+        trace = self._trace
+        tensors: dict[str, Float32Array] = dict(trace.weights)
+        for feature, vectors in zip(trace.spec.features, [*trace.vectors()][1:], strict=True):
+            tensors[f"table {feature.table!r} (sampled rows)"] = vectors
+        spans = {
+            name: (
+                float(np.abs(array).max(initial=0.0)),
+                float(np.sqrt(np.square(array, dtype=np.float64).mean())),
+            )
+            for name, array in tensors.items()
+            if array.size
+        }
+        widest = sorted(spans, key=lambda name: -spans[name][0] / (spans[name][1] or 1.0))[:3]
+        largest = sorted(spans, key=lambda name: -spans[name][0])[:3]
+        return CheckpointError(
+            f"towers cannot be fitted to this model: {reason}",
+            expected="weights and embeddings of moderate size",
+            hint="check the tensors named above; --tower-module passthrough fits nothing and "
+            "computes what the flat model computes",
+            details=[
+                f"{name}: largest value {spans[name][0]:.3g}, RMS {spans[name][1]:.3g}"
+                for name in dict.fromkeys([*largest, *widest])
+            ],
+        )
+
     def _lost(self, model: DmtModel) -> float:
         """1 - R^2 of the logits on held-out rows."""
         spread = float((self._target - self._target.mean()).square().sum())
         error = float((_logits(model, self._held) - self._target).square().sum())
         return error / spread if spread > 0 else error
+
+
+def check_logits(flat: FlatModel, sample: Sample) -> None:
+    """Refuse a flat model whose logits are not finite: nothing can be fitted to them.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    bad = int((~torch.isfinite(_logits(flat, sample))).sum())
+    if bad:
+        raise CheckpointError(
+            f"the flat model's logits are NaN or Inf for {bad} of {sample.batch.num_rows} rows of "
+            f"{sample.description}",
+            expected="finite logits",
+            hint="weights or inputs are too large for float32: check them, or give the model's own "
+            "data with --calibration",
+        )
 
 
 def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:

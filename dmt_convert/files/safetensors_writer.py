@@ -18,7 +18,15 @@ from typing import Any, Final
 import numpy as np
 
 from dmt_convert.arrays import AnyArray
-from dmt_convert.checkpoint import DTYPE_NAMES, ITEM_BYTES, ZEROS, ByteRows, TensorInfo
+from dmt_convert.checkpoint import (
+    DTYPE_NAMES,
+    ITEM_BYTES,
+    ZEROS,
+    ByteRows,
+    TensorInfo,
+    find_outlier_in_bytes,
+    outlier_error,
+)
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.aligned_writer import ALIGNMENT, AlignedWriter
 from dmt_convert.files.block_checks import write_blocks
@@ -49,6 +57,8 @@ class TensorSource:
     """Yields its bytes; chunks are whole elements, valid until the next but one is requested."""
     origin: str
     """What to call it in errors."""
+    is_weight: bool = False
+    """Whether values that are absurd as weights are refused."""
 
     @property
     def nbytes(self) -> int:
@@ -223,7 +233,7 @@ def _write_all(descriptor: int, view: memoryview) -> None:
 
 
 class _Check:
-    """Looks at every chunk once: finite, digest."""
+    """Looks at every chunk once: finite, of one scale, digest."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
@@ -234,8 +244,13 @@ class _Check:
         """Take the next bytes of the tensor."""
         self.digest.update(chunk)
         bad = None if chunk is ZEROS else first_non_finite(chunk, self._source.dtype)
+        source, first = self._source, self.seen // ITEM_BYTES[self._source.dtype]
         if bad is not None:
-            self._refuse(self.seen // ITEM_BYTES[self._source.dtype] + bad)
+            self._refuse(first + bad)
+        if source.is_weight and chunk is not ZEROS:
+            outlier = find_outlier_in_bytes(chunk, source.dtype)
+            if outlier is not None:
+                raise outlier_error(source.origin, outlier, source.shape, first=first)
         self.seen += chunk.nbytes
 
     def _refuse(self, element: int) -> None:

@@ -334,6 +334,14 @@ class LinearKind(TowerModule):
             )
         if compression == 1:
             return TowerModuleSpec(kind=PassthroughKind.kind)
+        held = sum(flat.feature_dims) / num_towers
+        if dim is not None and dim > held:
+            raise ConfigError(
+                f"--dim {dim} for {num_towers} towers that hold {held:g} elements each: they "
+                "would emit more than they hold",
+                expected=f"at most {held:g}",
+                hint="--tower-module passthrough emits the embeddings as they are",
+            )
         if dim is None:
             ratio = _COMPRESSION if compression is None else compression
             dim = int(sum(flat.feature_dims) / (num_towers * ratio) + 1e-9) if ratio > 1 else 0
@@ -436,6 +444,15 @@ def _vector_dim(flat: ModelSpec, num_towers: int, c: int, p: int, request: Modul
         ConfigError: No D does.
     """
     request.check_one_size()
+    widest = max(flat.feature_dims)
+    if request.dim is not None and request.dim > widest:
+        raise ConfigError(
+            f"--dim {request.dim} for embeddings of {widest} elements: towers would emit more than "
+            "they hold",
+            expected=f"at most {widest}",
+            hint=f"half of that, {max(1, widest // 2)}, is the default; --tower-module passthrough "
+            "emits the embeddings as they are",
+        )
     if request.dim is not None:
         return request.dim
     ratio = _COMPRESSION if request.compression is None else request.compression

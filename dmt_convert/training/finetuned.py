@@ -295,7 +295,10 @@ def table_sources(parent: Bundle, table: GetTable | None) -> dict[str, list[Tens
     files: dict[str, list[TensorSource]] = {DENSE_FILE: []}
     for t, tensors in enumerate(parent.towers):
         files[tower_file(t)] = [
-            _source(name, info, None if table is None else table(_table_name(name)))
+            replace(
+                _source(name, info, None if table is None else table(_table_name(name))),
+                is_weight=(parent.manifest.config or {}).get("outliers") != "accept",
+            )
             for name, info in tensors.items()
             if name.startswith("tables.")
         ]
