@@ -158,7 +158,7 @@ def _dot_use(
     interaction = spec.interaction
     norms = np.zeros((count, count))
     for row in pair_rows(count, interaction.pair_order, self_pairs=interaction.self_pairs):
-        columns = first[:, begin:][:, row.columns]
+        columns = first[:, begin:][:, row.columns].astype(np.float64)
         own = np.sqrt(np.einsum("op,op->p", columns, columns))
         norms[row.vector, row.others] = norms[row.others, row.vector] = own
     use = norms[1:, 1:]
