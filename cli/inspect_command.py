@@ -16,6 +16,7 @@ from .options import command
 
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
+    from dmt_convert.documents import InputRecord
     from dmt_convert.families import FlatModelInfo
     from dmt_convert.serving import ExportManifest
     from dmt_convert.spec import ModelSpec
@@ -101,6 +102,7 @@ def _tables(info: FlatModelInfo) -> list[Any]:
         ),
         *_dense_part(spec),
         ("tables", f"{len(spec.tables)}, {human_bytes(sum(t.nbytes for t in spec.tables))}"),
+        *_fed_by(info.inputs),
         ("optimizer state", f"found for {len(info.row_state)} of {len(spec.tables)} tables"),
         ("accumulators", f"Adagrad's, which bundles keep, for {len(info.accumulators)} of these"),
         *(("not used", line) for line in info.ignored),
@@ -130,6 +132,13 @@ def _tables(info: FlatModelInfo) -> list[Any]:
     ]
 
 
+def _fed_by(inputs: InputRecord | None) -> list[tuple[str, str]]:
+    """Say which columns of data feed a model, if that is known."""
+    from dmt_convert.data import describe_inputs
+
+    return [] if inputs is None else [("columns", describe_inputs(inputs))]
+
+
 def _show_bundle(output: Output, bundle: Bundle) -> None:
     manifest = bundle.manifest
     model = manifest.model
@@ -142,6 +151,7 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
         ("compression", f"{model.compression:.2f}"),
         ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
+        *_fed_by(manifest.inputs),
     ]
     towers = []
     for t, tower in enumerate(model.towers):
@@ -171,6 +181,7 @@ def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
         ("tables", manifest.quantize if manifest.quantize != "none" else "as in the bundle"),
         ("ids outside", "clipped" if manifest.out_of_range == "clip" else "refused"),
         ("checks passed", str(len(manifest.checks))),
+        *_fed_by(manifest.columns),
     ]
     tower_of = manifest.model.assignment.tower_of
     inputs = [

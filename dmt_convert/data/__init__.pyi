@@ -16,6 +16,7 @@ from .dealt_batches import Share as Share
 from .dealt_batches import adapt_shares as adapt_shares
 from .dealt_batches import deal_batches as deal_batches
 from .mapping import check_inputs as check_inputs
+from .mapping import describe_inputs as describe_inputs
 from .mapping import merge_records as merge_records
 from .readers import READERS as READERS
 from .readers import open_data as open_data

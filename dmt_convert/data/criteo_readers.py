@@ -165,6 +165,8 @@ NUM_DENSE: Final = 13
 NUM_FEATURES: Final = 26
 FEATURE_NAMES: Final = made_up("cat_{}", NUM_FEATURES)
 DENSE_NAMES: Final = made_up("int_{}", NUM_DENSE)
+_MANY_IDS: Final = 128
+"""Ids of two digits or more, none with a letter: hexadecimal ids would have some."""
 BLOCK_ROWS: Final = 1 << 15
 """Lines that are parsed at once."""
 _CHUNK_BYTES: Final = 1 << 22
@@ -279,6 +281,7 @@ class TsvBlocks:
             _parse_column(fields[c::width], 10, place, f"int_{c - skip}")
             for c in range(skip, skip + NUM_DENSE)
         ]
+        self._check_hexadecimal(fields, place)
         offsets = uniform_offsets(len(lines), 1)
         bags = []
         for i, name in enumerate(self.feature_names):
@@ -294,6 +297,19 @@ class TsvBlocks:
             bags=tuple(bags),
             labels=None if labels is None else check_labels(labels, place, "label"),
         )
+
+    def _check_hexadecimal(self, fields: Sequence[bytes], place: RowPlace) -> None:
+        """Refuse decimal ids: read as hexadecimal, they would be others."""
+        width, skip = self.has_labels + NUM_DENSE + NUM_FEATURES, int(self.has_labels)
+        ids = [fields[c::width] for c in range(skip + NUM_DENSE, width)]
+        long = [field for column in ids for field in column if len(field) > 1]
+        if len(long) >= _MANY_IDS and all(field.isdigit() for field in long):
+            raise DataError(
+                f"{self.file}: rows {place.row(0)} to {place.row(len(fields) // width - 1)} (from "
+                "0) hold decimal ids",
+                expected="hexadecimal ids, as in Criteo's files",
+                hint="write the rows as parquet: docs/data.md shows how",
+            )
 
 
 def _parse_column(fields: Sequence[bytes], base: int, place: RowPlace, column: str) -> AnyArray:

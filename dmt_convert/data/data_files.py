@@ -30,7 +30,11 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 def data_files(directory: Path) -> list[Path]:
     """Files of a directory that may hold data, in natural order."""
-    files = [f for f in directory.iterdir() if f.suffix in _SUFFIXES and f.is_file()]
+    files = [
+        file
+        for file in directory.iterdir()
+        if file.suffix in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
@@ -51,4 +55,23 @@ def refuse_splits(directory: Path) -> None:
             f"{directory} holds several splits: {', '.join(file.name for file in firsts)}",
             expected="one data set",
             hint=f"give one of them: {', '.join(str(file) for file in firsts)}",
+        )
+
+
+def refuse_mixtures(directory: Path) -> None:
+    """Refuse a directory of parquet beside files of numpy: only one kind would be read.
+
+    Raises:
+        DataError: There are files of both kinds.
+    """
+    files = data_files(directory)
+    firsts = [
+        next((f for f in files if (f.suffix == ".parquet") is of), None) for of in (True, False)
+    ]
+    known = [file for file in firsts if file is not None]
+    if len(known) > 1:
+        raise DataError(
+            f"{directory} holds parquet and numpy files: {', '.join(f.name for f in known)}",
+            expected="one data set",
+            hint=f"give one of them: {', '.join(map(str, known))}",
         )

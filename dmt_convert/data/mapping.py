@@ -133,6 +133,16 @@ def check_inputs(record: InputRecord, spec: ModelSpec) -> None:
         )
 
 
+def describe_inputs(record: InputRecord) -> str:
+    """Say in one line which columns feed a model."""
+    parts = [compress_pairs([(column, name) for name, column in record.features.items()])]
+    if record.dense is not None:
+        parts.append(f"dense inputs {compress_names(record.dense) or 'none'}")
+    if record.dense_form is not None:
+        parts.append(f"fed as {FORMS[record.dense_form]}")
+    return "; ".join(filter(None, parts))
+
+
 def list_names(names: Sequence[str]) -> str:
     """List names, the first of many."""
     rest = len(names) - MAX_NAMES

@@ -12,7 +12,7 @@ from dmt_convert.data.criteo_readers import (
     read_criteo_npy,
     read_criteo_tsv,
 )
-from dmt_convert.data.data_files import data_files, refuse_splits
+from dmt_convert.data.data_files import data_files, refuse_mixtures, refuse_splits
 from dmt_convert.data.dataset import Dataset
 from dmt_convert.data.npz_readers import (
     is_dlrm_npz,
@@ -75,6 +75,7 @@ def _check_path(path: Path) -> None:
         )
     if path.is_dir():
         refuse_splits(path)
+        refuse_mixtures(path)
     elif not path.stat().st_size:
         raise DataError(
             f"{path} is empty", expected="a data file", hint="copy or download the file again"

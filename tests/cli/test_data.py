@@ -255,3 +255,8 @@ def test_bags_that_are_too_long_are_a_fault(tmp_path: Path) -> None:
     path = write(tmp_path / "r", {"f0": [[1], [2, 3]]})
     (fault,) = data_profile.profile_data(path, spec).faults
     assert "feature 'f0' has bags of up to 2 ids" in fault.found
+
+
+def test_inspect_says_what_feeds_a_bundle(calibrated: Path, call_dmt: Call) -> None:
+    run = call_dmt("inspect", calibrated)
+    assert "C1..C4 -> cat_0..cat_3; dense inputs price, age, days, size, rate" in run.stdout

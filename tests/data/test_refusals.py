@@ -405,3 +405,21 @@ def test_counts_that_float32_does_not_hold(tmp_path: Path) -> None:
         tmp_path / "a.npz", X_int=np.full((1, 1), 1e300), X_cat=np.ones((1, 1)), y=np.ones(1)
     )
     assert "column 'X_int[0]', row 0 (from 0): inf" in refusal(path)
+
+
+def test_decimal_ids_are_not_read_as_hexadecimal(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = [
+        "\t".join(map(str, [row % 2, *range(13), *rng.integers(0, 10**6, 26)])) for row in range(9)
+    ]
+    (tmp_path / "day_0").write_text("\n".join(lines) + "\n")
+    text = refusal(tmp_path / "day_0")
+    assert "hold decimal ids" in text and "docs/data.md" in text
+
+
+def test_a_folder_of_two_formats(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"f": [1]}), tmp_path / "rows.parquet")
+    save(tmp_path / "more.npz", sparse=np.zeros((2, 1), dtype=int))
+    text = refusal(tmp_path)
+    assert "parquet and numpy files: rows.parquet, more.npz" in text
+    assert str(tmp_path / "more.npz") in text
