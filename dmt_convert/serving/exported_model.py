@@ -93,10 +93,16 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
+        hint = "copy the export again, or export the bundle again"
+        if "escapes model directory" in str(error):
+            hint = (
+                "its weights are symbolic links, which ONNX Runtime does not follow to another "
+                "folder than the graph's own: cp -rL EXPORT COPY, and use the copy"
+            )
         raise ExportError(
             f"{path} cannot be loaded by ONNX Runtime ({_first_line(error)})",
             expected="a graph that `dmt export` wrote, with its weights beside it",
-            hint="copy the export again, or export the bundle again",
+            hint=hint,
         ) from None
 
 

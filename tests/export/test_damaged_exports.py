@@ -196,6 +196,15 @@ def test_an_export_of_symbolic_links_opens(
         ExportedModel(snapshot).check_files()
 
 
+def test_links_that_onnx_runtime_does_not_follow_are_named(served: Path, tmp_path: Path) -> None:
+    weights = served / "tower_000/tower.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ExportError, match="cannot be loaded by ONNX Runtime") as refused:
+        score(served)
+    assert "symbolic links" in refused.value.hint and "cp -rL" in refused.value.hint
+
+
 @pytest.fixture
 def native(served: Path) -> Path:
     """What is described as machine code, without a compiler: the graph's file is no package."""
