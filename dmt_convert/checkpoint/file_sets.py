@@ -33,6 +33,8 @@ _COUNTED: Final = re.compile(r"(?<!\d)(\d{1,5})([-_.]?of[-_.]?)(\d{1,5})(?!\d)")
 _PROGRESS: Final = re.compile(r"(?i)(epoch|step|iter|iteration|fold|run|trial|seed|day)[-_.]?$")
 """Words before a number of how far a training was, not of a part."""
 _NUMBERED: Final = re.compile(r"(?i)(?<![a-z])(rank|part|shard|piece)([-_.]?)(\d{1,6})(?!\d)")
+_FOLDER: Final = re.compile(r"(?i)([a-z]{1,4}[-_.])?(rank|part|shard|piece)[-_.]?\d{1,6}([-_.].*)?")
+"""Names of folders of which each rank has its own, such as mp_rank_00."""
 _SHARD: Final = re.compile(r"shard-(\d{1,9})-model-(\d{1,9})-of-(\d{1,9})\.safetensors")
 _MAX_LISTED: Final = 20
 _MAX_COMPARED_BYTES: Final = 64 << 20
@@ -152,26 +154,53 @@ def find_parts(path: Path) -> tuple[Path, ...]:
     ]
     if counted:
         return _counted_parts(path, counted[-1])
-    if not _NUMBERED.search(path.name):
-        return (path,)
-    found: dict[tuple[int, ...], Path] = {}
-    for other in path.parent.iterdir():
-        if _skeleton(other.name) == _skeleton(path.name) and other.is_file():
-            found[tuple(int(m[3]) for m in _NUMBERED.finditer(other.name))] = other
-    numbers = sorted(found)
-    columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    match = _NUMBERED.search(path.name)
+    if match is not None:
+        return _numbered_parts(path, _alike(path), alone=match[1].lower())
+    folder = path.absolute().parent
+    if _FOLDER.fullmatch(folder.name):
+        return _numbered_parts(path, {n: p / path.name for n, p in _alike(folder).items()})
+    return (path,)
+
+
+def _alike(path: Path) -> dict[tuple[int, ...], Path]:
+    """Return what lies beside a path under names that differ in their numbers only, by these."""
+    skeleton = _NUMBERED.sub(r"\1\2#", path.name)
+    return {
+        tuple(int(match[3]) for match in _NUMBERED.finditer(other.name)): other
+        for other in path.parent.iterdir()
+        if _NUMBERED.sub(r"\1\2#", other.name) == skeleton
+    }
+
+
+def _numbered_parts(
+    path: Path, alike: dict[tuple[int, ...], Path], *, alone: str = ""
+) -> tuple[Path, ...]:
+    """Return the files whose numbers count from 0 or 1; the file itself if they do not.
+
+    Args:
+        path: The file.
+        alike: Files by number.
+        alone: What its name calls it; a shard alone is refused, and of a rank that is said.
+    """
+    found = {numbers: other for numbers, other in alike.items() if other.is_file()}
+    columns = [sorted(set(column)) for column in zip(*found, strict=True)]
     varying = [column for column in columns if len(column) > 1]
-    if not varying or any(column[0] > 1 for column in varying):
-        return (path,)  # alone, or numbers that do not count: rank8, rank16
+    if any(column[0] > 1 for column in varying):
+        return (path,)  # numbers that do not count: rank8, rank16
+    if not varying and alone in ("shard", "part", "piece"):
+        raise _part_missing(path, ["all others"], 1)
+    if not varying and alone and columns[0][0] <= 1:
+        _log.warning(
+            "%s has the name of one rank's file, and no other rank's lies beside it: if the "
+            "tables were sharded, it holds some of their rows",
+            path,
+        )
     for column in varying:
         missing = sorted(set(range(column[0], column[-1] + 1)) - set(column))
         if missing:
             raise _part_missing(path, [str(number) for number in missing], len(found))
-    return tuple(found[number] for number in numbers)
-
-
-def _skeleton(name: str) -> str:
-    return _NUMBERED.sub(r"\1\2#", name)
+    return tuple(found[numbers] for numbers in sorted(found)) if varying else (path,)
 
 
 def _counted_parts(path: Path, match: re.Match[str]) -> tuple[Path, ...]:

@@ -204,6 +204,34 @@ def test_a_numbered_part_alone_is_refused(name, tmp_path):
         path.unlink()
 
 
+@pytest.mark.parametrize("name", ["shard_0.pt", "part1.safetensors", "piece-7.pt"])
+def test_a_shard_by_its_name_is_no_whole(name, tmp_path):
+    save(tiny_state(), tmp_path / name)
+    refuse(tmp_path / name, "one of several files")
+    refuse(tmp_path, "one of several files")
+
+
+def test_a_ranks_file_alone_is_said_to_be_one(tmp_path, caplog):
+    """Rank 0 may well have saved all for the others."""
+    save(tiny_state(), tmp_path / "model_rank0.pt")
+    same(open_checkpoint(tmp_path), tiny_state())
+    assert "no other rank's lies beside it" in caplog.text
+
+
+def test_a_folder_per_rank(tmp_path):
+    state = tiny_state()
+    for rank in range(2):
+        (tmp_path / f"mp_rank_0{rank}").mkdir()
+        part = {name: state[name] for name in list(state)[rank::2]}
+        save(part, tmp_path / f"mp_rank_0{rank}" / "model.pt")
+    for rank in range(2):
+        same(open_checkpoint(tmp_path / f"mp_rank_0{rank}" / "model.pt"), state)
+        same(open_checkpoint(tmp_path / f"mp_rank_0{rank}"), state)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert "mp_rank_00" in caught.value.hint
+
+
 def test_ranks_with_a_gap_are_refused(tmp_path):
     for rank in (0, 1, 3):
         save({f"w{rank}": torch.ones(2, 2)}, tmp_path / f"rank{rank}.pt")
