@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.config import ExportConfig
 from dmt_convert.data import adapt_batches, open_data
-from dmt_convert.errors import ArchitectureError, ConfigError, DataError
+from dmt_convert.errors import ArchitectureError, ConfigError, DataError, ExportError
 from dmt_convert.families import FeatureConfig, ModelConfig, infer_model
+from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.serving.export_config import plan_inputs
 from dmt_convert.spec import ModelSpec
 from support.originals import (
     assert_agrees,
@@ -239,3 +242,15 @@ def test_files_saved_from_a_gpu(zipped, store, monkeypatch):
     torch.save(original.state, path, _use_new_zipfile_serialization=zipped)
     assert b"cuda:3" in path.read_bytes()
     assert_agrees(path, original, ModelConfig(qr_operation="mult"))
+
+
+def test_exports_take_one_id_where_only_one_is_right(store):
+    path, _ = store(qr("mult"), lengths=1)
+    info = infer_model(open_checkpoint(path), ModelConfig(qr_operation="mult"))
+    tower = TowerSpec(features=info.spec.feature_names, module=TowerModuleSpec(kind="passthrough"))
+    spec = DmtSpec(flat=info.spec, towers=(tower,))
+    forms = [f.form for f in plan_inputs(spec, ExportConfig(format="pt2")).features]
+    assert forms == ["jagged", "single", "single", "single"]
+    asked = ExportConfig(format="pt2", pooling_input={"f1": "padded"})
+    with pytest.raises(ExportError, match="f1 may have at most one id"):
+        plan_inputs(spec, asked)
