@@ -21,7 +21,6 @@ from .outliers import find_outlier as find_outlier
 from .outliers import find_outlier_in_bytes as find_outlier_in_bytes
 from .outliers import outlier_error as outlier_error
 from .readers import open_checkpoint as open_checkpoint
-from .row_reads import read_ranges as read_ranges
 from .safetensors_reader import DICTS_KEY as DICTS_KEY
 from .safetensors_reader import DTYPE_NAMES as DTYPE_NAMES
 from .safetensors_reader import read_safetensors as read_safetensors

@@ -1,7 +1,7 @@
 """Tensors of our own files, which are compared with their digests whenever they are read.
 
 A stream of a whole tensor is compared with its digest as it goes by. A lookup of single rows looks
-at the 64 KiB blocks around them, the first time that they are touched. The checksums of the blocks
+at the 32 KiB blocks around them, the first time that they are touched. The checksums of the blocks
 lie in a file beside the weights. Where there is none (bundles of older versions), or it is damaged,
 the first lookup reads the whole tensor.
 """
@@ -20,11 +20,11 @@ from typing import Final
 import numpy as np
 
 from dmt_convert.arrays import BoolArray, IntArray
-from dmt_convert.checkpoint import ByteRows, HeldFile, TensorInfo, read_ranges, stream_bytes
+from dmt_convert.checkpoint import ByteRows, HeldFile, TensorInfo, stream_bytes
 from dmt_convert.errors import DmtError
 from dmt_convert.files.digest import BLOCK_BYTES, Checksums, TreeDigest, digest_of_blocks
 
-_BLOCKS_PER_READ: Final = 128
+_BLOCKS_PER_READ: Final = 256
 SUFFIX: Final = ".blocks"
 """What the file of the checksums is called: `tower_000.blocks` beside `tower_000.safetensors`."""
 
@@ -132,14 +132,23 @@ class TensorGuard:
 
     def _read_checksums(self, file: HeldFile, wanted: IntArray) -> Checksums:
         """Read some blocks, ascending, and return what their checksums are now."""
-        rest = self._length % BLOCK_BYTES
-        cut = bool(rest) and wanted[-1] == len(self._checked) - 1
-        whole = wanted[: len(wanted) - cut]
-        read = read_ranges(file, self._begin + whole * BLOCK_BYTES, BLOCK_BYTES)
-        found = [zlib.crc32(row.data) for row in read]
-        if cut:
-            (last,) = read_ranges(file, self._begin + wanted[-1:] * BLOCK_BYTES, rest)
-            found.append(zlib.crc32(last.data))
+        buffer = memoryview(bytearray(min(len(wanted) * BLOCK_BYTES, self._length)))
+        breaks = np.flatnonzero(np.diff(wanted) > 1) + 1
+        runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, breaks)]
+        ranges = [
+            (first * BLOCK_BYTES, min(last * BLOCK_BYTES, self._length)) for first, last in runs
+        ]
+        found = []
+        with file.open() as descriptor:
+            for begin, end in ranges:
+                offset = self._begin + begin
+                os.posix_fadvise(descriptor, offset, end - begin, os.POSIX_FADV_WILLNEED)
+            for begin, end in ranges:
+                run = buffer[: end - begin]
+                file.read_into(descriptor, self._begin + begin, run)
+                found += [
+                    zlib.crc32(run[at : at + BLOCK_BYTES]) for at in range(0, len(run), BLOCK_BYTES)
+                ]
         return np.array(found, dtype=np.uint32)
 
     def _describe(self, wrong: Sequence[int]) -> str:

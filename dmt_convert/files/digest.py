@@ -3,7 +3,7 @@
 A tensor's digest is ours: sha256 over the CRC-32 of each of its 8 MiB chunks. CRC-32 is three times
 as fast as sha256 here and finds every accident (a flipped bit, a lost block); it is no protection
 against someone who forges a file. Holes of sparse files cost nothing. The CRC-32 of a chunk follows
-from those of its 64 KiB blocks, so that a list of these, which `block_checks` keeps beside a table,
+from those of its 32 KiB blocks, so that a list of these, which `block_checks` keeps beside a table,
 is itself checked by the digest. A checksum is the container's own CRC-32 of a block; what is read
 of a checkpoint is compared with it.
 """
@@ -36,7 +36,7 @@ from dmt_convert.errors import CheckpointError
 PREFIX: Final = "crc32/8MiB:"
 
 
-BLOCK_BYTES: Final = 64 << 10
+BLOCK_BYTES: Final = 32 << 10
 """Bytes of a block; what is read to check one row."""
 _BLOCKS_PER_CHUNK: Final = CHUNK_BYTES // BLOCK_BYTES
 
@@ -79,7 +79,7 @@ class TreeDigest:
 
     @property
     def blocks(self) -> Checksums:
-        """CRC-32 of every 64 KiB; complete once the digest is finished."""
+        """CRC-32 of every 32 KiB; complete once the digest is finished."""
         return np.array(self._closed, dtype=np.uint32)
 
     def _close_block(self) -> None:
@@ -99,7 +99,7 @@ def digest_of_blocks(blocks: Checksums, nbytes: int) -> str:
     """Return the digest of a tensor by the checksums of its blocks.
 
     Args:
-        blocks: CRC-32 of every 64 KiB of the tensor, and of what is left.
+        blocks: CRC-32 of every 32 KiB of the tensor, and of what is left.
         nbytes: Bytes of the tensor.
     """
     whole = nbytes // CHUNK_BYTES * _BLOCKS_PER_CHUNK

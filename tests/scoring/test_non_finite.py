@@ -12,8 +12,9 @@ from dmt_convert.scoring import evaluate_model, open_model, score_data, score_to
 from support.checkpoints.flat import TORCHREC_TABLE
 from support.commands import run_dmt
 from support.refusals import check_refusal
-from support.rows import write_probe
+from support.rows import write_probe, write_schema
 from support.scored import convert_model, write_model, write_rows
+from support.specs import CLICK_NAMES
 
 
 def spoil(path: Path, name: str, place: tuple[int, ...], value: float) -> Path:
@@ -21,6 +22,19 @@ def spoil(path: Path, name: str, place: tuple[int, ...], value: float) -> Path:
     state[name][place] = value
     torch.save(state, path)
     return path
+
+
+def labelled(folder: Path, rows: int) -> Path:
+    """Rows with labels, one id in every bag."""
+    rng = np.random.default_rng(0)
+    write_schema(folder, CLICK_NAMES)
+    np.savez(
+        folder / "clicks.npz",
+        dense=rng.standard_normal((rows, 2)).astype(np.float32),
+        sparse=rng.integers(0, 7, (rows, 4)),
+        label=np.arange(rows) % 2,
+    )
+    return folder / "clicks.npz"
 
 
 PLACES = {
@@ -44,7 +58,7 @@ def test_the_absurd_tensor_is_named(tmp_path: Path, name: str) -> None:
 def test_the_commands_say_which_rows_and_nothing_else(tmp_path: Path, command: str) -> None:
     name = "over_arch.model.0._mlp.0._linear.weight"
     model = spoil(write_model(tmp_path / "m.pt"), name, (0, 0), 2e38)
-    data = write_rows(tmp_path / "rows.npz", 40)
+    data = labelled(tmp_path, 40)
     more = ("--out", tmp_path / "scores.npz") if command == "score" else ()
     run = run_dmt(command, model, "--data", data, *more, "--json")
     check_refusal(run, "CheckpointError", "are NaN or infinite (rows")
@@ -55,7 +69,7 @@ def test_the_commands_say_which_rows_and_nothing_else(tmp_path: Path, command: s
 def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = convert_model(write_model(tmp_path / "m.pt"), tmp_path / "b")
     model = open_model(bundle)
-    data = write_rows(tmp_path / "rows.npz", 10)
+    data = labelled(tmp_path, 10)
     score_data(model, data)
     real = type(model).score
 
