@@ -85,6 +85,9 @@ class _Agent(LocalElasticAgent):
 def main(arguments: list[str]) -> int:
     """Run the ranks; returns the exit code."""
     die_with_parent(signal.SIGTERM)
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # under nohup ranks would inherit that it is ignored
     if os.environ.get("DMT_TRACEBACK") != "1":
         logging.disable(logging.CRITICAL)  # torchrun's own account of the same failure
     setattr(import_module("torch.distributed.launcher.api"), "LocalElasticAgent", _Agent)  # noqa: B010

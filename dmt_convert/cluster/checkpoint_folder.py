@@ -151,7 +151,7 @@ def _check_file(path: Path, file: SavedFile) -> None:
 def digest_file(path: Path) -> str:
     """Return the digest of a file's content."""
     digest, buffer = TreeDigest(), bytearray(_CHUNK_BYTES)
-    with path.open("rb", buffering=0) as file:
+    with _naming(path), path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(np.frombuffer(buffer, dtype=np.uint8, count=count))
     return digest.finish()
@@ -215,6 +215,16 @@ def os_refusal(error: OSError, folder: Path, done: str, *, where: str = "") -> C
     )
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of reading it, as an error of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _read_manifest(path: Path) -> tuple[Mapping[str, Any], dict[str, SavedFile]]:
     manifest = _read_json(path / _MANIFEST)
     files = _parse_files(manifest)
@@ -266,7 +276,8 @@ def _damaged(path: Path, found: str, details: list[str] | None = None) -> Damage
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with _naming(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _damaged(path.parent, f"{path.name} is missing") from None
     except (ValueError, RecursionError) as error:

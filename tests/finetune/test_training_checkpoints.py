@@ -278,6 +278,18 @@ def test_what_cannot_be_read_now_is_refused_and_stays(
         assert found.step == 20
 
 
+def test_an_error_of_reading_names_the_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python names it for `open` only."""
+    path = saved / "step_000000020" / "__0_0.distcp"
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match=r"__0_0\.distcp"):
+        digest_file(path)
+
+
 def test_checkpoints_of_version_1_are_compared_with_their_own_checksums(copy: Path) -> None:
     """Their manifest has sizes only; the tensors' CRC-32 is DCP's."""
     for step in (10, 20):
