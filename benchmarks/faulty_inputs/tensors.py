@@ -170,7 +170,7 @@ def gaps(case: Case) -> None:
     import torch
 
     base = plain_model(case, model=("torchrec", case.turn("dot", "dcn", "projection")))
-    numbers = case.turn(NUMBERS, (1, 2, 4, 3), (10, 30, 20, 40), (2019, 2018, 2021, 2020))
+    numbers = case.turn(NUMBERS, (1, 2, 5, 3), (10, 30, 20, 40), (2019, 2018, 2021, 2020))
     state = renumbered(base.state, numbers)
     torch.save(state, base.folder / "clean.pt")
     facts = {"features": [f"{n}" for n in numbers]}
