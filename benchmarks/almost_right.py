@@ -10,7 +10,7 @@ fault says is known. Each command that takes the input ends in one of:
     refused  it says what it found (a DmtError, or an error of the system that names the file)
     asked    it refuses, and gives the line with which the user can say what is meant
     SILENT   it ends well, and the answer is wrong
-    CRASH    it ends in any other way: a traceback, more than 60 seconds or 2 GB
+    CRASH    it ends in any other way: a traceback, more than 60 seconds of computing or 2 GB
 
 Prints a table of faults and verdicts, and every SILENT and CRASH with how to see it again. Exit
 code 1 if there is any. Commands are run in forked processes through the public functions.
@@ -45,7 +45,7 @@ from faulty_inputs.documents import prepare_exports
 from faulty_inputs.models import plain_model
 from faulty_inputs.training import prepare_training
 
-MAX_SECONDS, MAX_BYTES = 60.0, 2 << 30
+MAX_CPU_SECONDS, MAX_SECONDS, MAX_BYTES = 60, 300.0, 2 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ def attempt(task: Task, seed: int, folder: Path, shared: Path) -> list[Outcome]:
 def work(task: Task, seed: int, root: Path, keep: bool, out: int) -> None:
     """Try one input in a forked process; write what came of it to a pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes() + 2 * MAX_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 5))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     warnings.simplefilter("ignore")
     folder = root / f"{task.kind.replace(' ', '-').replace(chr(39), '')}-{task.number}"

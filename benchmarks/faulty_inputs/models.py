@@ -33,6 +33,8 @@ class Model:
     """What a user has to say of it."""
     config: Mapping[str, str] = field(default_factory=dict)
     """Files that describe it, beside its tensors."""
+    is_never: bool = False
+    """Whether no answer can be right."""
 
     @cached_property
     def spec(self) -> Any:
@@ -102,6 +104,7 @@ class Model:
     def never(self) -> Model:
         """The same model where no answer can be right: any logits but a refusal are wrong."""
         other = Model(self.family, self.folder, self.state, self.source, self.facts, self.config)
+        other.is_never = True
         other.__dict__.update({"spec": self.spec, "logits": self.logits + 1})
         return other
 

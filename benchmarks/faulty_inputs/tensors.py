@@ -112,10 +112,15 @@ def not_a_number(case: Case) -> None:
 
 
 def flip_exponent(tensor: Any, at: int) -> Any:
-    """Flip the highest exponent bit of an element: 0.3 becomes 1e38."""
+    """Flip the highest exponent bit of an element: 0.3 becomes 1e38.
+
+    Elements of 2 and more would become tiny instead, which nothing shows.
+    """
     import torch
 
     raw = tensor.clone().contiguous().view(-1).numpy().view(np.uint32)
+    small = np.flatnonzero((raw >> np.uint32(30)) & np.uint32(1) == 0)
+    at = int(small[at % len(small)])
     raw[at] ^= np.uint32(1 << 30)
     return torch.from_numpy(raw.view(np.float32)).reshape(tensor.shape)
 
