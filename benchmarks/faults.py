@@ -77,9 +77,14 @@ class Ended:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+def beside(folder: Path, name: str) -> Path:
+    """A file that no fault strikes."""
+    return folder.with_name(f"{name}-{folder.name}")
+
+
 def run_forked(work: Callable[[], object], strike: Strike | None, folder: Path) -> Ended:
     """Run `dmt` in a forked process, perhaps with a fault; count its file operations."""
-    out, counted = folder / "said", folder / "counted"
+    out, counted = beside(folder, "said"), beside(folder, "counted")
     counted.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -285,8 +290,8 @@ class Export(Job):
         self.must(ended)
 
     def work(self, *, older: bool = False) -> Callable[[], object]:
-        bundle = self.inputs / "b"
-        return call_dmt("export", bundle, "--format", "onnx", "--out", self.out, "--quiet")
+        options = ("--format", "onnx", "--copy-weights", "--quiet")
+        return call_dmt("export", self.inputs / "b", *options, "--out", self.out)
 
     def source(self) -> list[Path]:
         return sorted((self.inputs / "b" / "weights").glob("*.safetensors"))
@@ -325,7 +330,7 @@ class Finetune(Job):
         self.must(self.train(counting))
         self.new = self.content()
         self.after = leftovers(self.area)
-        return json.loads((self.root / "counted").read_text())
+        return json.loads(beside(self.root, "counted").read_text())
 
     def run(self, strike: Strike) -> Ended:
         return self.train(strike)
@@ -337,7 +342,7 @@ class Finetune(Job):
 
     def train(self, strike: Strike | None, *more: str) -> Ended:
         """Train; the fault strikes the first rank."""
-        jobs = self.root / "jobs"
+        jobs = beside(self.root, "jobs")
         shutil.rmtree(jobs, ignore_errors=True)
         jobs.mkdir()
         arguments = ["--bundle", self.inputs / "b", "--data", self.inputs / "rows"]
@@ -372,7 +377,7 @@ class Finetune(Job):
             cluster_server.arrange = arrange  # type: ignore[assignment]
             job["faults"] = [{"rank": 0}]
             if strike.fault == "none":
-                job["environment"] = {"DMT_FAULT_COUNTS": str(self.root / "counted")}
+                job["environment"] = {"DMT_FAULT_COUNTS": str(beside(self.root, "counted"))}
                 count_at_the_end(cluster_server)
         return cluster_server.run_job(job, jobs)["attempts"][-1]
 
@@ -464,17 +469,24 @@ def note(job: Job, outcomes: Outcomes, strike: Strike, ended: Ended, *, with_old
         outcomes.again += 1
 
 
-def prepare() -> None:
+def prepare(folder: Path) -> None:
     """Import what the commands need, once, before processes are forked."""
     import torch
 
     torch.set_num_threads(1)
     from faulty_inputs.commands import be_quick
 
-    import dmt_convert.api
-    import dmt_convert.cli.main  # noqa: F401
+    import dmt_convert as dmt
+    import dmt_convert.cli.main
+    from support.checkpoints.containers import save_dcp
+    from support.checkpoints.flat import flat_state, make_flat
 
     be_quick()
+    assert dmt_convert.cli.main
+    folder.mkdir()
+    bundle = dmt.convert(make_flat(folder / "a.pt"), folder / "b", towers=2, distill_steps=0)
+    dmt.export(bundle, "onnx", folder / "export")
+    dmt.unshard(save_dcp(flat_state(), folder), folder / "plain.safetensors")
 
 
 def table(results: Iterator[tuple[str, str, Outcomes]]) -> Iterator[str]:
@@ -503,6 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def results() -> Iterator[tuple[str, str, Outcomes]]:
         with tempfile.TemporaryDirectory() as name:
+            prepare(Path(name) / "warm")
             for command in options.commands:
                 if command == "finetune":
                     import torchrec  # noqa: F401
@@ -513,7 +526,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     lost.extend(outcomes.lost)
                     yield command, fault, outcomes
 
-    prepare()
     begin = time.monotonic()
     for line in table(results()):
         print(line, flush=True)
