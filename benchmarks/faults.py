@@ -185,6 +185,7 @@ class Job:
         if self.has_old:
             self.must(run_forked(self.work(older=True), None, self.root))
             self.old = self.content()
+            shutil.copytree(self.area, beside(self.root, "old"))
             self.clear()
         strike = Strike(fault="none", nth=0, folder=self.root, file=self.root)
         ended = run_forked(self.work(), strike, self.root)
@@ -210,7 +211,7 @@ class Job:
         self.restore_inputs()
         self.clear()
         if with_old:
-            self.must(run_forked(self.work(older=True), None, self.root))
+            shutil.copytree(beside(self.root, "old"), self.area, dirs_exist_ok=True)
 
     def state(self) -> str:
         """Say what the target is."""
