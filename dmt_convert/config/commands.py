@@ -20,6 +20,7 @@ from dmt_convert.config.values import (
     Groups,
     NameLists,
     Names,
+    Outliers,
     OutOfRange,
     PathValue,
     Strategy,
@@ -96,7 +97,7 @@ class PartitionOptions(Config):
         auto="rows drawn from the tables",
         metavar="DATA",
     )
-    outliers: Literal["refuse", "accept"] = setting(
+    outliers: Outliers = setting(
         "refuse",
         "Whether weights may hold single values that are absurd beside all others, as a flipped "
         "bit leaves them.",

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from dmt_convert.config.base import Config
 from dmt_convert.config.fields import setting
-from dmt_convert.config.values import Float, PathValue
+from dmt_convert.config.values import Float, Outliers, PathValue
 
 _CLUSTER: Final = "Cluster"
 _MODEL: Final = "Facts about the model"
@@ -37,6 +37,11 @@ class ScoringOptions(ModelOptions):
         False,
         "Run the machine code of a pt2 export; give it for exports that you made, or whose makers "
         "you trust.",
+    )
+    outliers: Outliers = setting(
+        "refuse",
+        "Whether weights may hold single values that are absurd beside all others, as a flipped "
+        "bit leaves them.",
     )
 
 

@@ -18,6 +18,7 @@ ExportFormat = Literal["onnx", "pt2", "triton"]
 TableCode = Literal["none", "fp16", "int8", "int4"]
 InputForm = Literal["single", "fixed", "padded", "jagged"]
 OutOfRange = Literal["refuse", "clip"]
+Outliers = Literal["refuse", "accept"]
 
 STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
 AFFINITY_KINDS: Final[tuple[str, ...]] = get_args(AffinityKind)

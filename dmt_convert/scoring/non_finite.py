@@ -9,6 +9,15 @@ import numpy as np
 import torch
 
 from dmt_convert.arrays import Float32Array, IntArray
+from dmt_convert.checkpoint import (
+    ITEM_BYTES,
+    TensorInfo,
+    check_outliers,
+    find_outlier_in_bytes,
+    outlier_error,
+    read_tensor,
+    stream_tensor,
+)
 from dmt_convert.data import Batch
 from dmt_convert.errors import BundleError, CheckpointError, DmtError, ExportError
 
@@ -48,12 +57,14 @@ class LogitCheck:
         self._rows += len(logits)
 
     def finish(self) -> None:
-        """Refuse logits that are not finite.
+        """Refuse logits that are not finite, and weights that can only be wrong.
 
         Raises:
             DmtError: Some are; what may be the cause is listed.
         """
         if self._batch is None:
+            for tensor in self._model.weights:
+                _refuse_outliers(tensor)
             return
         rows = ", ".join(map(str, self._first)) + (", ..." if self._bad > len(self._first) else "")
         causes = [*_causes(self._model, self._batch)]
@@ -65,6 +76,19 @@ class LogitCheck:
             "damaged: copy it again",
             details=causes,
         )
+
+
+def _refuse_outliers(tensor: TensorInfo) -> None:
+    """Refuse a weight that is absurd beside all others, though the logits are finite."""
+    if len(tensor.shape) != 2:
+        check_outliers(read_tensor(tensor), tensor.path)
+        return
+    first, item = 0, ITEM_BYTES[tensor.dtype]
+    for chunk in stream_tensor(tensor):
+        outlier = find_outlier_in_bytes(chunk, tensor.dtype)
+        if outlier is not None:
+            raise outlier_error(tensor.path, outlier, tensor.shape, first=first)
+        first += chunk.nbytes // item
 
 
 def _causes(model: ScoredModel, batch: Batch) -> Iterator[str]:

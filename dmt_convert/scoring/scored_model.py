@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle, open_bundle_model
-from dmt_convert.checkpoint import open_checkpoint
+from dmt_convert.checkpoint import TensorInfo, open_checkpoint
 from dmt_convert.config import ScoringOptions
 from dmt_convert.data import Batch, adapt_batches, open_inputs
 from dmt_convert.documents import InputRecord
@@ -32,8 +32,8 @@ from dmt_convert.spec import ModelSpec
 BATCH_ROWS: Final = 4096
 """Rows that are scored at a time."""
 _CHECKED_BYTES: Final = 256 << 20
-"""Tables up to this size in total are compared with their checksums. Larger ones would take long to
-read; they are compared when they are converted."""
+"""Tables up to this size in total are compared with their checksums and looked through for absurd
+values. Larger ones would take long to read; this is done when they are converted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,9 @@ class ScoredModel:
     """Which columns of the data fed it so far, if that is known."""
     files: tuple[Path, ...] = ()
     """Files of a checkpoint, which may lie beside each other."""
+    weights: tuple[TensorInfo, ...] = ()
+    """Tensors of a checkpoint that have no digest of ours: the dense ones, and tables if they are
+    small."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -142,11 +145,16 @@ def open_scored(
     facts = read_model_options(options)
     if isinstance(model, Bundle):
         return _open_bundle(model)
-    return open_model(Path(model), facts, trust_code=options.trust_code)
+    accepted = options.outliers == "accept"
+    return open_model(Path(model), facts, trust_code=options.trust_code, accept_outliers=accepted)
 
 
 def open_model(
-    path: Path, config: ModelConfig | None = None, *, trust_code: bool = False
+    path: Path,
+    config: ModelConfig | None = None,
+    *,
+    trust_code: bool = False,
+    accept_outliers: bool = False,
 ) -> ScoredModel:
     """Open a flat checkpoint, a bundle or an export for scoring.
 
@@ -154,6 +162,7 @@ def open_model(
         path: The checkpoint, the bundle's folder, or the export's.
         config: What the user says of a flat checkpoint.
         trust_code: Whether the machine code of a pt2 export may run.
+        accept_outliers: Take weights of a flat checkpoint that are absurd beside all others.
 
     Raises:
         DmtError: It cannot be read, or is no model that is known.
@@ -166,13 +175,16 @@ def open_model(
             path=path, kind="export", module=exported, inputs=exported.manifest.columns
         )
     info = infer_model(open_checkpoint(path), config)
-    _check_bytes(info)
+    weights = _quickly_read(info)
+    for tensor in weights:
+        check_checksums(tensor, tensor.path)
     return ScoredModel(
         path=path,
         kind="flat",
         module=open_flat_model(info),
         inputs=info.inputs,
         files=info.checkpoint.files,
+        weights=() if accept_outliers else weights,
     )
 
 
@@ -187,11 +199,10 @@ def _open_bundle(bundle: Bundle) -> ScoredModel:
     )
 
 
-def _check_bytes(info: FlatModelInfo) -> None:
-    """Compare what will be read with the container's checksums, where that is quick."""
+def _quickly_read(info: FlatModelInfo) -> tuple[TensorInfo, ...]:
+    """Return the tensors that can be read through before scoring: tables only if they are small."""
     small = sum(table.nbytes for table in info.spec.tables) <= _CHECKED_BYTES
-    for tensor in (info.tensors if small else info.dense_tensors).values():
-        check_checksums(tensor, tensor.path)
+    return tuple((info.tensors if small else info.dense_tensors).values())
 
 
 def score_data(
@@ -213,7 +224,7 @@ def score_data(
 
     Raises:
         DataError: The data cannot be read, has no rows, or does not fit the model.
-        DmtError: A logit is not finite.
+        DmtError: A logit is not finite, or a weight of a flat checkpoint is absurd.
     """
     dataset = open_inputs(data, model.spec, model.inputs)
     assert dataset.inputs is not None
