@@ -24,9 +24,9 @@ OPTIONS = {
     "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
     "--json --quiet",
     "data": "--rows --model-config --model --json --quiet",
-    "score": "--data --out --model-config --model --json --quiet",
-    "evaluate": "--data --model-config --model --json --quiet",
-    "verify": "--data --atol --rtol --checksums --model-config --model --json --quiet",
+    "score": "--data --out --trust-code --model-config --model --json --quiet",
+    "evaluate": "--data --trust-code --model-config --model --json --quiet",
+    "verify": "--data --atol --rtol --checksums --trust-code --model-config --model --json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
     "--rdzv-timeout --max-restarts --shutdown-timeout --epochs --max-steps --batch-size "
     "--eval-every "
@@ -36,7 +36,7 @@ OPTIONS = {
     "--async-checkpoints --resume --no-prefetch --timeout --log --model",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
     "--out-of-range --request-batching --request-group --per-request --dense-per-request "
-    "--model-name --gpu "
+    "--copy-weights --model-name --gpu "
     "--checksums --model --json --quiet",
     "unshard": "--out --only --force --json --quiet",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_what_is_not_an_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refused:
         read(tmp_path, {"schema_version": 1})
     assert "format is missing" in refused.value.details
+
+
+@pytest.mark.parametrize("case", ["fuzz-export-11-131", "fuzz-export-11-138", "fuzz-export-11-154"])
+def test_documents_that_once_were_a_crash(shared: Path, tmp_path: Path, case: str) -> None:
+    found = shared / "cases/reliability" / case / "export.json"
+    if not found.is_file():
+        pytest.skip("the shared cases are not here")
+    shutil.copyfile(found, tmp_path / "export.json")
+    with pytest.raises(ExportError) as refused:
+        read_export_manifest(tmp_path)
+    assert refused.value.expected and refused.value.hint and refused.value.details
 
 
 @given(
