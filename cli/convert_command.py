@@ -74,12 +74,17 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "compression": preview.compression,
         "table_bytes": preview.table_bytes,
         "accumulator_bytes": preview.accumulator_bytes,
+        "weight_bytes": preview.weight_bytes,
+        "memory_bytes": dict(preview.memory_bytes),
+        "free_memory_bytes": preview.free_memory_bytes,
     }
     facts = [[f.subject, f.value, f.source, f.reason] for f in preview.flat.facts]
     rows = [
         ("would write", str(preview.out)),
         ("tables", f"{len(spec.tables)}, {human_bytes(preview.table_bytes)}"),
         ("accumulators", human_bytes(preview.accumulator_bytes)),
+        ("other weights", human_bytes(preview.weight_bytes)),
+        ("memory", _memory_text(preview)),
         ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
         ("tower module", _module_text([module])),
         *(("  or", _module_text([other])) for other in preview.modules[1:]),
@@ -89,6 +94,13 @@ def _show_preview(output: Output, preview: Preview) -> None:
     ]
     facts_table = table("\nWhat is known, and how", ["what", "value", "how", "why"], facts)
     output.result(value, grid(rows), facts_table)
+
+
+def _memory_text(preview: Preview) -> str:
+    total, free = sum(preview.memory_bytes.values()), preview.free_memory_bytes
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in preview.memory_bytes.items())
+    beside = "" if free is None else f" of {human_bytes(free)} that are free"
+    return f"about {human_bytes(total)}{beside} ({parts})"
 
 
 def _module_text(modules: Sequence[TowerModuleSpec]) -> str:

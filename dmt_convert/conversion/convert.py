@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from dmt_convert.bundle import (
 )
 from dmt_convert.checkpoint import check_finite, check_outliers, open_checkpoint, read_tensor
 from dmt_convert.config import ConvertConfig, ModelOptions, PartitionConfig, PartitionOptions
+from dmt_convert.conversion.memory import check_memory, weight_bytes
 from dmt_convert.conversion.module_choice import choose_modules, default_strategy, may_allot
 from dmt_convert.conversion.partition import (
     Partition,
@@ -44,6 +46,7 @@ from dmt_convert.files import (
     staged_file,
     write_text,
 )
+from dmt_convert.free_memory import available_bytes
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
 from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_towers
 from dmt_convert.progress import Progress, no_progress
@@ -73,6 +76,7 @@ def convert_checkpoint(
 
     flat = describe_flat(source, config)
     out = _check_out(flat, config)
+    _check_resources(flat, config, out)
     _check_dense(flat, config)
     progress("sampling", 0, 0)
     sample = _draw_sample(flat, config)
@@ -120,6 +124,12 @@ class Preview:
     """Bytes of all tables in the bundle."""
     accumulator_bytes: int
     """Bytes of the accumulators that go with them."""
+    weight_bytes: int
+    """Bytes of all other weights in the bundle."""
+    memory_bytes: Mapping[str, int]
+    """Estimated peak of memory, by purpose."""
+    free_memory_bytes: int | None
+    """Memory that is free now; None: unknown."""
     partition: Partition | None
     """The towers, if they are known without reading weights."""
 
@@ -138,23 +148,50 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
     out = _check_out(flat, config)
     if config.calibration is not None:
         open_data(config.calibration)
-    known = isinstance(config.partition, Path) or config.partition == "round-robin"
-    # towers are found from the weights later; that there can be so many is known now
-    dealt = partition_features(
-        flat.spec, config if known else config.replace(partition="round-robin")
-    )
     modules = _candidate_modules(flat, config)
+    dealt = _dealt_towers(flat, config)
     towers = dealt.assignment.towers
+    spec = converted_spec(flat.spec, towers, modules[0])
     return Preview(
         flat=flat,
         out=out,
         modules=modules,
         num_towers=len(towers),
-        compression=converted_spec(flat.spec, towers, modules[0]).compression,
+        compression=spec.compression,
         table_bytes=table_bytes(flat, config.dtype),
         accumulator_bytes=_accumulator_bytes(flat, config),
-        partition=dealt if known else None,
+        weight_bytes=weight_bytes(flat, spec),
+        memory_bytes=_check_resources(flat, config, out),
+        free_memory_bytes=available_bytes(),
+        partition=dealt if _knows_towers(config) else None,
     )
+
+
+def _knows_towers(config: ConvertConfig) -> bool:
+    """Whether the towers are known without reading weights."""
+    return isinstance(config.partition, Path) or config.partition == "round-robin"
+
+
+def _dealt_towers(flat: FlatModelInfo, config: ConvertConfig) -> Partition:
+    """Return the towers, or as many of the same size if they are found from the weights later."""
+    known = _knows_towers(config)
+    return partition_features(
+        flat.spec, config if known else config.replace(partition="round-robin")
+    )
+
+
+def _check_resources(flat: FlatModelInfo, config: ConvertConfig, out: Path) -> Mapping[str, int]:
+    """Refuse a conversion that the disk or the memory cannot hold; return the memory it takes.
+
+    Raises:
+        BundleError: The disk has too little space.
+        ConfigError: There is too little memory.
+    """
+    module = _candidate_modules(flat, config)[0]
+    spec = converted_spec(flat.spec, _dealt_towers(flat, config).assignment.towers, module)
+    tables = table_bytes(flat, config.dtype) + _accumulator_bytes(flat, config)
+    check_space(out, tables + weight_bytes(flat, spec))
+    return check_memory(flat, spec, config)
 
 
 def describe_flat(source: Path, options: ModelOptions) -> FlatModelInfo:
@@ -180,7 +217,7 @@ def _check_out(flat: FlatModelInfo, config: ConvertConfig) -> Path:
     """Return the folder of the bundle, after checking that it can be written there.
 
     Raises:
-        BundleError: The target is taken, lies in the checkpoint, or the disk has too little space.
+        BundleError: The target is taken, or lies in the checkpoint.
     """
     source = flat.checkpoint.source
     out = config.out or default_out(source, config.towers)
@@ -193,7 +230,6 @@ def _check_out(flat: FlatModelInfo, config: ConvertConfig) -> Path:
             expected="a path outside the checkpoint",
             hint="choose another --out; the checkpoint is never changed",
         )
-    check_space(out, table_bytes(flat, config.dtype) + _accumulator_bytes(flat, config))
     return out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -17,6 +16,7 @@ from dmt_convert.checkpoint import TensorInfo, stream_tensor, to_fp32
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, adapt_batches
 from dmt_convert.errors import ConfigError
+from dmt_convert.free_memory import available_bytes, gib
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.model import DmtModel, FlatModel
 from dmt_convert.spec import ModelSpec
@@ -37,8 +37,6 @@ from dmt_convert.training.trainable_model import TrainableModel, make_trainable
 _EVALUATION_ROWS: Final = 4096
 _SCRATCH_BYTES: Final = 5
 """Per row: a slot and a flag of the store."""
-_MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def load_bundle(
@@ -144,36 +142,13 @@ def check_memory(spec: ModelSpec, config: TrainingConfig, num_rows: int) -> None
     total = sum(needed.values())
     if available is None or total <= available:
         return
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in needed.items())
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in needed.items())
     raise ConfigError(
-        f"training needs {_gib(total)} of memory ({parts})",
-        expected=f"at most the {_gib(available)} that are free",
+        f"training needs {gib(total)} of memory ({parts})",
+        expected=f"at most the {gib(available)} that are free",
         hint="use --table-optimizer sgd or rowwise-adagrad, which keep the least, or a machine "
         "with more memory",
     )
-
-
-def available_bytes() -> int | None:
-    """Memory that can still be had, in bytes: the machine's, and the control group's if limited."""
-    found = []
-    try:
-        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = (_CGROUP / "memory.current").read_text(encoding="ascii").strip()
-        if limit != "max":
-            found.append(max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 class BestInMemory:

@@ -24,7 +24,6 @@ from dmt_convert.metrics import measure_accuracy
 from dmt_convert.scoring import open_model, score_data
 from dmt_convert.training import (
     check_memory,
-    in_memory,
     load_bundle,
     load_tables,
     open_training_data,
@@ -32,7 +31,7 @@ from dmt_convert.training import (
     write_finetuned,
 )
 from dmt_convert.training.finetuned import Finetuned, bundle_digest
-from dmt_convert.training.in_memory import available_bytes, needed_bytes, table_infos
+from dmt_convert.training.in_memory import needed_bytes, table_infos
 from support.bundles import make_bundle
 
 CONFIG = TrainingConfig(epochs=2, batch_size=64, dense_lr=3e-3, table_lr=0.05)
@@ -243,21 +242,6 @@ def test_what_does_not_fit_into_memory_is_refused(bundle_path, monkeypatch) -> N
     monkeypatch.setattr(module, lambda: total - 1)
     with pytest.raises(ConfigError, match=r"GiB of memory \(tables .* optimizer state"):
         check_memory(spec, CONFIG, 10_000)
-
-
-def test_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    monkeypatch.setattr(in_memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(in_memory, "_CGROUP", tmp_path)
-    assert available_bytes() == 800 * 1024
-    (tmp_path / "memory.max").write_text("500000\n")
-    (tmp_path / "memory.current").write_text("200000\n")
-    assert available_bytes() == 300_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() == 800 * 1024
-    meminfo.unlink()
-    assert available_bytes() is None
 
 
 def test_loaded_tables_are_the_bundles(bundle_path, clicks) -> None:

@@ -1,0 +1,117 @@
+"""Memory of a conversion: bounded whatever the number of features, stated beforehand, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dmt_convert import free_memory
+from dmt_convert.conversion import memory
+from support.checkpoints.flat import make_flat
+from support.refusals import check_refusal
+
+MIB = 1 << 20
+
+
+def peak_of(*arguments: object) -> int:
+    """Peak resident set of a conversion in a process of its own, in bytes."""
+    command = [sys.executable, "-m", "dmt_convert.cli.main", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("interaction", ["dot", "dcn"])
+@pytest.mark.parametrize("features", [26, 200])
+def test_the_estimate_is_what_a_conversion_takes(tmp_path, call_dmt, interaction, features):
+    """All pairs of 200 features at once took 2.4 GB."""
+    source = make_flat(tmp_path / "ckpt.pt", interaction=interaction, rows=[20] * features)
+    options = ("convert", source, "--towers", 4, "--distill-steps", 0)
+    run = call_dmt(*options, "--dry-run", "--json")
+    expected = sum(json.loads(run.stdout)["memory_bytes"].values())
+    peak = peak_of(*options, "--quiet")
+    assert peak < 1024 * MIB
+    assert peak / 1.4 < expected < 1.7 * peak
+
+
+def test_a_dry_run_states_memory_and_what_is_free(tmp_path, call_dmt):
+    source = make_flat(tmp_path / "ckpt.pt")
+    run = call_dmt("convert", source, "--towers", 2, "--dry-run", "--json")
+    value = json.loads(run.stdout)
+    assert set(value["memory_bytes"]) >= {"program", "dense part", "sample", "pairs of features"}
+    assert value["free_memory_bytes"] > 0 and value["weight_bytes"] > 0
+    run = call_dmt("convert", source, "--towers", 2, "--dry-run")
+    assert "of memory" not in run.stderr and "that are free" in run.stdout
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_what_does_not_fit_is_refused_with_numbers(tmp_path, call_dmt, monkeypatch, dry_run):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 100 * MIB)
+    source = make_flat(tmp_path / "ckpt.pt")
+    run = call_dmt("convert", source, "--towers", 2, "--json", *dry_run)
+    check_refusal(run, "ConfigError", "the conversion needs about 0.")
+    assert "0.10 GiB that are free" in run.stderr and "passthrough" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("interaction", ["dot", "dcn", "cat", "projection"])
+@pytest.mark.parametrize("module", ["auto", "passthrough", "linear"])
+def test_written_weights_are_counted_exactly(tmp_path, call_dmt, few_rows, no_report, interaction, module):  # fmt: skip  # noqa: E501
+    names = "facebook" if interaction == "cat" else "torchrec"
+    source = make_flat(tmp_path / "ckpt.pt", names=names, interaction=interaction)
+    out = tmp_path / "out"
+    options = ("convert", source, "--towers", 2, "--tower-module", module, "--out", out, "--json")
+    options += ("--partition", "round-robin", "--distill-steps", 0)
+    if interaction == "cat":
+        (tmp_path / "facts.yaml").write_text("interaction: cat\n")
+        options += ("--model-config", tmp_path / "facts.yaml")
+    said = json.loads(call_dmt(*options, "--dry-run").stdout)["weight_bytes"]
+    run = call_dmt(*options)
+    assert run.code == 0, run
+    from safetensors import safe_open
+
+    found = 0
+    for path in (out / "weights").iterdir():
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118
+                found += 0 if name.startswith("tables.") else file.get_tensor(name).nbytes
+    assert said == found
+
+
+def test_free_memory_is_the_machines_or_the_control_groups(tmp_path, monkeypatch):
+    meminfo, own, root = tmp_path / "meminfo", tmp_path / "own", tmp_path / "cgroup"
+    (root / "job" / "step").mkdir(parents=True)
+    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
+    for name, path in (("_MEMINFO", meminfo), ("_OWN_GROUPS", own), ("_CGROUP", root)):
+        monkeypatch.setattr(free_memory, name, path)
+    left = free_memory.available_bytes
+    assert left() == 800 * 1024
+    (root / "memory.max").write_text("500000\n")
+    (root / "memory.current").write_text("200000\n")
+    assert left() == 300_000
+    own.write_text("0::/job/step\n")
+    (root / "job" / "memory.max").write_text("250000\n")
+    (root / "job" / "memory.current").write_text("200000\n")
+    assert left() == 50_000
+    (root / "job" / "memory.stat").write_text("anon 1\ninactive_file 30000\n")
+    assert left() == 80_000
+    (root / "job" / "memory.max").write_text("max\n")
+    (root / "memory.max").write_text("max\n")
+    assert left() == 800 * 1024
+    (root / "memory" / "batch").mkdir(parents=True)
+    own.write_text("5:cpu:/other\n4:memory:/batch\n")
+    (root / "memory" / "batch" / "memory.limit_in_bytes").write_text("7000\n")
+    (root / "memory" / "batch" / "memory.usage_in_bytes").write_text("3000\n")
+    assert left() == 4000
+    meminfo.unlink()
+    assert left() == 4000
+    own.unlink()
+    assert left() is None
