@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 _FLOAT: Final = re.compile(
@@ -16,34 +17,51 @@ _FLOAT: Final = re.compile(
 """Numbers of YAML 1.2, as JSON and Python write them; YAML 1.1 wants a dot and a sign."""
 
 
+_MAX_DEPTH: Final = 64
+
+
 def load_yaml(text: str) -> Any:
     """Return what a YAML document holds.
 
     Raises:
-        ValueError: It is not YAML, names a key twice, or has aliases (`*name`), of which a short
-            text can make a huge document.
+        ValueError: It is not YAML, names a key twice, is nested deeper than settings are, or has
+            aliases (`*name`), of which a short text can make a huge document.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias (*name), which is not read")
-            return super().compose_node(parent, index)
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+    class Loader(base):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-            if twice:
-                raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.tag.endswith(":merge"):
+                    raise yaml.YAMLError("the key <<, which is not read")
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.YAMLError(f"the key {key!r} stands there twice")
+                seen.add(key)
             return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
-        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+        for first, resolvers in base.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:
+        _check_events(yaml.parse(text, Loader=base))
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, TypeError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuse aliases and deep nesting before anything is made of them."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        if kind == "AliasEvent":
+            raise ValueError("an alias (*name), which is not read")

@@ -47,7 +47,7 @@ def test_settings_take_such_numbers(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2", "the key 'seed' stands there twice"),
         ("data: &a [1]\nout: *a", "alias"),
         ("a: [", "while parsing"),
-        ("? [1]\n: 2", "constructing"),
+        ("? [1]\n: 2", "unhashable"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, found: str) -> None:
@@ -58,3 +58,9 @@ def test_what_is_refused(tmp_path: Path, text: str, found: str) -> None:
     assert found in caught.value.found
     with pytest.raises(ConfigError, match="cannot be read"):
         read_model_config(file)
+
+
+@pytest.mark.parametrize("text", ["[" * 100, "a: " + "{a: " * 100, "[" * 100_000])
+def test_deep_nesting_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ValueError, match=r"nest|depth"):
+        load_yaml(text)
