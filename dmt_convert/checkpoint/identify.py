@@ -19,8 +19,8 @@ _HEAD_BYTES: Final = 512
 _REMOTE: Final = re.compile(r"([a-z][a-z0-9+.-]{1,20}):/{1,2}(?=[^/])(.*)", re.IGNORECASE)
 """A URL; `Path` makes one slash of two."""
 _COPY: Final = {
-    "s3": "aws s3 cp --recursive s3://{} checkpoint",
-    "gs": "gcloud storage cp --recursive gs://{} checkpoint",
+    "s3": "aws s3 cp s3://{} checkpoint",
+    "gs": "gcloud storage cp gs://{} checkpoint",
     "hf": "hf download {}",
     "http": "curl -L -O http://{}",
     "https": "curl -L -O https://{}",
@@ -52,6 +52,8 @@ def refuse_remote(path: Path) -> CheckpointError | None:
         return None
     scheme, rest = match[1].lower(), match[2]
     command = _COPY.get(scheme, "copy {} to this machine").format(rest)
+    if not Path(rest).suffix:  # a folder
+        command = command.replace(" cp ", " cp --recursive ")
     return CheckpointError(
         f"{scheme}://{rest} is a remote path; remote paths are not read",
         expected="a file or a folder on this machine",

@@ -111,8 +111,8 @@ def test_other_archives(write, what, hint, tmp_path):
 @pytest.mark.parametrize(
     ("url", "hint"),
     [
-        ("s3://bucket/run/model.pt", "aws s3 cp"),
-        ("gs://bucket/run", "gcloud storage cp"),
+        ("s3://bucket/run/model.pt", "aws s3 cp s3://bucket/run/model.pt"),
+        ("gs://bucket/run", "gcloud storage cp --recursive gs://bucket/run"),
         ("hf://owner/model", "hf download owner/model"),
         ("https://example.com/model.pt", "curl -L -O https://example.com/model.pt"),
         ("abfs://container/model.pt", "copy"),
