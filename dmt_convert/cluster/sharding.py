@@ -35,10 +35,11 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
         given: The plan that was asked for, if any.
 
     Raises:
-        PlanError: The plan that was asked for is of another cluster, or the towers cannot be
-            placed on this one.
+        PlanError: The plan that was asked for is of another cluster or bundle, or the towers cannot
+            be placed on this cluster.
     """
     plan = bundle.plan if given is None else given
+    _check_fits(plan, bundle)
     found = (layout.hosts, layout.ranks_per_host)
     wanted = (plan.cluster.hosts, plan.cluster.ranks_per_host)
     if found == wanted:
@@ -54,6 +55,41 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
     model = bundle.manifest.model
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
     return plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)
+
+
+def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:
+    """Refuse a plan that places other tables or towers than the bundle's.
+
+    Raises:
+        PlanError: It does; all differences are listed.
+    """
+    model = bundle.manifest.model
+    tower_of = {
+        model.flat.table_of(name).name: t
+        for t, tower in enumerate(model.towers)
+        for name in tower.features
+    }
+    wanted = {t.name: (t.rows, t.dim, tower_of[t.name]) for t in model.flat.tables}
+    placed = {p.table: (p.rows, p.cols, p.tower) for p in plan.tables}
+    problems = [
+        f"table {name!r}: {_show_place(placed.get(name))} in the plan, "
+        f"{_show_place(wanted.get(name))} in the bundle"
+        for name in dict.fromkeys([*wanted, *placed])
+        if placed.get(name) != wanted.get(name)
+    ]
+    if len(plan.tower_hosts) != len(model.towers):
+        problems.insert(0, f"{len(plan.tower_hosts)} towers, the bundle has {len(model.towers)}")
+    if problems:
+        raise PlanError(
+            f"the plan does not fit the bundle {bundle.path}",
+            expected="a plan of this bundle: its tables with their rows and columns, in its towers",
+            hint=f"make one with `dmt plan {bundle.path} --hosts H --ranks-per-host R --out FILE`",
+            details=problems[:20],
+        )
+
+
+def _show_place(place: tuple[int, int, int] | None) -> str:
+    return "missing" if place is None else f"{place[0]} x {place[1]} in tower {place[2]}"
 
 
 def shard_bundle(
