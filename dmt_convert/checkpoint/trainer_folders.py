@@ -313,7 +313,7 @@ def read_nvidia(path: Path) -> FlatCheckpoint:
         tensors=tuple(tensors),
         ordered=True,
         files=(*files, *sorted(_table_files(path))),
-        scalars=scalars | {NVIDIA_TABLE_ORDER: reason},
+        scalars=scalars | ({} if reason is None else {NVIDIA_TABLE_ORDER: reason}),
     )
 
 
@@ -342,8 +342,8 @@ def _table_files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _table_order(path: Path, scalars: Mapping[str, Scalar]) -> tuple[list[int], str]:
-    """Return the tables' numbers in the order of the model, and what says so."""
+def _table_order(path: Path, scalars: Mapping[str, Scalar]) -> tuple[list[int], str | None]:
+    """Return the tables' numbers in the order of the model, and what says so; None if nothing."""
     found = {int(m[1]) for file in path.iterdir() if (m := _TABLE.fullmatch(file.name))}
     places = {}
     for key, value in scalars.items():
@@ -362,7 +362,7 @@ def _table_order(path: Path, scalars: Mapping[str, Scalar]) -> tuple[list[int], 
         )
     if scalars.get("config.bottom_features_ordered") is True:
         return sorted(found), "bottom_features_ordered"
-    return (mapped, "device_mapping") if mapped else (sorted(found), "no device_mapping")
+    return (mapped, "device_mapping") if mapped else (sorted(found), None)
 
 
 def _table(path: Path, number: int) -> TensorInfo:

@@ -146,6 +146,16 @@ def test_without_metadata_the_order_is_asked(original, tmp_path):
     assert_agrees(tmp_path / "plain.pt", original, ModelConfig(features=features))
 
 
+@pytest.mark.parametrize("mapping", [{}, {"embedding": [[], []]}, None])
+def test_metadata_that_maps_no_table_gives_no_order(original, tmp_path, mapping):
+    folder = save(tmp_path / "ckpt", original.model)
+    torch.save({"data": {"device_mapping": mapping}, "config": {}}, folder / "metadata.pt")
+    with pytest.raises(ArchitectureError, match="the order in which the features"):
+        infer_model(open_checkpoint(folder))
+    features = tuple(FeatureConfig(name=f"f{number}") for number in NUMBERS)
+    assert_agrees(folder, original, ModelConfig(features=features))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
