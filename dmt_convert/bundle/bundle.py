@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PLAN_NAME: Final = "plan.json"
 FolderIdentity = tuple[int, int]
 """Device and inode."""
+_WIDEST: Final = 1 << 31
+"""A layer that torch could still describe."""
 _TRIES: Final = 5
 """Attempts to open a bundle that others replace meanwhile: what is half old and half new is not
 damaged."""
@@ -234,7 +236,20 @@ def _check_sizes(
         BundleError: A tower emits more, or a network is deeper, than its tensors allow.
     """
     head = _widest(dense.values(), 1)
-    problems = _beyond(head, "the interaction", layers=model.flat.interaction.cross_layers)
+    flat = model.flat
+    problems = _beyond(
+        head,
+        "the interaction",
+        layers=flat.interaction.cross_layers,
+        rank=flat.interaction.cross_rank,
+    )
+    for mlp in (
+        flat.dense_arch,
+        flat.over_arch,
+        flat.interaction.branch1,
+        flat.interaction.branch2,
+    ):
+        problems += _beyond(_WIDEST, "an MLP", width=0 if mlp is None else max(mlp.widths))
     for t, (tower, dims) in enumerate(zip(model.towers, model.dims_by_tower, strict=True)):
         module, own = (
             tower.module,
