@@ -347,7 +347,7 @@ def _exit(code: int, *, is_rank: bool, wait: bool) -> NoReturn:
 
 
 def _file_error(error: OSError) -> DmtError:
-    where = "" if error.filename is None else f"{error.filename}: "
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return DmtError(
         f"{where}{error.strerror or error}",
         expected="files and folders that can be read and written",
@@ -365,7 +365,17 @@ def _start_logging(*, quiet: bool, propagate: bool) -> None:
 
 
 def _silence_libraries() -> None:
-    """Keep warnings that torch and torchrec mean for their own developers off the terminal."""
+    """Keep warnings that torch and torchrec mean for their own developers off the terminal.
+
+    And tracebacks of threads that met an error of the file system: TensorBoard's writer raises it
+    again where the next value is logged.
+    """
     warnings.simplefilter("ignore")
+    threading.excepthook = _hide_os_errors
     for name in ("torch.fx._symbolic_trace", "torchrec"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _hide_os_errors(met: threading.ExceptHookArgs) -> None:
+    if not isinstance(met.exc_value, OSError):
+        threading.__excepthook__(met)
