@@ -57,8 +57,10 @@ class Task:
 
 
 def tasks(inputs: int, kinds: Sequence[str]) -> list[Task]:
-    """Deal inputs out to kinds, by their shares."""
+    """Deal inputs out to kinds, by their shares; a few are spread over all kinds."""
     order = [name for name in kinds for _ in range(KINDS[name].share)]
+    if inputs < len(order):
+        order = [order[i * len(order) // inputs] for i in range(inputs)]
     numbers = Counter[str]()
     dealt = []
     for i in range(inputs):

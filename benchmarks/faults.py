@@ -289,6 +289,7 @@ class Export(Job):
         arguments = ("convert", self.root / "new.pt", "--towers", 2, "--distill-steps", 0)
         ended = run_forked(call_dmt(*arguments, "--out", self.inputs / "b"), None, self.root)
         self.must(ended)
+        trace_once(self.inputs / "b", self.root / "traced")
 
     def work(self, *, older: bool = False) -> Callable[[], object]:
         options = ("--format", "onnx", "--copy-weights", "--quiet")
@@ -301,6 +302,22 @@ class Export(Job):
         if self.state() == "new":  # there is no --force: it is already there
             return Ended(code=0, said="")
         return super().run_again()
+
+
+def trace_once(bundle: Path, out: Path) -> None:
+    """Trace the dense parts here, for all forked processes: it takes seconds, and no file."""
+    import dmt_convert as dmt
+    from dmt_convert.serving import onnx_dense
+
+    traced, real = [], onnx_dense.trace_parts
+
+    def trace(*arguments: Any, **options: Any) -> Any:
+        if not traced:
+            traced.append(real(*arguments, **options))
+        return traced[0]
+
+    onnx_dense.trace_parts = trace
+    dmt.export(bundle, "onnx", out)
 
 
 class Finetune(Job):

@@ -78,7 +78,7 @@ def test_a_table_shows_what_went_wrong(almost_right, capsys):
 
 @pytest.mark.slow
 def test_sixty_inputs_of_all_kinds():
-    command = [sys.executable, str(SCRIPT), "--inputs", "60", "--seed", "1", "--json"]
+    command = [sys.executable, str(SCRIPT), "--inputs", "60", "--seed", "0", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     outcomes = json.loads(done.stdout)["outcomes"]
     wrong = [outcome for outcome in outcomes if outcome["verdict"] in ("SILENT", "CRASH")]
