@@ -16,24 +16,26 @@ OPTIONS = {
     "convert": "--towers --out --partition --affinity --size-ratio --load-ratio --tower-module --c "
     "--p --dim --compression --together --apart --group --calibration --distill-steps --hosts "
     "--ranks-per-host --hbm-gib "
-    "--dtype --optimizer-state --model-config --model --seed --dry-run --force --json --quiet",
+    "--dtype --optimizer-state --outliers --model-config --model --seed --dry-run --force "
+    "--json --quiet",
     "partition": "--towers --partition --affinity --size-ratio --load-ratio --together --apart "
-    "--group --calibration "
+    "--group --calibration --outliers "
     "--model-config --model --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
     "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
     "--json --quiet",
     "data": "--rows --model-config --model --json --quiet",
-    "score": "--data --out --trust-code --model-config --model --json --quiet",
-    "evaluate": "--data --trust-code --model-config --model --json --quiet",
-    "verify": "--data --atol --rtol --checksums --trust-code --model-config --model --json --quiet",
+    "score": "--data --out --outliers --trust-code --model-config --model --json --quiet",
+    "evaluate": "--data --outliers --trust-code --model-config --model --json --quiet",
+    "verify": "--data --atol --rtol --checksums --outliers --trust-code --model-config --model "
+    "--json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
     "--rdzv-timeout --max-restarts --shutdown-timeout --epochs --max-steps --batch-size "
     "--eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
-    "--async-checkpoints --resume --no-prefetch --timeout --log --model",
+    "--async-checkpoints --checkpoint-minutes --resume --no-prefetch --timeout --log --model",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
     "--out-of-range --request-batching --request-group --per-request --dense-per-request "
     "--copy-weights --model-name --gpu "

@@ -77,12 +77,16 @@ CASES: dict[str, tuple[Callable[[Scene], Arguments], str, str]] = {
     "cut .safetensors": (
         lambda s: (s.cut("c.safetensors", 0.9), "--towers", 2),
         "CheckpointError",
-        "where its header describes",
+        "its header describes",
     ),
     "DCP without payload": (dcp_without_payload, "CheckpointError", "lacks 1 of its"),
     "text": (lambda s: (s.file("t.pt", "hello"), "--towers", 2), "CheckpointError", "begins with"),
     "a bundle": (lambda s: (s.bundle(), "--towers", 2), "CheckpointError", "is a bundle, not"),
-    "a folder": (lambda s: (s.folder, "--towers", 2), "CheckpointError", "is a directory"),
+    "an empty folder": (
+        lambda s: (s.subfolder("empty"), "--towers", 2),
+        "CheckpointError",
+        "is a directory",
+    ),
     "pickle with code": (
         lambda s: (s.saved({"x": Payload(s.folder / "RAN")}), "--towers", 2),
         "CheckpointError",

@@ -198,7 +198,9 @@ def test_state_that_is_missing_damaged_or_anothers_is_passed_over(tmp_path, weig
     model = flat_info(tmp_path, state=_state(weight, bias))
     assert estimate_scale(model) is None
     drawn = draw_dense(model, 5000, _rng())
-    assert np.array_equal(drawn, draw_dense(flat_info(tmp_path), 5000, _rng()))
+    (tmp_path / "without").mkdir()
+    without = flat_info(tmp_path / "without")
+    assert np.array_equal(drawn, draw_dense(without, 5000, _rng()))
     assert drawn.shape == (5000, 2) and np.isfinite(drawn).all() and drawn.min() > 0
     assert "dense inputs assumed" in draw_sample(model, rows=8).description
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion import draw_sample, pool_batch, sample_size
 from dmt_convert.data import Bag, Batch
 from dmt_convert.errors import CheckpointError, DataError
+from dmt_convert.families import infer_model
 from dmt_convert.spec import FeatureSpec, InteractionSpec, MlpSpec, ModelSpec, TableSpec
 from support.sampled import flat_info
 
@@ -94,6 +96,7 @@ def test_rows_of_nan_are_refused_when_touched(tmp_path):
     name = "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_1.weight"
     content["model"][name][17, 2] = float("nan")
     torch.save(content, model.checkpoint.source)
+    model = infer_model(open_checkpoint(model.checkpoint.source))
 
     def batch(row):
         bag = Bag(values=np.array([row]), offsets=np.array([0, 1]))

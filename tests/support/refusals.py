@@ -25,6 +25,11 @@ class Scene:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
+    def subfolder(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir()
+        return path
+
     def cut(self, name: str, keep: float) -> Path:
         path = make_flat(self.folder / f"whole{Path(name).suffix}")
         return self.file(name, path.read_bytes()[: int(keep * path.stat().st_size)])
