@@ -29,7 +29,7 @@ LARGEST: Final = 1e18
 """No weight, and no sum of squared gradients, is beyond it."""
 OUTLIERS_HINT: Final = (
     "a bit of the file has probably flipped: copy the checkpoint again, or use another one; "
-    "--outliers accept takes the value as it is"
+    "convert, partition, score, evaluate and verify take the value as it is with --outliers accept"
 )
 _FLOOR: Final = 1e3
 _RATIO: Final = 1e6
