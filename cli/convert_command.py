@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -161,7 +162,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     rows = [
         ("bundle", str(bundle.path)),
         ("report", str(bundle.path / "report.html")),
-        ("towers", f"{len(model.towers)} of {len(model.flat.features)} features"),
+        ("towers", f"{len(model.towers)}, over {len(model.flat.features)} features"),
         ("partition", _partition_text(manifest.partition)),
         ("tower module", _module_text([tower.module for tower in model.towers])),
         ("compression", f"{model.compression:.2f}"),
@@ -183,8 +184,15 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
     if assumed:
         output.remark("assumed: " + "; ".join(assumed) + "\n(correct it with --model-config)")
+    option = model_option(model.flat)
+    place = shlex.quote(str(bundle.path))
+    output.remark(
+        f"next: dmt evaluate {place} --data DATA{option}\n"
+        f"      dmt finetune {place} --data DATA{option}\n"
+        f"      dmt export {place} --format onnx --out DIR{option}"
+    )
     if not model.is_passthrough:
         output.remark(
-            f"exact model: dmt convert {source} --towers {len(model.towers)} "
-            f"--tower-module passthrough{model_option(model.flat)}"
+            f"exact model: dmt convert {shlex.quote(str(source))} --towers "
+            f"{len(model.towers)} --tower-module passthrough{option}"
         )

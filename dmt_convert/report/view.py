@@ -629,15 +629,21 @@ class ReportView:
             f"dmt convert {source} --towers {towers} --tower-module passthrough "
             f"--out {bundle}-exact{option}",
         )
-        if self.finetune is not None:
-            return evaluate, score, plan
-        if not name:
-            return evaluate, plan
-        return (
-            (verify, evaluate, plan)
-            if self.spec.is_passthrough
-            else (verify, evaluate, plan, exact)
+        finetune = (
+            "Train further on labelled rows",
+            f"dmt finetune {bundle} --data DATA{option}",
         )
+        export = (
+            "Graphs for serving, checked against this bundle",
+            f"dmt export {bundle} --format onnx --out DIR{option}",
+        )
+        if self.finetune is not None:
+            return evaluate, score, export, plan
+        if not name:
+            return evaluate, finetune, export, plan
+        if self.spec.is_passthrough:
+            return verify, evaluate, finetune, export, plan
+        return evaluate, finetune, export, plan, exact
 
 
 def _explained(r2: float) -> str:

@@ -212,4 +212,7 @@ def test_the_summary_says_what_was_assumed_and_how_to_get_the_exact_model(
     assert "assumed: pooling = sum" in run.stderr
     assert "--model-config" in run.stderr
     assert f"exact model: dmt convert {flat} --towers 2 --tower-module passthrough" in run.stderr
+    assert f"next: dmt evaluate {tmp_path / 'out'} --data DATA\n" in run.stderr
+    assert f"dmt finetune {tmp_path / 'out'}" in run.stderr
+    assert f"dmt export {tmp_path / 'out'}" in run.stderr
     assert "R^2" in run.stdout

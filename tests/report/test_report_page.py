@@ -272,6 +272,12 @@ def test_the_plan_of_another_model_is_refused():
         dataclasses.replace(build_view(), plan=build_view(features=6, towers=3).plan)
 
 
+def test_the_next_commands_lead_on():
+    """A compressed model differs from the flat one; to verify it would end with a difference."""
+    verbs = [command.split()[1] for _, command in build_view().commands]
+    assert verbs == ["evaluate", "finetune", "export", "plan", "convert"]
+
+
 def test_a_finetuned_bundle_says_what_it_gained():
     rows = (QualityRow(name="flat"), QualityRow(name="fine-tuned", auc=0.625, ne=0.9))
     made = Initialisation(finetune=finetuned("day 23"))
