@@ -243,12 +243,12 @@ def order_tables(
     alphabetical = tables == sorted(tables)
     if natural is not None and not source.ordered:
         reason = "table names are numbered without gaps; the file does not keep the order"
-        return natural, _order_fact(natural, "inferred", reason)
+        return natural, _order_fact(natural, "assumed", reason)
     if natural is not None and natural == tables:
         return natural, _order_fact(natural, "read", "table names are numbered, as they stand")
     if natural is not None and alphabetical:
         reason = "table names are numbered, and stand sorted as strings, as DMP leaves them"
-        return natural, _order_fact(natural, "inferred", reason)
+        return natural, _order_fact(natural, "assumed", reason)
     if natural is not None or alphabetical or not source.ordered:
         raise _order_lost(source, tables)
     return tables, _order_fact(

@@ -84,10 +84,10 @@ SORTED = ["t_0", "t_1", "t_10", *(f"t_{i}" for i in range(2, 10))]
 @pytest.mark.parametrize(
     ("tables", "ordered", "expected", "source"),
     [
-        (SORTED, True, sorted(SORTED, key=lambda name: int(name[2:])), "inferred"),  # as by DMP
-        (SORTED, False, sorted(SORTED, key=lambda name: int(name[2:])), "inferred"),
-        (["c2_emb", "c3_emb", "c1_emb"], False, ["c1_emb", "c2_emb", "c3_emb"], "inferred"),
-        (["t_2", "t_0", "t_1"], False, ["t_0", "t_1", "t_2"], "inferred"),
+        (SORTED, True, sorted(SORTED, key=lambda name: int(name[2:])), "assumed"),  # as by DMP
+        (SORTED, False, sorted(SORTED, key=lambda name: int(name[2:])), "assumed"),
+        (["c2_emb", "c3_emb", "c1_emb"], False, ["c1_emb", "c2_emb", "c3_emb"], "assumed"),
+        (["t_2", "t_0", "t_1"], False, ["t_0", "t_1", "t_2"], "assumed"),
         (["t_0", "t_1", "t_2"], True, ["t_0", "t_1", "t_2"], "read"),
         (["only"], False, ["only"], "inferred"),
         (["t_b", "t_a"], True, ["t_b", "t_a"], "assumed"),
