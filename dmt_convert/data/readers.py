@@ -25,6 +25,7 @@ from dmt_convert.data.npz_readers import (
 from dmt_convert.data.parquet_files import is_parquet
 from dmt_convert.data.parquet_reader import read_parquet
 from dmt_convert.data.stored_arrays import npz_names
+from dmt_convert.data.unchanged_files import refuse_changes
 from dmt_convert.errors import DataError
 from dmt_convert.readers import Reader, with_plugins
 
@@ -64,7 +65,7 @@ def open_data(path: str | Path) -> Dataset:
                     expected="at least one row",
                     hint="check how the file was written",
                 )
-            return dataset
+            return refuse_changes(dataset)
     raise _unknown(path)
 
 
