@@ -89,6 +89,8 @@ def weight_bytes(flat: FlatModelInfo, spec: DmtSpec) -> int:
     work = spec.interaction.rules.work(spec.interaction, spec.interaction_dims)
     if spec.keeps_network or work is None:
         return dense_bytes(flat) + parameters * _ITEM
+    if spec.dense_dim != flat.spec.input_dims[0]:  # the dense vector is projected
+        parameters += (flat.spec.input_dims[0] + 1) * spec.dense_dim
     parameters += work.parameters + spec.over_arch.work.parameters
     return (parameters + spec.flat.dense_arch.work.parameters) * _ITEM
 

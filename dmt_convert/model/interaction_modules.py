@@ -13,7 +13,6 @@ canonical ones of checkpoints. Letters: B batch, N dim, K vectors, M sum of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmt_convert.adapter import run_network
-from dmt_convert.interactions import PairRow
-from dmt_convert.model.layers import CrossNet, DotPairs, Mlp, pair_part
+from dmt_convert.model.layers import CrossNet, DotPairs, Mlp, map_pairs
 from dmt_convert.model.networks import build_network
 from dmt_convert.spec import InteractionSpec
 
@@ -53,17 +51,13 @@ class DotInteraction(nn.Module):
             columns = slice(width + part[0].columns.start, width + part[-1].columns.stop)
             arguments = (vectors_BKN, layer.weight[:, columns], part)
             if torch.is_grad_enabled():
-                mapped_BH = mapped_BH + checkpoint(_map_part, *arguments, use_reentrant=False)
+                mapped_BH = mapped_BH + checkpoint(map_pairs, *arguments, use_reentrant=False)
             else:
-                mapped_BH += _map_part(*arguments)
+                mapped_BH += map_pairs(*arguments)
         return mapped_BH
 
     def _vectors(self, dense_BN: Tensor, sparse_BM: Tensor) -> Tensor:
         return torch.cat((dense_BN, sparse_BM), dim=1).reshape(-1, *self.shape)
-
-
-def _map_part(vectors_BKN: Tensor, weight_HP: Tensor, part: Sequence[PairRow]) -> Tensor:
-    return nn.functional.linear(pair_part(vectors_BKN, part), weight_HP)
 
 
 class CatInteraction(nn.Module):

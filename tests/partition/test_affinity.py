@@ -164,6 +164,23 @@ def test_spread_survives_a_large_mean():
     assert weights_affinity(spec, {"over_arch.0.weight": np.ones((5, 7))}, pooled)[0, 1] == 1
 
 
+def test_spread_is_the_same_in_blocks_and_chunks(monkeypatch):
+    pooled = _samples([4] * 11, rows=9)
+    dots = np.einsum("ind,jnd->ijn", *[np.stack(pooled).astype(float)] * 2)
+    whole = affinity_module._dot_spread(pooled)
+    np.testing.assert_allclose(whole, dots.std(axis=2), rtol=1e-5)
+    monkeypatch.setattr(affinity_module, "_BLOCK", 4)
+    monkeypatch.setattr(affinity_module, "_CHUNK_ELEMENTS", 2 * 11 * 4)
+    np.testing.assert_allclose(affinity_module._dot_spread(pooled), whole, rtol=1e-5)
+
+
+def test_spread_of_dots_that_never_change_is_zero():
+    """Both embeddings change their sign together."""
+    sign = np.where(np.arange(20) % 3, 1, -1).astype(np.float32)[:, None]
+    vectors = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    assert affinity_module._dot_spread([sign * v for v in vectors])[0, 1] < 1e-6
+
+
 def test_an_unused_interaction_gives_zeros():
     spec = small_spec(3, kind="dot")
     weight = np.zeros((5, spec.over_arch.widths[0]))

@@ -167,22 +167,28 @@ def _dot_use(
 
 
 def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
-    """Standard deviation of every pair's dot over the sample, shape (F, F)."""
+    """Standard deviation of every pair's dot over the sample, shape (F, F), float32.
+
+    Dots are taken relative to the first row's: the variance stays the same, and a small spread
+    around a large mean does not lose its digits. With o the first row's embeddings and e = o + d,
+    <e_i, e_j> - <o_i, o_j> = <[e_i, d_i], [d_j, o_j]>, one product without any cancellation.
+    """
     features, rows_seen = len(pooled), len(pooled[0])
-    total = np.zeros((features, features))
-    squares = np.zeros((features, features))
-    # Dots are taken relative to the first row's: the variance stays the same, and a small spread
-    # around a large mean does not lose its digits.
-    origin = next(_stack_chunks([e[:1] for e in pooled]))[0].astype(np.float64)
+    total = np.zeros((features, features), dtype=np.float32)
+    squares = np.zeros((features, features), dtype=np.float32)
+    origin = next(_stack_chunks([e[:1] for e in pooled]))[0]
     for stacked in _stack_chunks(pooled):
         for rows, columns in _block_pairs(features):
-            base = origin[rows] @ origin[columns].T
+            products = np.empty_like(total[rows, columns], order="C")
             for sample in stacked:
-                products = sample[rows].astype(np.float64) @ sample[columns].T - base
+                moved = sample - origin
+                left = np.concatenate([sample[rows], moved[rows]], axis=1)
+                right = np.concatenate([moved[columns], origin[columns]], axis=1)
+                np.matmul(left, right.T, out=products)
                 total[rows, columns] += products
-                squares[rows, columns] += products * products
+                squares[rows, columns] += np.square(products, out=products)
     for rows, columns in _block_pairs(features):
-        mean = total[rows, columns] / rows_seen
+        mean = total[rows, columns].astype(np.float64) / rows_seen
         variance = squares[rows, columns] / rows_seen - mean**2
         total[rows, columns] = np.sqrt(np.maximum(variance, 0))
         total[columns, rows] = total[rows, columns].T
