@@ -42,10 +42,12 @@ def rows() -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
 
 def test_every_command_has_a_function() -> None:
     names = {config.command for config in COMMANDS}
-    assert names == {"inspect", "convert", "partition", "plan", "score", "evaluate", "verify",
-                     "finetune", "export", "unshard"}  # fmt: skip
+    assert names == {"inspect", "convert", "partition", "plan", "data", "score", "evaluate",
+                     "verify", "finetune", "export", "unshard"}  # fmt: skip
+    functions = {"data": dmt.check_data}  # `dmt.data` is a package
     for config in COMMANDS:
-        parameters = inspect.signature(getattr(dmt, config.command)).parameters
+        function = functions.get(config.command) or getattr(dmt, config.command)
+        parameters = inspect.signature(function).parameters
         assert parameters["config"].annotation.startswith(config.__name__)
 
 

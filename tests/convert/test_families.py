@@ -16,7 +16,7 @@ from dmt_convert.conversion import default_out
 from dmt_convert.documents import Quality, QualityRow
 from dmt_convert.errors import ConfigError
 from dmt_convert.families import ModelConfig
-from dmt_convert.scoring import open_model
+from dmt_convert.scoring import ScoredModel, open_model
 from dmt_convert.scoring.verify import verify_models
 from support.checkpoints.flat import make_flat
 
@@ -36,6 +36,11 @@ CONTAINERS = ["ckpt.pt", "ckpt.safetensors", "ckpt"]
 def facts_of(interaction: str) -> dict[str, Any] | None:
     """What has to be said of a model: a dot with self-pairs is as wide as one of a feature more."""
     return {"self_pairs": True} if interaction == "self-pairs" else None
+
+
+def open_flat(source: Path, interaction: str) -> ScoredModel:
+    facts = facts_of(interaction)
+    return open_model(source, None if facts is None else ModelConfig(**facts))
 
 
 def convert(source: Path, out: Path, *, towers: int = 2, **options: Any) -> dmt.Bundle:
@@ -58,7 +63,7 @@ def test_every_family_from_every_container(
     config = facts_of(interaction)
     exact = convert(source, tmp_path / "exact", tower_module="passthrough", model_config=config)
     assert exact.quality.converted.max_abs_diff == 0
-    flat = open_model(source, None if config is None else ModelConfig(**config))
+    flat = open_flat(source, interaction)
     report = verify_models(flat, open_model(exact.path), max_rows=200)
     assert report.same
     assert all(check.identical for check in report.checks)
@@ -89,7 +94,7 @@ def test_passthrough_is_exact_for_any_number_of_towers(
         source, tmp_path / "out", towers=towers, tower_module="passthrough", model_config=config
     )
     assert len(done.towers) == towers
-    flat = open_model(source, None if config is None else ModelConfig(**config))
+    flat = open_flat(source, interaction)
     report = verify_models(flat, open_model(done.path), max_rows=300)
     assert all(check.identical for check in report.checks)
 
@@ -138,7 +143,7 @@ def test_sizes_of_tower_modules(
         vectors = emitted // kept[0][2]
         assert 4 * 8 / (vectors * (kept[0][2] + 1)) < options.get("compression", 2.0)  # the largest
     assert np.isfinite(done.quality.converted.r2)
-    report = verify_models(open_model(source), open_model(done.path), max_rows=100)
+    report = verify_models(open_flat(source, interaction), open_model(done.path), max_rows=100)
     assert np.isfinite(report.checks[-1].max_abs_diff)
 
 

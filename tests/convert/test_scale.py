@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from support.checkpoints.flat import make_flat, make_sparse_flat
+from support.peak_memory import peak_memory
 
 GIB = 1 << 30
 LOOK = """
@@ -91,14 +92,8 @@ def test_memory_stays_small(tmp_path: Path, options: tuple[str, ...]) -> None:
     size = 3 * GIB if not options else GIB
     rows = size // (4 * 64 * 4)
     source = make_sparse_flat(tmp_path / "ckpt.safetensors", rows=[rows] * 4, dim=64)
-    command = [sys.executable, "-m", "dmt_convert.cli.main", "convert", str(source)]
-    command += ["--towers", "2", "--quiet", *options]
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    assert usage.ru_maxrss * 1024 < GIB
+    assert peak_memory("convert", source, "--towers", 2, "--quiet", *options) < GIB
     assert time.perf_counter() - begin < 60
     weights = (tmp_path / "ckpt-dmt2" / "weights").iterdir()
     assert sum(path.stat().st_size for path in weights) > size / (2 if options else 1)

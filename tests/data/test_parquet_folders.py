@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,8 +105,9 @@ def test_a_folder_beside_files_is_not_left_out(tmp_path: Path) -> None:
 @pytest.fixture
 def few_descriptors() -> Iterator[int]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
-    yield 64
+    held = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 64, limits[1]))
+    yield held + 64
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dmt_convert.data import Bag
 from dmt_convert.errors import ConfigError
+from dmt_convert.families import ModelConfig
 from dmt_convert.scoring import open_model, score_data, verify
 from dmt_convert.scoring.verify import verify_models
 from support.scored import write_model, write_rows
@@ -184,8 +185,10 @@ def test_models_of_other_inputs_are_refused(scored_checkpoint, tmp_path):
         ("renamed", "cat_2"), ("longer", "20 and 21"), ("wider", "dense inputs: 2 and 3"),
         ("order", "another order"),
     ):  # fmt: skip
+        listed = ModelConfig(features=[f"cat_{i}" for i in (3, 2, 1, 0)])
+        other = open_model(tmp_path / f"{name}.pt", listed if name == "order" else None)
         with pytest.raises(ConfigError) as caught:
-            verify_models(flat, open_model(tmp_path / f"{name}.pt"))
+            verify_models(flat, other)
         assert match in str(caught.value)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.data import adapt_batches, open_data
-from dmt_convert.errors import DmtError
 from dmt_convert.families import infer_model
 from support.originals import difference, flat_logits, passthrough
 
@@ -48,7 +47,7 @@ def test_checkpoints_of_other_peoples_trainers(sample, shared):
         assert np.array_equal(passthrough(flat, 3)(batch).numpy(), ours)
 
 
-def test_a_folder_of_files_of_one_rank_each_asks_for_one_of_them(shared):
-    with pytest.raises(DmtError, match="not a checkpoint of a known kind") as caught:
-        open_checkpoint(shared / "checkpoints" / "torchrec-dcn-dmp-2rank-pt")
-    assert "dmp_rank0.pt" in caught.value.hint
+def test_a_folder_of_files_of_one_rank_each_is_joined(shared):
+    folder = shared / "checkpoints" / "torchrec-dcn-dmp-2rank-pt"
+    joined = open_checkpoint(folder)
+    assert joined.tensors == open_checkpoint(folder / "dmp_rank0.pt").tensors
