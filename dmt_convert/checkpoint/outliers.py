@@ -8,7 +8,7 @@ A bit of the exponent multiplies a float32 by 2^16, 2^32, 2^64 or 2^128. What is
   most, so that several do not hide each other. float16 has no more than 65,504, so that 2^15 times
   the RMS are enough there.
 
-The values around it are the tensor, or of tables the 8 MiB that stream past at a time. The RMS
+The values around it are the tensor, or the 8 MiB of it that are read at a time. The RMS
 follows heavy tails: of n values from one distribution the largest is hardly more than sqrt(n) times
 the RMS of the rest. Zeros do not count, so that one trained row among zeros is no outlier.
 """
@@ -36,6 +36,8 @@ _RATIO: Final = 1e6
 _RATIO_FP16: Final = 2.0**15
 _MOST: Final = 64
 _SHARE: Final = 1000
+_BLOCK_ELEMENTS: Final = 1 << 21
+"""Elements of a tensor that are looked at together."""
 _STATISTICS: Final = (".running_mean", ".running_var", ".num_batches_tracked")
 """Ends of names of tensors that hold statistics of the inputs, which may have any scale."""
 _BITS: Final[dict[str, tuple[str, str, int]]] = {
@@ -137,9 +139,12 @@ def check_outliers(array: AnyArray, origin: str) -> None:
     if array.dtype.kind != "f" or origin.endswith(_STATISTICS):
         return
     ratio = _RATIO_FP16 if array.dtype == np.float16 else _RATIO
-    outlier = find_outlier(array, ratio=ratio)
-    if outlier is not None:
-        raise outlier_error(origin, outlier, array.shape)
+    flat = array.reshape(-1)
+    step = -(-flat.size // max(1, -(-flat.size // _BLOCK_ELEMENTS)))
+    for first in range(0, flat.size, max(1, step)):
+        outlier = find_outlier(flat[first : first + step], ratio=ratio)
+        if outlier is not None:
+            raise outlier_error(origin, outlier, array.shape, first=first)
 
 
 def outlier_error(

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmt_convert.checkpoint import check_outliers, find_outlier, find_outlier_in_bytes
+from dmt_convert.checkpoint import (
+    check_outliers,
+    find_outlier,
+    find_outlier_in_bytes,
+    outliers,
+)
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files.safetensors_writer import TensorSource, write_safetensors
 
@@ -57,6 +62,25 @@ def test_several_do_not_hide_each_other():
 def test_what_is_legitimate_passes(array):
     assert find_outlier(array) is None
     check_outliers(array, "weight")
+
+
+def test_a_large_tensor_is_looked_at_in_blocks(monkeypatch):
+    """Sorting all of it at once would take five times its memory."""
+    seen = []
+
+    def count(values, **options):
+        seen.append(values.size)
+        return find_outlier(values, **options)
+
+    monkeypatch.setattr(outliers, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(outliers, "find_outlier", count)
+    array = weights(401, 5)
+    check_outliers(array, "w")
+    assert seen == [669, 669, 667]
+    array[300, 2] = 1e37
+    with pytest.raises(CheckpointError, match="w, row 300, column 2: 1e"):
+        check_outliers(array, "w")
+    check_outliers(np.float32([]), "w")
 
 
 def test_statistics_of_inputs_may_have_any_scale():

@@ -181,6 +181,16 @@ def test_spread_of_dots_that_never_change_is_zero():
     assert affinity_module._dot_spread([sign * v for v in vectors])[0, 1] < 1e-6
 
 
+def test_spread_of_huge_and_tiny_embeddings():
+    rng = np.random.default_rng(0)
+    pooled = [
+        rng.standard_normal((20, 4)).astype(np.float32) * np.float32(size)
+        for size in (1e37, 1, 1e-30)
+    ]
+    dots = np.einsum("ind,jnd->ijn", *[np.stack(pooled).astype(float)] * 2)
+    np.testing.assert_allclose(affinity_module._dot_spread(pooled), dots.std(axis=2), rtol=1e-4)
+
+
 def test_an_unused_interaction_gives_zeros():
     spec = small_spec(3, kind="dot")
     weight = np.zeros((5, spec.over_arch.widths[0]))

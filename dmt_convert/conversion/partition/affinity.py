@@ -167,13 +167,17 @@ def _dot_use(
 
 
 def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
-    """Standard deviation of every pair's dot over the sample, shape (F, F), float32.
+    """Standard deviation of every pair's dot over the sample, shape (F, F).
 
     Dots are taken relative to the first row's: the variance stays the same, and a small spread
     around a large mean does not lose its digits. With o the first row's embeddings and e = o + d,
     <e_i, e_j> - <o_i, o_j> = <[e_i, d_i], [d_j, o_j]>, one product without any cancellation.
+    Embeddings are scaled to 1 by powers of two, exactly, so that no square overflows float32.
     """
     features, rows_seen = len(pooled), len(pooled[0])
+    exponents = np.array([int(np.frexp(np.abs(e).max(initial=0.0))[1]) for e in pooled])
+    scale = np.ldexp(1.0, exponents)
+    pooled = [np.ldexp(e, -power) for e, power in zip(pooled, exponents, strict=True)]
     total = np.zeros((features, features), dtype=np.float32)
     squares = np.zeros((features, features), dtype=np.float32)
     origin = next(_stack_chunks([e[:1] for e in pooled]))[0]
@@ -187,12 +191,14 @@ def _dot_spread(pooled: Sequence[FloatArray]) -> FloatArray:
                 np.matmul(left, right.T, out=products)
                 total[rows, columns] += products
                 squares[rows, columns] += np.square(products, out=products)
+    spread = np.empty((features, features))
     for rows, columns in _block_pairs(features):
         mean = total[rows, columns].astype(np.float64) / rows_seen
         variance = squares[rows, columns] / rows_seen - mean**2
-        total[rows, columns] = np.sqrt(np.maximum(variance, 0))
-        total[columns, rows] = total[rows, columns].T
-    return np.asarray(total)
+        spread[rows, columns] = np.sqrt(np.maximum(variance, 0))
+        spread[rows, columns] *= scale[rows, None] * scale[columns]
+        spread[columns, rows] = spread[rows, columns].T
+    return spread
 
 
 def _cross_use(
