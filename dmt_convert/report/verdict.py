@@ -55,8 +55,13 @@ def judge_exact(difference: float | None) -> Verdict:
     )
 
 
-def judge_close(r2: float | None) -> Verdict:
-    """Judge towers that compress by R² with the logits of the flat model, if it is known."""
+def judge_close(r2: float | None, *, drawn: bool = False) -> Verdict:
+    """Judge towers that compress by R² with the logits of the flat model.
+
+    Args:
+        r2: R², if it is known.
+        drawn: Whether it was measured on inputs that were drawn, not on rows of data.
+    """
     if r2 is None or not math.isfinite(r2):
         return Verdict(
             level="unknown",
@@ -64,7 +69,8 @@ def judge_close(r2: float | None) -> Verdict:
             text="The towers compress, so the logits differ from the flat model's. By how much "
             "was not measured: run dmt verify.",
         )
-    text = f"R² = {show_agreement(r2)} with the flat model's logits on held-out rows."
+    rows = "drawn inputs; --calibration DATA measures it on yours" if drawn else "held-out rows"
+    text = f"R² = {show_agreement(r2)} with the flat model's logits on {rows}."
     if r2 >= CLOSE_R2:
         return Verdict(level="close", headline="Close, not exact", text=text)
     if r2 >= FAIR_R2:

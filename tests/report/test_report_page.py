@@ -272,6 +272,14 @@ def test_the_plan_of_another_model_is_refused():
         dataclasses.replace(build_view(), plan=build_view(features=6, towers=3).plan)
 
 
+def test_the_verdict_says_whether_the_inputs_were_drawn():
+    view = build_view()
+    for config, drawn in (({"towers": 2}, True), ({"calibration": "day"}, False), (None, False)):
+        made = dataclasses.replace(view.manifest, config=config)
+        text = dataclasses.replace(view, manifest=made).verdict.text
+        assert ("--calibration DATA" in text) is drawn and ("held-out rows" in text) is not drawn
+
+
 def test_the_next_commands_lead_on():
     """A compressed model differs from the flat one; to verify it would end with a difference."""
     verbs = [command.split()[1] for _, command in build_view().commands]
