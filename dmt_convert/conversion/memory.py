@@ -30,6 +30,8 @@ _PAIR_BYTES: Final = 40
 _SAMPLE_COPIES: Final = 2.5
 """The embeddings of the sample, their gradient, and what towers emit."""
 _REFITTED: Final = 6_144
+_KEPT: Final = 32 * _MIB
+"""Most bytes of the inputs of a refitted layer, kept at once."""
 _MOST_DISTILLED: Final = 1_300_000
 """Weights up to which a model is distilled unasked."""
 
@@ -55,7 +57,7 @@ def estimate_memory(flat: FlatModelInfo, spec: DmtSpec, config: ConvertConfig) -
         work += min(3 * _BLOCK, 3 * _BLOCK_ROWS * (features + 1) ** 2 * _ITEM)
     if not exact:
         if interacted <= _REFITTED:
-            work += 2 * interacted**2 * 8
+            work += 2 * interacted**2 * 8 + min(_KEPT, rows * interacted * _ITEM)
         if config.distill_steps != 0:
             small = written < _MOST_DISTILLED * _ITEM
             if config.distill_steps is not None or small:

@@ -140,3 +140,21 @@ def test_blocks_of_rows_do_not_matter(monkeypatch):
     blocks = refit_linear(inputs, targets, prior)
     assert blocks.strength == whole.strength
     np.testing.assert_allclose(blocks.weight, whole.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_computed_once_if_they_are_few(monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(1500, 7)).astype(np.float32)
+    targets, prior = inputs[:, :2] * 2 + inputs[:, 3:5], np.zeros((2, 7))
+    asked = []
+
+    def compute(rows):
+        asked.append(rows)
+        return inputs[rows]
+
+    computed = ridge.ComputedRows(inputs.shape, compute)
+    kept = refit_linear(computed.kept_if_small(), targets, prior)
+    assert sum(rows.stop - rows.start for rows in asked) == 1500
+    monkeypatch.setattr(ridge, "_KEPT_ELEMENTS", 1500 * 7 - 1)
+    again = refit_linear(computed.kept_if_small(), targets, prior)
+    assert len(asked) > 9 and np.array_equal(kept.weight, again.weight)

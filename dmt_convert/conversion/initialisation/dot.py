@@ -55,7 +55,7 @@ class DotForm(ClosedForm):
             interacted: Float32Array = model.interact(to_tensor(trace.dense[rows]), emitted).numpy()
             return interacted
 
-        inputs = ComputedRows((len(trace.dense), layer.in_features), interact)
+        inputs = ComputedRows((len(trace.dense), layer.in_features), interact).kept_if_small()
         prior = np.asarray(start.dense["over_arch.0.weight"], dtype=np.float64)
         fit = refit_linear(inputs, trace.pre_activation, prior)
         layer.weight.copy_(torch.from_numpy(fit.weight.astype(np.float32)))

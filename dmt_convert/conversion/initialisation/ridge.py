@@ -20,6 +20,8 @@ _PATIENCE: Final = 2
 _HELD_OUT: Final = 0.25
 _BLOCK_ROWS: Final = 512
 _BLOCK_ELEMENTS: Final = 1 << 22
+_KEPT_ELEMENTS: Final = 1 << 23
+"""Computed rows are kept up to 32 MiB, which 16,384 rows of the pairs of 26 features fit into."""
 MAX_INPUTS: Final = 6_144
 """Widest layer that is refitted: beyond it the normal equations outgrow memory and minutes."""
 
@@ -47,6 +49,14 @@ class ComputedRows:
     def __getitem__(self, rows: slice) -> Float32Array:
         """Compute some rows."""
         return self.compute(rows)
+
+    def kept_if_small(self) -> Rows:
+        """Return all rows as one array if that takes little memory: they are read several times."""
+        count, width = self.shape
+        if not count or count * width > _KEPT_ELEMENTS:
+            return self
+        steps = range(0, count, _BLOCK_ROWS)
+        return np.concatenate([self[slice(a, min(a + _BLOCK_ROWS, count))] for a in steps])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
