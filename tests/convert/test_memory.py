@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from dmt_convert import free_memory
 from dmt_convert.conversion import memory
 from support.checkpoints.flat import make_flat
+from support.peak_memory import peak_memory
 from support.refusals import check_refusal
 
 MIB = 1 << 20
 
 
-def peak_of(*arguments: object) -> int:
-    """Peak resident set of a conversion in a process of its own, in bytes."""
-    command = [sys.executable, "-m", "dmt_convert.cli.main", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * 1024
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-@pytest.mark.parametrize("interaction", ["dot", "dcn"])
-@pytest.mark.parametrize("features", [26, 200])
+@pytest.mark.parametrize(("features", "interaction"), [(26, "dcn"), (200, "dot")])
 def test_the_estimate_is_what_a_conversion_takes(tmp_path, call_dmt, interaction, features):
     """All pairs of 200 features at once took 2.4 GB."""
     source = make_flat(tmp_path / "ckpt.pt", interaction=interaction, rows=[20] * features)
     options = ("convert", source, "--towers", 4, "--distill-steps", 0)
     run = call_dmt(*options, "--dry-run", "--json")
     expected = sum(json.loads(run.stdout)["memory_bytes"].values())
-    peak = peak_of(*options, "--quiet")
+    peak = peak_memory(*options, "--quiet")
     assert peak < 1024 * MIB
     assert peak / 1.4 < expected < 1.7 * peak
 
