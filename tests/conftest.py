@@ -35,6 +35,7 @@ TOGETHER = {
 """Below tests/: what one worker runs. All else is dealt out by file."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist takes the groups over
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what was not asked for; say which tests stay together.
 
