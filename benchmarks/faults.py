@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def call_dmt(*arguments: object) -> Callable[[], object]:
     return call
 
 
-class Job:
+class Job(ABC):
     """One command on inputs of its own, and what its target may look like."""
 
     name = ""
@@ -160,16 +161,17 @@ class Job:
     def out(self) -> Path:
         return self.area / "target"
 
+    @abstractmethod
     def make_inputs(self) -> None:
-        raise NotImplementedError
+        """Write what the command reads."""
 
+    @abstractmethod
     def work(self, *, older: bool = False) -> Callable[[], object]:
         """The command; `older` makes what it replaces."""
-        raise NotImplementedError
 
+    @abstractmethod
     def source(self) -> list[Path]:
         """Files in which a bit may be flipped."""
-        raise NotImplementedError
 
     def content(self) -> dict[str, bytes]:
         """What counts of the target."""

@@ -174,23 +174,7 @@ def export_bundle(
             generation=generation,
         )
         written = writer.write(job, lambda done, total: progress("exporting", done, total))
-        manifest = ExportManifest(
-            format=config.format,
-            model=job.spec,
-            inputs=inputs,
-            columns=bundle.manifest.inputs,
-            parts=written.parts,
-            weights=_describe_weights(weights),
-            bundle=ExportedBundle(
-                name=bundle.path.absolute().name,
-                tool_version=bundle.manifest.tool.version,
-                source_digest=bundle.manifest.source.digest,
-            ),
-            quantize=config.quantize,
-            out_of_range=config.out_of_range,
-            details=written.details,
-            quality=quality,
-        )
+        manifest = _describe(bundle, job, written, quality)
         manifest = replace(manifest, files=digest_files(staging, manifest.weights)).sealed()
         _write_manifest(staging, manifest)
         checks = check_graphs(staging, bundle.path, config.data, progress, user_file(job.spec.flat))
@@ -199,6 +183,29 @@ def export_bundle(
         _settle(staging)
         bundle.check_in_place()  # files of it were linked, and compared with, by their names
     return Export(path=out, manifest=manifest, checks=checks)
+
+
+def _describe(
+    bundle: Bundle, job: ExportJob, written: Written, quality: Mapping[str, Any]
+) -> ExportManifest:
+    """Say what was exported; digests of its files and results of checks are added later."""
+    return ExportManifest(
+        format=job.config.format,
+        model=job.spec,
+        inputs=job.inputs,
+        columns=bundle.manifest.inputs,
+        parts=written.parts,
+        weights=_describe_weights(job.weights),
+        bundle=ExportedBundle(
+            name=bundle.path.absolute().name,
+            tool_version=bundle.manifest.tool.version,
+            source_digest=bundle.manifest.source.digest,
+        ),
+        quantize=job.config.quantize,
+        out_of_range=job.config.out_of_range,
+        details=written.details,
+        quality=quality,
+    )
 
 
 def load_writer(config: ExportConfig, generation: str) -> GraphWriter:

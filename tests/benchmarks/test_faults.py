@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +39,12 @@ def test_a_broken_target_and_a_lost_one_are_counted(faults, tmp_path):
 
         def make_inputs(self) -> None:
             (self.inputs / "x").write_text("x")
+
+        def work(self, *, older: bool = False) -> Callable[[], object]:
+            return self.run_again
+
+        def source(self) -> list[Path]:
+            return []
 
         def run_again(self) -> object:
             return faults.Ended(code=3, said="still broken")

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor, resolve_pieces
-from dmt_convert.cluster import checkpoints
+from dmt_convert.cluster import checkpoint_store
 from dmt_convert.cluster.checkpoint_folder import CheckpointFolder, digest_file
-from dmt_convert.cluster.checkpoints import CheckpointStore
+from dmt_convert.cluster.checkpoint_store import CheckpointStore
 from dmt_convert.cluster.ranks import Ranks
 from dmt_convert.errors import CheckpointError
 from support.cluster.client import RunRanks
@@ -133,7 +133,7 @@ class AloneRanks(Ranks):
 @contextmanager
 def store_alone(folder: Path) -> Iterator[CheckpointStore]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "Ranks", AloneRanks)
+        patch.setattr(checkpoint_store, "Ranks", AloneRanks)
         store = CheckpointStore(folder)
     yield store
     store.close()

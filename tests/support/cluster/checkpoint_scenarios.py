@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Placed
 
 from dmt_convert.cluster import checkpoint_folder, checkpoint_tensors
-from dmt_convert.cluster.checkpoints import CheckpointStore
+from dmt_convert.cluster.checkpoint_store import CheckpointStore
 from dmt_convert.errors import DmtError
 
 ROW_WISE = "towers.towers.0.embedding.embedding_bags.t_0.weight"

@@ -23,7 +23,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster.checkpoints import CheckpointStore
+from dmt_convert.cluster.checkpoint_store import CheckpointStore
 
 TABLES = {"t_0": (50, 16), "t_1": (37, 32), "t_2": (21, 8)}
 
