@@ -4,6 +4,7 @@ from .assembly import FlatModel as FlatModel
 from .assembly import Head as Head
 from .assembly import Tower as Tower
 from .assembly import count_parameters as count_parameters
+from .code_modules import Code as Code
 from .dmt_spec import DmtSpec as DmtSpec
 from .dmt_spec import TowerSpec as TowerSpec
 from .dmt_spec import converted_spec as converted_spec
@@ -18,11 +19,15 @@ from .table_codes import to_half as to_half
 from .table_lookup import MappedTables as MappedTables
 from .table_lookup import TrainableTables as TrainableTables
 from .table_lookup import to_tensor as to_tensor
+from .tower_code import ELEMENT_BYTES as ELEMENT_BYTES
+from .tower_code import Precision as Precision
+from .tower_code import TowerCode as TowerCode
 from .tower_kinds import TOWER_MODULES as TOWER_MODULES
 from .tower_kinds import TowerModule as TowerModule
 from .tower_kinds import TowerModuleSpec as TowerModuleSpec
 from .tower_kinds import find_tower_module as find_tower_module
 from .tower_kinds import module_spec as module_spec
+from .tower_modules import CodedModule as CodedModule
 from .tower_modules import FeatureWise as FeatureWise
 from .tower_modules import build_tower_module as build_tower_module
 from .weights import as_state as as_state

@@ -59,7 +59,9 @@ class Tower(nn.Module):
 
 
 class Restore(nn.ModuleList):
-    """Per tower, a linear map from what it emitted back to its embeddings.
+    """Per tower, a linear map from what arrived of it back to its embeddings.
+
+    Towers on every rank have the identity: their embeddings arrive as they are.
 
     Args:
         spec: The converted model, whose tower modules are undone by the receiver.
@@ -68,8 +70,10 @@ class Restore(nn.ModuleList):
     def __init__(self, spec: DmtSpec) -> None:
         self.widths = list(spec.tower_widths)
         super().__init__(
-            nn.Linear(width, sum(dims))
-            for width, dims in zip(spec.tower_widths, spec.dims_by_tower, strict=True)
+            nn.Identity() if tower.everywhere else nn.Linear(width, sum(dims))
+            for tower, width, dims in zip(
+                spec.towers, spec.tower_widths, spec.dims_by_tower, strict=True
+            )
         )
 
     def forward(self, emitted_BO: Tensor) -> Tensor:

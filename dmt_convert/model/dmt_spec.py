@@ -6,11 +6,12 @@ Letters: F_t features of a tower, N embedding dim, D output dim, K_t vectors tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from dmt_convert.documents import MODEL_CONFIG, from_json, to_json
+from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_EMPTY, from_json, to_json
 from dmt_convert.errors import ConfigError
+from dmt_convert.model.tower_code import ELEMENT_BYTES
 from dmt_convert.model.tower_kinds import TowerModule, TowerModuleSpec
 from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
 
@@ -23,6 +24,8 @@ class TowerSpec:
     """Its features."""
     module: TowerModuleSpec
     """Its module."""
+    everywhere: bool = field(default=False, metadata=OMITTED_IF_EMPTY)
+    """Whether every rank has its tables, so that nothing of it crosses hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +37,31 @@ class DmtSpec:
     flat: ModelSpec
     """The model that was converted."""
     towers: tuple[TowerSpec, ...]
-    """Its towers; all have the same kind of module, each its own output dim."""
+    """Its towers; all that send have the same kind of module, each its own output dim and code."""
 
     def __post_init__(self) -> None:
         self.assignment.check_covers(self.flat.feature_names)
-        shapes = {(t.module.kind, t.module.c, t.module.p) for t in self.towers}
+        shapes = {(t.module.kind, t.module.c, t.module.p) for t in self.sending_towers}
         if len(shapes) > 1:
             raise ConfigError(
                 "towers with modules "
                 + ", ".join(f"{kind} c={c} p={p}" for kind, c, p in sorted(shapes)),
                 expected="one kind of module, one c and one p; D may differ",
                 hint="give all towers the same module",
+            )
+        local = [t.module for t in self.towers if t.everywhere]
+        if not shapes or any(not each.rules.exact or each.code is not None for each in local):
+            raise ConfigError(
+                f"{len(local)} of {len(self.towers)} towers are on every rank, with modules "
+                + ", ".join(sorted({each.kind for each in local})),
+                expected="a tower that is placed on hosts; passthrough modules over the others",
+                hint="what does not cross hosts needs no compression",
+            )
+        if local and not self.keeps_network:
+            raise ConfigError(
+                f"towers on every rank beside {self.kind} tower modules",
+                expected="linear or passthrough tower modules, which keep the flat model's network",
+                hint="choose --tower-module linear, or --replicate none",
             )
 
     @property
@@ -53,19 +70,24 @@ class DmtSpec:
         return TowerAssignment(towers=tuple(tower.features for tower in self.towers))
 
     @property
+    def sending_towers(self) -> tuple[TowerSpec, ...]:
+        """The towers that send what they emit to other hosts."""
+        return tuple(tower for tower in self.towers if not tower.everywhere)
+
+    @property
     def kind(self) -> str:
-        """Kind of all tower modules."""
-        return self.towers[0].module.kind
+        """Kind of the modules of all towers that send."""
+        return self.sending_towers[0].module.kind
 
     @property
     def rules(self) -> TowerModule:
-        """The kind of the tower modules: answers what follows from it."""
-        return self.towers[0].module.rules
+        """The kind of these modules: answers what follows from it."""
+        return self.sending_towers[0].module.rules
 
     @property
     def is_passthrough(self) -> bool:
         """Whether the model computes exactly what the flat one does."""
-        return self.rules.exact
+        return self.rules.exact and all(tower.module.code is None for tower in self.towers)
 
     @property
     def keeps_network(self) -> bool:
@@ -89,9 +111,15 @@ class DmtSpec:
         return tuple(tower.module.width(dims) for tower, dims in pairs)
 
     @property
+    def tower_bytes(self) -> tuple[int, ...]:
+        """Bytes that every tower sends per sample to a host; 0 for towers on every rank."""
+        pairs = zip(self.towers, self.dims_by_tower, strict=True)
+        return tuple(0 if t.everywhere else t.module.nbytes(dims) for t, dims in pairs)
+
+    @property
     def compression(self) -> float:
-        """What would cross hosts uncompressed, over what does: sum N_f / sum K_t D."""
-        return sum(self.flat.feature_dims) / sum(self.tower_widths)
+        """Bytes that would cross hosts as float32, over bytes that do."""
+        return ELEMENT_BYTES["fp32"] * sum(self.flat.feature_dims) / sum(self.tower_bytes)
 
     @property
     def columns_by_tower(self) -> tuple[tuple[int, ...], ...]:

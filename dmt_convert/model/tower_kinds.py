@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
-from dmt_convert.documents import OMITTED_IF_EMPTY
+from dmt_convert.documents import OMITTED_IF_EMPTY, OMITTED_IF_NONE
 from dmt_convert.errors import ConfigError, UsageError
 from dmt_convert.interactions import NO_WORK, DenseWork, cross_work, linear_work
+from dmt_convert.model.tower_code import ELEMENT_BYTES, TowerCode
 from dmt_convert.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class TowerModuleSpec:
     """dcn: their rank."""
     config: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata=OMITTED_IF_EMPTY)
     """Settings of any other module: JSON-able, lists instead of tuples."""
+    code: TowerCode | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """How what it emits travels between hosts; None: as float32."""
 
     def __post_init__(self) -> None:
         if not self.rules.is_sound(self):
@@ -79,6 +82,15 @@ class TowerModuleSpec:
             dims: Embedding dims of its features.
         """
         return sum(self.vector_dims(dims))
+
+    def nbytes(self, dims: Sequence[int]) -> int:
+        """Bytes that a tower sends per sample.
+
+        Args:
+            dims: Embedding dims of its features.
+        """
+        width = self.width(dims)
+        return ELEMENT_BYTES["fp32"] * width if self.code is None else self.code.nbytes(width)
 
     def describe(self, dim: str = "") -> str:
         """Describe it for people; `dim` is shown instead of D, for towers that differ in it."""

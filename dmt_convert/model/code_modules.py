@@ -1,0 +1,71 @@
+"""The torch side of a tower's code: what rounding does to values, and the levels that travel.
+
+Letters: B batch, O elements that a tower emits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmt_convert.model.tower_code import FULL_LEVELS, HALF_LEVELS, TowerCode
+
+
+class Code(nn.Module):
+    """Rounds what a tower emits as its way between hosts does; gradients pass unchanged.
+
+    Args:
+        spec: The code.
+        width: O.
+    """
+
+    low: Tensor
+    """int8: value of level 0, shape (O,)."""
+    step: Tensor
+    """int8: difference between levels, shape (O,), positive."""
+
+    def __init__(self, spec: TowerCode, width: int) -> None:
+        super().__init__()
+        self.spec, self.width = spec, width
+        if spec.precision == "int8":
+            # never on the meta device, on which models are built before their weights are read
+            self.register_buffer("low", torch.zeros(width, device="cpu"))
+            self.register_buffer("step", torch.ones(width, device="cpu"))
+
+    def forward(self, emitted_BO: Tensor) -> Tensor:
+        """Return what arrives, shape (B, O)."""
+        if torch.is_grad_enabled() and emitted_BO.requires_grad:
+            arrived: Tensor = _Rounded.apply(emitted_BO, self)  # type: ignore[no-untyped-call]
+            return arrived
+        return self.round(emitted_BO)
+
+    def round(self, emitted_BO: Tensor) -> Tensor:
+        """Return what arrives, without a gradient; NaN stays NaN."""
+        if self.spec.precision == "fp32":
+            return emitted_BO
+        if self.spec.precision == "bf16":
+            return emitted_BO.to(torch.bfloat16).to(torch.float32)
+        return self.low + self.step * self.levels(emitted_BO)
+
+    def levels(self, emitted_BO: Tensor) -> Tensor:
+        """int8: the levels that travel, as whole numbers in float32, shape (B, O)."""
+        levels = torch.round((emitted_BO - self.low) / self.step)
+        whole = self.width - self.spec.int4
+        parts = [levels[:, :whole].clamp(0, FULL_LEVELS - 1)]
+        if self.spec.int4:
+            parts.append(levels[:, whole:].clamp(0, HALF_LEVELS - 1))
+        return torch.cat(parts, dim=1)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds; the gradient passes as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(_: Any, emitted_BO: Tensor, code: Code) -> Tensor:
+        return code.round(emitted_BO)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

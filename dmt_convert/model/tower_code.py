@@ -1,0 +1,48 @@
+"""How the elements that a tower emits travel between hosts: their precision, and their bytes.
+
+int8 stands for whole numbers with a range per element, found from sampled rows: an element x
+travels as the level round((x - low) / step), one of 256, and arrives as low + step * level. Some
+elements may take 4 bits, 16 levels. No scale travels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from dmt_convert.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "int8"]
+ELEMENT_BYTES: Final[dict[str, int]] = {"fp32": 4, "bf16": 2, "int8": 1}
+FULL_LEVELS: Final = 256
+HALF_LEVELS: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerCode:
+    """The precision of what a tower emits. A tower without one sends float32."""
+
+    precision: Precision
+    """bf16, or int8 with a range per element; fp32 is the same as no code."""
+    int4: int = 0
+    """int8: elements at the end of what a tower emits that take 4 bits instead of 8."""
+
+    def __post_init__(self) -> None:
+        sound = self.precision in ELEMENT_BYTES and self.int4 >= 0
+        if not sound or (self.int4 and self.precision != "int8"):
+            raise ConfigError(
+                f"a tower's code of precision {self.precision!r} with {self.int4} elements of 4 "
+                "bits",
+                expected=f"{', '.join(ELEMENT_BYTES)}; elements of 4 bits beside int8 alone",
+                hint="leave the precision to `dmt convert`",
+            )
+
+    def nbytes(self, width: int) -> int:
+        """Bytes per sample of `width` elements; two elements of 4 bits share a byte."""
+        return ELEMENT_BYTES[self.precision] * (width - self.int4) + (self.int4 + 1) // 2
+
+    def describe(self, width: int) -> str:
+        """Say it for people, for example `int8, 12 of 40 elements in 4 bits`."""
+        if not self.int4:
+            return self.precision
+        return f"{self.precision}, {self.int4} of {width} elements in 4 bits"
