@@ -190,21 +190,33 @@ class DmtSpec:
 
 
 def converted_spec(
-    flat: ModelSpec, towers: Sequence[tuple[str, ...]], module: TowerModuleSpec
+    flat: ModelSpec,
+    towers: Sequence[tuple[str, ...]],
+    module: TowerModuleSpec,
+    *,
+    everywhere: Sequence[str] = (),
 ) -> DmtSpec:
     """Put a module over every tower.
 
     Args:
         flat: The flat model.
-        towers: Features of every tower.
+        towers: Features of every tower that sends.
         module: What `module_spec` chose; the D of a linear one is the mean over the towers.
+        everywhere: Features whose tables every rank holds: they are the last tower.
     """
     width = dict(zip(flat.feature_names, flat.feature_dims, strict=True))
     modules = module.rules.spread(module, [[width[name] for name in names] for names in towers])
-    pairs = zip(towers, modules, strict=True)
-    return DmtSpec(
-        flat=flat, towers=tuple(TowerSpec(features=names, module=own) for names, own in pairs)
-    )
+    sending = [
+        TowerSpec(features=names, module=own) for names, own in zip(towers, modules, strict=True)
+    ]
+    return DmtSpec(flat=flat, towers=(*sending, *_tower_everywhere(everywhere)))
+
+
+def _tower_everywhere(features: Sequence[str]) -> tuple[TowerSpec, ...]:
+    if not features:
+        return ()
+    module = TowerModuleSpec(kind="passthrough")
+    return (TowerSpec(features=tuple(features), module=module, everywhere=True),)
 
 
 def one_tower(flat: ModelSpec) -> DmtSpec:

@@ -15,6 +15,7 @@ from dmt_convert.model import (
     TowerModuleSpec,
     TowerSpec,
     build_tower_module,
+    converted_spec,
 )
 from support.models import split_towers
 from support.specs import click_spec
@@ -168,3 +169,13 @@ def test_impossible_towers_everywhere_are_refused(kind: str) -> None:
 def compressed_everywhere(spec: DmtSpec) -> DmtSpec:
     """Put the first tower on every rank, its module as it is."""
     return replace(spec, towers=(replace(spec.towers[0], everywhere=True), *spec.towers[1:]))
+
+
+def test_features_on_every_rank_are_the_last_tower() -> None:
+    flat = click_spec()
+    names = flat.feature_names
+    module = TowerModuleSpec(kind="linear", dim=2)
+    spec = converted_spec(flat, [names[3:4], names[4:]], module, everywhere=names[:3])
+    assert [tower.everywhere for tower in spec.towers] == [False, False, True]
+    assert spec.towers[2].features == names[:3] and spec.towers[2].module.kind == "passthrough"
+    assert not any(t.everywhere for t in converted_spec(flat, [names], module).towers)
