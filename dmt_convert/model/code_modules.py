@@ -49,6 +49,30 @@ class Code(nn.Module):
             return emitted_BO.to(torch.bfloat16).to(torch.float32)
         return self.low + self.step * self.levels(emitted_BO)
 
+    def pack(self, emitted_BO: Tensor) -> Tensor:
+        """int8: the bytes that travel, uint8, shape (B, `spec.nbytes(O)`).
+
+        A level of 8 bits is a byte. Of h = ceil(n / 2) bytes with n levels of 4 bits, byte i holds
+        level i in its low half and level h + i in its high half. NaN has no level.
+        """
+        levels, whole = self.levels(emitted_BO), self.width - self.spec.int4
+        if self.spec.int4:
+            half = (self.spec.int4 + 1) // 2
+            low, high = levels[:, whole : whole + half], levels[:, whole + half :]
+            high = nn.functional.pad(high, (0, 2 * half - self.spec.int4))
+            levels = torch.cat([levels[:, :whole], low + HALF_LEVELS * high], dim=1)
+        return levels.to(torch.uint8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return what arrives, shape (B, O), from what `pack` gave."""
+        levels, whole = packed.to(torch.float32), self.width - self.spec.int4
+        if self.spec.int4:
+            high = torch.floor(levels[:, whole:] / HALF_LEVELS)
+            low = levels[:, whole:] - HALF_LEVELS * high
+            pairs = torch.cat([low, high], dim=1)[:, : self.spec.int4]
+            levels = torch.cat([levels[:, :whole], pairs], dim=1)
+        return self.low + self.step * levels
+
     def levels(self, emitted_BO: Tensor) -> Tensor:
         """int8: the levels that travel, as whole numbers in float32, shape (B, O)."""
         levels = torch.round((emitted_BO - self.low) / self.step)

@@ -64,6 +64,19 @@ def test_int8_rounds_to_the_nearest_level_and_clips() -> None:
     torch.testing.assert_close(code(values - 100)[0], values.amin(dim=0))
 
 
+@pytest.mark.parametrize(("width", "int4"), [(6, 0), (6, 6), (7, 5), (7, 1), (5, 4)])
+def test_what_is_packed_arrives_as_it_is_rounded(width: int, int4: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(64, width)
+    spec = TowerCode(precision="int8", int4=int4)
+    code = make_code(spec, values)
+    packed = code.pack(2 * values)  # beyond both ends of the range, too
+    assert packed.dtype == torch.uint8 and packed.shape == (64, spec.nbytes(width))
+    assert torch.equal(code.unpack(packed), code.round(2 * values))
+    packed[3, -1] ^= 1
+    assert not torch.equal(code.unpack(packed), code.round(2 * values))
+
+
 def test_nan_stays_nan() -> None:
     code = make_code(TowerCode(precision="int8"), torch.randn(16, 3))
     assert code(torch.tensor([[0.0, torch.nan, 0.0]])).isnan().tolist() == [[False, True, False]]
