@@ -1,5 +1,4 @@
 # What other folders use, and authors of readers.
-from .dcp_reader import read_dcp as read_dcp
 from .derived_rows import Combination as Combination
 from .derived_rows import RowCodes as RowCodes
 from .flat_checkpoint import ITEM_BYTES as ITEM_BYTES
@@ -20,10 +19,12 @@ from .outliers import check_outliers as check_outliers
 from .outliers import find_outlier as find_outlier
 from .outliers import find_outlier_in_bytes as find_outlier_in_bytes
 from .outliers import outlier_error as outlier_error
+from .readers import DICTS_KEY as DICTS_KEY
+from .readers import DTYPE_NAMES as DTYPE_NAMES
+from .readers import NVIDIA_TABLE_ORDER as NVIDIA_TABLE_ORDER
 from .readers import open_checkpoint as open_checkpoint
-from .safetensors_reader import DICTS_KEY as DICTS_KEY
-from .safetensors_reader import DTYPE_NAMES as DTYPE_NAMES
-from .safetensors_reader import read_safetensors as read_safetensors
+from .readers import read_dcp as read_dcp
+from .readers import read_safetensors as read_safetensors
 from .tensor_bytes import CHUNK_BYTES as CHUNK_BYTES
 from .tensor_bytes import ZEROS as ZEROS
 from .tensor_bytes import check_finite as check_finite
@@ -35,4 +36,3 @@ from .tensor_bytes import stream_bytes as stream_bytes
 from .tensor_bytes import stream_piece as stream_piece
 from .tensor_bytes import stream_tensor as stream_tensor
 from .tensor_bytes import to_fp32 as to_fp32
-from .trainer_folders import NVIDIA_TABLE_ORDER as NVIDIA_TABLE_ORDER

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dmt_convert.checkpoint import torch_reader
+from dmt_convert.checkpoint.readers import torch_reader
 from support.paths import REPOSITORY
 from support.shortcuts import sample_few, skip_export_checks, skip_report
 

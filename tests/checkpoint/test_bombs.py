@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmt_convert.checkpoint import open_checkpoint, read_tensor
-from dmt_convert.checkpoint.documents import parse_protobuf_text
+from dmt_convert.checkpoint.readers.documents import parse_protobuf_text
 from dmt_convert.errors import CheckpointError, ConfigError, DmtError
 from dmt_convert.families import read_model_config
 

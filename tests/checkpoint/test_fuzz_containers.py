@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from dmt_convert.checkpoint import readers
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.checkpoint.inert import unpickler
+from dmt_convert.checkpoint.readers import registry
 from support.paths import REPOSITORY
 
 MUTATIONS, MAX_SECONDS = 8, 5.0
@@ -33,8 +34,8 @@ def seeds(benchmarks, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 
 
 def test_every_container_has_a_seed(seeds):
-    formats = {readers.open_checkpoint(path).format for path in seeds[1].values()}
-    assert formats == {reader.format for reader in readers.READERS}
+    formats = {open_checkpoint(path).format for path in seeds[1].values()}
+    assert formats == {reader.format for reader in registry.READERS}
 
 
 def test_mutations_of_every_container(benchmarks, seeds):
@@ -60,7 +61,7 @@ def test_a_reader_that_breaks_is_noticed(benchmarks, seeds, monkeypatch):
     def break_down(path: Path) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(readers, "_open", break_down)
+    monkeypatch.setattr(registry, "_open", break_down)
     assert benchmarks[0].outcome(seeds[1]["torch"]).startswith("FAILED: ")
 
 

@@ -113,15 +113,15 @@ def test_a_file_that_changes_while_headers_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_flat(tmp_path / "ckpt.safetensors", flat_state())
-    from dmt_convert.checkpoint import readers
+    from dmt_convert.checkpoint.readers import registry
 
-    opened = readers._open
+    opened = registry._open
 
     def late(path: Path) -> object:
         rewrite(path)
         return opened(path)
 
-    monkeypatch.setattr(readers, "_open", late)
+    monkeypatch.setattr(registry, "_open", late)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         open_checkpoint(source)
 

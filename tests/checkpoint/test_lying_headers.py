@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dmt_convert.checkpoint import open_checkpoint, shards
+from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.checkpoint.inert.sharded import ShardPlace
+from dmt_convert.checkpoint.readers import shards
 from dmt_convert.errors import CheckpointError
 from support.checkpoints.containers import SAVES
 

@@ -155,14 +155,14 @@ def test_what_a_config_asks_for_and_cannot_have(save, old, new, says):
 
 @pytest.mark.parametrize("text", ["a {", "a: }", "a", "a: [1", 'a: "x', "a {" * 100, "{}", "a:: 1"])
 def test_text_that_is_no_message_is_refused(text):
-    from dmt_convert.checkpoint.documents import parse_protobuf_text
+    from dmt_convert.checkpoint.readers.documents import parse_protobuf_text
 
     with pytest.raises(ValueError, match=r"."):
         parse_protobuf_text(text)
 
 
 def test_messages_are_parsed():
-    from dmt_convert.checkpoint.documents import parse_protobuf_text
+    from dmt_convert.checkpoint.readers.documents import parse_protobuf_text
 
     text = "a: 1 a: -2.5e1f b { c: true, d: NAME; d: 'x' \"y\" } e: [1, 0x1F] [x.y/z]: inf # f"
     assert parse_protobuf_text(text) == {
@@ -174,7 +174,7 @@ def test_messages_are_parsed():
 
 
 def test_protobuf_text_takes_no_longer_than_it_is_long():
-    from dmt_convert.checkpoint.documents import parse_protobuf_text
+    from dmt_convert.checkpoint.readers.documents import parse_protobuf_text
 
     begin = time.process_time()
     for text in ("a: " + "1" * 50_000 + "x", 'a: "' + "b" * 50_000, "a" + " " * 50_000 + "'"):

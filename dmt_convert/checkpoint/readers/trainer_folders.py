@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from dmt_convert.checkpoint.dcp_reader import read_dcp, read_dcp_pair
-from dmt_convert.checkpoint.documents import read_document
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, Scalar, TensorInfo
-from dmt_convert.checkpoint.torch_reader import is_torch_file, read_torch
+from dmt_convert.checkpoint.readers.dcp_reader import read_dcp, read_dcp_pair
+from dmt_convert.checkpoint.readers.documents import read_document
+from dmt_convert.checkpoint.readers.torch_reader import is_torch_file, read_torch
 from dmt_convert.errors import CheckpointError
 
 _FUXICTR_MAP: Final = "feature_map.json"

@@ -23,8 +23,13 @@ from dmt_convert.checkpoint.flat_checkpoint import (
     TensorInfo,
 )
 from dmt_convert.checkpoint.inert import is_size
-from dmt_convert.checkpoint.module_order import is_module_order
-from dmt_convert.checkpoint.shards import check_files, check_tiling, payload_path, stand_sorted
+from dmt_convert.checkpoint.readers.module_order import is_module_order
+from dmt_convert.checkpoint.readers.shards import (
+    check_files,
+    check_tiling,
+    payload_path,
+    stand_sorted,
+)
 from dmt_convert.errors import CheckpointError
 
 _METADATA: Final = ".snapshot_metadata"

@@ -6,21 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.checkpoint.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
-from dmt_convert.checkpoint.file_sets import find_parts, join_parts, read_safetensors_file
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
-from dmt_convert.checkpoint.folders import open_folder, refuse_partitioned
 from dmt_convert.checkpoint.held_files import holding
 from dmt_convert.checkpoint.identify import (
     refuse_remote,
     refuse_special,
     refuse_unknown_file,
 )
-from dmt_convert.checkpoint.indexed_reader import is_indexed, read_indexed
-from dmt_convert.checkpoint.safetensors_reader import is_safetensors
-from dmt_convert.checkpoint.torch_reader import is_torch_file, read_torch
-from dmt_convert.checkpoint.torchsnapshot_reader import is_torchsnapshot, read_torchsnapshot
-from dmt_convert.checkpoint.trainer_folders import (
+from dmt_convert.checkpoint.readers.dcp_reader import is_dcp, is_dcp_pair, read_dcp, read_dcp_pair
+from dmt_convert.checkpoint.readers.file_sets import find_parts, join_parts, read_safetensors_file
+from dmt_convert.checkpoint.readers.folders import open_folder, refuse_partitioned
+from dmt_convert.checkpoint.readers.indexed_reader import is_indexed, read_indexed
+from dmt_convert.checkpoint.readers.safetensors_reader import is_safetensors
+from dmt_convert.checkpoint.readers.torch_reader import is_torch_file, read_torch
+from dmt_convert.checkpoint.readers.torchsnapshot_reader import is_torchsnapshot, read_torchsnapshot
+from dmt_convert.checkpoint.readers.trainer_folders import (
     is_fuxictr,
     is_hugectr,
     is_nvidia,

@@ -29,8 +29,8 @@ from dmt_convert.checkpoint.inert import (
     read_pickle,
     refuse_global,
 )
-from dmt_convert.checkpoint.module_order import is_module_order
-from dmt_convert.checkpoint.shards import check_tiling, describe_block, stand_sorted
+from dmt_convert.checkpoint.readers.module_order import is_module_order
+from dmt_convert.checkpoint.readers.shards import check_tiling, describe_block, stand_sorted
 from dmt_convert.checkpoint.tensor_bytes import stream_tensor
 from dmt_convert.checkpoint.torch_archive import (
     TorchArchive,

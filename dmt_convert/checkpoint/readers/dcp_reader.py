@@ -24,12 +24,12 @@ from dmt_convert.checkpoint.inert import (
     read_sizes,
     refuse_global,
 )
-from dmt_convert.checkpoint.safetensors_reader import (
+from dmt_convert.checkpoint.readers.safetensors_reader import (
     SafetensorsHeader,
     looks_like_header,
     read_header,
 )
-from dmt_convert.checkpoint.shards import check_files, check_tiling, payload_path
+from dmt_convert.checkpoint.readers.shards import check_files, check_tiling, payload_path
 from dmt_convert.checkpoint.torch_archive import read_zip_archive
 from dmt_convert.errors import CheckpointError
 

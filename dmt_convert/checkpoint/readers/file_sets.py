@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Piece, TensorInfo
-from dmt_convert.checkpoint.safetensors_reader import (
+from dmt_convert.checkpoint.readers.safetensors_reader import (
     SafetensorsHeader,
     flat_checkpoint,
     is_safetensors,
     read_header,
     refuse_shard,
 )
-from dmt_convert.checkpoint.shards import check_tiling
+from dmt_convert.checkpoint.readers.shards import check_tiling
 from dmt_convert.checkpoint.tensor_bytes import stream_tensor
 from dmt_convert.errors import CheckpointError
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint, Scalar, TensorInfo
-from dmt_convert.checkpoint.safetensors_reader import (
+from dmt_convert.checkpoint.readers.safetensors_reader import (
     flat_checkpoint,
     read_header,
     read_safetensors,
     refuse_shard,
 )
-from dmt_convert.checkpoint.torch_reader import read_torch
+from dmt_convert.checkpoint.readers.torch_reader import read_torch
 from dmt_convert.errors import CheckpointError
 
 _INDEX: Final = ".index.json"

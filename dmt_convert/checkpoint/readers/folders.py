@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from dmt_convert.checkpoint.file_sets import join_folder
 from dmt_convert.checkpoint.flat_checkpoint import FlatCheckpoint
+from dmt_convert.checkpoint.readers.file_sets import join_folder
 from dmt_convert.errors import CheckpointError
 
 _STATE: Final = re.compile(
