@@ -1,14 +1,20 @@
 """Flat models that benchmarks convert: trained once per data set, architecture and seed.
 
+    python benchmarks/flat_models.py --data ../shared/data/movielens1m --flat-cache flat --seeds 0 1
+
 The training settings of a data set are listed in `SETTINGS`. A checkpoint that is already in the
 cache folder, made with the very same settings, is read instead of being trained again.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
 import json
 import math
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +36,10 @@ from dmt_convert.recipes.train_flat import TrainConfig, save_flat, train_flat
 FloatArray = npt.NDArray[np.float32]
 
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "amazon_access": {"epochs": 5, "batch_size": 256},
     "criteo100k": {"epochs": 2},
+    "frappe": {"epochs": 8, "batch_size": 1024, "table_decay": 1e-5},
+    "movielens100k": {"epochs": 8},
     "movielens1m": {"epochs": 4, "batch_size": 1024, "table_decay": 1e-5},
 }
 """Data set -> how its flat models are trained, where that differs from TrainConfig's defaults."""
@@ -46,17 +55,26 @@ class FlatJob:
     arch: str
     seed: int
     cache: Path
+    dim: int = 16
+    """Embedding dim N."""
 
     @property
     def config(self) -> TrainConfig:
         settings = SETTINGS.get(self.data.name, {})
-        return TrainConfig(data=self.data, arch=self.arch, seed=self.seed, **settings)  # type: ignore[arg-type]
+        return TrainConfig(
+            data=self.data,
+            arch=self.arch,  # type: ignore[arg-type]
+            seed=self.seed,
+            embedding_dim=self.dim,
+            **settings,
+        )
 
     @property
     def path(self) -> Path:
         settings = json.dumps({k: v for k, v in asdict(self.config).items() if k != "data"})
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        return self.cache / f"{self.data.name}_{self.arch}_seed{self.seed}_{digest}.pt"
+        name = f"{self.data.name}_{self.arch}_n{self.dim}_seed{self.seed}_{digest}.pt"
+        return self.cache / name
 
     @property
     def steps(self) -> int:
@@ -66,7 +84,7 @@ class FlatJob:
 
     @property
     def name(self) -> str:
-        return f"{self.data.name} {self.arch} seed {self.seed}"
+        return f"{self.data.name} {self.arch} N = {self.dim} seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +149,8 @@ def split_rows(sample: Sample) -> tuple[Sample, Sample]:
 def train_job(job: FlatJob) -> None:
     """Train a flat model, unless its checkpoint is there."""
     if not job.path.is_file():
-        unfinished = job.path.with_suffix(".part")
+        job.cache.mkdir(parents=True, exist_ok=True)
+        unfinished = job.path.with_suffix(f".{os.getpid()}.part")
         save_flat(*train_flat(job.config), unfinished)
         unfinished.rename(job.path)
 
@@ -152,3 +171,26 @@ def _score(model: nn.Module, dense: FloatArray, pooled: FloatArray) -> FloatArra
             )
             parts.append(logits.numpy())
     return np.concatenate(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of data sets")
+    parser.add_argument("--flat-cache", type=Path, required=True, help="where checkpoints lie")
+    parser.add_argument("--archs", nargs="+", choices=("dlrm", "dcn"), default=["dlrm", "dcn"])
+    parser.add_argument("--dims", type=int, nargs="+", default=[16], help="embedding dims N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = itertools.product(options.seeds, options.dims, options.archs, options.data)
+    for seed, dim, arch, data in chosen:
+        job = FlatJob(data=data, arch=arch, seed=seed, cache=options.flat_cache, dim=dim)
+        begin = time.perf_counter()
+        found = open_flat(job).rows("test")
+        auc = measure_accuracy(found.reference, found.labels).auc
+        seconds = time.perf_counter() - begin
+        print(f"{job.name}: test AUC {auc:.4f}, {seconds:.0f} s, {job.path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
