@@ -21,9 +21,10 @@ from dmt_convert.checkpoint import DEEPCTR_MODULE, TensorInfo, derived
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import infer_features
 from dmt_convert.families.layer_stacks import LayerNames
+from dmt_convert.families.leftovers import DESCRIBE_IT
 from dmt_convert.families.model_config import FeatureConfig
 from dmt_convert.families.model_info import Fact, FlatModelInfo
-from dmt_convert.families.trainer_tensors import DESCRIBE_IT, TrainerTensors
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import FeatureSpec, Pooling, TableSpec
 
 _DEEP: Final = "embedding_dict.{}.weight"

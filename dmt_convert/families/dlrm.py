@@ -16,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.family import Family
 from dmt_convert.families.feature_order import FeatureNaming, features_of_module, infer_features
+from dmt_convert.families.incomplete_model import incomplete_model
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo
 from dmt_convert.families.name_map import NameMap
-from dmt_convert.families.trainer_tensors import FLOATS, TrainerTensors, describe_empty
+from dmt_convert.families.taken_tensors import FLOATS, describe_empty
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.spec import (
     DTYPE_BYTES,
     FeatureSpec,
@@ -90,7 +92,7 @@ class DlrmFamily(Family):
         if lost is not None:
             raise lost
         if spec is None:
-            raise source.incomplete([])
+            raise incomplete_model(source, [])
         # a last layer with a name of its own gets its number
         last = f"over_arch.{spec.over_arch.num_layers - 1}."
         for tensors in (source.canonical, stored):

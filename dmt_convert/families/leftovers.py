@@ -24,6 +24,10 @@ from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.name_map import strip_wrappers
 
+DESCRIBE_IT: Final = "describe it with --model (docs/adapters.md)"
+"""What to do about a model that no family knows."""
+_MAX_UNREAD: Final = 10
+"""Objects that were not read, as far as an error lists them."""
 _COUNTERS: Final[dict[str, str]] = {
     "n_averaged": "torch's counter of averaged models",
     "num_batches_tracked": "torch's counter of batches",
@@ -185,3 +189,10 @@ def refuse_part(pattern: str, caught: Sequence[TensorInfo]) -> ConfigError:
 def _shorten(lines: Sequence[str]) -> list[str]:
     rest = len(lines) - _MAX_LISTED
     return [*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
+
+
+def list_unread(checkpoint: FlatCheckpoint) -> list[str]:
+    """Name what a checkpoint holds and was not read, one line each."""
+    lines = [f"not read: {path} ({what})" for path, what in checkpoint.unread.items()]
+    rest = len(lines) - _MAX_UNREAD
+    return [*lines[:_MAX_UNREAD], *([f"not read: ... and {rest} more"] if rest > 0 else [])]

@@ -17,14 +17,20 @@ from dmt_convert.families.facebook import FACEBOOK_DLRM
 from dmt_convert.families.family import Family
 from dmt_convert.families.fuxictr import FUXICTR
 from dmt_convert.families.hugectr import HUGECTR
-from dmt_convert.families.leftovers import check_remapping, counter_of, list_parts
+from dmt_convert.families.leftovers import (
+    DESCRIBE_IT,
+    check_remapping,
+    counter_of,
+    list_parts,
+    list_unread,
+)
 from dmt_convert.families.model_config import ModelConfig
 from dmt_convert.families.model_info import FlatModelInfo, ModelPlace
 from dmt_convert.families.name_map import strip_wrappers
 from dmt_convert.families.nvidia import NVIDIA_DLRM
 from dmt_convert.families.torcheasyrec import TORCHEASYREC
 from dmt_convert.families.torchrec import TORCHREC_DLRM
-from dmt_convert.families.trainer_tensors import DESCRIBE_IT, TrainerTensors, list_unread
+from dmt_convert.families.trainer_tensors import TrainerTensors
 from dmt_convert.families.user_model import user_family
 from dmt_convert.plugins import load_plugins
 from dmt_convert.spec import ModelSpec
