@@ -9,9 +9,10 @@ checkpoint is what a TorchRec user would save: `{"model": state dict, "optimizer
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,11 +98,12 @@ def epoch_batches(
 
 
 def make_optimizer(model: FlatModel | DmtModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Draw the tables anew, small; parameters stay in the model's order, tables first."""
+    """Draw the tables anew, small; parameters stay in TorchRec's order, tables first."""
     tables: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (tables if "tables" in name.split(".") else others).append(parameter)
+    parameters = dict(model.named_parameters())
+    for name in _torchrec_order(parameters):
+        (tables if "tables" in name.split(".") else others).append(parameters[name])
     for table in tables:
         nn.init.normal_(table, std=config.table_spread)
     groups: list[dict[str, Any]] = [
@@ -165,13 +167,20 @@ def make_spec(config: TrainConfig, dataset: Dataset) -> ModelSpec:
 def save_flat(model: FlatModel, optimizer: torch.optim.Optimizer, out: Path) -> None:
     """Save a checkpoint under TorchRec's names, in the order of the optimizer's parameters."""
     last = f"over_arch.{model.spec.over_arch.num_layers - 1}."
-    state = {}
-    for name, value in model.state_dict().items():
+    state, values = {}, model.state_dict()
+    for name in _torchrec_order(values):
         canonical = name.removeprefix("interaction.").replace(last, "over_arch.last.")
         source = TORCHREC_DLRM.names.to_source(canonical)
         assert source is not None, name
-        state[f"model.{source}"] = value
+        state[f"model.{source}"] = values[name]
     torch.save({"model": state, "optimizer": optimizer.state_dict()}, out)
+
+
+def _torchrec_order(names: Iterable[str]) -> list[str]:
+    """Order names as TorchRec's modules do: its cross network has a list per kind of tensor."""
+    kinds = {name: re.sub(r"\bcross\.\d+\.", "cross.", name) for name in names}
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
+    return sorted(kinds, key=lambda name: places[kinds[name]])
 
 
 def main(arguments: list[str] | None = None) -> None:
