@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
 
 pytest.register_assert_rewrite("support")  # before any of it is imported
 
 from support.commands import Run  # noqa: E402
 from support.paths import REPOSITORY  # noqa: E402
+from support.schedule import GroupScheduling, put_long_groups_first  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -26,25 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out tests that are marked slow")
 
 
-TOGETHER = {
-    # they start ranks or servers, or kill what they start, and take their turns
-    "processes": ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions"),
-    # they share bundles
-    "scored": ("scoring", "verify"),
-}
-"""Below tests/: what one worker runs. All else is dealt out by file."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist takes the groups over
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for; say which tests stay together.
-
-    A file's tests share what they build, so that one worker runs them all.
-    """
-    for item in items:
-        name = item.path.relative_to(Path(__file__).parent).as_posix()
-        group = next((g for g, names in TOGETHER.items() if name.startswith(names)), name)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Leave out what was not asked for."""
     left_out = {
         "exhaustive": not config.getoption("--exhaustive"),
         "slow": config.getoption("--fast"),
@@ -54,6 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=others)
     left = set(others)
     items[:] = [item for item in items if item not in left]
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        put_long_groups_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(autouse=True)
