@@ -14,7 +14,7 @@ from dmt_convert.files import (
     staged_file,
     write_text,
 )
-from dmt_convert.placement import TowerPlan, make_cluster, make_machine, plan_towers
+from dmt_convert.placement import TowerPlan, make_cluster, make_machine, plan_model
 from dmt_convert.placement.predict import PredictionReport, plot_scaling, predict_bundle
 
 
@@ -33,9 +33,7 @@ def plan_bundle(bundle: Bundle, config: PlanConfig) -> TowerPlan:
             config.plot, FIGURE_FILE, models=[bundle.path], inputs=[config.model], option="--plot"
         )
     model = bundle.manifest.model
-    plan = plan_towers(
-        model.flat, model.assignment, make_cluster(config), tower_widths=model.tower_widths
-    )
+    plan = plan_model(model, make_cluster(config))
     if config.out is not None:
         write_text(config.out, to_text(plan.to_json()))
     return plan

@@ -20,7 +20,7 @@ from dmt_convert.cluster.optimizers import fused_parameters
 from dmt_convert.cluster.ranks import RankLayout
 from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import PlanError
-from dmt_convert.placement import TowerPlan, plan_towers
+from dmt_convert.placement import TowerPlan, plan_model
 
 _CHUNK_BYTES: Final = 8 << 20
 """Of a table, read at once."""
@@ -38,6 +38,7 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
         PlanError: The plan that was asked for is of another cluster or bundle, or the towers cannot
             be placed on this cluster.
     """
+    _refuse_everywhere(bundle)
     plan = bundle.plan if given is None else given
     _check_fits(plan, bundle)
     found = (layout.hosts, layout.ranks_per_host)
@@ -54,7 +55,16 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
         )
     model = bundle.manifest.model
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
-    return plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)
+    return plan_model(model, cluster)
+
+
+def _refuse_everywhere(bundle: Bundle) -> None:
+    if any(tower.everywhere for tower in bundle.manifest.model.towers):
+        raise PlanError(
+            f"{bundle.path} has tables on every rank, which training over ranks does not know yet",
+            expected="towers on hosts alone",
+            hint="train in one process (leave --nproc out), or convert with --replicate none",
+        )
 
 
 def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:

@@ -48,7 +48,7 @@ from dmt_convert.files import (
 )
 from dmt_convert.free_memory import available_bytes
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
-from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_model
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.report import plot_partition
 
@@ -326,11 +326,11 @@ def _plan(spec: DmtSpec, cluster: Cluster | None) -> TowerPlan:
     """Plan for the given cluster, or for the smallest default one that holds the tables."""
 
     def attempt(candidate: Cluster) -> TowerPlan:
-        return plan_towers(spec.flat, spec.assignment, candidate, tower_widths=spec.tower_widths)
+        return plan_model(spec, candidate)
 
     if cluster is not None:
         return attempt(cluster)
-    base = default_cluster(len(spec.towers))
+    base = default_cluster(len(spec.sending_towers))
     hosts = base.hosts
     while True:
         try:

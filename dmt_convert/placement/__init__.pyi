@@ -6,6 +6,7 @@ from .cluster import default_cluster as default_cluster
 from .packing import TableLoad as TableLoad
 from .packing import check_plan as check_plan
 from .packing import measure_ranks as measure_ranks
+from .packing import plan_model as plan_model
 from .packing import plan_towers as plan_towers
 from .packing import tower_loads as tower_loads
 from .settings import make_cluster as make_cluster

@@ -18,6 +18,7 @@ import numpy as np
 from dmt_convert.arrays import Float64Array
 from dmt_convert.documents import shorten
 from dmt_convert.errors import PlanError
+from dmt_convert.model import DmtSpec
 from dmt_convert.placement.cluster import HBM_RESERVE, Cluster, show_bytes
 from dmt_convert.placement.tower_plan import (
     COLS_MULTIPLE,
@@ -28,7 +29,7 @@ from dmt_convert.placement.tower_plan import (
     padded_dim,
     row_blocks,
 )
-from dmt_convert.placement.traffic import measure_traffic
+from dmt_convert.placement.traffic import ELEMENT_BYTES, measure_traffic
 from dmt_convert.spec import DTYPE_BYTES, ModelSpec, TowerAssignment
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,12 @@ class TableLoad:
         """Size in memory in bytes, with optimizer state, as that number of column shards."""
         state = OPTIMIZER_BYTES_PER_ROW * column_shards
         return self.rows * (padded_dim(self.dim) * self.element_bytes + state)
+
+    @property
+    def everywhere_bytes(self) -> int:
+        """Size in bytes on every rank: the whole table, its whole gradient, optimizer state."""
+        row = self.dim * (self.element_bytes + ELEMENT_BYTES) + OPTIMIZER_BYTES_PER_ROW
+        return self.rows * row
 
     @property
     def loads(self) -> tuple[float, float, float]:
@@ -300,6 +307,7 @@ def plan_towers(
     *,
     tower_widths: Sequence[int],
     ids_per_bag: Mapping[str, float] | None = None,
+    everywhere: Sequence[int] = (),
 ) -> TowerPlan:
     """Place every tower inside a host and every table on the ranks of its tower.
 
@@ -313,30 +321,85 @@ def plan_towers(
         cluster: Where it shall run.
         tower_widths: Elements that each tower emits per sample, K_t * D.
         ids_per_bag: Mean number of ids per sample of each feature; 1 if it is not named.
+        everywhere: Towers whose tables lie whole on every rank, and on no host in particular; the
+            T towers above are the others.
 
     Raises:
         PartitionError: The towers do not hold the model's features.
         PlanError: The towers share a table, T < H does not divide H, or memory is too small.
     """
     assignment.check_covers(spec.feature_names)
-    num_towers = len(assignment.towers)
-    _check_request(num_towers, cluster, tower_widths)
+    _check_widths(len(assignment.towers), tower_widths)
+    sending = [t for t in range(len(assignment.towers)) if t not in set(everywhere)]
+    _check_hosts(len(sending), cluster)
     towers = tower_loads(spec, assignment, ids_per_bag or {})
-    tower_hosts = _place_towers(towers, tower_widths, cluster)
+    resident = [table for t in everywhere for table in towers[t]]
+    room = _room_beside(resident, cluster)
+    tower_hosts: list[tuple[int, ...]] = [()] * len(towers)
+    found = _place_towers(
+        [towers[t] for t in sending], [tower_widths[t] for t in sending], cluster, room
+    )
     groups: dict[tuple[int, ...], list[TableLoad]] = {}
-    for hosts, tables in zip(tower_hosts, towers, strict=True):
-        groups.setdefault(hosts, []).extend(tables)
-    placed = _pack_groups(groups, cluster, num_towers)
+    for tower, hosts in zip(sending, found, strict=True):
+        tower_hosts[tower] = hosts
+        groups.setdefault(hosts, []).extend(towers[tower])
+    placed = _pack_groups(groups, cluster, room, len(sending))
+    placed |= {table.name: _place_everywhere(table) for table in resident}
     return _assemble(spec, towers, tower_hosts, placed, cluster, tower_widths)
 
 
-def _check_request(num_towers: int, cluster: Cluster, tower_widths: Sequence[int]) -> None:
+def plan_model(
+    model: DmtSpec, cluster: Cluster, *, ids_per_bag: Mapping[str, float] | None = None
+) -> TowerPlan:
+    """Place a converted model's towers; see `plan_towers`."""
+    return plan_towers(
+        model.flat,
+        model.assignment,
+        cluster,
+        tower_widths=model.tower_widths,
+        ids_per_bag=ids_per_bag,
+        everywhere=[t for t, tower in enumerate(model.towers) if tower.everywhere],
+    )
+
+
+def _room_beside(resident: Sequence[TableLoad], cluster: Cluster) -> int:
+    """Return the bytes of a rank that are left beside the tables that every rank holds.
+
+    Raises:
+        PlanError: Nothing is left.
+    """
+    taken = sum(table.everywhere_bytes for table in resident)
+    if taken < cluster.usable_bytes:
+        return cluster.usable_bytes - taken
+    raise PlanError(
+        f"{len(resident)} tables on every rank take {show_bytes(taken)} of it, with their "
+        "gradients and row-wise Adagrad state",
+        expected=f"less than the {show_bytes(cluster.usable_bytes)} that tables may use of a rank",
+        hint="replicate fewer tables: `dmt convert --replicate ROWS` with fewer rows",
+    )
+
+
+def _place_everywhere(table: TableLoad) -> TablePlacement:
+    whole = Shard(rank=0, row_offset=0, col_offset=0, rows=table.rows, cols=table.dim)
+    return TablePlacement(
+        table=table.name,
+        tower=table.tower,
+        sharding_type="data_parallel",
+        compute_kernel="dense",
+        shards=(whole,),
+    )
+
+
+def _check_widths(num_towers: int, tower_widths: Sequence[int]) -> None:
     if len(tower_widths) != num_towers or min(tower_widths, default=0) < 1:
         raise PlanError(
             f"tower widths {list(tower_widths)} for {num_towers} towers",
             expected="one positive number of elements per tower",
             hint="give what each tower module emits per sample",
         )
+
+
+def _check_hosts(num_towers: int, cluster: Cluster) -> None:
     if num_towers < cluster.hosts and cluster.hosts % num_towers:
         below = cluster.hosts // num_towers * num_towers
         raise PlanError(
@@ -399,7 +462,7 @@ def tower_loads(
 
 
 def _place_towers(
-    towers: Sequence[Sequence[TableLoad]], tower_widths: Sequence[int], cluster: Cluster
+    towers: Sequence[Sequence[TableLoad]], tower_widths: Sequence[int], cluster: Cluster, room: int
 ) -> list[tuple[int, ...]]:
     if len(towers) <= cluster.hosts:
         k = cluster.hosts // len(towers)
@@ -415,7 +478,7 @@ def _place_towers(
         ],
         dtype=np.float64,
     )
-    limit = float(cluster.usable_bytes * cluster.ranks_per_host)
+    limit = float(room * cluster.ranks_per_host)
     hosts = spread_towers(loads, cluster.hosts, limit)
     if any(a > b for a, b in pairwise(hosts)):
         _log.info("towers are not in the order of their hosts: outputs follow tower_order")
@@ -423,9 +486,12 @@ def _place_towers(
 
 
 def _pack_groups(
-    groups: Mapping[tuple[int, ...], Sequence[TableLoad]], cluster: Cluster, num_towers: int
+    groups: Mapping[tuple[int, ...], Sequence[TableLoad]],
+    cluster: Cluster,
+    limit: int,
+    num_towers: int,
 ) -> dict[str, TablePlacement]:
-    size, limit = cluster.ranks_per_host, cluster.usable_bytes
+    size = cluster.ranks_per_host
     placed: dict[str, TablePlacement] = {}
     failed: dict[tuple[int, ...], Sequence[TableLoad]] = {}
     for hosts, tables in groups.items():
@@ -437,7 +503,7 @@ def _pack_groups(
         else:
             placed.update((placement.table, placement) for placement in placements)
     if failed:
-        _refuse(groups, failed, cluster, num_towers)
+        _refuse(groups, failed, cluster, limit, num_towers)
     return placed
 
 
@@ -445,10 +511,12 @@ def _refuse(
     groups: Mapping[tuple[int, ...], Sequence[TableLoad]],
     failed: Mapping[tuple[int, ...], Sequence[TableLoad]],
     cluster: Cluster,
+    limit: int,
     num_towers: int,
 ) -> None:
     """Raise with the numbers of every group of hosts whose tables do not fit."""
-    per_host = cluster.usable_bytes * cluster.ranks_per_host
+    per_host = limit * cluster.ranks_per_host
+    taken = cluster.usable_bytes - limit
     sizes = {hosts: sum(table.nbytes() for table in tables) for hosts, tables in groups.items()}
     by_tower: dict[int, int] = {}
     for tables in groups.values():
@@ -473,7 +541,9 @@ def _refuse(
         f"tables and row-wise Adagrad state take {show_bytes(sum(sizes.values()))}, and "
         f"{len(failed)} of {len(groups)} groups of hosts cannot hold theirs",
         expected=f"at most {show_bytes(per_host)} per host ({cluster.ranks_per_host} ranks of "
-        f"{show_bytes(cluster.hbm_bytes)}, {HBM_RESERVE:.0%} kept for all but tables), "
+        f"{show_bytes(cluster.hbm_bytes)}, {HBM_RESERVE:.0%} kept for all but tables"
+        + (f", {show_bytes(taken)} for tables on every rank" if taken else "")
+        + "), "
         f"{show_bytes(cluster.hosts * per_host)} on {cluster.hosts} hosts",
         hint=f"{hosts_hint}, --dtype fp16, or fewer features per tower (raise --towers)",
         details=shorten(details),
@@ -496,26 +566,38 @@ def _assemble(
 ) -> TowerPlan:
     loads = {table.name: table for tables in towers for table in tables}
     rank_bytes, rank_ids, rank_widths = measure_ranks(loads, placed, cluster.world_size)
-    group_of = {hosts: i for i, hosts in enumerate(sorted(set(tower_hosts)))}
+    group_of = {hosts: i for i, hosts in enumerate(sorted({h for h in tower_hosts if h}))}
     group_widths = [0] * len(group_of)
     group_ids = [0.0] * len(group_of)
+    resident = [
+        table
+        for hosts, tables in zip(tower_hosts, towers, strict=True)
+        if not hosts
+        for table in tables
+    ]
+    held = sum(table.everywhere_bytes for table in resident)
+    local_ids = math.fsum(table.ids for table in resident)
     for hosts, tables, width in zip(tower_hosts, towers, tower_widths, strict=True):
+        if not hosts:
+            continue
         group_widths[group_of[hosts]] += width
         group_ids[group_of[hosts]] += math.fsum(table.ids for table in tables)
     return TowerPlan(
         cluster=cluster,
         tower_hosts=tuple(tower_hosts),
         tables=tuple(placed[table.name] for table in spec.tables),
-        bytes_per_rank=tuple(rank_bytes),
-        lookups_per_rank=tuple(rank_ids),
+        bytes_per_rank=tuple(size + held for size in rank_bytes),
+        lookups_per_rank=tuple(ids + local_ids / cluster.world_size for ids in rank_ids),
         traffic=measure_traffic(
             cluster,
-            group_hosts=len(tower_hosts[0]),
+            group_hosts=max(map(len, tower_hosts)),
             group_widths=group_widths,
             rank_widths=rank_widths,
             rank_ids=rank_ids,
             flat_width=sum(spec.feature_dims),
             ids=group_ids,
+            replicated_elements=sum(table.rows * table.dim for table in resident),
+            replicated_ids=local_ids,
         ),
     )
 
@@ -523,7 +605,7 @@ def _assemble(
 def measure_ranks(
     loads: Mapping[str, TableLoad], placed: Mapping[str, TablePlacement], world_size: int
 ) -> tuple[list[int], list[float], list[int]]:
-    """Sum what every rank holds.
+    """Sum what every rank holds of the tables that lie on some.
 
     Returns:
         Per rank: bytes with optimizer state, ids looked up per sample, pooled elements per
@@ -532,6 +614,8 @@ def measure_ranks(
     sizes, ids, widths = [0] * world_size, [0.0] * world_size, [0] * world_size
     for name, placement in placed.items():
         load = loads[name]
+        if placement.is_everywhere:
+            continue
         row_wise = placement.sharding_type == "table_row_wise"
         for shard in placement.shards:
             sizes[shard.rank] += shard.nbytes(load.element_bytes)
@@ -571,10 +655,11 @@ def check_plan(plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment) ->
             )
     if not problems:
         sizes, _, _ = measure_ranks(loads, placed, plan.cluster.world_size)
+        held = sum(loads[name].everywhere_bytes for name in placed if placed[name].is_everywhere)
         problems += [
-            f"rank {rank} holds {actual} bytes, the plan says {planned}"
+            f"rank {rank} holds {actual + held} bytes, the plan says {planned}"
             for rank, (actual, planned) in enumerate(zip(sizes, plan.bytes_per_rank, strict=True))
-            if actual != planned
+            if actual + held != planned
         ]
     if problems:
         raise PlanError(

@@ -43,6 +43,7 @@ def to_sharding_plan(
     *,
     device: DeviceType = "cuda",
     module_path: str = "",
+    replicated_path: str = "replicated",
     pad: bool = False,
 ) -> ShardingPlan:
     """Build TorchRec's plan, without a process group.
@@ -56,6 +57,9 @@ def to_sharding_plan(
         device: Kind of device that the shards lie on.
         module_path: Path of the `EmbeddingTowerCollection` in the module that
             `DistributedModelParallel` wraps; empty if it is that module itself.
+        replicated_path: Path of the `EmbeddingBagCollection` of the tables that every rank holds,
+            if there are any. TorchRec trains data-parallel tables by an optimizer for dense
+            parameters alone; the one that is fused into towers does not move them.
         pad: Whether the collection's tables have `padded_dim` columns, so that those of any dim
             can be placed.
 
@@ -69,7 +73,8 @@ def to_sharding_plan(
     odd = [
         f"table {placement.table!r} has shards {placement.shards[0].cols} wide"
         for placement in plan.tables
-        if _columns(placement, placement.shards[0], pad=pad) % COLS_MULTIPLE
+        if not placement.is_everywhere
+        and _columns(placement, placement.shards[0], pad=pad) % COLS_MULTIPLE
     ]
     if odd:
         raise PlanError(
@@ -78,13 +83,14 @@ def to_sharding_plan(
             hint="export the bundle instead; plain torch has no such limit",
             details=shorten(odd),
         )
-    tables = EmbeddingModuleShardingPlan(
-        {
-            placement.table: _parameter_sharding(plan, index, device, pad=pad)
-            for index, placement in enumerate(plan.tables)
-        }
+    modules: dict[str, dict[str, ParameterSharding]] = {module_path: {}}
+    for index, placement in enumerate(plan.tables):
+        path = replicated_path if placement.is_everywhere else module_path
+        found = _parameter_sharding(plan, index, device, pad=pad)
+        modules.setdefault(path, {})[placement.table] = found
+    return ShardingPlan(
+        plan={path: EmbeddingModuleShardingPlan(tables) for path, tables in modules.items()}
     )
-    return ShardingPlan(plan={module_path: tables})
 
 
 def _columns(placement: TablePlacement, shard: Shard, *, pad: bool) -> int:
@@ -100,6 +106,12 @@ def _parameter_sharding(
     from torchrec.distributed.types import ParameterSharding
 
     placement = plan.tables[index]
+    if placement.is_everywhere:
+        return ParameterSharding(
+            sharding_type=placement.sharding_type,
+            compute_kernel=placement.compute_kernel,
+            ranks=list(range(plan.cluster.world_size)),
+        )
     return ParameterSharding(
         sharding_type=placement.sharding_type,
         compute_kernel=placement.compute_kernel,

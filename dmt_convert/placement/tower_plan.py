@@ -23,9 +23,10 @@ from dmt_convert.placement.traffic import CommunicationEstimate, Traffic
 SCHEMA_VERSION: Final = 1
 """Raised when older versions would misread a plan; not for a key that they can ignore."""
 
-ShardingType = Literal["table_row_wise", "table_column_wise"]
-ComputeKernel = Literal["fused"]
-"""TorchRec's kernel that looks up and updates all tables of a rank at once."""
+ShardingType = Literal["table_row_wise", "table_column_wise", "data_parallel"]
+ComputeKernel = Literal["fused", "dense"]
+"""TorchRec's kernel. fused looks up and updates all tables of a rank at once; dense leaves the
+gradients of data-parallel tables to an optimizer, because they are first summed over the ranks."""
 
 OPTIMIZER: Final = "rowwise_adagrad"
 """The sparse optimizer that memory is counted for."""
@@ -78,11 +79,18 @@ class TablePlacement:
     """Index of the tower whose features are looked up in it."""
     sharding_type: ShardingType
     """table_row_wise: equal blocks of rows on every rank of the tower's hosts;
-    table_column_wise: equal blocks of columns on some ranks (one block: the table is whole)."""
+    table_column_wise: equal blocks of columns on some ranks (one block: the table is whole);
+    data_parallel: whole on every rank, its tower sends nothing."""
     compute_kernel: ComputeKernel = "fused"
     """TorchRec's compute kernel."""
     shards: tuple[Shard, ...]
-    """All parts, by ascending offset."""
+    """All parts, by ascending offset; data_parallel: the whole table, which every rank holds, as
+    if it were on rank 0 alone."""
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every rank has the whole table."""
+        return self.sharding_type == "data_parallel"
 
     @property
     def rows(self) -> int:
@@ -107,6 +115,10 @@ class TablePlacement:
         if not self.shards:
             return [f"{name} has no shards"]
         problems = []
+        if self.compute_kernel != ("dense" if self.is_everywhere else "fused"):
+            problems.append(f"{name} is {self.sharding_type} with kernel {self.compute_kernel!r}")
+        if self.is_everywhere and [shard.rank for shard in self.shards] != [0]:
+            problems.append(f"{name} is on every rank, but not as one whole table")
         row_wise = self.sharding_type == "table_row_wise"
         expected = row_blocks(self.rows, len(ranks)) if row_wise else self._column_blocks()
         found = [(s.row_offset, s.col_offset, s.rows, s.cols) for s in self.shards]
@@ -159,7 +171,7 @@ class TowerPlan:
     """The machines."""
     tower_hosts: tuple[tuple[NonNegativeInt, ...], ...]
     """Hosts of every tower: one, or k consecutive ones if there are fewer towers than
-    hosts (k = H / T, the same for all)."""
+    hosts (k = H / T, the same for all). Empty for a tower whose tables every rank holds."""
     tables: tuple[TablePlacement, ...]
     """All tables, in the model's order."""
     bytes_per_rank: tuple[NonNegativeInt, ...]
@@ -172,7 +184,7 @@ class TowerPlan:
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""
-        return f"<TowerPlan: {len(self.tower_hosts)} towers on {self.cluster.hosts} hosts>"
+        return f"<TowerPlan: {len(self.tower_order)} towers on {self.cluster.hosts} hosts>"
 
     def __post_init__(self) -> None:
         problems = self._problems()
@@ -193,13 +205,13 @@ class TowerPlan:
         (0, 1, ...), give the towers to TorchRec in this order, so that the sharded module and
         the unsharded one agree, and permute the blocks back.
         """
-        by_host = sorted((hosts[0], t) for t, hosts in enumerate(self.tower_hosts))
+        by_host = sorted((hosts[0], t) for t, hosts in enumerate(self.tower_hosts) if hosts)
         return tuple(t for _, t in by_host)
 
     @property
     def hosts_per_tower(self) -> int:
         """k; if it is above 1, TORCHREC_RESOLVED_POD_SIZE must be set to it."""
-        return len(self.tower_hosts[0])
+        return max(map(len, self.tower_hosts))
 
     @property
     def bytes_per_host(self) -> tuple[int, ...]:
@@ -209,8 +221,10 @@ class TowerPlan:
         return tuple(sum(ranks[first : first + size]) for first in range(0, len(ranks), size))
 
     def ranks_of(self, tower: int) -> range:
-        """Global ranks of a tower's hosts."""
+        """Global ranks of a tower's hosts; all, if its tables are on every rank."""
         hosts, size = self.tower_hosts[tower], self.cluster.ranks_per_host
+        if not hosts:
+            return range(self.cluster.world_size)
         return range(hosts[0] * size, (hosts[-1] + 1) * size)
 
     def estimate(self, samples_per_rank: int) -> CommunicationEstimate:
@@ -237,10 +251,12 @@ class TowerPlan:
         return problems
 
     def _host_problems(self) -> list[str]:
-        problems = [] if self.tower_hosts else ["it has no towers"]
+        problems = [] if any(self.tower_hosts) else ["it has no towers on hosts"]
         count = max([1, *map(len, self.tower_hosts)])
         for tower, hosts in enumerate(self.tower_hosts):
-            first = hosts[0] if hosts else 0
+            if not hosts:  # on every rank
+                continue
+            first = hosts[0]
             group = tuple(range(first, first + count))
             if hosts != group or first % count or group[-1] >= self.cluster.hosts:
                 problems.append(
@@ -261,6 +277,11 @@ class TowerPlan:
             seen.add(placement.table)
             if 0 <= placement.tower < len(self.tower_hosts):
                 problems += placement.problems(self.ranks_of(placement.tower))
+                if placement.is_everywhere == bool(self.tower_hosts[placement.tower]):
+                    problems.append(
+                        f"table {placement.table!r} is {placement.sharding_type}, its tower on "
+                        f"hosts {list(self.tower_hosts[placement.tower])}"
+                    )
             else:
                 problems.append(
                     f"table {placement.table!r} is in tower {placement.tower} of "

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+from dmt_convert.documents import OMITTED_IF_EMPTY
 from dmt_convert.placement.cluster import Amount, Cluster
 
 ELEMENT_BYTES: Final = 4
@@ -52,7 +53,7 @@ class CommunicationEstimate:
     """Flat hybrid parallelism: indices, embeddings, gradients over all ranks."""
     dmt_seconds: float
     """Towers: indices to the peers and inside the host, embeddings inside the host, tower
-    outputs to the peers, and the gradients of both."""
+    outputs to the peers, and the gradients of both; gradients of tables on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,9 @@ class Traffic:
     """Towers: pooled embeddings inside the group."""
     tower_outputs: Exchange
     """Towers: outputs of the tower modules to the peers."""
+    replicated_step_bytes: Amount = field(default=0.0, metadata=OMITTED_IF_EMPTY)
+    """Towers: gradients of the tables on every rank, summed in a ring: what a host sends, and
+    receives, in one step, however many samples it has."""
 
     @property
     def compression(self) -> float:
@@ -96,13 +100,18 @@ class Traffic:
             exchanges = [*once, *twice, *twice]
             return math.fsum(e.seconds(cluster, samples_per_rank) for e in exchanges)
 
+        summed = Exchange(
+            cross_bytes=self.replicated_step_bytes / cluster.ranks_per_host, intra_bytes=0.0
+        )
+
         return CommunicationEstimate(
             samples_per_rank=samples_per_rank,
             flat_seconds=total([self.flat_indices], [self.flat_embeddings]),
             dmt_seconds=total(
                 [self.peer_indices, self.tower_indices],
                 [self.tower_embeddings, self.tower_outputs],
-            ),
+            )
+            + summed.seconds(cluster, 1),
         )
 
 
@@ -115,6 +124,8 @@ def measure_traffic(
     rank_ids: Sequence[float],
     flat_width: int,
     ids: Sequence[float],
+    replicated_elements: int = 0,
+    replicated_ids: float = 0.0,
 ) -> Traffic:
     """Count what every exchange carries.
 
@@ -127,6 +138,8 @@ def measure_traffic(
         rank_ids: Ids that each rank looks up per sample.
         flat_width: Elements of all pooled embeddings of a sample.
         ids: Ids per sample of the features of each of the P groups.
+        replicated_elements: Elements of all tables that every rank holds.
+        replicated_ids: Ids per sample that are looked up in these, and stay where they are.
     """
     groups = len(group_widths)
     hosts, ranks_per_host = cluster.hosts, cluster.ranks_per_host
@@ -150,13 +163,21 @@ def measure_traffic(
     return Traffic(
         flat_cross_bytes=ELEMENT_BYTES * flat_width * (hosts - 1) / hosts,
         dmt_cross_bytes=ELEMENT_BYTES * (outputs_in + mean_inside),
-        flat_indices=flat(math.fsum(ids) * ID_BYTES),
+        flat_indices=flat((math.fsum(ids) + replicated_ids) * ID_BYTES),
         flat_embeddings=flat(float(flat_width * ELEMENT_BYTES)),
         peer_indices=_between_groups(ids, ID_BYTES),
         tower_indices=scaled(indices, ID_BYTES),
         tower_embeddings=scaled(embeddings, ELEMENT_BYTES),
         tower_outputs=_between_groups([float(width) for width in group_widths], ELEMENT_BYTES),
+        replicated_step_bytes=ring_bytes(cluster, replicated_elements),
     )
+
+
+def ring_bytes(cluster: Cluster, elements: int) -> float:
+    """Bytes that a host sends while all ranks sum float32 elements in a ring."""
+    if cluster.hosts == 1:
+        return 0.0
+    return 2 * ELEMENT_BYTES * elements * (cluster.world_size - 1) / cluster.world_size
 
 
 def _inside_groups(

@@ -176,9 +176,10 @@ def test_all_problems_of_a_file_are_listed_at_once(plan: TowerPlan) -> None:
     assert error.value.details == (
         "cluster.hosts is -1, not greater than 0",
         "tower_hosts is missing",
-        "tables[0].compute_kernel is \"uvm\", not 'fused'",
+        "tables[0].compute_kernel is \"uvm\", not 'fused' or 'dense'",
         'tables[1].shards[0].rank is "0", not a valid integer',
-        "tables[2].sharding_type is \"row_wise\", not 'table_row_wise' or 'table_column_wise'",
+        "tables[2].sharding_type is \"row_wise\", not 'table_row_wise', 'table_column_wise' or "
+        "'data_parallel'",
         "traffic.flat_indices.cross_bytes is NaN, not a finite number",
     )
 

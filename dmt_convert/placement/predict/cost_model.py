@@ -26,11 +26,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dmt_convert.interactions import NO_WORK, DenseWork, InteractionSpec, linear_work
-from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec, one_tower
+from dmt_convert.model import DmtSpec, TowerModuleSpec, one_tower
 from dmt_convert.placement import (
     ELEMENT_BYTES,
     ID_BYTES,
@@ -49,6 +49,9 @@ from dmt_convert.spec import DTYPE_BYTES, ModelSpec
 GRADIENT_BYTES: Final = 4
 """Gradients of dense parts are summed as float32."""
 
+SWEEPS: Final = 6
+"""How often a step passes over a table that every rank holds: its gradient is cleared, filled, sent
+and read, its rows are read and written, touched or not."""
 BACKWARD: Final = 2.0
 """The backward pass computes gradients of inputs and of weights: twice the forward pass."""
 
@@ -125,6 +128,8 @@ class StepLoad:
     """Tower modules of the busiest group of hosts: a rank runs them for P * B samples."""
     work: ModelWork
     """All dense parts."""
+    replicated_elements: int = 0
+    """Elements of the tables that every rank holds."""
 
 
 def planned_load(
@@ -147,17 +152,22 @@ def planned_load(
     rank_widths: Sequence[float]
     _, rank_ids, rank_widths = measure_ranks(loads, placed, world)
     rank_rows: Sequence[float] = _rank_row_bytes(loads, plan)
+    resident = [table for table in loads.values() if placed[table.name].is_everywhere]
+    local_rows = math.fsum(table.ids * table.dim * table.element_bytes for table in resident)
+    local_width = sum(table.dim * table.num_features for table in resident)
+    elements = sum(table.rows * table.dim for table in resident)
     if even_ranks:
         size = plan.hosts_per_tower * plan.cluster.ranks_per_host
         rank_ids, rank_rows = _even_out(rank_ids, size), _even_out(rank_rows, size)
         rank_widths = _even_out(rank_widths, size)
     work = count_work(model)
-    group_of = {hosts: i for i, hosts in enumerate(sorted(set(plan.tower_hosts)))}
+    group_of = {hosts: i for i, hosts in enumerate(sorted({h for h in plan.tower_hosts if h}))}
     groups = [_Group() for _ in group_of]
     for hosts, tables, width, module in zip(
         plan.tower_hosts, towers, model.tower_widths, work.towers, strict=True
     ):
-        groups[group_of[hosts]].add(tables, width, module)
+        if hosts:
+            groups[group_of[hosts]].add(tables, width, module)
     return StepLoad(
         groups=len(groups),
         group_hosts=plan.hosts_per_tower,
@@ -169,14 +179,17 @@ def planned_load(
             rank_ids=rank_ids,
             flat_width=sum(model.flat.feature_dims),
             ids=[group.ids for group in groups],
+            replicated_elements=elements,
+            replicated_ids=math.fsum(table.ids for table in resident),
         ),
         lookup=Lookup(
-            row_bytes=world * max(rank_rows),
-            mean_row_bytes=math.fsum(rank_rows),
-            pooled_bytes=float(world * max(rank_widths) * ELEMENT_BYTES),
+            row_bytes=world * max(rank_rows) + local_rows,
+            mean_row_bytes=math.fsum(rank_rows) + local_rows,
+            pooled_bytes=float((world * max(rank_widths) + local_width) * ELEMENT_BYTES),
         ),
         module=max((group.work for group in groups), key=lambda work: work.flops),
         work=work,
+        replicated_elements=elements,
     )
 
 
@@ -249,7 +262,7 @@ def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: 
 def as_passthrough(model: DmtSpec) -> DmtSpec:
     """Return the model with the same towers and no compression: SPTT alone."""
     bare = TowerModuleSpec(kind="passthrough")
-    return converted_spec(model.flat, model.assignment.towers, bare)
+    return replace(model, towers=tuple(replace(tower, module=bare) for tower in model.towers))
 
 
 def as_flat(flat: ModelSpec) -> DmtSpec:
@@ -279,6 +292,8 @@ def _rank_row_bytes(loads: Mapping[str, TableLoad], plan: TowerPlan) -> list[flo
     """Bytes of rows that each rank reads per sample of the global batch."""
     found = [0.0] * plan.cluster.world_size
     for placement in plan.tables:
+        if placement.is_everywhere:
+            continue
         load = loads[placement.table]
         parts = len(placement.shards) if placement.sharding_type == "table_row_wise" else 1
         for shard in placement.shards:
@@ -346,6 +361,8 @@ class _Parts:
     """Exchange of ids, in seconds."""
     vectors: float
     """Exchange of embeddings and tower outputs, one way, in seconds."""
+    swept_bytes: float
+    """Memory that is read or written once to move whole tables, in bytes."""
     all_reduce: float
     """In seconds."""
 
@@ -360,6 +377,7 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
     inside = Peers.of_hosts(network.cluster, load.group_hosts)
     between = Peers.between_groups(load.groups)
     shared = (work.dense_arch.parameters + work.over.parameters) * GRADIENT_BYTES
+    replicated = load.replicated_elements * GRADIENT_BYTES
     return _assemble(
         machine,
         _Parts(
@@ -372,7 +390,8 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
             + network.all_to_all(traffic.tower_indices, machine.batch, inside),
             vectors=machine.vectors_seconds(traffic.tower_embeddings, inside)
             + machine.vectors_seconds(traffic.tower_outputs, between),
-            all_reduce=network.all_reduce(shared, network.cluster.hosts)
+            swept_bytes=float(SWEEPS * replicated),
+            all_reduce=network.all_reduce(shared + replicated, network.cluster.hosts)
             + network.all_reduce(load.module.parameters * GRADIENT_BYTES, load.group_hosts),
         ),
     )
@@ -386,7 +405,7 @@ def _assemble(machine: Machine, parts: _Parts) -> StepTime:
     """
     batch, known = machine.batch, machine.network.assumptions
     rows, pooled = parts.lookup.row_bytes * batch, parts.lookup.pooled_bytes * batch
-    update = machine.memory_seconds(2 * rows + pooled)
+    update = machine.memory_seconds(2 * rows + pooled) + machine.copy_seconds(parts.swept_bytes)
     tower = machine.compute_seconds(parts.module_flops * batch)
     early = machine.compute_seconds(parts.dense_arch.flops * batch)
     late = machine.compute_seconds(parts.over.flops * batch)
