@@ -194,7 +194,7 @@ def converted_spec(
     towers: Sequence[tuple[str, ...]],
     module: TowerModuleSpec,
     *,
-    everywhere: Sequence[str] = (),
+    everywhere: Sequence[tuple[str, ...]] = (),
 ) -> DmtSpec:
     """Put a module over every tower.
 
@@ -202,21 +202,16 @@ def converted_spec(
         flat: The flat model.
         towers: Features of every tower that sends.
         module: What `module_spec` chose; the D of a linear one is the mean over the towers.
-        everywhere: Features whose tables every rank holds: they are the last tower.
+        everywhere: Features of every tower whose tables all ranks hold; these towers are the last.
     """
     width = dict(zip(flat.feature_names, flat.feature_dims, strict=True))
     modules = module.rules.spread(module, [[width[name] for name in names] for names in towers])
     sending = [
         TowerSpec(features=names, module=own) for names, own in zip(towers, modules, strict=True)
     ]
-    return DmtSpec(flat=flat, towers=(*sending, *_tower_everywhere(everywhere)))
-
-
-def _tower_everywhere(features: Sequence[str]) -> tuple[TowerSpec, ...]:
-    if not features:
-        return ()
-    module = TowerModuleSpec(kind="passthrough")
-    return (TowerSpec(features=tuple(features), module=module, everywhere=True),)
+    exact = TowerModuleSpec(kind="passthrough")
+    local = [TowerSpec(features=names, module=exact, everywhere=True) for names in everywhere]
+    return DmtSpec(flat=flat, towers=(*sending, *local))
 
 
 def one_tower(flat: ModelSpec) -> DmtSpec:

@@ -9,6 +9,12 @@ from .packing import measure_ranks as measure_ranks
 from .packing import plan_model as plan_model
 from .packing import plan_towers as plan_towers
 from .packing import tower_loads as tower_loads
+from .replication import BATCH as BATCH
+from .replication import StepCost as StepCost
+from .replication import advise_replication as advise_replication
+from .replication import cheaper_everywhere as cheaper_everywhere
+from .replication import features_of as features_of
+from .replication import step_bytes as step_bytes
 from .settings import make_cluster as make_cluster
 from .settings import make_machine as make_machine
 from .torchrec_plan import build_tower_collection as build_tower_collection

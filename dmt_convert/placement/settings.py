@@ -7,6 +7,7 @@ from typing import Any
 from dmt_convert.config import ClusterOptions, PlanConfig
 from dmt_convert.placement.cluster import GIB, Cluster
 from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
+from dmt_convert.placement.replication import BATCH
 
 
 def make_cluster(config: ClusterOptions | PlanConfig, *, hosts: int = 1) -> Cluster:
@@ -41,6 +42,6 @@ def make_machine(config: PlanConfig, cluster: Cluster) -> Machine:
     return Machine(
         gpu=find_gpu(config.gpu or "h100"),
         network=Network(cluster=cluster, assumptions=assumptions),
-        batch=config.batch or 1024,
+        batch=config.batch or BATCH,
         comm_dtype=config.comm_dtype or "fp32",
     )

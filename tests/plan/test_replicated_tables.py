@@ -26,7 +26,9 @@ def spec_with(everywhere: int) -> DmtSpec:
     rest = names[: len(names) - everywhere]
     module = TowerModuleSpec(kind="passthrough")
     towers = [rest[::2], rest[1::2]]
-    return converted_spec(flat, towers, module, everywhere=names[len(rest) :])
+    return converted_spec(
+        flat, towers, module, everywhere=[names[len(rest) :]] if everywhere else []
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def test_gradients_travel_once_a_step_and_nothing_per_sample(plan: TowerPlan) ->
 def test_one_host_sends_no_gradients() -> None:
     module = TowerModuleSpec(kind="passthrough")
     flat = click_spec(rows=ROWS)
-    spec = converted_spec(flat, [flat.feature_names[:2]], module, everywhere=flat.feature_names[2:])
+    spec = converted_spec(
+        flat, [flat.feature_names[:2]], module, everywhere=[flat.feature_names[2:]]
+    )
     plan = plan_model(spec, Cluster(hosts=1, ranks_per_host=2))
     assert plan.traffic.replicated_step_bytes == 0 and plan.tower_hosts == ((0,), ())
 
@@ -117,7 +121,7 @@ def test_the_prediction_counts_gradients_and_saved_exchanges() -> None:
     flat = click_spec(rows=(400, 300, 200_000, 10), dims=(64, 64, 64, 64))
     names, module = flat.feature_names, TowerModuleSpec(kind="passthrough")
     together = converted_spec(flat, [names[:2], names[2:]], module)
-    local = converted_spec(flat, [names[:1], names[1:2]], module, everywhere=names[2:])
+    local = converted_spec(flat, [names[:1], names[1:2]], module, everywhere=[names[2:]])
     steps = {}
     for name, spec in (("together", together), ("local", local)):
         plan = plan_model(spec, cluster)

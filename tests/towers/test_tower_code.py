@@ -188,7 +188,7 @@ def test_features_on_every_rank_are_the_last_tower() -> None:
     flat = click_spec()
     names = flat.feature_names
     module = TowerModuleSpec(kind="linear", dim=2)
-    spec = converted_spec(flat, [names[2:3], names[3:]], module, everywhere=names[:2])
+    spec = converted_spec(flat, [names[2:3], names[3:]], module, everywhere=[names[:2]])
     assert [tower.everywhere for tower in spec.towers] == [False, False, True]
     assert spec.towers[2].features == names[:2] and spec.towers[2].module.kind == "passthrough"
     assert not any(t.everywhere for t in converted_spec(flat, [names], module).towers)
