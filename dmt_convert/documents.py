@@ -177,6 +177,22 @@ class EvaluationRecord:
     """Mean negative log likelihood, in nats."""
     train_loss: float | None = None
     """Mean training loss since the evaluation before, in nats; None at the start."""
+    gain: float | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """The start's log loss less this one, in nats; None at the start."""
+    gain_error: float | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Standard error of `gain`, from the differences row by row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRecord:
+    """The flat model that taught beside the labels."""
+
+    name: str
+    """Name of its file or folder."""
+    digest: str
+    """Digest of its tables."""
+    weight: float
+    """Its weight; the labels have the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +203,8 @@ class FinetuneRecord:
     """The bundle that was fine-tuned."""
     data: TrainingDataRecord
     """The rows."""
+    teacher: TeacherRecord | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """What taught beside the labels; None: nothing did."""
     settings: Mapping[str, Any]
     """Every setting of the run."""
     steps: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ class Accuracy:
     ne: float | None
     """Normalised entropy: log loss over that of always predicting the mean label (He et al.,
     ADKDD 2014); None where only one class occurs."""
+    losses: tuple[float, ...] = ()
+    """Mean loss of every block of rows, in nats, for `compare_losses`; empty if not asked for."""
 
 
 def measure_agreement(reference: Array, other: Array) -> Agreement:
@@ -51,16 +54,42 @@ def measure_agreement(reference: Array, other: Array) -> Agreement:
     )
 
 
-def measure_accuracy(logits: Array, labels: Array) -> Accuracy:
-    """Measure logits against labels of 0 or 1, each of shape (n,)."""
+def measure_accuracy(
+    logits: Array, labels: Array, *, blocks: npt.NDArray[np.integer] | None = None
+) -> Accuracy:
+    """Measure logits against labels of 0 or 1.
+
+    Args:
+        logits: Shape (n,).
+        labels: Shape (n,).
+        blocks: The block, from 0, that every row belongs to, shape (n,); each has rows.
+    """
     z, y = logits.astype(np.float64), labels.astype(np.float64)
     # log(1 + e^z) - y z, without overflow
-    loss = float(np.mean(np.logaddexp(0.0, z) - y * z))
+    each = np.logaddexp(0.0, z) - y * z
+    loss = float(np.mean(each))
+    losses: tuple[float, ...] = ()
+    if blocks is not None:
+        losses = tuple((np.bincount(blocks, each) / np.bincount(blocks)).tolist())
     rate = float(y.mean())
     if not 0 < rate < 1:
-        return Accuracy(auc=None, log_loss=loss, ne=None)
+        return Accuracy(auc=None, log_loss=loss, ne=None, losses=losses)
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-    return Accuracy(auc=area_under_curve(z, y), log_loss=loss, ne=float(loss / entropy))
+    auc = area_under_curve(z, y)
+    return Accuracy(auc=auc, log_loss=loss, ne=float(loss / entropy), losses=losses)
+
+
+def compare_losses(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Compare two models by their losses on the same blocks of rows.
+
+    Returns:
+        How much lower the mean loss is after, in nats; and the standard error of that, which
+        knows that hard rows are hard for both. Infinite if there are fewer than two blocks.
+    """
+    gains = np.subtract(before, after)
+    if len(gains) < 2:
+        return float(gains.sum()), np.inf
+    return float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5)
 
 
 def area_under_curve(logits: Array, labels: Array) -> float:

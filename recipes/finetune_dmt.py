@@ -64,6 +64,8 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
         f"{layout}, {config.comm_dtype} between hosts; {len(plan.tower_hosts)} towers, hosts per "
         f"tower: {plan.hosts_per_tower}; checkpoints in {folder}"
     )
+    choice, teacher = cluster.open_teacher_together(ranks, bundle, config, layout.device)
+    monitor.say(choice.line)
 
     # 3. Where the result goes, and the checkpoint to go on from, if any. If torchrun had to start
     #    the ranks again, training goes on without --resume.
@@ -76,12 +78,13 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
         checkpoints=folder,
         resume=config.resume,
         force=config.force,
+        teacher=choice.record,
     ).after_restart(ranks)
     ranks.on_first(lambda: training.check_out(bundle, job.out, force=job.force))
     checkpoints = cluster.TrainingCheckpoints(job, ranks)
 
     # 4. The model over the ranks, its optimizers, this rank's rows
-    trainer = build_trainer(job, layout, checkpoints)
+    trainer = build_trainer(job, layout, checkpoints, teacher)
     progress = start(job, trainer, checkpoints)
 
     # 5. The loop
@@ -105,6 +108,7 @@ def build_trainer(
     job: cluster.ClusterJob,
     layout: cluster.RankLayout,
     checkpoints: cluster.TrainingCheckpoints,
+    teacher: training.Teacher | None = None,
 ) -> cluster.ClusterTrainer:
     """Spread the model: towers on their hosts, tables in shards, dense parts on every rank."""
     model = cluster.shard_bundle(
@@ -119,6 +123,7 @@ def build_trainer(
         job.config,
         train_rows=job.data.train,
         valid_rows=job.data.valid,
+        teacher=teacher,
     )
 
 
@@ -217,19 +222,29 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     training.check_out(bundle, out, force=config.force)
     data = training.open_training_data(config.data, config.valid, bundle.manifest)
     training.check_memory(bundle.manifest.model.flat, config, data.train.num_rows)
+    choice = training.choose_teacher(bundle, config.teacher, config.teacher_weight, config.model)
     model = training.load_bundle(bundle)
     with training.Monitor(config, data, say=printer(options), log=config.log) as monitor:
+        monitor.say(choice.line)
         monitor.start()
         result = training.train(
             model,
             data.train,
             data.valid,
             config,
+            teacher=training.open_teacher(choice, bundle, config.model),
             on_step=monitor.on_step,
             on_evaluation=monitor.on_evaluation,
         )
     written = training.write_finetuned(
-        bundle, out, model, result, config=config, data=data, force=config.force
+        bundle,
+        out,
+        model,
+        result,
+        config=config,
+        data=data,
+        teacher=choice.record,
+        force=config.force,
     )
     monitor.finish(result, written)
     return training.summarise(bundle, written, result, data)

@@ -31,4 +31,5 @@ from .sharding import choose_plan as choose_plan
 from .sharding import load_shards as load_shards
 from .sharding import shard_bundle as shard_bundle
 from .sharding import table_shards as table_shards
+from .shared_teacher import open_teacher_together as open_teacher_together
 from .trainer import ClusterTrainer as ClusterTrainer

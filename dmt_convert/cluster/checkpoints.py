@@ -38,6 +38,7 @@ from dmt_convert.cluster.sharding import table_shards
 from dmt_convert.cluster.trainer import ClusterTrainer
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset
+from dmt_convert.documents import TeacherRecord
 from dmt_convert.errors import CheckpointError
 from dmt_convert.metrics import Accuracy
 from dmt_convert.placement import TowerPlan
@@ -58,13 +59,14 @@ logger = logging.getLogger(__name__)
 
 _MAY_CHANGE: Final = (
     *("epochs", "max_steps", "eval_every", "patience", "warmup_steps", "lr_decay", "clip_norm"),
-    *("dense_lr", "table_lr", "comm_dtype"),
+    *("dense_lr", "table_lr", "comm_dtype", "teacher_weight"),
 )
 """Settings that shape the result and may differ when a training resumes; this is noted."""
 _OTHER_TRAINING_HINT: Final = (
     "give the settings and rows that it was started with; to train on other rows, start anew: "
     "fine-tune the bundle that this training writes, with another --checkpoints folder"
 )
+_LABELS_ALONE: Final = "none"
 _HEAD: Final = "model.head."
 _TOWER: Final = re.compile(r"(\btowers\.towers\.)(\d+)\.")
 
@@ -89,6 +91,8 @@ class ClusterJob:
     """Go on from the newest whole checkpoint, if there is one."""
     force: bool = False
     """Replace an existing bundle, and remove checkpoints unless training goes on from them."""
+    teacher: TeacherRecord | None = None
+    """What teaches beside the labels."""
 
     def after_restart(self, ranks: Ranks) -> ClusterJob:
         """Resume, and replace, what this very launch made before its ranks were started again."""
@@ -108,6 +112,7 @@ class ClusterJob:
             "seed": self.config.seed,
             "table_optimizer": self.config.table_optimizer,
             "dense_optimizer": self.config.dense_optimizer,
+            "teacher": _LABELS_ALONE if self.teacher is None else self.teacher.digest,
         }
 
 
@@ -165,7 +170,8 @@ class TrainingCheckpoints:
         found = self._store.newest()
         if found is None:
             return None
-        theirs = found.progress.get("training", {})
+        # before there were teachers, labels were all that was learnt from
+        theirs = {"teacher": _LABELS_ALONE, **found.progress.get("training", {})}
         different = [
             f"{name}: {theirs[name]!r} there, {value!r} here"
             for name, value in self._must_match.items()
@@ -174,7 +180,7 @@ class TrainingCheckpoints:
         if different:
             raise CheckpointError(
                 f"{found.path} is of another training",
-                expected="the same bundle, rows, batch size, seed and optimizers",
+                expected="the same bundle, rows, teacher, batch size, seed and optimizers",
                 hint=_OTHER_TRAINING_HINT,
                 details=different,
             )
@@ -280,7 +286,12 @@ class TrainingCheckpoints:
         module = open_bundle_model(bundle)
         if after is result.start:
             return TrainedModel(
-                result=result, after=after, notes=told + notes, module=module, table=None
+                result=result,
+                after=after,
+                notes=told + notes,
+                module=module,
+                table=None,
+                teacher=self.job.teacher,
             )
         path = self._saved(result.best_step).path
         stored = {info.path: info for info in read_payload(path).tensors}
@@ -293,6 +304,7 @@ class TrainingCheckpoints:
             module=module,
             table=open_tables(path, flat.tables).__getitem__,
             sums=saved_sums(stored, flat),
+            teacher=self.job.teacher,
         )
 
     def _measure_rounded(

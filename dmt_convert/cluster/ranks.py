@@ -60,7 +60,9 @@ class RankLayout:
     """How ranks talk."""
 
     def __str__(self) -> str:
-        return f"{self.hosts} hosts x {self.ranks_per_host} ranks, {self.backend}"
+        hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
+        ranks = "1 rank" if self.ranks_per_host == 1 else f"{self.ranks_per_host} ranks"
+        return f"{hosts} x {ranks}, {self.backend}"
 
     @property
     def hosts(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmt_convert.arrays import FloatArray
+from dmt_convert.arrays import FloatArray, IntArray
 from dmt_convert.checkpoint import TensorInfo
 from dmt_convert.cluster.cluster_model import ShardedModel
 from dmt_convert.cluster.index_route import JaggedBatch, to_jagged
@@ -33,7 +33,7 @@ from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, Share, adapt_shares, deal_batches
 from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.spec import ModelSpec
-from dmt_convert.training import Progress, name_absurd, training_shares
+from dmt_convert.training import Progress, Teacher, loss_blocks, name_absurd, training_shares
 
 _EVALUATION_ROWS: Final = 4096
 """Rows of one rank that are measured at once."""
@@ -61,6 +61,7 @@ class ClusterTrainer:
         config: Settings.
         train_rows: Labelled rows to train on.
         valid_rows: Labelled rows to measure on.
+        teacher: What teaches beside the labels; None: nothing does.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class ClusterTrainer:
         *,
         train_rows: Dataset,
         valid_rows: Dataset,
+        teacher: Teacher | None = None,
     ) -> None:
         self.model, self.spec, self.layout, self.config = model, spec, layout, config
-        self._train_rows, self._valid_rows = train_rows, valid_rows
+        self._train_rows, self._valid_rows, self._teacher = train_rows, valid_rows, teacher
         self._device = torch.device(layout.device)
         self.dense = ClusterDenseOptimizer(model, config)
         self.tables = FusedTables(model)
@@ -105,14 +107,14 @@ class ClusterTrainer:
 
     def next_batch(self) -> RankBatch:
         """Return the next batch; its ids may be on their way already."""
-        batch, self._next = self._next or self._load(next(self._shares)), None
+        batch, self._next = self._next or self._load_taught(next(self._shares)), None
         self._left -= 1
         return batch
 
     def send_next_ids(self) -> None:
         """Start to send the ids of the batch after this one, unless prefetching is off."""
         if self.config.prefetch and self._left > 0:
-            self._next = self._load(next(self._shares))
+            self._next = self._load_taught(next(self._shares))
             self.model.towers.start_input(self._next.inputs.sparse)
 
     def advance_next_ids(self) -> None:
@@ -122,6 +124,12 @@ class ClusterTrainer:
         """
         if self._next is not None:
             self.model.towers.advance_input()
+
+    def _load_taught(self, share: Share) -> RankBatch:
+        """Load rows to train on: their labels are mixed with what the teacher says of them."""
+        if self._teacher is not None:
+            share = replace(share, batch=self._teacher.mix(share.batch))
+        return self._load(share)
 
     def _load(self, share: Share) -> RankBatch:
         inputs = to_jagged(share.batch, self.spec, self._device, weighted=self.model.weighted)
@@ -153,7 +161,7 @@ class ClusterTrainer:
         """
         if self.config.table_optimizer == "adam":
             return  # it would count the steps
-        batch = self._load(next(self._open_shares(0)))
+        batch = self._load_taught(next(self._open_shares(0)))
         self.tables.set_lr(0.0)
         for _ in range(2):
             fill_sums(self.tables, self.spec, 0.0)
@@ -182,15 +190,16 @@ class ClusterTrainer:
     def measure(self) -> Accuracy:
         """Measure on the validation rows; the same on every rank."""
         self.model.parallel.eval()
-        logits, labels = [], []
+        parts = []
         with torch.no_grad():
             for share in self._valid_shares():
                 inputs = self._load(share).inputs
                 assert inputs.labels is not None
-                logits.append(self.model(inputs)[: share.counted])
-                labels.append(inputs.labels[: share.counted])
+                blocks = torch.from_numpy(loss_blocks(share.rows)).to(self._device)
+                found = (self.model(inputs), inputs.labels, blocks)
+                parts.append(torch.stack([x[: share.counted].float() for x in found]))
         self.model.parallel.train()
-        return self._measure_all(torch.cat(logits), torch.cat(labels))
+        return self._measure_all(torch.cat(parts, dim=1))
 
     def _valid_shares(self) -> Iterator[Share]:
         world_size = self.layout.world_size
@@ -202,21 +211,23 @@ class ClusterTrainer:
         )
         return adapt_shares(self._valid_rows, self.spec, shares)
 
-    def _measure_all(self, logits: Tensor, labels: Tensor) -> Accuracy:
-        """Gather all ranks' rows on rank 0, measure there, and broadcast the result."""
+    def _measure_all(self, own: Tensor) -> Accuracy:
+        """Gather all ranks' rows on rank 0, measure there, and broadcast the result.
+
+        Args:
+            own: Logits, labels and blocks of this rank's rows, shape (3, n).
+        """
         counts = [0] * self.layout.world_size
-        dist.all_gather_object(counts, len(logits))
-        most = max(counts)
-        pair = torch.zeros(2, most, device=logits.device)
-        pair[0, : len(logits)], pair[1, : len(labels)] = logits, labels
+        dist.all_gather_object(counts, own.shape[1])
+        filled = nn.functional.pad(own, (0, max(counts) - own.shape[1]))
         is_first = self.layout.rank == 0
-        gathered = [torch.empty_like(pair) for _ in counts] if is_first else None
-        dist.gather(pair, gathered)
+        gathered = [torch.empty_like(filled) for _ in counts] if is_first else None
+        dist.gather(filled, gathered)
         found: list[Accuracy | None] = [None]
         if gathered is not None:
             parts = [part[:, :n] for part, n in zip(gathered, counts, strict=True)]
             joined = torch.cat(parts, dim=1).cpu().numpy()
-            found = [_measure(joined[0], joined[1])]
+            found = [_measure(joined[0], joined[1], joined[2].astype(np.int64))]
         dist.broadcast_object_list(found)
         assert found[0] is not None
         return found[0]
@@ -255,7 +266,7 @@ class ClusterTrainer:
         }
 
 
-def _measure(logits: FloatArray, labels: FloatArray) -> Accuracy:
+def _measure(logits: FloatArray, labels: FloatArray, blocks: IntArray) -> Accuracy:
     if not np.isfinite(logits).all():
         return Accuracy(auc=None, log_loss=math.nan, ne=None)
-    return measure_accuracy(logits, labels)
+    return measure_accuracy(logits, labels, blocks=blocks)

@@ -17,6 +17,7 @@ from dmt_convert.config.values import (
     Float,
     PathValue,
     TableOptimizerKind,
+    TeacherValue,
 )
 from dmt_convert.spec import CommDtype
 
@@ -69,6 +70,13 @@ class TrainingConfig(Config):
     )
     lr_decay: Decay = setting(
         "linear", "How learning rates fall after the warm-up.", panel=_TRAINING
+    )
+    teacher_weight: Float = setting(
+        0.5,
+        "Weight of the teacher's probabilities against the labels; 0: labels alone.",
+        ge=0,
+        le=1,
+        panel=_TRAINING,
     )
     clip_norm: Float | None = setting(
         None,
@@ -150,6 +158,14 @@ class RunConfig(BundleOptions, TrainingConfig):
     data: PathValue = setting(..., "Labelled rows, or a folder with train.npz.")
     valid: PathValue | None = setting(
         None, "Validation rows.", auto="the last tenth of DATA", metavar="DATA"
+    )
+    teacher: TeacherValue = setting(
+        "auto",
+        "Flat model to learn from beside the labels: the checkpoint that the bundle was made "
+        "from; none: labels alone.",
+        auto="that checkpoint, if it lies beside the bundle",
+        metavar="auto|none|CKPT",
+        panel=_TRAINING,
     )
     out: PathValue | None = setting(
         None, "Bundle to write.", auto="BUNDLE-tuned", metavar="DIR", record=False

@@ -18,6 +18,7 @@ ExportFormat = Literal["onnx", "pt2", "triton"]
 TableCode = Literal["none", "fp16", "int8", "int4"]
 InputForm = Literal["single", "fixed", "padded", "jagged"]
 OutOfRange = Literal["refuse", "clip"]
+TeacherSource = Literal["auto", "none"]
 Outliers = Literal["refuse", "accept"]
 
 STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
@@ -114,6 +115,10 @@ def _strategy(value: object) -> object:
     return value
 
 
+def _teacher(value: object) -> object:
+    return Path(value) if isinstance(value, str) and value not in ("auto", "none") else value
+
+
 PathValue = Annotated[Path, BeforeValidator(_path), PlainSerializer(_plain)]
 Float = Annotated[float, BeforeValidator(_number)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_flat_names)]
@@ -125,4 +130,5 @@ Groups = Annotated[
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Forms = Annotated[dict[str, InputForm], BeforeValidator(_forms)]
+TeacherValue = Annotated[TeacherSource | Path, BeforeValidator(_teacher), PlainSerializer(_plain)]
 StrategyValue = Annotated[Strategy | Path, BeforeValidator(_strategy), PlainSerializer(_plain)]

@@ -6,7 +6,7 @@ Letters: B batch, D dense inputs, F features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,18 +24,31 @@ from dmt_convert.spec import ModelSpec, TableSpec
 _log = logging.getLogger(__name__)
 
 
-def open_inputs(path: str | Path, spec: ModelSpec, recorded: InputRecord | None = None) -> Dataset:
+def open_inputs(
+    path: str | Path,
+    spec: ModelSpec,
+    recorded: InputRecord | None = None,
+    *,
+    said: Collection[str] = (),
+) -> Dataset:
     """Open a data set as the inputs of a model; see `open_data` and `match_inputs`."""
-    return match_inputs(open_data(path), spec, recorded)
+    return match_inputs(open_data(path), spec, recorded, said=said)
 
 
-def match_inputs(dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None = None) -> Dataset:
+def match_inputs(
+    dataset: Dataset,
+    spec: ModelSpec,
+    recorded: InputRecord | None = None,
+    *,
+    said: Collection[str] = (),
+) -> Dataset:
     """Match a data set's columns to a model's inputs, and log how.
 
     Args:
         dataset: What a reader opened.
         spec: The flat model.
         recorded: What is known of the columns that fed the model so far. Other columns are refused.
+        said: Notes that are not logged again.
 
     Returns:
         The same rows with the model's features and dense inputs, in its order. Its `inputs` say
@@ -45,18 +58,24 @@ def match_inputs(dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None
         DataError: Columns are missing or ambiguous, or are not those of the record. All faults are
             listed.
     """
-    return apply_map(dataset, spec, _map_and_log(dataset, spec, recorded))
+    found, notes = _map_and_log(dataset, spec, recorded, said)
+    return replace(apply_map(dataset, spec, found), notes=notes)
 
 
-def _map_and_log(dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None) -> InputMap:
+def _map_and_log(
+    dataset: Dataset, spec: ModelSpec, recorded: InputRecord | None, said: Collection[str] = ()
+) -> tuple[InputMap, tuple[str, ...]]:
+    """Match columns, and log how; returns all notes, those that were said before as well."""
     found, faults = map_inputs(dataset, spec, recorded)
     if found is None:
         raise join_faults(dataset.path, faults)
-    for note in found.notes:
-        _log.info("%s: %s", dataset.path, note)
+    notes = (*dataset.notes, *found.notes)
     if found.unused:
-        _log.info("%s: columns that feed nothing: %s", dataset.path, list_names(found.unused))
-    return found
+        notes += (f"columns that feed nothing: {list_names(found.unused)}",)
+    for note in notes:
+        if note not in said:
+            _log.info("%s: %s", dataset.path, note)
+    return found, notes
 
 
 def join_faults(path: Path, faults: Sequence[DataError]) -> DataError:
@@ -153,7 +172,7 @@ def adapt_batches(dataset: Dataset, spec: ModelSpec, batches: Iterable[Batch]) -
     """
     if dataset.inputs is not None:
         return _check_ids(dataset, spec, batches, batches)
-    found = _map_and_log(dataset, spec, None)
+    found, _ = _map_and_log(dataset, spec, None)
     dataset = replace(dataset, inputs=found.record)
     mapped = (_map_batch(batch, spec.feature_names, found) for batch in batches)
     return _check_ids(dataset, spec, mapped, batches)

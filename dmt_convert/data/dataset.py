@@ -86,6 +86,8 @@ class Dataset:
     own."""
     inputs: InputRecord | None = None
     """How the columns were matched to a model's inputs, once they were."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the columns; logged when they are matched to a model's inputs."""
 
     def __post_init__(self) -> None:
         if not self.dense_names:

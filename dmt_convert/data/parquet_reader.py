@@ -9,7 +9,6 @@ count, or by what a bundle was fed before (`mapping`). Other columns are left as
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +35,6 @@ from dmt_convert.errors import DataError
 
 WEIGHTS_SUFFIX: Final = "__weights"
 
-_log = logging.getLogger(__name__)
-
 
 def read_parquet(path: Path) -> Dataset:
     """Open one file, or a directory of them in natural order of their names, reading footers only.
@@ -56,8 +53,6 @@ def read_parquet(path: Path) -> Dataset:
         columns = own if columns is None else columns
         _check_same(files[0], columns, file, own)
     assert columns is not None
-    if columns.ignored:
-        _log.info("%s: columns left aside: %s", path, ", ".join(columns.ignored))
     dense_listed = schema is not None and schema.dense_features is not None
     features_listed = schema is not None and schema.sparse_features is not None
     return Dataset(
@@ -74,6 +69,7 @@ def read_parquet(path: Path) -> Dataset:
         form_is_stated=states_form(schema),
         column_types=columns.types,
         source=ParquetBlocks(groups=tuple(groups), columns=columns),
+        notes=(f"columns left aside: {', '.join(columns.ignored)}",) if columns.ignored else (),
     )
 
 

@@ -27,9 +27,14 @@ from .loop import Evaluation as Evaluation
 from .loop import Progress as Progress
 from .loop import Schedule as Schedule
 from .loop import TrainResult as TrainResult
+from .loop import loss_blocks as loss_blocks
 from .optimizers import BETAS as BETAS
 from .row_digest import digest_rows as digest_rows
 from .row_digest import digest_share as digest_share
 from .row_digest import join_digests as join_digests
+from .teacher import Teacher as Teacher
+from .teacher import TeacherChoice as TeacherChoice
+from .teacher import choose_teacher as choose_teacher
+from .teacher import open_teacher as open_teacher
 from .trainable_model import TrainableModel as TrainableModel
 from .trainable_model import make_trainable as make_trainable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -101,7 +101,7 @@ def open_training_data(
     rows = _open(data, manifest, known)
     rows.require_labels(_LABELS_HINT)
     if valid is not None:
-        measured = _open(valid, manifest, merge_records(known, rows.inputs))
+        measured = _open(valid, manifest, merge_records(known, rows.inputs), said=rows.notes)
         measured.require_labels(_LABELS_HINT)
         return TrainingData(
             train=rows, valid=measured, train_name=data.name, valid_name=_name(valid)
@@ -123,10 +123,15 @@ def open_training_data(
     )
 
 
-def _open(path: Path, manifest: Manifest | None, known: InputRecord | None) -> Dataset:
+def _open(
+    path: Path,
+    manifest: Manifest | None,
+    known: InputRecord | None,
+    said: Collection[str] = (),
+) -> Dataset:
     if manifest is None:
         return open_data(path)
-    return open_inputs(path, manifest.model.flat, known)
+    return open_inputs(path, manifest.model.flat, known, said=said)
 
 
 def _name(path: Path) -> str:

@@ -35,6 +35,7 @@ from dmt_convert.documents import (
     ParentRecord,
     Quality,
     QualityRow,
+    TeacherRecord,
     Tool,
 )
 from dmt_convert.errors import BundleError
@@ -127,6 +128,7 @@ def write_finetuned(
     *,
     config: TrainingConfig,
     data: TrainingData,
+    teacher: TeacherRecord | None = None,
     force: bool = False,
 ) -> Finetuned:
     """Write a trained model as a bundle of the same layout as the one that it came from.
@@ -142,6 +144,7 @@ def write_finetuned(
         result: What came of training.
         config: With which settings.
         data: On which rows.
+        teacher: What taught beside the labels.
         force: Replace a bundle that is there.
 
     Raises:
@@ -162,6 +165,7 @@ def write_finetuned(
         module=module,
         table=table,
         sums=lambda name: _sums_of(model, name),
+        teacher=teacher,
     )
     return write_trained(parent, out, trained, config=config, data=data, force=force)
 
@@ -187,6 +191,8 @@ class TrainedModel:
     """Tables; None takes those of the bundle that was fine-tuned."""
     sums: GetSums = lambda table: None
     """Adagrad's sums of squared gradients, if it moved the tables and they are known."""
+    teacher: TeacherRecord | None = None
+    """What taught beside the labels."""
 
 
 def write_trained(
@@ -216,7 +222,9 @@ def write_trained(
     moved = after is not result.start and config.table_lr > 0
     accumulators = plan_tuned_accumulators(parent, trained.sums if moved else None)
     notes = trained.notes + dropping_notes(parent, accumulators, moved=moved)
-    record = _record(parent, result, after, notes, config=config, data=data)
+    record = replace(
+        _record(parent, result, after, notes, config=config, data=data), teacher=trained.teacher
+    )
     plan, figure = parent.plan, _read_figure(parent.path)
 
     def describe() -> tuple[Manifest, TowerPlan, Documents]:
@@ -265,8 +273,8 @@ def judge(
     """
     if not result.improved:
         return result.start, (
-            "nothing beat the start on the validation rows: the new bundle has the weights of "
-            "the one it came from",
+            f"nothing beat the start on the validation rows by more than noise{_most(result)}: "
+            "the new bundle has the weights of the one it came from",
         )
     if not rounded:
         return result.best, ()
@@ -282,6 +290,15 @@ def judge(
         f"{len(rounded)} tables were trained in fp32 and are stored in {kinds} again; accuracy is "
         "measured after rounding",
     )
+
+
+def _most(result: TrainResult) -> str:
+    """How much of the validation loss was gained at most, if anything was."""
+    gains = [(found.gain, found.gain_error) for found in result.history if found.gain is not None]
+    gain, error = max(gains, default=(0.0, None))
+    if gain <= 0:
+        return ""
+    return f" (at most {gain:.5f} nats" + ("" if error is None else f" +- {error:.5f}") + ")"
 
 
 def table_sources(parent: Bundle, table: GetTable | None) -> dict[str, list[TensorSource]]:

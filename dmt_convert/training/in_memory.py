@@ -27,11 +27,13 @@ from dmt_convert.training.loop import (
     Schedule,
     TrainingParts,
     TrainResult,
+    loss_blocks,
     run_loop,
     take_step,
 )
 from dmt_convert.training.optimizers import DenseOptimizer, TableOptimizer, state_bytes
 from dmt_convert.training.tables import TableStore
+from dmt_convert.training.teacher import Teacher
 from dmt_convert.training.trainable_model import TrainableModel, make_trainable
 
 _EVALUATION_ROWS: Final = 4096
@@ -181,6 +183,7 @@ def train(
     valid_rows: Dataset,
     config: TrainingConfig,
     *,
+    teacher: Teacher | None = None,
     eval_at: Collection[int] = (),
     stop_at: Callable[[Evaluation], bool] = lambda evaluation: False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -193,6 +196,7 @@ def train(
         train_rows: Labelled rows to train on.
         valid_rows: Labelled rows to measure on.
         config: Settings.
+        teacher: What teaches beside the labels; None: nothing does.
         eval_at: Steps to measure after, beside every `config.eval_every`-th.
         stop_at: Ends training when an evaluation is good enough.
         on_step: Called after every step, from 1, with its loss.
@@ -207,7 +211,7 @@ def train(
     schedule = replace(
         Schedule.of(config, train_rows.num_rows), eval_at=frozenset(eval_at), stop_at=stop_at
     )
-    parts = _make_parts(trained, train_rows, valid_rows, config)
+    parts = _make_parts(trained, train_rows, valid_rows, config, teacher)
     try:
         return run_loop(parts, config, schedule, on_step=on_step, on_evaluation=on_evaluation)
     finally:
@@ -217,11 +221,17 @@ def train(
 
 
 def _make_parts(
-    model: TrainableModel, train_rows: Dataset, valid_rows: Dataset, config: TrainingConfig
+    model: TrainableModel,
+    train_rows: Dataset,
+    valid_rows: Dataset,
+    config: TrainingConfig,
+    teacher: Teacher | None,
 ) -> TrainingParts:
     """Build what the loop works with."""
     parameters = model.dense_parameters()
     batches = training_batches(train_rows, model.spec, config)
+    if teacher is not None:
+        batches = map(teacher.mix, batches)
     optimizers = (
         DenseOptimizer(parameters.values(), config),
         TableOptimizer(model.store, config),
@@ -266,4 +276,5 @@ def measure_rows(model: TrainableModel, rows: Dataset, *, max_rows: int | None =
     joined = np.concatenate(logits)
     if not np.isfinite(joined).all():
         return Accuracy(auc=None, log_loss=math.nan, ne=None)
-    return measure_accuracy(joined, np.concatenate(labels))
+    blocks = loss_blocks(np.arange(len(joined)))
+    return measure_accuracy(joined, np.concatenate(labels), blocks=blocks)

@@ -192,6 +192,8 @@ class Monitor:
     def on_evaluation(self, found: Evaluation) -> None:
         """Show an evaluation; the time that it took is left out of rows per second."""
         loss = "" if found.train_loss is None else f"; training loss {found.train_loss:.5f}"
+        if found.gain is not None and found.gain_error is not None:
+            loss = f" ({-found.gain:+.5f} +- {found.gain_error:.5f}){loss}"
         self.say(
             f"step {found.step:>6}: AUC {_show(found.auc)}, NE {_show(found.ne)}, log loss "
             f"{found.log_loss:.5f}{loss}"

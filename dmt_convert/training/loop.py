@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmt_convert.arrays import IntArray
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.documents import EvaluationRecord
 from dmt_convert.errors import ConfigError, DataError
-from dmt_convert.metrics import Accuracy
+from dmt_convert.metrics import Accuracy, compare_losses
 from dmt_convert.training.absurd_weights import join_causes
 from dmt_convert.training.optimizers import PartOptimizer
 
@@ -39,6 +40,15 @@ class Evaluation:
     """Mean negative log likelihood, in nats."""
     train_loss: float | None
     """Mean loss of the steps since the evaluation before, in nats; None at the start."""
+    gain: float | None = None
+    """The start's log loss less this one, in nats; None at the start."""
+    gain_error: float | None = None
+    """Standard error of `gain`; None where losses were not measured by blocks of rows."""
+
+    @property
+    def beats_start(self) -> bool:
+        """Whether the gain over the start is more than noise."""
+        return self.gain is not None and self.gain > (self.gain_error or 0.0)
 
     @property
     def score(self) -> float:
@@ -101,6 +111,9 @@ class BestState(Protocol):
 
 Causes = Callable[[], Iterable[str]]
 """Names what may be behind a loss that is not finite, or absurd; a line each."""
+LOSS_BLOCKS: Final = 200
+"""Blocks of validation rows by which losses are compared: enough for a standard error that is
+right to a twentieth, few enough to be saved with every checkpoint."""
 _ABSURD_LOSS: Final = 1e6
 """Mean loss, in nats, that no model has whose weights and inputs make sense."""
 _NOT_SAVED: Final = ("averaged", "best_is_lost")
@@ -122,6 +135,8 @@ class Progress:
     """All evaluations so far."""
     best_index: int = 0
     """Which of them is the best."""
+    start_losses: list[float] = field(default_factory=list)
+    """The start's mean losses on blocks of the validation rows, in nats; empty if unknown."""
     best_is_lost: bool = False
     """Whether the best state is gone: the present one has to be measured before training goes on.
     """
@@ -155,6 +170,9 @@ class Progress:
     ) -> bool:
         """Take a measurement; returns whether the model is the best so far, as it is at the start.
 
+        A later state has to beat the start by more than the standard error of what it gains:
+        validation rows are few, and of many evaluations one is lucky.
+
         Args:
             accuracy: On the validation rows.
             train_loss: Mean loss of the steps since the evaluation before, over all processes.
@@ -173,20 +191,35 @@ class Progress:
                 hint="give other rows with --valid; without --valid the last tenth of DATA is "
                 "held out, so shuffle rows that are sorted by their label",
             )
+        gain, error = self._compare_with_start(accuracy)
         evaluation = Evaluation(
             step=self.step,
             auc=accuracy.auc,
             ne=accuracy.ne,
             log_loss=accuracy.log_loss,
             train_loss=train_loss,
+            gain=gain,
+            gain_error=error,
         )
         self.losses.clear()
         self.averaged, self.best_is_lost = 0, False
         self.history.append(evaluation)
-        is_best = len(self.history) == 1 or evaluation.score < self.best.score
+        is_best = len(self.history) == 1 or (
+            evaluation.beats_start and evaluation.score < self.best.score
+        )
         if is_best:
             self.best_index = len(self.history) - 1
         return is_best
+
+    def _compare_with_start(self, accuracy: Accuracy) -> tuple[float | None, float | None]:
+        """How much lower the loss is than the start's, and the standard error of that."""
+        if not self.history:
+            self.start_losses = list(accuracy.losses)
+            return None, None
+        if len(self.start_losses) != len(accuracy.losses) or not self.start_losses:
+            return self.history[0].log_loss - accuracy.log_loss, None
+        _, error = compare_losses(self.start_losses, accuracy.losses)
+        return self.history[0].log_loss - accuracy.log_loss, error if error < math.inf else None
 
     def forget_best(self) -> None:
         """Take the start for the best so far: the best state is gone."""
@@ -213,6 +246,11 @@ class Progress:
         history = [Evaluation(**evaluation) for evaluation in value["history"]]
         losses = list(value["losses"])
         return cls(**{**value, "history": history, "losses": losses, "averaged": len(losses)})
+
+
+def loss_blocks(rows: IntArray) -> IntArray:
+    """Return the block of every validation row, by its number in the data set."""
+    return rows % LOSS_BLOCKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,8 @@ OPTIONS = {
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
     "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
-    "--async-checkpoints --checkpoint-minutes --resume --no-prefetch --timeout --log --model",
+    "--async-checkpoints --checkpoint-minutes --resume --no-prefetch --timeout --log --model "
+    "--teacher --teacher-weight",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
     "--out-of-range --request-batching --request-group --per-request --dense-per-request "
     "--copy-weights --model-name --gpu "

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dmt_convert.cluster.ranks import RankLayout
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import Dataset, open_data
 from dmt_convert.errors import ConfigError, DataError
-from dmt_convert.metrics import Accuracy
+from dmt_convert.metrics import Accuracy, compare_losses, measure_accuracy
 from dmt_convert.model import FlatModel
-from dmt_convert.training import make_trainable, measure_rows, name_absurd, train
+from dmt_convert.training import (
+    judge,
+    loss_blocks,
+    make_trainable,
+    measure_rows,
+    name_absurd,
+    train,
+)
 from dmt_convert.training.data import open_training_data, training_batches, training_shares
-from dmt_convert.training.loop import Schedule, TrainingParts, run_loop, take_step
+from dmt_convert.training.loop import Progress, Schedule, TrainingParts, run_loop, take_step
 from dmt_convert.training.optimizers import DenseOptimizer
 from support.models import build_model
 from support.rows import build_batch, write_clicks
@@ -311,3 +321,72 @@ def test_rows_without_labels_are_refused(tmp_path, clicks) -> None:
     for arguments in ((path,), (clicks, path)):
         with pytest.raises(DataError, match="no labels"):
             open_training_data(*arguments)
+
+
+def test_a_gain_within_its_noise_leaves_the_start() -> None:
+    """What counts is the error of the paired difference, not that of the loss itself."""
+    rng = np.random.default_rng(0)
+    start = rng.random(200) + 0.5
+
+    def take(gains: np.ndarray) -> tuple[bool, Progress]:
+        progress = Progress()
+        for step, losses in ((0, start), (8, start - gains)):
+            progress.step = step
+            mean = float(losses.mean())
+            accuracy = Accuracy(auc=0.7, log_loss=mean, ne=mean, losses=tuple(losses))
+            is_best = progress.note_accuracy(accuracy, None)
+        return is_best, progress
+
+    noise = rng.standard_normal(200)
+    noise -= noise.mean()
+    error = noise.std(ddof=1) / 200**0.5
+    for gain, wins in ((0.5 * error, False), (1.5 * error, True), (-1.5 * error, False)):
+        is_best, progress = take(noise + gain)
+        assert is_best == wins == (progress.best.step == 8) == progress.best.beats_start
+        last = progress.history[-1]
+        assert (last.gain, last.gain_error) == pytest.approx((gain, error))
+        assert Progress.from_json(progress.to_json()).start_losses == list(start)
+    # a hundredth of the noise of the loss itself, but the same for every row
+    assert take(np.full(200, start.std() / 200**0.5 / 100))[0]
+
+
+def test_a_start_that_stays_says_how_little_was_gained(rows) -> None:
+    """A learning rate that moves almost nothing gains almost nothing."""
+    config = TrainingConfig(max_steps=4, batch_size=8, dense_lr=0, table_lr=1e-6, seed=5)
+    result = train(build_model(), *rows, config)
+    assert [found.gain_error is not None for found in result.history] == [False] + [True] * 4
+    _, (note,) = judge(replace(result, best=result.start), {}, lambda: None)
+    assert "by more than noise" in note
+
+
+def test_losses_by_block_are_those_of_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal(1000), rng.integers(0, 2, 1000)
+    each = np.logaddexp(0, np.where(labels == 1, -logits, logits))
+    order = rng.permutation(1000)  # ranks bring rows in another order
+    blocks = loss_blocks(order)
+    found = measure_accuracy(logits[order], labels[order], blocks=blocks).losses
+    assert len(found) == 200
+    assert found == pytest.approx([each[block::200].mean() for block in range(200)])
+    assert compare_losses(found, found) == (0, 0)
+
+
+def test_notes_on_columns_are_said_once(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not again for the validation rows; what is new there is said."""
+    flat = click_spec()
+    manifest = SimpleNamespace(model=SimpleNamespace(flat=flat), inputs=None)
+    for name, seed in (("train", 0), ("valid", 1)):
+        write_clicks(tmp_path, name, 100, seed=seed)
+    with caplog.at_level("INFO", "dmt_convert"):
+        open_training_data(tmp_path, None, manifest)
+    notes = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+    assert notes and len(notes) == len(set(notes))
+
+
+def test_one_host_is_not_hosts() -> None:
+    common = {"rank": 0, "local_rank": 0, "backend": "gloo"}
+    shown = [
+        str(RankLayout(world_size=size, ranks_per_host=ranks, **common))
+        for size, ranks in ((2, 2), (2, 1), (1, 1))
+    ]
+    assert shown == ["1 host x 2 ranks, gloo", "2 hosts x 1 rank, gloo", "1 host x 1 rank, gloo"]

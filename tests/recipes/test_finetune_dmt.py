@@ -85,7 +85,9 @@ def test_a_line_per_evaluation(tune, tmp_path, capsys) -> None:
     lines = printed.out.splitlines()
     steps = [int(line.split()[1].rstrip(":")) for line in lines if line.startswith("step ")]
     assert steps == [0, 6, 12, 18, 24, 30, 36]
-    assert all("AUC" in line and "NE" in line for line in lines[1:8])
+    said = [line for line in lines if line.startswith("step ")]
+    assert all("AUC" in line and "NE" in line for line in said)
+    assert all(" +- " in line for line in said[1:]) and " +- " not in said[0]
     assert "the last 40 rows" in printed.err and "\r" not in printed.err + printed.out
     assert lines[-1] == f"wrote {tmp_path / 'new'}"
     record = open_bundle(tmp_path / "new").manifest.initialisation.finetune
