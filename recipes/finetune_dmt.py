@@ -61,8 +61,9 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     limit = timedelta(seconds=config.timeout)
     ranks = cluster.start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout=limit)
     monitor.say(
-        f"{layout}, {config.comm_dtype} between hosts; {len(plan.tower_hosts)} towers, hosts per "
-        f"tower: {plan.hosts_per_tower}; checkpoints in {folder}"
+        f"{layout}, {config.comm_dtype or 'the precision of codes'} between hosts; "
+        f"{len(plan.tower_hosts)} towers, hosts per tower: {plan.hosts_per_tower}; checkpoints in "
+        f"{folder}"
     )
     choice, teacher = cluster.open_teacher_together(ranks, bundle, config, layout.device)
     monitor.say(choice.line)

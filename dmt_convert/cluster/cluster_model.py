@@ -5,7 +5,6 @@ Letters: B samples of one rank, O elements that all towers emit per sample, T to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from dmt_convert.cluster.index_route import JaggedBatch
 from dmt_convert.cluster.padding import Width, find_widths, trim_shards
 from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor
+from dmt_convert.cluster.wire import choose_formats
 from dmt_convert.model import DmtModel, DmtSpec, Head
 from dmt_convert.placement import TowerPlan, to_sharding_plan
 from dmt_convert.spec import CommDtype
@@ -173,7 +173,7 @@ def shard_model(
     *,
     device: str,
     fused_params: dict[str, Any],
-    comm_dtype: CommDtype = "fp32",
+    comm_dtype: CommDtype | None = None,
     weighted: bool = False,
 ) -> ShardedModel:
     """Spread a model over the ranks of its plan; all ranks at once.
@@ -183,7 +183,8 @@ def shard_model(
         plan: Where its towers go; of as many ranks as there are.
         device: This rank's device.
         fused_params: The tables' optimizer, from `fused_parameters`.
-        comm_dtype: Precision of tower outputs between hosts.
+        comm_dtype: Precision between hosts of what has no code; None: fp32, and that of their code
+            for gradients.
         weighted: Whether ids come with weights.
 
     Returns:
@@ -191,6 +192,7 @@ def shard_model(
 
     Raises:
         PlanError: The plan is not of this model.
+        BundleError: Hosts do not have the same codes.
     """
     spec = model.spec
     on = torch.device(device)
@@ -204,11 +206,13 @@ def shard_model(
     )
     widths = find_widths(spec.flat.tables, fused_params)
     lr = fused_params["learning_rate"]
+    modules = [tower.tower_module for tower in model.tower_list]
+    formats = choose_formats(spec, modules, comm_dtype, on)
     parallel = DistributedModelParallel(
         ClusterModel(model, plan.tower_order, widths, weighted=weighted, lr=lr),
         device=on,
         plan=ShardingPlan(plan=dict(sharding.plan)),
-        sharders=[TowersSharder(fused_params, comm_dtype=comm_dtype, vector_dim=_vector_dim(spec))],
+        sharders=[TowersSharder(fused_params, formats=formats)],
     )
     core = parallel.module
     towers = core.towers
@@ -224,8 +228,3 @@ def _clear_padding(towers: ShardedTowers, widths: Mapping[str, Width]) -> None:
             for shard in value.local_shards():
                 # of a table that is cut into columns there is nothing to clear
                 shard.tensor.detach()[:, widths[table_of(name)].dim :] = 0
-
-
-def _vector_dim(spec: DmtSpec) -> int:
-    """Elements of the largest vector that every tower emits whole."""
-    return math.gcd(*spec.emitted_dims)

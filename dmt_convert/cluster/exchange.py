@@ -3,8 +3,7 @@
 Peers are the ranks of the same index in all groups of hosts. A rank holds its towers' outputs for
 the samples of all its peers, and needs all towers' outputs for its own samples.
 
-Letters: P peers, B samples of one rank, n samples in all, O elements that a group's towers emit
-per sample, V vectors of D elements each (V * D = n * O).
+Letters: P peers, B samples of one rank, O elements that a group's towers emit per sample.
 """
 
 from __future__ import annotations
@@ -18,13 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.types import LazyAwaitable
 
-from dmt_convert.spec import CommDtype
+from dmt_convert.cluster.wire import Wire
 
 _TAG: Final = 0
-_HEADER_BYTES: Final = 4
-"""Of the power of two in front of gradients."""
-_SCALE_BYTES: Final = {"int8": 8, "fp8": 4}
-"""Per vector: int8 keeps a scale and a bias, fp8 a scale, float32 each."""
 
 
 def all_to_all(
@@ -56,96 +51,6 @@ def all_to_all(
     return received, works
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wire:
-    """Turns float32 into the bytes that cross hosts, and back.
-
-    int8 and fp8 scale every vector by its largest element; fp8 keeps more of the mantissa
-    forward (e4m3) and more of the exponent backward (e5m2), as TorchRec's codec does. Gradients
-    of a mean over a large batch are tiny: as fp16 and int8 they are first multiplied by a power of
-    two, which travels in front of them.
-    """
-
-    dtype: CommDtype
-    """Precision on the network."""
-    vector_dim: int
-    """D: elements that share a scale; divides every O."""
-    backward: bool = False
-    """Whether gradients travel."""
-
-    def nbytes(self, elements: int) -> int:
-        """Bytes of a number of elements."""
-        if not elements:
-            return 0
-        if self.dtype == "fp32":
-            return 4 * elements
-        header = _HEADER_BYTES if self._lifts else 0
-        if self.dtype in ("fp16", "bf16"):
-            return header + 2 * elements
-        return header + elements + elements // self.vector_dim * _SCALE_BYTES[self.dtype]
-
-    @property
-    def _lifts(self) -> bool:
-        """Whether numbers are multiplied before they are packed."""
-        return self.backward and self.dtype in ("fp16", "int8")
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the bytes of a float32 tensor: uint8, shape (nbytes,)."""
-        if not self._lifts or not x.numel():
-            return self._pack(x.contiguous())
-        largest = x.abs().max()
-        lift = torch.exp2(-torch.floor(torch.log2(largest)).clamp(-100, 100))
-        lift = torch.where((largest > 0) & torch.isfinite(largest), lift, 1.0)
-        header = lift.reshape(1).view(torch.uint8)
-        return torch.cat([header, self._pack((x * lift).contiguous())])
-
-    def decode(self, data: Tensor) -> Tensor:
-        """Return what `encode` was given, flattened, as float32."""
-        if not self._lifts or not data.numel():
-            return self._unpack(data)
-        header, rest = data.tensor_split([_HEADER_BYTES])
-        return self._unpack(rest) / header.clone().view(torch.float32)
-
-    def _pack(self, x: Tensor) -> Tensor:
-        if self.dtype == "fp32":
-            return x.view(-1).view(torch.uint8)
-        if self.dtype == "bf16":
-            return x.to(torch.bfloat16).view(-1).view(torch.uint8)
-        if self.dtype == "fp16":
-            largest = torch.finfo(torch.float16).max
-            return x.clamp(-largest, largest).to(torch.float16).view(-1).view(torch.uint8)
-        vectors = x.view(-1, self.vector_dim)
-        if self.dtype == "int8":
-            quantized: Tensor = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
-            # fbgemm ignores NaN; a scale of NaN shows that training diverged
-            quantized[~torch.isfinite(vectors).all(dim=1), -_SCALE_BYTES["int8"] :] = 255
-            return quantized.view(-1)
-        kind = self._fp8()
-        scale = vectors.abs().amax(dim=1, keepdim=True) / torch.finfo(kind).max
-        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
-        small = (vectors / scale).to(kind).view(torch.uint8)
-        return torch.cat([small.view(-1), scale.view(-1).view(torch.uint8)])
-
-    def _unpack(self, data: Tensor) -> Tensor:
-        if self.dtype == "fp32":
-            return data.view(torch.float32)
-        if self.dtype == "bf16":
-            return data.view(torch.bfloat16).float()
-        if self.dtype == "fp16":
-            return data.view(torch.float16).float()
-        vectors = data.numel() // (self.vector_dim + _SCALE_BYTES[self.dtype])
-        if self.dtype == "int8":
-            rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(data.view(vectors, -1))
-            return rows.view(-1)
-        small, scale = data.tensor_split([vectors * self.vector_dim])
-        found = small.view(self._fp8()).view(vectors, -1).float()
-        scaled: Tensor = found * scale.clone().view(torch.float32).unsqueeze(1)
-        return scaled.view(-1)
-
-    def _fp8(self) -> torch.dtype:
-        return torch.float8_e5m2 if self.backward else torch.float8_e4m3fn
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Transfer:
     """Bytes on their way among peers."""
@@ -167,22 +72,23 @@ class PeerExchange:
 
     Args:
         group: The peers.
-        widths: O of every peer's towers, in the order of the group.
-        dtype: Precision on the network, forward and backward.
-        vector_dim: Elements that share a scale, if the precision has scales.
+        wires: How every peer's tower outputs travel, and their gradients back, in the order of the
+            group.
+        order: The column of what this rank emits for every column that it sends; empty: as they
+            are.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
-        widths: Sequence[int],
-        dtype: CommDtype,
-        vector_dim: int,
+        wires: Sequence[tuple[Wire, Wire]],
+        order: Sequence[int] = (),
     ) -> None:
-        self.group, self.widths = group, list(widths)
+        self.group = group
+        self.forward_wires = [forward for forward, _ in wires]
+        self.backward_wires = [backward for _, backward in wires]
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.forward_wire = Wire(dtype=dtype, vector_dim=vector_dim)
-        self.backward_wire = Wire(dtype=dtype, vector_dim=vector_dim, backward=True)
+        self.order = torch.tensor(order, dtype=torch.int64)
         self._duplex = dist.get_backend(group) == "gloo"
 
     def __call__(self, emitted: Tensor) -> LazyAwaitable[Tensor]:
@@ -202,16 +108,35 @@ class PeerExchange:
     def scatter(self, emitted: Tensor, transfer: _Transfer) -> None:
         """Send every peer its samples; receive one's own samples from every peer."""
         batch = emitted.shape[0] // self.size
-        wire = self.forward_wire
-        parts = [wire.encode(part) for part in torch.split(emitted, batch)]
-        self._post(parts, [wire.nbytes(batch * width) for width in self.widths], transfer)
+        parts = self.forward_wires[self.rank].encode(self._arrange(emitted), self.size)
+        self._post(parts, [wire.message_bytes(batch) for wire in self.forward_wires], transfer)
+
+    def join_outputs(self, transfer: _Transfer, batch: int) -> Tensor:
+        """Wait for all towers' outputs for one's own samples: shape (B, sum of O)."""
+        pairs = zip(self.forward_wires, transfer.wait(), strict=True)
+        return torch.cat([wire.decode(data, batch) for wire, data in pairs], dim=1)
 
     def gather(self, gradient: Tensor, transfer: _Transfer) -> None:
         """Send every peer the gradient of its towers' outputs, the way back of `scatter`."""
-        wire = self.backward_wire
-        parts = [wire.encode(part) for part in torch.split(gradient, self.widths, dim=1)]
-        size = wire.nbytes(gradient.shape[0] * self.widths[self.rank])
+        columns = torch.split(gradient, [wire.width for wire in self.backward_wires], dim=1)
+        pairs = zip(self.backward_wires, columns, strict=True)
+        parts = [wire.encode(part)[0] for wire, part in pairs]
+        size = self.backward_wires[self.rank].message_bytes(len(gradient))
         self._post(parts, [size] * self.size, transfer)
+
+    def join_gradients(self, transfer: _Transfer, batch: int) -> Tensor:
+        """Wait for the gradient of what this rank emitted: shape (P * B, own O)."""
+        wire = self.backward_wires[self.rank]
+        gradient = torch.cat([wire.decode(data, batch) for data in transfer.wait()])
+        # The loss is a mean over all ranks: TorchRec divides in its own exchanges, too.
+        gradient = gradient.div_(self.size)
+        return self._arrange(gradient, back=True)
+
+    def _arrange(self, columns: Tensor, *, back: bool = False) -> Tensor:
+        if not len(self.order):
+            return columns
+        order = torch.argsort(self.order) if back else self.order
+        return columns.index_select(1, order.to(columns.device))
 
     def _post(self, parts: list[Tensor], sizes: list[int], transfer: _Transfer) -> None:
         transfer.sent = parts
@@ -253,15 +178,13 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, emitted: Tensor, exchange: PeerExchange, transfer: _Transfer) -> Tensor:
         exchange.scatter(emitted, transfer)
-        ctx.exchange, ctx.transfer, ctx.shape = exchange, transfer, emitted.shape
+        ctx.exchange, ctx.transfer, ctx.samples = exchange, transfer, len(emitted)
         return emitted.new_zeros(1)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
-        wire = ctx.exchange.backward_wire
-        parts = [wire.decode(part) for part in ctx.transfer.wait()]
-        # The loss is a mean over all ranks: TorchRec divides in its own exchanges, too.
-        gradient = torch.cat(parts).view(ctx.shape).div_(ctx.exchange.size)
+        samples = ctx.samples // ctx.exchange.size
+        gradient = ctx.exchange.join_gradients(ctx.transfer, samples)
         return gradient, None, None
 
 
@@ -273,11 +196,7 @@ class _Finish(torch.autograd.Function):
         ctx: Any, _: Tensor, exchange: PeerExchange, transfer: _Transfer, batch: int
     ) -> Tensor:
         ctx.exchange, ctx.transfer = exchange, transfer
-        received = transfer.wait()
-        wire = exchange.forward_wire
-        return torch.cat(
-            [wire.decode(part).view(batch, -1) for part in received if part.numel()], 1
-        )
+        return exchange.join_outputs(transfer, batch)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

@@ -3,7 +3,7 @@
 What `ShardedEmbeddingTowerCollection` of torchrec 1.8.0 lacks, and gets here:
 - it runs on CPUs (DistributedDataParallel is given no device ids there);
 - ids reach their rank in one exchange, which can be started a step ahead;
-- tower outputs cross hosts full duplex, in a precision of their own;
+- tower outputs cross hosts full duplex, in the bits of their towers' codes;
 - all towers of a host look up at once and, if their modules allow it, compress before they
   exchange (`tower_run`);
 - weights can be loaded with `load_state_dict`;
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from dmt_convert.cluster.exchange import PeerExchange
 from dmt_convert.cluster.index_route import IndexRoute, describe_lookups
 from dmt_convert.cluster.tower_run import make_tower_run
-from dmt_convert.spec import CommDtype
+from dmt_convert.cluster.wire import TowerFormat, digest_formats, make_wires
+from dmt_convert.errors import BundleError
 
 
 class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc]
@@ -48,8 +49,10 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         sharder: The sharder that makes it.
         env: All ranks.
         device: Where this rank's shards lie.
-        comm_dtype: Precision of tower outputs between hosts.
-        vector_dim: Elements that share a scale there.
+        formats: How what every tower emits travels between hosts.
+
+    Raises:
+        BundleError: Ranks do not have the same formats.
     """
 
     def __init__(
@@ -60,8 +63,7 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         env: ShardingEnv,
         *,
         device: torch.device | None,
-        comm_dtype: CommDtype,
-        vector_dim: int,
+        formats: Sequence[TowerFormat],
     ) -> None:
         with _data_parallel_on(device):
             super().__init__(
@@ -81,10 +83,13 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         self._towers = make_tower_run(
             embeddings, list(self.interactions.values()), heads, lookups, self._intra_pg
         )
-        self._columns: list[list[int]] = [[] for _ in range(dist.get_world_size(self._cross_pg))]
-        dist.all_gather_object(self._columns, self._towers.columns, group=self._cross_pg)
+        self._columns = _gather_columns(self._towers.columns, formats, self._cross_pg)
+        mine = self._towers.columns
+        order = sorted(range(len(mine)), key=mine.__getitem__)
         self._exchange = PeerExchange(
-            self._cross_pg, list(map(len, self._columns)), comm_dtype, vector_dim
+            self._cross_pg,
+            [make_wires(formats, columns) for columns in self._columns],
+            () if order == list(range(len(mine))) else order,
         )
         self._ahead: deque[tuple[KeyedJaggedTensor, Any, Any]] = deque()
 
@@ -165,16 +170,12 @@ class TowersSharder(stock.EmbeddingTowerCollectionSharder):  # type: ignore[misc
 
     Args:
         fused_params: The tables' optimizer, as TorchRec's sharders take it.
-        comm_dtype: Precision of tower outputs between hosts.
-        vector_dim: Elements that share a scale there.
+        formats: How what every tower emits travels between hosts.
     """
 
-    def __init__(
-        self, fused_params: dict[str, Any], *, comm_dtype: CommDtype = "fp32", vector_dim: int = 4
-    ) -> None:
+    def __init__(self, fused_params: dict[str, Any], *, formats: Sequence[TowerFormat]) -> None:
         super().__init__(fused_params=fused_params)
-        self._comm_dtype: CommDtype = comm_dtype
-        self._vector_dim = vector_dim
+        self._formats = formats
 
     def shard(
         self,
@@ -185,15 +186,27 @@ class TowersSharder(stock.EmbeddingTowerCollectionSharder):  # type: ignore[misc
         module_fqn: str | None = None,
     ) -> ShardedTowers:
         """Shard the towers; all ranks at once."""
-        return ShardedTowers(
-            module,
-            params,
-            self,
-            env,
-            device=device,
-            comm_dtype=self._comm_dtype,
-            vector_dim=self._vector_dim,
+        return ShardedTowers(module, params, self, env, device=device, formats=self._formats)
+
+
+def _gather_columns(
+    mine: Sequence[int], formats: Sequence[TowerFormat], peers: dist.ProcessGroup
+) -> list[list[int]]:
+    """Return the columns that every peer sends, in their order in messages: ascending.
+
+    Raises:
+        BundleError: A peer would read messages in another way than they are written.
+    """
+    found: list[Any] = [None] * dist.get_world_size(peers)
+    dist.all_gather_object(found, (sorted(mine), digest_formats(formats)), group=peers)
+    kinds = {digest for _, digest in found}
+    if len(kinds) > 1:
+        raise BundleError(
+            f"{len(kinds)} different codes of the same towers on {len(found)} hosts",
+            expected="the same bundle, with the same ranges of its codes, on every host",
+            hint="copy the bundle to all hosts again",
         )
+    return [columns for columns, _ in found]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dmt_convert.cluster.padding import Width, make_trim
-from dmt_convert.model import FeatureWise, map_features
+from dmt_convert.model import CodedModule, FeatureWise, map_features
 
 
 class TowerHead(nn.Module):
@@ -73,7 +73,7 @@ class TowerHead(nn.Module):
         return list(range(self._start, self._start + self._width))
 
     def forward(self, embeddings: KeyedTensor | Tensor, part: LocalPart | None = None) -> Tensor:
-        """Return what the tower emits.
+        """Return what the tower emits, before it is rounded.
 
         Args:
             embeddings: The tower's pooled embeddings; with a part, those of its features alone,
@@ -88,7 +88,10 @@ class TowerHead(nn.Module):
             emitted = part.apply(self.module, embeddings)
         else:
             assert isinstance(embeddings, KeyedTensor)
-            emitted = self.module(self._join(embeddings))
+            module = self.module
+            # the exchange rounds what it sends as the tower's code does
+            emit = module.emit if isinstance(module, CodedModule) else module
+            emitted = emit(self._join(embeddings))
         return emitted if self.anchor is None else anchor(emitted, self.anchor)
 
     def _join(self, embeddings: KeyedTensor) -> Tensor:

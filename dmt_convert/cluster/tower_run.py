@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from dmt_convert.cluster.exchange import PeerExchange
 from dmt_convert.cluster.index_route import Lookup
 from dmt_convert.cluster.tower_head import LocalPart, TowerHead
+from dmt_convert.cluster.wire import Floats, Wire
 
 
 class TowerRun(Protocol):
@@ -103,7 +104,8 @@ class _EarlyRun:
             for other in range(size)
         ]
         self.columns = [column for columns in by_rank for column in columns]
-        self._exchange = PeerExchange(group, list(map(len, by_rank)), "fp32", 1)
+        wires = [Wire([Floats("fp32", len(columns))]) for columns in by_rank]
+        self._exchange = PeerExchange(group, list(zip(wires, wires, strict=True)))
 
     def __call__(self, parts: Sequence[KeyedJaggedTensor]) -> Tensor:
         emitted = [

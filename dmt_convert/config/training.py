@@ -86,8 +86,11 @@ class TrainingConfig(Config):
         auto="unlimited",
     )
     seed: int = setting(0, "Seed of the order of rows.", ge=0, panel=_TRAINING)
-    comm_dtype: CommDtype = setting(
-        "fp32", "Precision of what crosses hosts, forward and backward.", panel=_RANKS
+    comm_dtype: CommDtype | None = setting(
+        None,
+        "Precision between hosts of tower outputs without a code, and of all gradients.",
+        panel=_RANKS,
+        auto="fp32; gradients of coded towers as their code",
     )
     checkpoint_every: int | None = setting(
         None,

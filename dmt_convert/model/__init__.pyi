@@ -22,6 +22,9 @@ from .table_lookup import to_tensor as to_tensor
 from .tower_code import ELEMENT_BYTES as ELEMENT_BYTES
 from .tower_code import Precision as Precision
 from .tower_code import TowerCode as TowerCode
+from .tower_code import comm_bytes as comm_bytes
+from .tower_code import forward_code as forward_code
+from .tower_code import gradient_dtype as gradient_dtype
 from .tower_kinds import TOWER_MODULES as TOWER_MODULES
 from .tower_kinds import TowerModule as TowerModule
 from .tower_kinds import TowerModuleSpec as TowerModuleSpec

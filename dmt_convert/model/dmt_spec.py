@@ -13,7 +13,7 @@ from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_EMPTY, from_json, to_
 from dmt_convert.errors import ConfigError
 from dmt_convert.model.tower_code import ELEMENT_BYTES
 from dmt_convert.model.tower_kinds import TowerModule, TowerModuleSpec
-from dmt_convert.spec import InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
+from dmt_convert.spec import CommDtype, InteractionSpec, MlpSpec, ModelSpec, TowerAssignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +113,23 @@ class DmtSpec:
     @property
     def tower_bytes(self) -> tuple[int, ...]:
         """Bytes that every tower sends per sample to a host; 0 for towers on every rank."""
+        return self.bytes_sent()
+
+    def bytes_sent(self, comm_dtype: CommDtype | None = None) -> tuple[int, ...]:
+        """Return `tower_bytes` if what has no code travels in a precision; None: as fp32."""
         pairs = zip(self.towers, self.dims_by_tower, strict=True)
-        return tuple(0 if t.everywhere else t.module.nbytes(dims) for t, dims in pairs)
+        return tuple(0 if t.everywhere else t.module.nbytes(dims, comm_dtype) for t, dims in pairs)
+
+    def gradient_bytes(self, comm_dtype: CommDtype | None = None) -> tuple[int, ...]:
+        """Bytes per sample of the gradients that come back to every tower.
+
+        Args:
+            comm_dtype: Their precision; None: that of the tower's code, fp32 without one.
+        """
+        pairs = zip(self.towers, self.dims_by_tower, strict=True)
+        return tuple(
+            0 if t.everywhere else t.module.gradient_bytes(dims, comm_dtype) for t, dims in pairs
+        )
 
     @property
     def compression(self) -> float:

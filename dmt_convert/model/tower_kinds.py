@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 from dmt_convert.documents import OMITTED_IF_EMPTY, OMITTED_IF_NONE
 from dmt_convert.errors import ConfigError, UsageError
 from dmt_convert.interactions import NO_WORK, DenseWork, cross_work, linear_work
-from dmt_convert.model.tower_code import ELEMENT_BYTES, TowerCode
-from dmt_convert.spec import ModelSpec
+from dmt_convert.model.tower_code import TowerCode, comm_bytes, forward_code, gradient_dtype
+from dmt_convert.spec import CommDtype, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,14 +83,19 @@ class TowerModuleSpec:
         """
         return sum(self.vector_dims(dims))
 
-    def nbytes(self, dims: Sequence[int]) -> int:
+    def nbytes(self, dims: Sequence[int], comm_dtype: CommDtype | None = None) -> int:
         """Bytes that a tower sends per sample.
 
         Args:
             dims: Embedding dims of its features.
+            comm_dtype: Precision of what has no code; None: fp32.
         """
-        width = self.width(dims)
-        return ELEMENT_BYTES["fp32"] * width if self.code is None else self.code.nbytes(width)
+        code, width = forward_code(self.code), self.width(dims)
+        return comm_bytes(comm_dtype or "fp32", width) if code is None else code.nbytes(width)
+
+    def gradient_bytes(self, dims: Sequence[int], comm_dtype: CommDtype | None = None) -> int:
+        """Bytes per sample of the gradients that come back; None: the precision of the code."""
+        return comm_bytes(gradient_dtype(self.code, comm_dtype), self.width(dims))
 
     def describe(self, dim: str = "") -> str:
         """Describe it for people; `dim` is shown instead of D, for towers that differ in it."""

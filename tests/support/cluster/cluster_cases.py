@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmt_convert.data import Bag, Batch
 from dmt_convert.data.batch import take_rows
-from dmt_convert.model import DmtModel, DmtSpec, TowerModuleSpec, TowerSpec
+from dmt_convert.model import DmtModel, DmtSpec, TowerCode, TowerModuleSpec, TowerSpec
 from dmt_convert.model.networks import registry
 from dmt_convert.placement import Cluster, TowerPlan, plan_towers
 from dmt_convert.spec import (
@@ -155,7 +155,9 @@ class Case:
         for t, tower in enumerate(self.towers):
             names = {f"t{i}" for i in range(first, first + len(tower))}
             first += len(tower)
-            module = TowerModuleSpec(**self.modules[t % len(self.modules)])
+            given = dict(self.modules[t % len(self.modules)])
+            code = TowerCode(**given.pop("code")) if given.get("code") else None
+            module = TowerModuleSpec(**given, code=code)
             features = [f.name for f in spec.features if f.table in names]
             # the tower's own order is not the model's
             towers.append(TowerSpec(features=tuple(reversed(features)), module=module))
@@ -176,6 +178,8 @@ class Case:
             for tower in model.tower_list:
                 for table in tower.tables.values():  # type: ignore[operator]
                     table.weight.uniform_(-0.5, 0.5)
+            if any(module.get("code") for module in self.modules):
+                fit_ranges(model, self.batch(0, 64))
         return model
 
     def batch(self, step: int, num_rows: int) -> Batch:
@@ -213,6 +217,21 @@ class Case:
         """This rank's rows of it."""
         first = self.rows_per_rank * dist.get_rank()
         return take_rows(self.global_batch(step), slice(first, first + self.rows_per_rank))
+
+
+def fit_ranges(model: DmtModel, batch: Batch) -> None:
+    """Give codes the ranges of what is emitted for a batch."""
+    bags = dict(zip(batch.feature_names, batch.bags, strict=True))
+    for tower in model.tower_list:
+        code = getattr(tower.tower_module, "code", None)
+        if code is None or code.spec.precision != "int8":
+            continue
+        pooled = torch.cat(tower.pool([bags[name] for name in tower.features]), dim=1)
+        emitted = tower.tower_module.emit(pooled)  # type: ignore[operator]
+        levels = torch.full((code.width,), 255.0)
+        levels[code.width - code.spec.int4 :] = 15.0
+        code.low.copy_(emitted.amin(dim=0))
+        code.step.copy_((emitted.amax(dim=0) - emitted.amin(dim=0)) / levels)
 
 
 def whole_tables(model: DmtModel) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ _loss = nn.functional.binary_cross_entropy_with_logits
 shards_to_fill = table_shards
 
 
-def shard_case(case: Case, *, comm_dtype: str = "fp32") -> tuple[ShardedModel, TowerPlan]:
+def shard_case(case: Case, *, comm_dtype: str | None = None) -> tuple[ShardedModel, TowerPlan]:
     """Spread a case's model over the ranks that are there, with its weights."""
     ranks_per_host = int(os.environ["LOCAL_WORLD_SIZE"])
     plan = case.plan(dist.get_world_size() // ranks_per_host, ranks_per_host)
@@ -55,7 +55,7 @@ def whole_shards(case: Case, sharded: ShardedModel) -> dict[str, Tensor]:
 
 
 def train_against_flat(
-    broken: str | None = None, comm_dtype: str = "fp32", **options: Any
+    broken: str | None = None, comm_dtype: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Train a passthrough model and the flat one on the same batches from the same weights."""
     case = Case.from_json(options)
@@ -123,11 +123,13 @@ def _describe(plan: TowerPlan) -> dict[str, Any]:
     }
 
 
-def train_against_plain(broken: str | None = None, **options: Any) -> dict[str, Any]:
+def train_against_plain(
+    broken: str | None = None, comm_dtype: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Train a compressed model, and the same in plain torch on the whole global batch."""
     case = Case.from_json(options)
     with sabotage(broken):
-        sharded, plan = shard_case(case)
+        sharded, plan = shard_case(case, comm_dtype=comm_dtype)
     plain, spec = case.model(), case.spec()
     own = sharded.dense_parameters()
     names = {name: _plain_name(name, plan) for name in own}
@@ -140,6 +142,7 @@ def train_against_plain(broken: str | None = None, **options: Any) -> dict[str, 
     )
     sgd = torch.optim.SGD(own.values(), lr=case.dense_lr)
     first, found = case.rows_per_rank * dist.get_rank(), {"logits": 0.0, "gradients": 0.0}
+    flips = 0
     digests: dict[str, str] = {}
     for step in range(case.steps):
         whole = case.global_batch(step)
@@ -149,7 +152,9 @@ def train_against_plain(broken: str | None = None, **options: Any) -> dict[str, 
         mine = sharded(ours)
         _take_step(sgd, mine, ours.labels)
         theirs = logits[first : first + case.rows_per_rank]
-        found["logits"] = max(found["logits"], float((mine - theirs).abs().max().detach()))
+        gaps = (mine - theirs).abs().detach()
+        found["logits"] = max(found["logits"], float(gaps.max()))
+        flips += int((gaps > 1e-6).sum())
         for name, parameter in own.items():
             expected = wanted[names[name]].grad  # none of a layer that is not used
             gap = float((parameter.grad - (0.0 if expected is None else expected)).abs().max())
@@ -165,6 +170,7 @@ def train_against_plain(broken: str | None = None, **options: Any) -> dict[str, 
             {names[name]: wanted[names[name]].detach() for name in own},
         ),
         "moved": largest_difference(end, start),
+        "flips": flips,
         "digests": digests,
         **_describe(plan),
     }
@@ -207,6 +213,48 @@ def compare_wires(dtypes: list[str], loss_factor: float = 1.0, **options: Any) -
         }
         for dtype, (logits, moved) in results.items()
     }
+
+
+def count_bytes(comm_dtype: str | None = None, **options: Any) -> dict[str, Any]:
+    """Take one step; count what this rank hands to the process group for every other rank.
+
+    Ids are whole numbers; tower outputs and gradients are bytes.
+    """
+    case = Case.from_json(options)
+    sharded, plan = shard_case(case, comm_dtype=comm_dtype)
+    jagged = to_jagged(case.own_batch(0), case.spec(), CPU, weighted=sharded.weighted)
+    sent = [0] * dist.get_world_size()
+    send = dist.ProcessGroup.send
+
+    def counted(group: Any, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        if tensors[0].dtype == torch.uint8:
+            sent[dist.get_global_rank(group, peer)] += sum(t.numel() for t in tensors)
+        return send(group, tensors, peer, tag)
+
+    dist.ProcessGroup.send = counted
+    try:
+        logits = sharded(jagged)
+        forward = list(sent)
+        _loss(logits, jagged.labels).backward()
+    finally:
+        dist.ProcessGroup.send = send
+    traffic = plan.traffic.to_json()
+    backward = [after - before for after, before in zip(sent, forward, strict=True)]
+    return {"forward": forward, "backward": backward, "traffic": traffic}
+
+
+def diverge(**options: Any) -> dict[str, Any]:
+    """Return the share of logits that are lost if rows of the first rank's tables are infinite."""
+    case = Case.from_json(options)
+    sharded, _ = shard_case(case)
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            for _, _, _, part in shards_to_fill(sharded):
+                part[0] = torch.inf
+    jagged = to_jagged(case.own_batch(0), case.spec(), CPU, weighted=sharded.weighted)
+    jagged.sparse.values().zero_()
+    with torch.no_grad():
+        return {"lost": float(sharded(jagged).isnan().float().mean())}
 
 
 def send_ahead(pattern: str, **options: Any) -> dict[str, Any]:
@@ -255,6 +303,8 @@ def send_ahead(pattern: str, **options: Any) -> dict[str, Any]:
 
 SCENARIOS = {
     "compare_wires": compare_wires,
+    "count_bytes": count_bytes,
+    "diverge": diverge,
     "meet": meet,
     "send_ahead": send_ahead,
     "train_against_flat": train_against_flat,

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster import FusedTables, sharded_towers
+from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
 from dmt_convert.cluster.sharded_towers import ShardedTowers
 from dmt_convert.cluster.tower_head import TowerHead
 from dmt_convert.model import Head
+from dmt_convert.model.tower_modules import LinearTowerModule
 
 
 @contextmanager
@@ -121,6 +123,44 @@ def _own_tower_gradients(patch: Callable[..., None]) -> None:
     )
 
 
+def _ranges_of_others(patch: Callable[..., None]) -> None:
+    """Levels are read with the ranges of another tower of as many elements."""
+
+    def swapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(*inputs: Any) -> Any:
+            first, second, *rest = original(*inputs)
+            mine, theirs = first.forward, second.forward
+            mine.unpack, theirs.unpack = theirs.unpack, mine.unpack
+            return [first, second, *rest]
+
+        return choose
+
+    patch(cluster_model, "choose_formats", swapped)
+
+
+def _rounded_before(patch: Callable[..., None]) -> None:
+    """Towers send what is rounded already, to other levels than it travels in."""
+
+    def rounded(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *inputs: torch.round(original(self, *inputs), decimals=2)
+
+    patch(LinearTowerModule, "emit", rounded)
+
+
+def _ranges_of_one_host(patch: Callable[..., None]) -> None:
+    """A host has another copy of the bundle."""
+
+    def changed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(spec: Any, modules: Any, *rest: Any) -> Any:
+            if dist.get_rank() == 0:
+                modules[0].code.step.mul_(2)
+            return original(spec, modules, *rest)
+
+        return choose
+
+    patch(cluster_model, "choose_formats", changed)
+
+
 def _same_learning_rate(patch: Callable[..., None]) -> None:
     """Tables with columns of zeros move by the learning rate of the others."""
 
@@ -142,4 +182,7 @@ _PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
     "wrong feature": _wrong_feature,
     "own tower gradients": _own_tower_gradients,
     "same learning rate": _same_learning_rate,
+    "ranges of others": _ranges_of_others,
+    "ranges of one host": _ranges_of_one_host,
+    "rounded before": _rounded_before,
 }
