@@ -23,6 +23,7 @@ from dmt_convert.config.values import (
     Outliers,
     OutOfRange,
     PathValue,
+    Replicate,
     Strategy,
     StrategyValue,
     TableCode,
@@ -179,6 +180,21 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         "bytes that do.",
         gt=0,
         auto="2",
+        panel=_MODULES,
+    )
+    replicate: Replicate = setting(
+        "none",
+        "Tables that every rank holds, so that their features never cross hosts: auto takes those "
+        "whose gradients cost less than their features would send; a number takes all tables of "
+        "up to as many rows.",
+        metavar="none|auto|ROWS",
+        panel=_MODULES,
+    )
+    batch: int | None = setting(
+        None,
+        "Samples per rank and step, by which --replicate auto decides.",
+        ge=1,
+        auto="1024",
         panel=_MODULES,
     )
     distill_steps: int | None = setting(

@@ -119,6 +119,13 @@ def _teacher(value: object) -> object:
     return Path(value) if isinstance(value, str) and value not in ("auto", "none") else value
 
 
+def _replicate(value: object) -> object:
+    text = str(value)
+    if text in ("none", "auto") or (text.isdecimal() and int(text) >= 1):
+        return text
+    raise ValueError(f"{value!r} is neither none nor auto nor a number of rows of at least 1")
+
+
 PathValue = Annotated[Path, BeforeValidator(_path), PlainSerializer(_plain)]
 Float = Annotated[float, BeforeValidator(_number)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_flat_names)]
@@ -131,4 +138,5 @@ Groups = Annotated[
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Forms = Annotated[dict[str, InputForm], BeforeValidator(_forms)]
 TeacherValue = Annotated[TeacherSource | Path, BeforeValidator(_teacher), PlainSerializer(_plain)]
+Replicate = Annotated[str, BeforeValidator(_replicate)]
 StrategyValue = Annotated[Strategy | Path, BeforeValidator(_strategy), PlainSerializer(_plain)]

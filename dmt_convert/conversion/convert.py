@@ -31,6 +31,12 @@ from dmt_convert.conversion.partition import (
     tells_pairs,
 )
 from dmt_convert.conversion.record import describe_manifest, describe_partition
+from dmt_convert.conversion.replication import (
+    choose_replicated,
+    fit_for_replication,
+    partition_beside,
+    spec_of,
+)
 from dmt_convert.conversion.sample import Sample, draw_sample
 from dmt_convert.data import open_data
 from dmt_convert.errors import BundleError, DataError, PlanError
@@ -47,7 +53,7 @@ from dmt_convert.files import (
     write_text,
 )
 from dmt_convert.free_memory import available_bytes
-from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
+from dmt_convert.model import DmtSpec, TowerModuleSpec
 from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_model
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.report import plot_partition
@@ -82,8 +88,9 @@ def convert_checkpoint(
     sample = _draw_sample(flat, config)
     progress("partitioning", 0, 0)
     modules = _candidate_modules(flat, config)
-    partition = find_towers(flat, sample, config, modules)
-    specs = [converted_spec(flat.spec, partition.towers, module) for module in modules]
+    replicated = choose_replicated(flat.spec, config, modules[0], sample.ids_per_bag)
+    partition = find_towers(flat, sample, config, modules, replicated)
+    specs = [spec_of(flat.spec, partition, module) for module in modules]
     # made before anything is written, because the cluster may be too small for the tables
     plan = _plan(specs[0], _requested_cluster(config))
     weights = _streamed_weights(flat, partition, config)
@@ -118,6 +125,8 @@ class Preview:
     """Candidates for the tower module; the best one is taken once the weights are known."""
     num_towers: int
     """Number of towers."""
+    replicated: tuple[str, ...]
+    """Features whose tables would be on every rank, in towers of their own."""
     compression: float
     """Bytes that would cross hosts uncompressed, over bytes that do."""
     table_bytes: int
@@ -149,14 +158,14 @@ def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
     if config.calibration is not None:
         open_data(config.calibration)
     modules = _candidate_modules(flat, config)
-    dealt = _dealt_towers(flat, config)
-    towers = dealt.assignment.towers
-    spec = converted_spec(flat.spec, towers, modules[0])
+    dealt = _dealt_towers(flat, config, modules[0])
+    spec = spec_of(flat.spec, dealt, modules[0])
     return Preview(
         flat=flat,
         out=out,
         modules=modules,
-        num_towers=len(towers),
+        num_towers=len(dealt.towers),
+        replicated=tuple(name for names in dealt.everywhere for name in names),
         compression=spec.compression,
         table_bytes=table_bytes(flat, config.dtype),
         accumulator_bytes=_accumulator_bytes(flat, config),
@@ -172,12 +181,11 @@ def _knows_towers(config: ConvertConfig) -> bool:
     return isinstance(config.partition, Path) or config.partition == "round-robin"
 
 
-def _dealt_towers(flat: FlatModelInfo, config: ConvertConfig) -> Partition:
+def _dealt_towers(flat: FlatModelInfo, config: ConvertConfig, module: TowerModuleSpec) -> Partition:
     """Return the towers, or as many of the same size if they are found from the weights later."""
-    known = _knows_towers(config)
-    return partition_features(
-        flat.spec, config if known else config.replace(partition="round-robin")
-    )
+    options = config if _knows_towers(config) else config.replace(partition="round-robin")
+    replicated = choose_replicated(flat.spec, config, module)
+    return partition_beside(flat.spec, options, None, replicated)
 
 
 def _check_resources(flat: FlatModelInfo, config: ConvertConfig, out: Path) -> Mapping[str, int]:
@@ -188,7 +196,7 @@ def _check_resources(flat: FlatModelInfo, config: ConvertConfig, out: Path) -> M
         ConfigError: There is too little memory.
     """
     module = _candidate_modules(flat, config)[0]
-    spec = converted_spec(flat.spec, _dealt_towers(flat, config).assignment.towers, module)
+    spec = spec_of(flat.spec, _dealt_towers(flat, config, module), module)
     tables = table_bytes(flat, config.dtype) + _accumulator_bytes(flat, config)
     check_space(out, tables + weight_bytes(flat, spec))
     return check_memory(flat, spec, config)
@@ -279,6 +287,7 @@ def find_towers(
     sample: Sample,
     options: PartitionOptions,
     modules: tuple[TowerModuleSpec, ...] = (),
+    replicated: tuple[str, ...] = (),
 ) -> Partition:
     """Partition a checkpoint's features, by a sample of its inputs.
 
@@ -288,6 +297,7 @@ def find_towers(
         options: The settings.
         modules: Candidates for the tower module. If towers may combine features, strongly paired
             features are better kept apart, so the default strategy is `diverse`.
+        replicated: Features whose tables every rank holds; the others are partitioned.
 
     Raises:
         PartitionError: The request cannot be met.
@@ -299,7 +309,8 @@ def find_towers(
     # what overflows is refused by name: affinities must be finite
     with np.errstate(all="ignore"):
         affinity = measure_affinity(flat, sample, options.affinity)
-    return replace(partition_features(flat.spec, options, affinity), sample=sample.description)
+    found = partition_beside(flat.spec, options, affinity, replicated)
+    return replace(found, sample=sample.description)
 
 
 def _candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:
@@ -308,7 +319,8 @@ def _candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[Towe
     Raises:
         ConfigError: The settings contradict each other, or the model cannot have such a module.
     """
-    return choose_modules(flat, config, config.towers or _towers_in_file(flat, config))
+    modules = choose_modules(flat, config, config.towers or _towers_in_file(flat, config))
+    return fit_for_replication(modules, config)
 
 
 def _towers_in_file(flat: FlatModelInfo, config: ConvertConfig) -> int:

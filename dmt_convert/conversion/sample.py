@@ -47,6 +47,13 @@ class Sample:
     inputs: InputRecord | None = None
     """Which columns of the calibration data feed the model."""
 
+    @property
+    def ids_per_bag(self) -> dict[str, float]:
+        """Mean ids per bag of every feature."""
+        rows = max(1, self.batch.num_rows)
+        bags = zip(self.batch.feature_names, self.batch.bags, strict=True)
+        return {name: len(bag.values) / rows for name, bag in bags}
+
     def split(self, fraction: float) -> tuple[Sample, Sample]:
         """Split off the last `fraction` of the rows, as held-out rows."""
         cut = max(1, int(self.batch.num_rows * (1 - fraction)))

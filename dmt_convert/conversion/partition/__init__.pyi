@@ -7,3 +7,4 @@ from .partitioner import TowerLoad as TowerLoad
 from .partitioner import measure_loads as measure_loads
 from .partitioner import needs_affinity as needs_affinity
 from .partitioner import partition_features as partition_features
+from .units import build_units as build_units

@@ -59,6 +59,8 @@ class Partition:
     """Mean affinity of pairs that share a tower; None without affinity or such pairs."""
     between_affinity: float | None
     """Mean affinity of all other pairs; None without affinity or such pairs."""
+    everywhere: Towers = ()
+    """Features of the towers whose tables every rank holds: the last ones."""
     sample: str = ""
     """How the rows were drawn on which affinity was measured."""
 
@@ -70,6 +72,11 @@ class Partition:
     def towers(self) -> Towers:
         """Features of every tower."""
         return self.assignment.towers
+
+    @property
+    def sending(self) -> Towers:
+        """Features of the towers that are placed on hosts."""
+        return self.towers[: len(self.towers) - len(self.everywhere)]
 
 
 def partition_features(
