@@ -72,6 +72,7 @@ def _show_preview(output: Output, preview: Preview) -> None:
         "assignment": towers,
         "tower_module": to_json(module),
         "alternatives": [to_json(other) for other in preview.modules[1:]],
+        "on_every_rank": list(preview.replicated),
         "compression": preview.compression,
         "table_bytes": preview.table_bytes,
         "accumulator_bytes": preview.accumulator_bytes,
@@ -87,6 +88,7 @@ def _show_preview(output: Output, preview: Preview) -> None:
         ("other weights", human_bytes(preview.weight_bytes)),
         ("memory", _memory_text(preview)),
         ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
+        *((("on every rank", ", ".join(preview.replicated)),) if preview.replicated else ()),
         ("tower module", _module_text([module])),
         *(("  or", _module_text([other])) for other in preview.modules[1:]),
         ("compression", f"{preview.compression:.2f}"),
@@ -119,6 +121,7 @@ def _partition_text(partition: PartitionRecord) -> str:
 def _remarks(bundle: Bundle) -> Iterator[str]:
     """Say what the user asked for in vain, and what is not as good as it might be."""
     from dmt_convert.conversion import describe_weakness
+    from dmt_convert.placement import advise_replication
 
     manifest = bundle.manifest
     steps = (manifest.config or {}).get("distill_steps")
@@ -129,6 +132,9 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
     weakness = describe_weakness(bundle.quality)
     if weakness is not None:
         yield weakness
+    advice = advise_replication(manifest.model, bundle.plan.cluster)
+    if advice is not None:
+        yield advice
     if manifest.model.compression < 1:
         yield (
             f"towers emit more than they hold (compression {manifest.model.compression:.2f}): "
@@ -139,9 +145,10 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     from dmt_convert.adapter import model_option
     from dmt_convert.documents import to_json
+    from dmt_convert.placement import describe_replication
 
     manifest, quality = bundle.manifest, bundle.quality
-    model = manifest.model
+    model, held = manifest.model, describe_replication(bundle.plan)
     value = {
         "bundle": str(bundle.path),
         "report": str(bundle.path / "report.html"),
@@ -150,7 +157,8 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
             "strategy": manifest.partition.strategy,
             "affinity": manifest.partition.affinity,
         },
-        "tower_module": to_json(model.towers[0].module),
+        "on_every_rank": [tower.everywhere for tower in model.towers],
+        "tower_module": to_json(model.sending_towers[0].module),
         "tower_dims": [tower.module.dim for tower in model.towers],
         "compression": model.compression,
         "initialisation": to_json(manifest.initialisation),
@@ -164,7 +172,8 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         ("report", str(bundle.path / "report.html")),
         ("towers", f"{len(model.towers)}, over {len(model.flat.features)} features"),
         ("partition", _partition_text(manifest.partition)),
-        ("tower module", _module_text([tower.module for tower in model.towers])),
+        *((("on every rank", held),) if held else ()),
+        ("tower module", _module_text([tower.module for tower in model.sending_towers])),
         ("compression", f"{model.compression:.2f}"),
         ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
@@ -194,5 +203,5 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     if not model.is_passthrough:
         output.remark(
             f"exact model: dmt convert {shlex.quote(str(source))} --towers "
-            f"{len(model.towers)} --tower-module passthrough{option}"
+            f"{len(model.sending_towers)} --tower-module passthrough{option}"
         )

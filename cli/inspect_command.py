@@ -161,7 +161,7 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
             [
                 str(t),
                 str(len(tower.features)),
-                f"{width} -> {model.tower_widths[t]}",
+                "on every rank" if tower.everywhere else f"{width} -> {model.tower_widths[t]}",
                 human_bytes(size),
                 ", ".join(tower.features),
             ]

@@ -46,14 +46,25 @@ def run(
             value["prediction"]["files"] = [str(config.plot)]
         tables += show_prediction(report)
     output.result(value, *tables)
+    advice = _advice(bundle, plan)
+    if advice is not None:
+        output.remark(f"note: {advice}")
+
+
+def _advice(bundle: Path, plan: TowerPlan) -> str | None:
+    from dmt_convert.placement import advise_replication
+
+    return advise_replication(dmt.open_bundle(bundle).manifest.model, plan.cluster)
 
 
 def _tables(plan: TowerPlan) -> list[RenderableType]:
-    cluster, estimate = plan.cluster, plan.estimate(_BATCH)
+    from dmt_convert.placement import describe_replication
+
+    cluster, estimate, held = plan.cluster, plan.estimate(_BATCH), describe_replication(plan)
     rows = [
         [
             str(t),
-            ", ".join(map(str, placed)),
+            ", ".join(map(str, placed)) or "all",
             str(len(plan.ranks_of(t))),
             human_bytes(sum(plan.bytes_per_rank[r] for r in plan.ranks_of(t))),
         ]
@@ -75,6 +86,7 @@ def _tables(plan: TowerPlan) -> list[RenderableType]:
             f"{human_bytes(plan.traffic.flat_cross_bytes)} flat, "
             f"{human_bytes(plan.traffic.dmt_cross_bytes)} in towers (per sample and host)",
         ),
+        *((("on every rank", held),) if held else ()),
         (
             "modelled",
             f"{estimate.flat_seconds * 1e3:.2f} ms flat, "

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from dmt_convert.model import DmtSpec
-from dmt_convert.placement.cluster import Cluster
+from dmt_convert.placement.cluster import Cluster, show_bytes
+from dmt_convert.placement.tower_plan import OPTIMIZER_BYTES_PER_ROW, TowerPlan
 from dmt_convert.placement.traffic import ELEMENT_BYTES, ID_BYTES, ring_bytes
 from dmt_convert.spec import FeatureSpec, ModelSpec
 
@@ -112,6 +113,21 @@ def step_bytes(
     )
     return sent + math.fsum(
         cost.summed(table.rows, table.dim) for table in spec.tables if table.name in everywhere
+    )
+
+
+def describe_replication(plan: TowerPlan) -> str | None:
+    """Say in a line which tables every rank holds, and what that costs; None if there are none."""
+    held = [placement for placement in plan.tables if placement.is_everywhere]
+    if not held:
+        return None
+    kept = sum(
+        table.rows * (2 * ELEMENT_BYTES * table.cols + OPTIMIZER_BYTES_PER_ROW) for table in held
+    )
+    return (
+        f"{len(held)} of {len(plan.tables)} tables, of up to {max(t.rows for t in held):,} rows: "
+        f"{show_bytes(kept)} of a rank with gradients and optimizer state, "
+        f"{show_bytes(plan.traffic.replicated_step_bytes)} of gradients per host and step"
     )
 
 

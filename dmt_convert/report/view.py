@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from dmt_convert.adapter import model_option
 from dmt_convert.documents import EvaluationRecord, FinetuneRecord, QualityRow, TowerLoadRecord
+from dmt_convert.placement import advise_replication, describe_replication
 from dmt_convert.report.figures import tower_colours, tower_loads
 from dmt_convert.report.quantities import (
     DASH,
@@ -430,7 +431,13 @@ class ReportView:
                 measures=(
                     _measure(table_bytes, t, show_bytes(table_bytes[t])),
                     _measure(lookups, t, show_number(lookups[t])),
-                    _measure(widths, t, f"{show_number(dims[t])} → {show_number(widths[t])}"),
+                    _measure(
+                        widths,
+                        t,
+                        "stays on every rank"
+                        if tower.everywhere
+                        else f"{show_number(dims[t])} → {show_number(widths[t])}",
+                    ),
                 ),
                 module=tower.module.describe(),
             )
@@ -506,6 +513,7 @@ class ReportView:
     def cluster(self) -> dict[str, str]:
         """Describe the cluster, by term."""
         cluster, fullest = self.plan.cluster, max(self.plan.bytes_per_rank)
+        held, advice = describe_replication(self.plan), advise_replication(self.spec, cluster)
         return {
             "Cluster": f"{plural(cluster.hosts, 'host')} × "
             f"{plural(cluster.ranks_per_host, 'rank')} = {plural(cluster.world_size, 'rank')}",
@@ -515,6 +523,7 @@ class ReportView:
             f"({show_share(fullest, cluster.usable_bytes)} of that)",
             "Links of a rank": f"{show_number(cluster.intra_gbps)} Gbit/s inside the host, "
             f"{show_number(cluster.inter_gbps)} Gbit/s to other hosts",
+            **({"Tables on every rank": held or advice or ""} if held or advice else {}),
         }
 
     @property
@@ -610,7 +619,7 @@ class ReportView:
     @property
     def commands(self) -> tuple[tuple[str, str], ...]:
         """What to do next: purposes and commands."""
-        name, towers = self.manifest.source.name, len(self.spec.towers)
+        name, towers = self.manifest.source.name, len(self.spec.sending_towers)
         source, bundle = shlex.quote(name), shlex.quote(self.folder)
         option = model_option(self.spec.flat)
         verify = (
