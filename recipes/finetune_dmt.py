@@ -62,7 +62,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     ranks = cluster.start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout=limit)
     monitor.say(
         f"{layout}, {config.comm_dtype or 'the precision of codes'} between hosts; "
-        f"{len(plan.tower_hosts)} towers, hosts per tower: {plan.hosts_per_tower}; checkpoints in "
+        f"{len(plan.tower_order)} towers, hosts per tower: {plan.hosts_per_tower}; checkpoints in "
         f"{folder}"
     )
     choice, teacher = cluster.open_teacher_together(ranks, bundle, config, layout.device)

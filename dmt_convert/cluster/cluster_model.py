@@ -21,6 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.cluster.index_route import JaggedBatch
 from dmt_convert.cluster.padding import Width, find_widths, trim_shards
+from dmt_convert.cluster.replicated import ReplicatedTables
 from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor
 from dmt_convert.cluster.wire import choose_formats
@@ -41,6 +42,7 @@ class ClusterModel(nn.Module):
         widths: Table -> how its rows lie in memory.
         weighted: Whether ids come with weights.
         lr: The tables' learning rate.
+        device: Where tables lie that every rank holds.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class ClusterModel(nn.Module):
         *,
         weighted: bool,
         lr: float,
+        device: torch.device,
     ) -> None:
         super().__init__()
         spec = model.spec
+        everywhere = any(tower.everywhere for tower in spec.towers)
+        self.replicated = ReplicatedTables(spec, device) if everywhere else None
         modules = [tower.tower_module for tower in model.tower_list]
         self.towers: nn.Module = EmbeddingTowerCollection(
             [_build_tower(spec, t, modules[t], widths, weighted=weighted, lr=lr) for t in order],
@@ -77,7 +82,10 @@ class ClusterModel(nn.Module):
         """
         coming = self.towers(sparse)
         dense_BN = self.head.dense_arch(dense)
-        logits = self.head.finish(dense_BN, coming.wait())
+        # looked up while the others are on their way
+        own = [] if self.replicated is None else [self.replicated(sparse)]
+        emitted = coming.wait()
+        logits = self.head.finish(dense_BN, torch.cat([emitted, *own], dim=1) if own else emitted)
         return anchor(logits, *self._anchored) if self._anchored else logits
 
 
@@ -153,6 +161,12 @@ class ShardedModel:
             for name, value in state.items()
         }
 
+    @property
+    def replicated(self) -> dict[str, nn.Parameter]:
+        """Tables that every rank holds, by name, shape (R, N)."""
+        tables = self.core.replicated
+        return {} if tables is None else tables.weights
+
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything but tables, by name; tower modules are those of this rank's host."""
         return {
@@ -209,15 +223,16 @@ def shard_model(
     modules = [tower.tower_module for tower in model.tower_list]
     formats = choose_formats(spec, modules, comm_dtype, on)
     parallel = DistributedModelParallel(
-        ClusterModel(model, plan.tower_order, widths, weighted=weighted, lr=lr),
+        ClusterModel(model, plan.tower_order, widths, weighted=weighted, lr=lr, device=on),
         device=on,
-        plan=ShardingPlan(plan=dict(sharding.plan)),
+        plan=ShardingPlan(plan={TOWERS: sharding.plan[TOWERS]}),
         sharders=[TowersSharder(fused_params, formats=formats)],
     )
     core = parallel.module
     towers = core.towers
     assert isinstance(core, ClusterModel) and isinstance(towers, ShardedTowers)
-    core.head.expect_columns(towers.arriving_columns())
+    own = [] if core.replicated is None else core.replicated.columns
+    core.head.expect_columns([*towers.arriving_columns(), *own])
     _clear_padding(towers, widths)
     return ShardedModel(parallel=parallel, towers=towers, widths=widths, weighted=weighted)
 

@@ -25,6 +25,7 @@ from dmt_convert.arrays import IntArray
 from dmt_convert.bundle import FloatRows, find_damage
 from dmt_convert.checkpoint import TensorInfo, gather_rows, read_tensor
 from dmt_convert.cluster.cluster_model import ShardedModel, table_of
+from dmt_convert.cluster.replicated import EPSILON, REPLICATED, ReplicatedOptimizer
 from dmt_convert.config import TableOptimizerKind, TrainingConfig
 from dmt_convert.data import Batch
 from dmt_convert.errors import BundleError, ConfigError
@@ -33,8 +34,6 @@ from dmt_convert.training import BETAS, GetSums, Pieces, stored_pieces
 
 logger = logging.getLogger(__name__)
 
-EPSILON: Final = 1e-8
-"""Added to the root of squared gradients."""
 SUFFIX: Final = ".momentum1"
 """Ends the names of Adagrad's sums in TorchRec's state."""
 _CHUNK_ROWS: Final = 1 << 20
@@ -75,9 +74,14 @@ class FusedTables:
 
     Args:
         model: The sharded model.
+        kind: The optimizer, as it moves tables that every rank holds.
+
+    Raises:
+        ConfigError: It cannot move these.
     """
 
-    def __init__(self, model: ShardedModel) -> None:
+    def __init__(self, model: ShardedModel, kind: TableOptimizerKind) -> None:
+        self.replicated = ReplicatedOptimizer(model.replicated, kind)
         self._optimizer = model.parallel.fused_optimizer
         self._model = model
         # tables whose gradients are multiplied are in kernels of their own
@@ -91,7 +95,11 @@ class FusedTables:
         ]
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate; the next backward pass moves tables by it."""
+        """Set the learning rate; the next backward pass moves tables by it.
+
+        Those that every rank holds are moved by `ClusterDenseOptimizer.step`, by the same rate.
+        """
+        self.replicated.lr = lr
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
             group["lr"] = lr / factor
         self._optimizer.step()  # hands it to the kernels; nothing moves
@@ -99,7 +107,11 @@ class FusedTables:
     def state_dict(self) -> dict[str, Any]:
         """Return the state by parameter, sharded as the tables are."""
         found: dict[str, dict[str, Any]] = self._optimizer.state_dict()["state"]
-        return {
+        replicated = {
+            f"{REPLICATED}.embedding_bags.{table}.weight": {f"{table}{SUFFIX}": sums}
+            for table, sums in self.replicated.sums.items()
+        }
+        return replicated | {
             name: {
                 key: self._model.trim({name: value})[name] if _is_per_element(value) else value
                 for key, value in state.items()
@@ -113,15 +125,21 @@ def _is_per_element(value: Any) -> bool:
 
 
 class ClusterDenseOptimizer:
-    """Adam or SGD over everything but tables; every rank moves its own copies alike.
+    """Moves what ranks have copies of, all alike.
+
+    That is everything but tables, by Adam or SGD, and the tables that every rank holds, by the
+    rule of tables.
 
     Args:
         model: The sharded model.
         config: Kind, learning rate, norm.
+        replicated: What moves those tables.
     """
 
-    def __init__(self, model: ShardedModel, config: TrainingConfig) -> None:
-        self._named = model.dense_parameters()
+    def __init__(
+        self, model: ShardedModel, config: TrainingConfig, replicated: ReplicatedOptimizer
+    ) -> None:
+        self._named, self._replicated = model.dense_parameters(), replicated
         self._group = model.towers._cross_pg
         self._lr, self._clip_norm = config.dense_lr, config.clip_norm
         parameters = list(self._named.values())
@@ -146,9 +164,11 @@ class ClusterDenseOptimizer:
         """Set all gradients to zero."""
         # in place: DistributedDataParallel's gradients are views of the buckets that it reduces
         self._inner.zero_grad(set_to_none=False)
+        self._replicated.zero_grad()
 
     def step(self, lr_factor: float) -> None:
-        """Clip, then move."""
+        """Move tables by the rate that they were given; clip all else, then move it."""
+        self._replicated.step()
         if self._lr == 0:
             return
         if self._clip_norm is not None:
@@ -191,6 +211,8 @@ class _Sums:
     """Its first row."""
     values: Tensor
     """Shape (rows,) or (rows, columns); shares memory."""
+    is_copy: bool = False
+    """Whether every rank has the same."""
 
 
 def _shards(fused: FusedTables, spec: ModelSpec) -> Iterator[_Sums]:
@@ -199,7 +221,9 @@ def _shards(fused: FusedTables, spec: ModelSpec) -> Iterator[_Sums]:
     for name, state in fused.state_dict().items():
         table = table_of(name)
         for key, value in state.items():
-            if key.endswith(SUFFIX):
+            if key.endswith(SUFFIX) and not isinstance(value, ShardedTensor):
+                yield _Sums(table=table, first=0, values=value, is_copy=True)
+            elif key.endswith(SUFFIX):
                 for shard in value.local_shards():
                     first = int(shard.metadata.shard_offsets[0]) % rows[table]
                     yield _Sums(table=table, first=first, values=shard.tensor)
@@ -276,7 +300,10 @@ def fill_sums_by_mean(
     names = [table.name for table in spec.tables]
     shards = list(_shards(fused, spec))
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
+    is_first = dist.get_rank() == 0
     for shard in shards:
+        if shard.is_copy and not is_first:  # counted once
+            continue
         total, count = float(shard.values.sum(dtype=torch.float64)), float(shard.values.numel())
         sums[names.index(shard.table)] += torch.tensor([total, count], dtype=torch.float64)
     sums = sums.to(device)

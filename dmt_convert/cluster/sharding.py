@@ -38,7 +38,6 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
         PlanError: The plan that was asked for is of another cluster or bundle, or the towers cannot
             be placed on this cluster.
     """
-    _refuse_everywhere(bundle)
     plan = bundle.plan if given is None else given
     _check_fits(plan, bundle)
     found = (layout.hosts, layout.ranks_per_host)
@@ -56,15 +55,6 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
     model = bundle.manifest.model
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
     return plan_model(model, cluster)
-
-
-def _refuse_everywhere(bundle: Bundle) -> None:
-    if any(tower.everywhere for tower in bundle.manifest.model.towers):
-        raise PlanError(
-            f"{bundle.path} has tables on every rank, which training over ranks does not know yet",
-            expected="towers on hosts alone",
-            hint="train in one process (leave --nproc out), or convert with --replicate none",
-        )
 
 
 def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:
@@ -89,6 +79,8 @@ def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:
     ]
     if len(plan.tower_hosts) != len(model.towers):
         problems.insert(0, f"{len(plan.tower_hosts)} towers, the bundle has {len(model.towers)}")
+    elif [not hosts for hosts in plan.tower_hosts] != [t.everywhere for t in model.towers]:
+        problems.insert(0, "other towers are on every rank than in the bundle")
     if problems:
         raise PlanError(
             f"the plan does not fit the bundle {bundle.path}",
@@ -155,8 +147,11 @@ def load_shards(
 
 
 def table_shards(model: ShardedModel) -> list[tuple[str, int, int, torch.Tensor]]:
-    """List this rank's shards: table, first row, first column, rows of it (shares memory)."""
-    found = []
+    """List this rank's shards: table, first row, first column, rows of it (shares memory).
+
+    Tables that every rank holds are a shard of each.
+    """
+    found = [(table, 0, 0, weight.detach()) for table, weight in model.replicated.items()]
     for name, value in model.trim(model.towers.state_dict()).items():
         if ".embedding_bags." not in name:
             continue

@@ -78,8 +78,8 @@ class ClusterTrainer:
         self.model, self.spec, self.layout, self.config = model, spec, layout, config
         self._train_rows, self._valid_rows, self._teacher = train_rows, valid_rows, teacher
         self._device = torch.device(layout.device)
-        self.dense = ClusterDenseOptimizer(model, config)
-        self.tables = FusedTables(model)
+        self.tables = FusedTables(model, config.table_optimizer)
+        self.dense = ClusterDenseOptimizer(model, config, self.tables.replicated)
         self._shares: Iterator[Share] = iter(())
         self._next: RankBatch | None = None
         self._left = 0
@@ -165,8 +165,10 @@ class ClusterTrainer:
         self.tables.set_lr(0.0)
         for _ in range(2):
             fill_sums(self.tables, self.spec, 0.0)
+            self.dense.zero_grad()
             loss = self.loss(self.model(batch.inputs), batch)
             loss.backward()  # type: ignore[no-untyped-call]
+        self.tables.replicated.step()
         self.dense.zero_grad()
 
     def start_sums(self, carried: Mapping[str, TensorInfo]) -> None:
@@ -255,7 +257,7 @@ class ClusterTrainer:
         """Say which weights of all ranks are absurd, a line each; all ranks at once."""
         found: list[list[str]] = [[] for _ in range(self.layout.world_size)]
         dist.all_gather_object(found, self.own_absurd_weights())
-        return [line for lines in found for line in lines]
+        return list(dict.fromkeys(line for lines in found for line in lines))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the model and its optimizers; shares memory."""

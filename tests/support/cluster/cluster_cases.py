@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmt_convert.cluster import ShardedModel, table_shards
 from dmt_convert.data import Bag, Batch
 from dmt_convert.data.batch import take_rows
 from dmt_convert.model import DmtModel, DmtSpec, TowerCode, TowerModuleSpec, TowerSpec
 from dmt_convert.model.networks import registry
-from dmt_convert.placement import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_model
 from dmt_convert.spec import (
     FeatureSpec,
     InteractionSpec,
@@ -26,7 +27,6 @@ from dmt_convert.spec import (
     ModelSpec,
     NetworkSpec,
     TableSpec,
-    TowerAssignment,
     network_model,
 )
 
@@ -87,6 +87,8 @@ class Case:
     """The tables' learning rate."""
     dense_lr: float
     """Everything else's."""
+    everywhere: list[int]
+    """Indices of towers whose tables every rank holds."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Case:
@@ -104,6 +106,7 @@ class Case:
             "rows_per_rank": 4,
             "table_lr": 0.5,
             "dense_lr": 0.1,
+            "everywhere": [],
         }
         return cls(**(usual | value))
 
@@ -160,15 +163,17 @@ class Case:
             module = TowerModuleSpec(**given, code=code)
             features = [f.name for f in spec.features if f.table in names]
             # the tower's own order is not the model's
-            towers.append(TowerSpec(features=tuple(reversed(features)), module=module))
+            local = t in self.everywhere
+            own = TowerModuleSpec(kind="passthrough") if local else module
+            tower = TowerSpec(features=tuple(reversed(features)), module=own, everywhere=local)
+            towers.append(tower)
         return DmtSpec(flat=spec, towers=tuple(towers))
 
     def plan(self, hosts: int, ranks_per_host: int) -> TowerPlan:
         """Where its towers go."""
         model = self.dmt_spec()
         cluster = Cluster(hosts=hosts, ranks_per_host=ranks_per_host, hbm_bytes=self.hbm_bytes)
-        assignment: TowerAssignment = model.assignment
-        return plan_towers(model.flat, assignment, cluster, tower_widths=model.tower_widths)
+        return plan_model(model, cluster)
 
     def model(self) -> DmtModel:
         """The model with the weights that all start from."""
@@ -241,6 +246,15 @@ def whole_tables(model: DmtModel) -> dict[str, Tensor]:
         for tower in model.tower_list
         for name, table in tower.tables.items()  # type: ignore[operator]
     }
+
+
+def own_shards(sharded: ShardedModel) -> list[tuple[str, int, int, Tensor]]:
+    """This rank's shards, those that every rank holds on the first one alone."""
+    return [
+        shard
+        for shard in table_shards(sharded)
+        if dist.get_rank() == 0 or shard[0] not in sharded.replicated
+    ]
 
 
 def join_shards(

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
 from dmt_convert.cluster.index_route import carries_weights
+from dmt_convert.cluster.replicated import ReplicatedOptimizer
 from dmt_convert.placement import TowerPlan
-from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
+from support.cluster.cluster_cases import (
+    Case,
+    join_shards,
+    largest_difference,
+    own_shards,
+    whole_tables,
+)
 from support.cluster.flat_torchrec import flat_shards, shard_flat
 from support.cluster.sabotage import sabotage
 from support.cluster.trainer_scenarios import (
@@ -51,7 +58,31 @@ def shard_case(case: Case, *, comm_dtype: str | None = None) -> tuple[ShardedMod
 def whole_shards(case: Case, sharded: ShardedModel) -> dict[str, Tensor]:
     """All tables, whole, the same on every rank."""
     shapes = {table.name: (table.rows, table.dim) for table in case.spec().tables}
-    return join_shards(shapes, table_shards(sharded))
+    return join_shards(shapes, own_shards(sharded))
+
+
+class Movers:
+    """SGD for the dense parts, and what moves the tables that every rank holds."""
+
+    def __init__(self, sharded: ShardedModel, case: Case) -> None:
+        self._sgd = torch.optim.SGD(sharded.dense_parameters().values(), lr=case.dense_lr)
+        self._replicated = ReplicatedOptimizer(sharded.replicated, case.optimizer)
+        self._replicated.lr = case.table_lr
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Set all gradients to zero."""
+        self._sgd.zero_grad(set_to_none=set_to_none)
+        self._replicated.zero_grad()
+
+    def step(self) -> None:
+        """Move all."""
+        self._sgd.step()
+        self._replicated.step()
+
+
+def _replicas(sharded: ShardedModel) -> dict[str, str]:
+    """Digests of the tables that every rank holds."""
+    return {name: _digest(weight) for name, weight in sharded.replicated.items()}
 
 
 def train_against_flat(
@@ -79,7 +110,7 @@ def _train_against_flat(case: Case, sharded: ShardedModel, plan: TowerPlan) -> d
     )
     dense = [v for k, v in flat.named_parameters() if ".embedding_bags." not in k]
     flat_sgd = torch.optim.SGD(dense, lr=case.dense_lr)
-    sgd = torch.optim.SGD(sharded.dense_parameters().values(), lr=case.dense_lr)
+    sgd = Movers(sharded, case)
     losses: list[tuple[float, float]] = []
     for step in range(case.steps):
         batch = case.own_batch(step)
@@ -98,11 +129,21 @@ def _train_against_flat(case: Case, sharded: ShardedModel, plan: TowerPlan) -> d
         "tables": largest_difference(whole_shards(case, sharded), wanted),
         "dense": largest_difference(_weights(sharded.core.head), _weights(flat.module.head)),
         "moved": largest_difference(wanted, start),
+        "moved_least": _least_move(sharded, start),
+        "replicas": _replicas(sharded),
         **_describe(plan),
     }
 
 
-def _take_step(sgd: torch.optim.Optimizer, logits: Tensor, labels: Tensor | None) -> float:
+def _least_move(sharded: ShardedModel, start: dict[str, Tensor]) -> float:
+    """How far the table moved that moved least, of those that every rank holds."""
+    moves = [
+        float((w.detach() - start[name]).abs().max()) for name, w in sharded.replicated.items()
+    ]
+    return min(moves, default=0.0)
+
+
+def _take_step(sgd: Any, logits: Tensor, labels: Tensor | None) -> float:
     assert labels is not None
     loss = _loss(logits, labels)
     sgd.zero_grad(set_to_none=False)
@@ -140,7 +181,7 @@ def train_against_plain(
             for is_table, lr in ((False, case.dense_lr), (True, case.table_lr))
         ]
     )
-    sgd = torch.optim.SGD(own.values(), lr=case.dense_lr)
+    sgd = Movers(sharded, case)
     first, found = case.rows_per_rank * dist.get_rank(), {"logits": 0.0, "gradients": 0.0}
     flips = 0
     digests: dict[str, str] = {}
@@ -172,6 +213,7 @@ def train_against_plain(
         "moved": largest_difference(end, start),
         "flips": flips,
         "digests": digests,
+        "replicas": _replicas(sharded),
         **_describe(plan),
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
+from dmt_convert.cluster.replicated import ReplicatedOptimizer
 from dmt_convert.cluster.sharded_towers import ShardedTowers
 from dmt_convert.cluster.tower_head import TowerHead
 from dmt_convert.model import Head
@@ -55,6 +56,25 @@ def _no_order(patch: Callable[..., None]) -> None:
         return lambda self, columns: original(self, range(len(columns)))
 
     patch(Head, "expect_columns", settle_nothing)
+
+
+def _still_replicas(patch: Callable[..., None]) -> None:
+    """Tables that every rank holds are not moved, as fused optimizers would leave them."""
+    patch(ReplicatedOptimizer, "step", lambda original: lambda self: None)
+
+
+def _parted_replicas(patch: Callable[..., None]) -> None:
+    """Every rank moves its copies by another rate."""
+
+    def uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(self: ReplicatedOptimizer) -> None:
+            rate, self.lr = self.lr, self.lr * (1 + 0.01 * dist.get_rank())
+            original(self)
+            self.lr = rate
+
+        return step
+
+    patch(ReplicatedOptimizer, "step", uneven)
 
 
 def _swapped_tables(patch: Callable[..., None]) -> None:
@@ -177,6 +197,8 @@ def _same_learning_rate(patch: Callable[..., None]) -> None:
 
 _PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
     "no order of columns": _no_order,
+    "replicas stay": _still_replicas,
+    "replicas part": _parted_replicas,
     "swapped tables": _swapped_tables,
     "undivided gradients": _undivided_gradients,
     "wrong feature": _wrong_feature,

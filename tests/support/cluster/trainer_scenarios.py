@@ -30,7 +30,13 @@ from dmt_convert.recipes.finetune_dmt import take_step
 from dmt_convert.training import Progress, train
 from dmt_convert.training.data import open_training_data
 from dmt_convert.training.in_memory import BestInMemory
-from support.cluster.cluster_cases import Case, join_shards, largest_difference, whole_tables
+from support.cluster.cluster_cases import (
+    Case,
+    join_shards,
+    largest_difference,
+    own_shards,
+    whole_tables,
+)
 from support.cluster.sabotage import sabotage
 
 
@@ -139,4 +145,4 @@ def _trainer(case: Case, data: str, config: TrainingConfig) -> tuple[ShardedMode
 
 def _whole(case: Case, sharded: ShardedModel) -> dict[str, torch.Tensor]:
     shapes = {table.name: (table.rows, table.dim) for table in case.spec().tables}
-    return join_shards(shapes, table_shards(sharded))
+    return join_shards(shapes, own_shards(sharded))
