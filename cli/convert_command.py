@@ -121,7 +121,7 @@ def _partition_text(partition: PartitionRecord) -> str:
 def _remarks(bundle: Bundle) -> Iterator[str]:
     """Say what the user asked for in vain, and what is not as good as it might be."""
     from dmt_convert.conversion import describe_weakness
-    from dmt_convert.placement import advise_replication
+    from dmt_convert.placement import BATCH, advise_replication
 
     manifest = bundle.manifest
     steps = (manifest.config or {}).get("distill_steps")
@@ -132,7 +132,8 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
     weakness = describe_weakness(bundle.quality)
     if weakness is not None:
         yield weakness
-    advice = advise_replication(manifest.model, bundle.plan.cluster)
+    batch = (manifest.config or {}).get("batch") or BATCH
+    advice = advise_replication(manifest.model, bundle.plan.cluster, batch=batch)
     if advice is not None:
         yield advice
     if manifest.model.compression < 1:

@@ -137,7 +137,11 @@ def test_the_prediction_counts_gradients_and_saved_exchanges() -> None:
 
 def test_torchrec_gets_them_as_data_parallel(plan: TowerPlan) -> None:
     pytest.importorskip("torchrec", reason="turns plans into TorchRec's, which needs torchrec")
-    from dmt_convert.placement.torchrec_plan import to_sharding_plan
+    from dmt_convert.placement.torchrec_plan import (
+        build_tower_collection,
+        check_sharding_plan,
+        to_sharding_plan,
+    )
 
     spec = spec_with(2)
     found = to_sharding_plan(plan, spec.flat, spec.assignment, module_path="towers", device="cpu")
@@ -147,6 +151,8 @@ def test_torchrec_gets_them_as_data_parallel(plan: TowerPlan) -> None:
     local = found.plan["replicated"][names[2]]
     assert (local.sharding_type, local.compute_kernel) == ("data_parallel", "dense")
     assert local.ranks == [0, 1, 2, 3] and local.sharding_spec is None
+    towers = build_tower_collection(spec.flat, spec.assignment, order=plan.tower_order)
+    check_sharding_plan(found, towers, plan=plan, module_path="towers")
 
 
 def test_a_shard_of_it_is_the_whole_table(plan: TowerPlan) -> None:
