@@ -90,6 +90,7 @@ def convert_checkpoint(
     modules = _candidate_modules(flat, config)
     replicated = choose_replicated(flat.spec, config, modules[0], sample.ids_per_bag)
     partition = find_towers(flat, sample, config, modules, replicated)
+    assert {name for names in partition.everywhere for name in names} == set(replicated)
     specs = [spec_of(flat.spec, partition, module) for module in modules]
     # made before anything is written, because the cluster may be too small for the tables
     plan = _plan(specs[0], _requested_cluster(config))

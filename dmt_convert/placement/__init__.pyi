@@ -14,7 +14,6 @@ from .replication import StepCost as StepCost
 from .replication import advise_replication as advise_replication
 from .replication import cheaper_everywhere as cheaper_everywhere
 from .replication import describe_replication as describe_replication
-from .replication import features_of as features_of
 from .replication import step_bytes as step_bytes
 from .settings import make_cluster as make_cluster
 from .settings import make_machine as make_machine

@@ -19,7 +19,7 @@ from dmt_convert.model import DmtSpec
 from dmt_convert.placement.cluster import Cluster, show_bytes
 from dmt_convert.placement.tower_plan import OPTIMIZER_BYTES_PER_ROW, TowerPlan
 from dmt_convert.placement.traffic import ELEMENT_BYTES, ID_BYTES, ring_bytes
-from dmt_convert.spec import FeatureSpec, ModelSpec
+from dmt_convert.spec import ModelSpec
 
 BATCH: Final = 1024
 """B, if nobody says."""
@@ -75,20 +75,16 @@ def cheaper_everywhere(
         margin: What a table may cost on every rank, of what it saves.
     """
     ids = ids_per_bag or {}
-    cheaper = []
-    for table in spec.tables:
-        saved = math.fsum(
-            cost.exchanged(table.dim, ids.get(feature.name, 1.0))
-            for feature in features_of(spec, [table.name])
-        )
-        if cost.summed(table.rows, table.dim) < margin * saved:
-            cheaper.append(table)
+    saved = dict.fromkeys((table.name for table in spec.tables), 0.0)
+    dims = {table.name: table.dim for table in spec.tables}
+    for feature in spec.features:
+        saved[feature.table] += cost.exchanged(dims[feature.table], ids.get(feature.name, 1.0))
+    cheaper = [
+        table
+        for table in spec.tables
+        if cost.summed(table.rows, table.dim) < margin * saved[table.name]
+    ]
     return tuple(table.name for table in sorted(cheaper, key=lambda table: table.rows))
-
-
-def features_of(spec: ModelSpec, tables: Collection[str]) -> list[FeatureSpec]:
-    """Return the features that are looked up in some tables, in the model's order."""
-    return [feature for feature in spec.features if feature.table in tables]
 
 
 def step_bytes(

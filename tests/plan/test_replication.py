@@ -12,7 +12,6 @@ from dmt_convert.placement import (
     StepCost,
     advise_replication,
     cheaper_everywhere,
-    features_of,
     step_bytes,
 )
 from dmt_convert.spec import ModelSpec
@@ -95,7 +94,6 @@ def test_a_table_of_several_features_saves_for_each() -> None:
     assert cheaper_everywhere(shared, cost) == ()
     double = StepCost(cluster=cost.cluster, batch=1024)
     assert cheaper_everywhere(shared, double) == (shared.tables[0].name,)
-    assert [f.name for f in features_of(shared, [shared.tables[0].name])] == ["user", "friend"]
 
 
 def test_one_host_has_nothing_to_save() -> None:
