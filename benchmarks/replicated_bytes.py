@@ -16,8 +16,10 @@ import argparse
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +43,6 @@ _DIM: Final = 16
 _LARGE_ROWS: Final = 5000
 _NUM_DENSE: Final = 4
 _WARM_UP: Final = 4
-_MBIT: Final = 10_000.0
 
 
 def flat_spec(features: int, small_rows: int) -> ModelSpec:
@@ -78,8 +79,8 @@ class Rank:
         self.options = options
         self.cluster = Cluster(hosts=options.hosts, ranks_per_host=options.ranks_per_host)
 
-    def measure(self, small_rows: int, *, everywhere: bool) -> tuple[float, float]:
-        """Return bytes per host and step: measured, and of gradients as the plan has them."""
+    def measure(self, small_rows: int, *, everywhere: bool) -> tuple[float, float, float]:
+        """Return bytes per host and step, those of gradients as planned; median ms of a step."""
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         from dmt_convert.cluster import JaggedBatch, fused_parameters, shard_model, table_shards
@@ -120,10 +121,13 @@ class Rank:
         for _ in range(_WARM_UP):
             step()
         before = self._sent()
+        seconds = []
         for _ in range(self.options.steps):
+            begin = time.perf_counter()
             step()
+            seconds.append(time.perf_counter() - begin)
         sent = (self._sent() - before) / self.options.steps / self.cluster.hosts
-        return sent, plan.traffic.replicated_step_bytes
+        return sent, plan.traffic.replicated_step_bytes, 1e3 * statistics.median(seconds)
 
     def _sent(self) -> float:
         """Bytes that all hosts have sent so far, while all ranks stand still."""
@@ -136,19 +140,21 @@ class Rank:
 
     def run(self) -> list[dict[str, Any]]:
         """Measure all that was asked for."""
-        nothing, _ = self.measure(1, everywhere=True)
+        nothing, _, _ = self.measure(1, everywhere=True)
         found = []
         for rows in self.options.rows:
             flat = flat_spec(self.options.features, rows)
             cost = StepCost(cluster=self.cluster, batch=self.options.batch)
             small = {f"t{i}" for i in range(0, self.options.features, 2)}
-            inside, _ = self.measure(rows, everywhere=False)
-            everywhere, planned = self.measure(rows, everywhere=True)
+            inside, _, inside_ms = self.measure(rows, everywhere=False)
+            everywhere, planned, everywhere_ms = self.measure(rows, everywhere=True)
             found.append(
                 {
                     "rows": rows,
                     "in_towers": inside,
                     "everywhere": everywhere,
+                    "in_towers_ms": inside_ms,
+                    "everywhere_ms": everywhere_ms,
                     "gradients": everywhere - nothing,
                     "planned_gradients": planned * (1 - 1 / rows),
                     "formula_in_towers": step_bytes(flat, cost),
@@ -175,7 +181,7 @@ def run_rank(options: argparse.Namespace) -> None:
 def run_stage(options: argparse.Namespace) -> None:
     """Build hosts in namespaces, and start their ranks."""
     network = ClusterNetwork(options.hosts)
-    network.set_rate(_MBIT)
+    network.set_rate(options.mbit)
     started = []
     for host, namespace in enumerate(network.hosts):
         with namespace.entered():
@@ -202,16 +208,18 @@ def show(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print a table."""
     print(
         f"{options.hosts} x {options.ranks_per_host} ranks, {options.batch} samples each, "
-        f"{options.features} features of {_DIM} elements; bytes that a host sends in a step"
+        f"{options.features} features of {_DIM} elements; bytes that a host sends in a step, "
+        f"median ms at {options.mbit:g} Mbit/s"
     )
-    print("| rows | in towers | on every rank | fewer | gradients | planned | off | rule |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| rows | in towers | on every rank | fewer | ms | gradients | planned | off | rule |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in found:
         off = row["gradients"] / row["planned_gradients"] - 1
         print(
             f"| {row['rows']:,} | {row['in_towers']:,.0f} (formula {row['formula_in_towers']:,.0f})"
             f" | {row['everywhere']:,.0f} (formula {row['formula_everywhere']:,.0f}) | "
-            f"{row['in_towers'] / row['everywhere']:.2f} | {row['gradients']:,.0f} | "
+            f"{row['in_towers'] / row['everywhere']:.2f} | "
+            f"{row['in_towers_ms']:.1f} → {row['everywhere_ms']:.1f} | {row['gradients']:,.0f} | "
             f"{row['planned_gradients']:,.0f} | {off:+.1%} | "
             f"{'on every rank' if row['rule'] else 'in towers'} |"
         )
@@ -223,6 +231,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ranks-per-host", type=int, default=2)
     parser.add_argument("--features", type=int, default=8)
+    parser.add_argument("--mbit", type=float, default=10_000.0, help="rate of every link")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, nargs="+", default=[200, 1000, 5000])
