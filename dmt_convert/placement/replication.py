@@ -24,8 +24,8 @@ from dmt_convert.spec import ModelSpec
 BATCH: Final = 1024
 """B, if nobody says."""
 MARGIN: Final = 0.8
-"""Share of the bytes that are saved up to which gradients may cost: the whole table is also moved in
-every step, so it has to pay clearly in bytes."""
+"""Share of the bytes that are saved up to which gradients may cost: the whole table is also moved
+in every step, so it has to pay clearly in bytes."""
 _WORTH_SAYING: Final = 1.1
 
 

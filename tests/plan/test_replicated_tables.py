@@ -11,8 +11,9 @@ import pytest
 from dmt_convert.errors import PlanError
 from dmt_convert.model import DmtSpec, TowerModuleSpec, converted_spec
 from dmt_convert.placement import Cluster, Shard, TowerPlan, check_plan, plan_model
-from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
+from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu, predict_bundle
 from dmt_convert.placement.predict.cost_model import as_passthrough, planned_load, step_time
+from dmt_convert.placement.predict.prediction import predict_scaling
 from support.specs import click_spec
 
 ROWS = (400, 300, 20, 10)
@@ -160,3 +161,19 @@ def test_a_shard_of_it_is_the_whole_table(plan: TowerPlan) -> None:
         Shard(rank=0, row_offset=0, col_offset=0, rows=10, cols=spec_with(2).flat.feature_dims[3]),
     )
     assert list(plan.ranks_of(2)) == [0, 1, 2, 3]
+
+
+def test_scaling_counts_their_gradients() -> None:
+    spec, cluster = spec_with(2), Cluster(hosts=2, ranks_per_host=8)
+    machine = Machine(
+        gpu=find_gpu("h100"), network=Network(cluster=cluster, assumptions=Assumptions()), batch=64
+    )
+    plan = plan_model(spec, cluster)
+    with_sums = predict_bundle(spec, plan, machine, predict=False, scaling=True).scaling
+    assert with_sums is not None
+    without = predict_scaling(spec.flat, machine, compression=spec.compression)
+    for some, none in zip(with_sums, without, strict=True):
+        assert some.compression == none.compression
+        ours, theirs = some.prediction.dmt.step, none.prediction.dmt.step
+        assert ours.all_reduce > theirs.all_reduce and ours.lookup > theirs.lookup
+        assert some.prediction.flat == none.prediction.flat

@@ -410,15 +410,21 @@ class ScalePoint:
 
 
 def predict_scaling(
-    flat: ModelSpec, machine: Machine, *, compression: float, ids_per_bag: float = 1.0
+    flat: ModelSpec,
+    machine: Machine,
+    *,
+    compression: float,
+    ids_per_bag: float = 1.0,
+    replicated_elements: int = 0,
 ) -> tuple[ScalePoint, ...]:
     """Predict clusters of 16 to 16,384 ranks, with the machine's ranks per host and links.
 
     Args:
         flat: The flat model.
         machine: What it runs on; its number of hosts does not matter.
-        compression: Of the towers; 1 for none.
+        compression: Of all features; 1 for none.
         ids_per_bag: Mean number of ids per sample and feature.
+        replicated_elements: Elements of the tables on every rank, whose gradients are summed.
 
     Raises:
         ConfigError: There are too many ranks per host, or the number of ids is not positive.
@@ -432,7 +438,7 @@ def predict_scaling(
             hint="lower --ranks-per-host",
         )
     return tuple(
-        _point(flat, hosts, machine, compression, ids_per_bag)
+        _point(flat, hosts, machine, compression, ids_per_bag, replicated_elements)
         for hosts in _host_counts(ranks_per_host)
     )
 
@@ -446,7 +452,12 @@ def _host_counts(ranks_per_host: int) -> Iterator[int]:
 
 
 def _point(
-    flat: ModelSpec, hosts: int, machine: Machine, compression: float, ids_per_bag: float
+    flat: ModelSpec,
+    hosts: int,
+    machine: Machine,
+    compression: float,
+    ids_per_bag: float,
+    replicated_elements: int,
 ) -> ScalePoint:
     cluster = replace(machine.network.cluster, hosts=hosts)
     there = replace(machine, network=replace(machine.network, cluster=cluster))
@@ -462,7 +473,7 @@ def _point(
     prediction = compare(
         even_load(as_flat(flat), cluster, ids_per_bag),
         even_load(as_passthrough(model), cluster, ids_per_bag),
-        even_load(model, cluster, ids_per_bag),
+        replace(even_load(model, cluster, ids_per_bag), replicated_elements=replicated_elements),
         there,
     )
     return ScalePoint(
@@ -540,8 +551,13 @@ def predict_bundle(
             suggestion=suggest(model.flat, machine, ids_per_bag=ids_per_bag),
         )
     if scaling:
+        everywhere = [placed for placed in plan.tables if placed.is_everywhere]
         points = predict_scaling(
-            model.flat, machine, compression=model.compression, ids_per_bag=ids_per_bag
+            model.flat,
+            machine,
+            compression=model.compression,
+            ids_per_bag=ids_per_bag,
+            replicated_elements=sum(placed.rows * placed.cols for placed in everywhere),
         )
         report = replace(report, scaling=points)
     return report
