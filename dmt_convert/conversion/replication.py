@@ -93,8 +93,9 @@ def choose_replicated(
     else:
         leaving = leaving[: max(0, len(units) - len(whole.towers))]
     chosen = {name for names in leaving for name in names}
-    _check_apart(config, chosen)
-    return tuple(name for name in spec.feature_names if name in chosen)
+    replicated = tuple(name for name in spec.feature_names if name in chosen)
+    _check_apart(config, replicated)
+    return replicated
 
 
 def _partition_whole(spec: ModelSpec, config: ConvertConfig) -> Partition:
@@ -130,19 +131,18 @@ def _leave_towers_their_last(
     return gone
 
 
-def _check_apart(config: ConvertConfig, chosen: Collection[str]) -> None:
+def _check_apart(config: ConvertConfig, replicated: Sequence[str]) -> None:
     met = [
-        ",".join(rivals)
+        sorted(set(rivals) & set(tower))
+        for tower in group_features(config, replicated)
         for rivals in config.apart
-        if len(group_features(config, [name for name in rivals if name in chosen]))
-        < sum(name in chosen for name in rivals)
     ]
-    if met:
+    if any(len(names) > 1 for names in met):
         raise PartitionError(
             f"--replicate {config.replicate} puts features on every rank that must be apart",
             expected="constraints that can all be met",
             hint="drop --apart for them, or give --replicate fewer rows",
-            details=[f"both on every rank: {rivals}" for rivals in met],
+            details=[f"both on every rank: {','.join(n)}" for n in met if len(n) > 1],
         )
 
 
