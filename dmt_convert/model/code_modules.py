@@ -29,7 +29,7 @@ class Code(nn.Module):
     def __init__(self, spec: TowerCode, width: int) -> None:
         super().__init__()
         self.spec, self.width = spec, width
-        if spec.precision == "int8":
+        if self.packs:
             # never on the meta device, on which models are built before their weights are read
             self.register_buffer("low", torch.zeros(width, device="cpu"))
             self.register_buffer("step", torch.ones(width, device="cpu"))
@@ -48,6 +48,11 @@ class Code(nn.Module):
         if self.spec.precision == "bf16":
             return emitted_BO.to(torch.bfloat16).to(torch.float32)
         return self.low + self.step * self.levels(emitted_BO)
+
+    @property
+    def packs(self) -> bool:
+        """Whether levels travel, which `pack` puts into bytes."""
+        return self.spec.precision == "int8"
 
     def pack(self, emitted_BO: Tensor) -> Tensor:
         """int8: the bytes that travel, uint8, shape (B, `spec.nbytes(O)`).

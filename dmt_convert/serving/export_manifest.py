@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from dmt_convert.config import ExportFormat, OutOfRange, TableCode
 from dmt_convert.documents import (
@@ -33,6 +33,9 @@ EXPORT_SCHEMA: Final = 1
 """Raised when older versions would misread an export; not for a part that they can ignore."""
 WHOLE: Final = "whole"
 OVER_ARCH: Final = "over_arch"
+TOWER_WEIGHTS: Final = "tower.safetensors"
+"""File of a tower's weights, beside its graph."""
+SentType = Literal["float32", "uint8"]
 
 
 def tower_name(index: int) -> str:
@@ -50,6 +53,45 @@ class ExportedBundle:
     """Version of dmt-convert that wrote it."""
     source_digest: str | None = None
     """Digest of the flat model's tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentTensor:
+    """What the graph of a tower gives, and the over_arch graph takes: (B, columns)."""
+
+    part: str
+    """Name of the graph, and of the tensor."""
+    dtype: SentType
+    """uint8: packed levels of the tower's code. float32: the elements that arrive."""
+    columns: int
+    """Elements of the tensor per sample."""
+    everywhere: bool = field(default=False, metadata=OMITTED_IF_EMPTY)
+    """Whether its tables are meant to be on every host, beside the over_arch."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per sample."""
+        return self.columns * (1 if self.dtype == "uint8" else 4)
+
+
+def list_sent(spec: DmtSpec) -> tuple[SentTensor, ...]:
+    """Say in what form every tower's output travels between graphs.
+
+    bf16 travels as float32, rounded: neither numpy nor Triton's ONNX Runtime backend has bf16.
+    """
+    sent = []
+    for t, (tower, width) in enumerate(zip(spec.towers, spec.tower_widths, strict=True)):
+        code = tower.module.code
+        packs = code is not None and code.precision == "int8"
+        sent.append(
+            SentTensor(
+                part=tower_name(t),
+                dtype="uint8" if packs else "float32",
+                columns=code.nbytes(width) if code is not None and packs else width,
+                everywhere=tower.everywhere,
+            )
+        )
+    return tuple(sent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +116,8 @@ class ExportManifest:
     """How tables are stored."""
     parts: Mapping[str, str]
     """Part (`whole`, `tower_000`, ..., `over_arch`) -> its graph's file below the export."""
+    towers: tuple[SentTensor, ...] = field(default=(), metadata=OMITTED_IF_EMPTY)
+    """What the towers' graphs give; empty in exports of early versions: float32."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What only one format has, such as the opset."""
     quality: Mapping[str, Any] = field(default_factory=dict)

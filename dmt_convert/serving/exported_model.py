@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from dmt_convert.arrays import AnyArray, Float32Array
+from dmt_convert.checkpoint import read_safetensors, read_tensor
 from dmt_convert.data import Batch
 from dmt_convert.errors import DataError, ExportError
-from dmt_convert.model import DmtSpec
+from dmt_convert.model import Code, DmtSpec
 from dmt_convert.serving.export_files import ExportFiles, consent_error
 from dmt_convert.serving.export_manifest import (
     OVER_ARCH,
+    TOWER_WEIGHTS,
     WHOLE,
     ExportManifest,
     read_export_manifest,
@@ -31,6 +33,7 @@ from dmt_convert.serving.load_pt2 import Graph
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+_CODE_PREFIX: Final = "tower_module.code."
 _SUFFIXES: Final = (".onnx", ".pt2")
 
 
@@ -38,7 +41,7 @@ class GraphRunner(Protocol):
     """An opened graph."""
 
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
-        """Return its one output, shape (B, width), float32.
+        """Return its one output, shape (B, columns).
 
         Args:
             feeds: Its inputs by name; others are ignored.
@@ -189,6 +192,7 @@ class ExportedModel:
         self._files = ExportFiles(path, self.manifest)
         self._trust_code, self._is_checked = trust_code, checked
         self._runners: dict[str, GraphRunner] = {}
+        self._codes: dict[int, Code] = {}
 
     def check_files(self) -> None:
         """Compare every file with its digest; what was used already was compared then.
@@ -215,16 +219,38 @@ class ExportedModel:
         yield "logit", torch.from_numpy(self.score(batch))
 
     def tower(self, index: int, batch: Batch) -> Float32Array:
-        """Return what one tower's graph gives, shape (B, O); one row where it runs per request."""
+        """Return what arrives of one tower, shape (B, O); one row where it runs per request."""
+        sent, code = self._send(index, batch), self.code(index)
+        if code is None or not code.packs:
+            return sent
+        arrived: Float32Array = code.unpack(torch.from_numpy(sent)).numpy()
+        return arrived
+
+    def _send(self, index: int, batch: Batch) -> AnyArray:
+        """Return what one tower's graph gives."""
         features = self.spec.towers[index].features
         return self._run(tower_name(index), self.manifest.inputs.feeds(batch, features))
+
+    def code(self, index: int) -> Code | None:
+        """Return the code of a tower, with the ranges in its weights file."""
+        module = self.spec.towers[index].module
+        if module.code is None:
+            return None
+        if index not in self._codes:
+            code = self._codes[index] = Code(module.code, self.spec.tower_widths[index])
+            folder = (self.path / self.manifest.parts[tower_name(index)]).parent
+            for info in read_safetensors(folder / TOWER_WEIGHTS).tensors:
+                if info.name.startswith(_CODE_PREFIX):
+                    name = info.name.removeprefix(_CODE_PREFIX)
+                    code.get_buffer(name).copy_(torch.from_numpy(np.array(read_tensor(info))))
+        return self._codes[index]
 
     def joined(self, batch: Batch) -> Float32Array:
         """Return logits, shape (B,), from the tower graphs and the over_arch graph."""
         inputs, logits = self.manifest.inputs, []
         for request in inputs.requests(batch):
             feeds = inputs.dense_feed(request)
-            feeds |= {tower_name(t): self.tower(t, request) for t in range(len(self.spec.towers))}
+            feeds |= {tower_name(t): self._send(t, request) for t in range(len(self.spec.towers))}
             logits.append(self._run(OVER_ARCH, feeds)[:, 0])
         return np.concatenate(logits)
 
@@ -235,9 +261,9 @@ class ExportedModel:
             [self._run(WHOLE, inputs.feeds(request))[:, 0] for request in inputs.requests(batch)]
         )
 
-    def _run(self, part: str, feeds: Mapping[str, AnyArray]) -> Float32Array:
+    def _run(self, part: str, feeds: Mapping[str, AnyArray]) -> AnyArray:
         try:
-            output: Float32Array = self._runner(part).run(feeds)
+            output = self._runner(part).run(feeds)
         except DataError as error:
             raise self._bad_id(feeds) or error from None
         return output

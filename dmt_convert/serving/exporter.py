@@ -27,6 +27,7 @@ from dmt_convert.serving.export_manifest import (
     EXPORT_MANIFEST,
     ExportedBundle,
     ExportManifest,
+    list_sent,
 )
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.placed_weights import (
@@ -195,6 +196,7 @@ def _describe(
         inputs=job.inputs,
         columns=bundle.manifest.inputs,
         parts=written.parts,
+        towers=list_sent(job.spec),
         weights=_describe_weights(job.weights),
         bundle=ExportedBundle(
             name=bundle.path.absolute().name,

@@ -9,6 +9,7 @@ Letters: B batch, D dense inputs, L ids per bag, O tower output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dmt_convert.errors import ExportError
-from dmt_convert.model import DmtModel, DmtSpec, state_name
+from dmt_convert.model import Code, CodedModule, DmtModel, DmtSpec, state_name
 from dmt_convert.serving.columns import Columns, keep_values
-from dmt_convert.serving.export_manifest import tower_name
+from dmt_convert.serving.export_manifest import list_sent
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.pt2_lookup import TowerLookup, refuse_wrong
 
 BATCH: Final = "B"
-_DTYPES: Final = {"int64": torch.int64, "float32": torch.float32}
+_DTYPES: Final = {"int64": torch.int64, "float32": torch.float32, "uint8": torch.uint8}
 _TRACED: Final = 5
 
 
@@ -34,7 +35,7 @@ class TensorInput:
     name: str
     """Its name."""
     dtype: str
-    """int64 or float32."""
+    """int64, float32 or uint8."""
     shape: tuple[str | int, ...]
     """Its dims: a number, or a name for one that a request chooses (`B`, the batch, is shared)."""
 
@@ -106,8 +107,8 @@ def list_over_arch_inputs(spec: DmtSpec, inputs: GraphInputs) -> tuple[TensorInp
     """
     once = towers_per_request(spec, inputs)
     towers = [
-        TensorInput(name=tower_name(t), dtype="float32", shape=(1 if once[t] else BATCH, width))
-        for t, width in enumerate(spec.tower_widths)
+        TensorInput(name=sent.part, dtype=sent.dtype, shape=(1 if once[t] else BATCH, sent.columns))
+        for t, sent in enumerate(list_sent(spec))
     ]
     return (*dense_input(inputs), *towers)
 
@@ -144,8 +145,28 @@ def towers_per_request(spec: DmtSpec, inputs: GraphInputs) -> tuple[bool, ...]:
     return once
 
 
-class TowerGraph(nn.Module):
-    """Ids of one tower's features to what it emits, shape (B, O).
+class Sender(nn.Module):
+    """A tower's module, and the form in which what it emits leaves the tower's graph.
+
+    Args:
+        tower_module: The module.
+    """
+
+    def __init__(self, tower_module: nn.Module) -> None:
+        super().__init__()
+        self.tower_module = tower_module
+
+    def forward(self, pooled_BM: Tensor) -> Tensor:
+        """Return packed levels, uint8, if the tower has such a code; else what it emits."""
+        module = self.tower_module
+        if isinstance(module, CodedModule) and module.code is not None and module.code.packs:
+            return module.code.pack(module.emit(pooled_BM))
+        emitted: Tensor = module(pooled_BM)
+        return emitted
+
+
+class TowerGraph(Sender):
+    """Ids of one tower's features to what it sends, shape (B, O).
 
     Args:
         lookup: Its tables.
@@ -156,34 +177,39 @@ class TowerGraph(nn.Module):
     def __init__(
         self, lookup: TowerLookup, tower_module: nn.Module, inputs: Sequence[TensorInput]
     ) -> None:
-        super().__init__()
+        super().__init__(tower_module)
         self.lookup = lookup
-        self.tower_module = tower_module
         self.inputs = tuple(inputs)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the tower's output."""
         feeds = {entry.name: tensor for entry, tensor in zip(self.inputs, tensors, strict=True)}
-        emitted, wrong = self.emit(feeds)
+        sent, wrong = self.send(feeds)
         refuse_wrong(wrong)
-        return emitted
+        return sent
 
-    def emit(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def send(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the tower's output, and whether something was wrong."""
         pooled_BM, wrong = self.lookup(feeds)
-        return self.tower_module(pooled_BM), wrong
+        return super().forward(pooled_BM), wrong
 
 
 class OverArchGraph(nn.Module):
     """Dense inputs and the towers' outputs to logits, shape (B, 1).
 
     Args:
-        model: The model; its towers are not used.
+        model: The model; its towers are left out.
         inputs: What it takes, in order, the dense inputs first if there are any.
     """
 
     def __init__(self, model: DmtModel, inputs: Sequence[TensorInput]) -> None:
         super().__init__()
+        codes = [getattr(tower.tower_module, "code", None) for tower in model.tower_list]
+        self.codes = nn.ModuleList(
+            deepcopy(code) if isinstance(code, Code) and code.packs else nn.Identity()
+            for code in codes
+        )
+        model.towers = nn.ModuleList()
         self.model = model
         self.inputs = tuple(inputs)
         self.num_dense = model.spec.flat.num_dense
@@ -207,11 +233,19 @@ class OverArchGraph(nn.Module):
         """Return logits."""
         pairs = list(zip(self.inputs, tensors, strict=True))
         batch = next(tensor.shape[0] for entry, tensor in pairs if not entry.once)
-        columns = [Columns.of(batch, tensor, once=entry.once) for entry, tensor in pairs]
         if self.num_dense:
-            dense, *emitted = columns
+            (entry, tensor), *pairs = pairs
+            dense = Columns.of(batch, tensor, once=entry.once)
         else:
-            dense, emitted = Columns.of(batch, tensors[0].new_zeros(batch, 0)), columns
+            dense = Columns.of(batch, torch.zeros(batch, 0, device=tensors[0].device))
+        emitted = [
+            Columns.of(
+                batch,
+                code.unpack(tensor) if isinstance(code, Code) else tensor,
+                once=entry.once,
+            )
+            for code, (entry, tensor) in zip(self.codes, pairs, strict=True)
+        ]
         logits_B: Tensor = self.model.forward_emitted(
             dense,  # type: ignore[arg-type]
             Columns.cat(emitted),  # type: ignore[arg-type]
@@ -242,16 +276,16 @@ class WholeGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return logits."""
         feeds = {entry.name: tensor for entry, tensor in zip(self.inputs, tensors, strict=True)}
-        emitted: list[Tensor] = []
+        sent: list[Tensor] = []
         wrong: list[Tensor] = []
         for tower in self.towers:
             assert isinstance(tower, TowerGraph)
-            output, found = tower.emit(feeds)
-            emitted.append(output)
+            output, found = tower.send(feeds)
+            sent.append(output)
             wrong += found
         refuse_wrong(wrong)
         dense = tensors[:1] if self.over_arch.num_dense else ()
-        logits: Tensor = self.over_arch(*dense, *emitted)
+        logits: Tensor = self.over_arch(*dense, *sent)
         return logits
 
 

@@ -97,7 +97,7 @@ class Graph:
         self._loader.load_constants(self._weights, False, True, True)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> Tensor:
-        """Return the graph's output, float32.
+        """Return the graph's output: float32, or uint8 of a tower that sends bytes.
 
         Args:
             feeds: Its inputs by name; others are ignored.

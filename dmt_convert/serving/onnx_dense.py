@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from dmt_convert.arrays import AnyArray
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import DmtError, ExportError
 from dmt_convert.model import DmtModel, TowerModuleSpec, as_state, build_tower_module
@@ -32,14 +33,14 @@ from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.graphs import (
     BATCH,
     OverArchGraph,
+    Sender,
     TensorInput,
     list_over_arch_inputs,
     traced,
 )
 from dmt_convert.serving.onnx_graph import OPSET, GraphBuilder
-from dmt_convert.serving.placed_weights import PlacedFile
 
-_TOWER_PREFIX: Final = "tower_module."
+_CODE_PREFIX: Final = "tower_module.code."
 _Shape = tuple[TowerModuleSpec, tuple[int, ...]]
 
 
@@ -57,45 +58,59 @@ class DenseNodes:
         ]
 
     def passes_on(self, tower: int) -> bool:
-        """Tell whether the module of a tower emits its input."""
+        """Tell whether a tower sends its pooled embeddings as they are."""
         return not self._nodes[self._shapes[tower]].nodes
 
     def add_tower(self, graph: GraphBuilder, tower: int, pooled: str, output: str) -> None:
-        """Apply the module of a tower: (B, M) to (B, O).
+        """Apply the module of a tower: (B, M) to what it sends.
 
         Args:
             graph: The graph.
             tower: Which tower.
             pooled: Its pooled embeddings, in its order.
-            output: Name of what it emits.
+            output: Name of what it sends.
 
         Raises:
             ExportError: torch cannot write a dense part of the model as a graph.
         """
         file = self._job.weights.towers[tower]
-        names = {
-            name: f"{_TOWER_PREFIX}{name}" for name in self._nodes[self._shapes[tower]].weights
-        }
-        self._nodes[self._shapes[tower]].add(graph, file, names, [pooled], output)
+        nodes = self._nodes[self._shapes[tower]]
+        weights = {name: partial(graph.weight, file, name) for name in nodes.weights}
+        nodes.add(graph, weights, [pooled], output)
 
     def add_head(
-        self, graph: GraphBuilder, dense: str | None, emitted: Sequence[str], output: str
+        self, graph: GraphBuilder, dense: str | None, sent: Sequence[str], output: str
     ) -> None:
         """Add everything behind the towers: logits, (B, 1).
 
         Args:
             graph: The graph.
             dense: The dense inputs, if there are any.
-            emitted: What every tower emits, (B, O), or (1, O) if it runs once per request.
+            sent: What every tower sends, B rows, or one if it runs once per request.
             output: Name of the logits.
 
         Raises:
             ExportError: torch cannot write a dense part of the model as a graph.
         """
         file = self._job.weights.over_arch
-        names = {OverArchGraph.weight_name(name): name for name in file.tensors}
-        tensors = [*([] if dense is None else [dense]), *emitted]
-        self._nodes[None].add(graph, file, names, tensors, output)
+        weights = {
+            OverArchGraph.weight_name(name): partial(graph.weight, file, name)
+            for name in file.tensors
+        }
+        weights |= {
+            name: partial(graph.floats, name, values) for name, values in self._ranges.items()
+        }
+        self._nodes[None].add(graph, weights, [*([] if dense is None else [dense]), *sent], output)
+
+    @cached_property
+    def _ranges(self) -> Mapping[str, AnyArray]:
+        """Ranges of the towers' codes, by their names in the head: constants of its graphs."""
+        return {
+            f"codes.{t}.{name.removeprefix(_CODE_PREFIX)}": read_tensor(info)
+            for t, file in enumerate(self._job.weights.towers)
+            for name, info in file.tensors.items()
+            if name.startswith(_CODE_PREFIX)
+        }
 
     @cached_property
     def _nodes(self) -> Mapping[_Shape | None, _PartNodes]:
@@ -104,12 +119,11 @@ class DenseNodes:
         parts: dict[_Shape | None, _Part] = {}
         for shape in dict.fromkeys(self._shapes):
             with torch.device("meta"):
-                module = build_tower_module(*shape)
+                module = Sender(build_tower_module(*shape))
             entry = TensorInput(name="pooled", dtype="float32", shape=(BATCH, sum(shape[1])))
             parts[shape] = _Part(module, (entry,), {})
         with torch.device("meta"):
             model = DmtModel(job.spec, [nn.Identity() for _ in job.spec.towers])
-        model.towers = nn.ModuleList()
         head = OverArchGraph(model, list_over_arch_inputs(job.spec, job.inputs))
         integers = _integers(head, job)
         parts[None] = _Part(head, head.inputs, integers)
@@ -188,8 +202,7 @@ class _PartNodes:
     def add(
         self,
         graph: GraphBuilder,
-        file: PlacedFile,
-        names: Mapping[str, str],
+        weights: Mapping[str, Callable[[], str]],
         tensors: Sequence[str],
         output: str,
     ) -> None:
@@ -197,8 +210,7 @@ class _PartNodes:
 
         Args:
             graph: The graph.
-            file: Where the weights are.
-            names: Name in the module's state dict -> name in the file.
+            weights: Name in the module's state dict -> adds the tensor to the graph.
             tensors: What the module takes.
             output: What to call what it gives.
         """
@@ -206,7 +218,7 @@ class _PartNodes:
         used = {name for node in self.nodes for name in node.input}
         for weight, name in self.weights.items():
             if name in used:
-                known[name] = graph.weight(file, names[weight])
+                known[name] = weights[weight]()
         for constant in self.constants:
             known[constant.name] = graph.constant(constant.name, numpy_helper.to_array(constant))
         if not self.nodes:

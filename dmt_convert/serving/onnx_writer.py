@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
-from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, list_sent, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.onnx_dense import DenseNodes
 from dmt_convert.serving.onnx_graph import IR_VERSION, OPSET, GraphBuilder
@@ -17,6 +17,8 @@ from dmt_convert.serving.onnx_lookup import add_dense_input, add_inputs, join, p
 
 LOGITS: Final = "logits"
 """Output of the over_arch and of the whole graph."""
+GRAPH_TYPES: Final = {"float32": "fp32", "uint8": "uint8"}
+"""Types of what towers send, as `GraphBuilder` calls them."""
 METADATA_SCHEMA: Final = 1
 """Raised when the texts inside the graphs can no longer be read as before."""
 ONNX_DETAILS: Final = {"opset": OPSET, "ir_version": IR_VERSION}
@@ -69,7 +71,7 @@ class OnnxGraphs:
         self._dense = DenseNodes(job)
 
     def write_tower(self, tower: int, path: Path) -> None:
-        """Write the graph of one tower: its features' inputs to `tower_000`, (B, O).
+        """Write the graph of one tower: its features' inputs to `tower_000`, what it sends.
 
         Args:
             tower: Which tower.
@@ -80,7 +82,8 @@ class OnnxGraphs:
         graph = _builder(job, name, path, outputs=[name])
         add_inputs(graph, job.inputs, features)
         self._add_tower(graph, tower, name)
-        graph.output(name, "fp32", ["batch", job.spec.tower_widths[tower]])
+        sent = list_sent(job.spec)[tower]
+        graph.output(name, GRAPH_TYPES[sent.dtype], ["batch", sent.columns])
         graph.save(_metadata(job, name, features))
 
     def write_over_arch(self, path: Path) -> None:
@@ -92,11 +95,10 @@ class OnnxGraphs:
         job = self._job
         graph = _builder(job, OVER_ARCH, path, outputs=[LOGITS])
         add_dense_input(graph, job.inputs)
-        emitted = []
-        for t, width in enumerate(job.spec.tower_widths):
-            rows = rows_of(job.inputs, job.spec.towers[t].features[0])
-            emitted.append(graph.input(tower_name(t), "fp32", [rows, width]))
-        self._add_head(graph, emitted)
+        for tower, sent in zip(job.spec.towers, list_sent(job.spec), strict=True):
+            rows = rows_of(job.inputs, tower.features[0])
+            graph.input(sent.part, GRAPH_TYPES[sent.dtype], [rows, sent.columns])
+        self._add_head(graph, [sent.part for sent in list_sent(job.spec)])
         graph.save(_metadata(job, OVER_ARCH, ()))
 
     def write_whole(self, path: Path) -> None:
@@ -108,13 +110,13 @@ class OnnxGraphs:
         job = self._job
         graph = _builder(job, WHOLE, path, outputs=[LOGITS])
         add_inputs(graph, job.inputs)
-        emitted = []
+        sent = []
         for t in range(len(job.spec.towers)):
             with graph.scope(tower_name(t)):
-                emitted.append(f"{graph.prefix}emitted")
-                self._add_tower(graph, t, emitted[-1])
+                sent.append(f"{graph.prefix}sent")
+                self._add_tower(graph, t, sent[-1])
         with graph.scope(OVER_ARCH):
-            self._add_head(graph, emitted)
+            self._add_head(graph, sent)
         graph.save(_metadata(job, WHOLE, job.spec.flat.feature_names))
 
     def _add_tower(self, graph: GraphBuilder, tower: int, output: str) -> None:
@@ -124,10 +126,10 @@ class OnnxGraphs:
         else:
             self._dense.add_tower(graph, tower, join(graph, pieces), output)
 
-    def _add_head(self, graph: GraphBuilder, emitted: Sequence[str]) -> None:
+    def _add_head(self, graph: GraphBuilder, sent: Sequence[str]) -> None:
         inputs = self._job.inputs
         dense = inputs.dense if inputs.num_dense else None
-        self._dense.add_head(graph, dense, emitted, LOGITS)
+        self._dense.add_head(graph, dense, sent, LOGITS)
         graph.output(LOGITS, "fp32", ["batch", 1])
 
 

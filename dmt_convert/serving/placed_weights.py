@@ -17,10 +17,9 @@ from dmt_convert.errors import BundleError
 from dmt_convert.files import AlignedWriter, TreeDigest
 from dmt_convert.model import RowCode
 from dmt_convert.progress import Progress, no_progress
-from dmt_convert.serving.export_manifest import OVER_ARCH, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, TOWER_WEIGHTS, tower_name
 from dmt_convert.serving.quantisation import coded_bytes, read_ahead, write_coded
 
-TOWER_WEIGHTS: Final = "tower.safetensors"
 OVER_ARCH_WEIGHTS: Final = "over_arch.safetensors"
 
 

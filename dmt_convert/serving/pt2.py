@@ -205,12 +205,19 @@ class MappedGraphs:
         return graph
 
     def _over_arch(self, prefix: str, weights: dict[str, dict[str, Any]]) -> OverArchGraph:
+        self._load_codes()
         graph = OverArchGraph(self._model, list_over_arch_inputs(self.spec, self.inputs))
-        self._model.towers = nn.ModuleList()
         path = self.job.over_arch
         names = {OverArchGraph.weight_name(name): name for name in self._file(path)[1]}
         self._assign(graph, names, path, prefix, weights)
         return graph
+
+    def _load_codes(self) -> None:
+        """Give the towers' codes their ranges, which stay in the over_arch graph as constants."""
+        for path, tower in zip(self.job.towers, self._model.tower_list, strict=True):
+            for name, value in tower.named_buffers():
+                if ".code." in name:
+                    value.copy_(self._mapped(self._source(path, (name,))))
 
     def _assign(
         self,
@@ -221,7 +228,8 @@ class MappedGraphs:
         weights: dict[str, dict[str, Any]],
     ) -> None:
         """Give a graph its weights: key in the graph -> name in the file."""
-        own = {k: v for k, v in graph.state_dict().items() if not k.startswith("lookup.")}
+        elsewhere = ("lookup.", "codes.")
+        own = {k: v for k, v in graph.state_dict().items() if not k.startswith(elsewhere)}
         assert own.keys() == names.keys(), own.keys() ^ names.keys()
         sources = {key: self._source(path, (name,)) for key, name in names.items()}
         state = {

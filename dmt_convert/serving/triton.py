@@ -20,7 +20,7 @@ import onnx
 
 from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
-from dmt_convert.serving.export_manifest import OVER_ARCH, tower_name
+from dmt_convert.serving.export_manifest import OVER_ARCH, list_sent, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import PADDING, FeatureInput
 from dmt_convert.serving.onnx_writer import LOGITS, ONNX_DETAILS, OnnxGraphs
@@ -44,7 +44,12 @@ _GPU_PARAMETERS: Final[Mapping[str, str]] = {"session.use_device_allocator_for_i
 """Tables take what they need on the GPU, instead of the next power of two."""
 _MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """Names that are one part of a path and of a URL as they stand."""
-_TYPES: Final = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+_TYPES: Final = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+    onnx.TensorProto.UINT8: "TYPE_UINT8",
+}
+_SENT_TYPES: Final = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 Tensor = tuple[str, tuple[int, ...]]
 """Type, and shape with the batch; -1 is any size."""
 CONTAINER: Final = "nvcr.io/nvidia/tritonserver:26.09-py3"
@@ -142,7 +147,8 @@ def _tower(job: ExportJob, tower: int) -> Any:
     features = list(features_of(job, tower))
     for feature in features:
         _add_feature(config, feature, batched)
-    _add(config.output, part, "TYPE_FP32", [job.spec.tower_widths[tower]], batched)
+    sent = list_sent(job.spec)[tower]
+    _add(config.output, part, _SENT_TYPES[sent.dtype], [sent.columns], batched)
     _add_warmup(config, lengths={feature.lengths for feature in features})
     return config
 
@@ -151,8 +157,8 @@ def _over_arch(job: ExportJob) -> Any:
     batched = is_batched(job, OVER_ARCH)
     config = _model(job, OVER_ARCH, batched, count=1, parameters={})
     _add_dense(config, job, batched)
-    for t, width in enumerate(job.spec.tower_widths):
-        _add(config.input, tower_name(t), "TYPE_FP32", [width], batched)
+    for sent in list_sent(job.spec):
+        _add(config.input, sent.part, _SENT_TYPES[sent.dtype], [sent.columns], batched)
     _add(config.output, LOGITS, "TYPE_FP32", [1], batched)
     _add_warmup(config)
     return config
@@ -413,6 +419,8 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         generation=job.generation,
         tower=configs[0].name,
         towers=len(job.spec.towers),
+        packed=[_own(job, s.part) for s in list_sent(job.spec) if s.dtype == "uint8"],
+        everywhere=[_own(job, s.part) for s in list_sent(job.spec) if s.everywhere],
         models=[_describe_model(config) for config in configs],
         unmerged=[config.name for config in configs if not config.max_batch_size],
         num_dense=job.inputs.num_dense,

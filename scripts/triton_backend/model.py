@@ -26,6 +26,7 @@ _ERROR_DELAY_S = 0.05
 TYPES = {
     "tensor(float)": "TYPE_FP32",
     "tensor(int64)": "TYPE_INT64",
+    "tensor(uint8)": "TYPE_UINT8",
 }
 
 
