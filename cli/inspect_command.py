@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
     from dmt_convert.documents import InputRecord
     from dmt_convert.families import FlatModelInfo
+    from dmt_convert.model import DmtSpec
     from dmt_convert.serving import ExportManifest
     from dmt_convert.spec import ModelSpec
 
@@ -161,7 +162,8 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
             [
                 str(t),
                 str(len(tower.features)),
-                "on every rank" if tower.everywhere else f"{width} -> {model.tower_widths[t]}",
+                f"{width} -> {model.tower_widths[t]}",
+                _sends(model, t),
                 human_bytes(size),
                 ", ".join(tower.features),
             ]
@@ -169,8 +171,18 @@ def _show_bundle(output: Output, bundle: Bundle) -> None:
     output.result(
         {"path": str(bundle.path), **manifest.to_json()},
         grid(rows),
-        table("\nTowers", ["tower", "features>", "emits", "size>", "names"], towers),
+        table("\nTowers", ["tower", "features>", "emits", "sends", "size>", "names"], towers),
     )
+
+
+def _sends(model: DmtSpec, index: int) -> str:
+    """Say what a tower sends per sample."""
+    tower = model.towers[index]
+    if tower.everywhere:
+        return "nothing, on every rank"
+    code = tower.module.code
+    form = "fp32" if code is None else code.describe(model.tower_widths[index])
+    return f"{model.tower_bytes[index]} B ({form})"
 
 
 def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
@@ -184,6 +196,11 @@ def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
         *_fed_by(manifest.columns),
     ]
     tower_of = manifest.model.assignment.tower_of
+    gives = {
+        sent.part: f"{sent.dtype} (B, {sent.columns})" + (", on every host" * sent.everywhere)
+        for sent in manifest.towers
+    }
+    graphs = [[part, file, gives.get(part, "")] for part, file in manifest.parts.items()]
     inputs = [
         [", ".join(f.names), f.form, str(manifest.model.flat.table_of(f.feature).rows - 1), str(t)]
         for f in manifest.inputs.features
@@ -192,6 +209,6 @@ def _show_export(output: Output, path: Path, manifest: ExportManifest) -> None:
     output.result(
         {"path": str(path), **manifest.to_json()},
         grid(rows),
-        table("\nGraphs", ["part", "file"], [list(part) for part in manifest.parts.items()]),
+        table("\nGraphs", ["part", "file", "gives"], graphs),
         table("Inputs, beside the dense one", ["tensors", "form", "last id>", "tower>"], inputs),
     )

@@ -15,7 +15,7 @@ from .console import Output, grid, table
 from .options import command
 
 if TYPE_CHECKING:
-    from dmt_convert.scoring import VerifyReport
+    from dmt_convert.scoring import Check, VerifyReport
 
 NAME = "verify"
 
@@ -41,6 +41,13 @@ def run(
         raise typer.Exit(4)
 
 
+def _verdict(check: Check) -> str:
+    if check.identical:
+        return "identical"
+    verdict = "within tolerance" if check.equal else "DIFFERS"
+    return f"{verdict}, {check.at_edges} at the next level" if check.at_edges else verdict
+
+
 def _show(output: Output, report: VerifyReport) -> None:
     first = report.first_difference
     value: dict[str, Any] = {
@@ -59,7 +66,7 @@ def _show(output: Output, report: VerifyReport) -> None:
             c.stage,
             f"{c.max_abs_diff:.3g}",
             f"{c.scale:.3g}",
-            "identical" if c.identical else ("within tolerance" if c.equal else "DIFFERS"),
+            _verdict(c),
         ]
         for c in shown
     ]

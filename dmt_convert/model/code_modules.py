@@ -5,12 +5,15 @@ Letters: B batch, O elements that a tower emits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from dmt_convert.model.tower_code import FULL_LEVELS, HALF_LEVELS, TowerCode
+
+_BF16_STEP: Final = 2.0**-7
+"""Numbers of bf16 are this part of themselves apart, at most."""
 
 
 class Code(nn.Module):
@@ -77,6 +80,14 @@ class Code(nn.Module):
             pairs = torch.cat([low, high], dim=1)[:, : self.spec.int4]
             levels = torch.cat([levels[:, :whole], pairs], dim=1)
         return self.low + self.step * levels
+
+    def spacing(self, arrived_BO: Tensor) -> Tensor:
+        """Return at most how far the levels beside what arrived are from it, shape (B, O)."""
+        if self.spec.precision == "bf16":
+            return arrived_BO.abs() * _BF16_STEP
+        if self.spec.precision == "int8":
+            return self.step.expand_as(arrived_BO)
+        return torch.zeros_like(arrived_BO)
 
     def levels(self, emitted_BO: Tensor) -> Tensor:
         """int8: the levels that travel, as whole numbers in float32, shape (B, O)."""

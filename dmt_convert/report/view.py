@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from dmt_convert.adapter import model_option
 from dmt_convert.documents import EvaluationRecord, FinetuneRecord, QualityRow, TowerLoadRecord
+from dmt_convert.model import ELEMENT_BYTES
 from dmt_convert.placement import advise_replication, describe_replication
 from dmt_convert.report.figures import tower_colours, tower_loads
 from dmt_convert.report.quantities import (
@@ -263,8 +264,8 @@ class ReportView:
             Tile(
                 label="Compression",
                 value=show_factor(spec.compression),
-                note=f"{show_number(sum(spec.flat.feature_dims))} → "
-                f"{show_number(sum(spec.tower_widths))} elements per sample",
+                note=f"{show_number(ELEMENT_BYTES['fp32'] * sum(spec.flat.feature_dims))} → "
+                f"{show_number(sum(spec.tower_bytes))} bytes per sample",
             ),
             crossing,
             self._quality_tile(),

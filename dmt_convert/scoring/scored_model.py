@@ -23,7 +23,7 @@ from dmt_convert.errors import DataError
 from dmt_convert.families import FlatModelInfo, ModelConfig, infer_model, read_model_options
 from dmt_convert.files import check_checksums
 from dmt_convert.metrics import Agreement, measure_agreement
-from dmt_convert.model import DmtModel, DmtSpec, FlatModel, open_flat_model
+from dmt_convert.model import Code, DmtModel, DmtSpec, FlatModel, open_flat_model
 from dmt_convert.progress import Progress, no_progress
 from dmt_convert.scoring.non_finite import LogitCheck
 from dmt_convert.serving import ExportedModel, is_export
@@ -75,6 +75,14 @@ class ScoredModel:
             return None
         code = self.module.manifest.quantize
         return None if code == "none" else code
+
+    def code(self, tower: int) -> Code | None:
+        """Return the code in which a tower sends what it emits; None for float32."""
+        if isinstance(self.module, ExportedModel):
+            return self.module.code(tower)
+        assert isinstance(self.module, DmtModel)
+        code = getattr(self.module.tower_list[tower].tower_module, "code", None)
+        return code if isinstance(code, Code) else None
 
     def score(self, batch: Batch) -> Float32Array:
         """Return the logits of one batch, shape (B,)."""

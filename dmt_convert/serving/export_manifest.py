@@ -35,6 +35,8 @@ WHOLE: Final = "whole"
 OVER_ARCH: Final = "over_arch"
 TOWER_WEIGHTS: Final = "tower.safetensors"
 """File of a tower's weights, beside its graph."""
+CODE_PREFIX: Final = "tower_module.code."
+"""Beginning of the names of a code's ranges among a tower's weights."""
 SentType = Literal["float32", "uint8"]
 
 

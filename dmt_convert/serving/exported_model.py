@@ -20,6 +20,7 @@ from dmt_convert.errors import DataError, ExportError
 from dmt_convert.model import Code, DmtSpec
 from dmt_convert.serving.export_files import ExportFiles, consent_error
 from dmt_convert.serving.export_manifest import (
+    CODE_PREFIX,
     OVER_ARCH,
     TOWER_WEIGHTS,
     WHOLE,
@@ -33,7 +34,6 @@ from dmt_convert.serving.load_pt2 import Graph
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-_CODE_PREFIX: Final = "tower_module.code."
 _SUFFIXES: Final = (".onnx", ".pt2")
 
 
@@ -240,8 +240,8 @@ class ExportedModel:
             code = self._codes[index] = Code(module.code, self.spec.tower_widths[index])
             folder = (self.path / self.manifest.parts[tower_name(index)]).parent
             for info in read_safetensors(folder / TOWER_WEIGHTS).tensors:
-                if info.name.startswith(_CODE_PREFIX):
-                    name = info.name.removeprefix(_CODE_PREFIX)
+                if info.name.startswith(CODE_PREFIX):
+                    name = info.name.removeprefix(CODE_PREFIX)
                     code.get_buffer(name).copy_(torch.from_numpy(np.array(read_tensor(info))))
         return self._codes[index]
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import Final
 
 import numpy as np
 import onnx
@@ -29,6 +28,7 @@ from dmt_convert.arrays import AnyArray
 from dmt_convert.checkpoint import read_tensor
 from dmt_convert.errors import DmtError, ExportError
 from dmt_convert.model import DmtModel, TowerModuleSpec, as_state, build_tower_module
+from dmt_convert.serving.export_manifest import CODE_PREFIX
 from dmt_convert.serving.exporter import ExportJob
 from dmt_convert.serving.graphs import (
     BATCH,
@@ -40,7 +40,6 @@ from dmt_convert.serving.graphs import (
 )
 from dmt_convert.serving.onnx_graph import OPSET, GraphBuilder
 
-_CODE_PREFIX: Final = "tower_module.code."
 _Shape = tuple[TowerModuleSpec, tuple[int, ...]]
 
 
@@ -106,10 +105,10 @@ class DenseNodes:
     def _ranges(self) -> Mapping[str, AnyArray]:
         """Ranges of the towers' codes, by their names in the head: constants of its graphs."""
         return {
-            f"codes.{t}.{name.removeprefix(_CODE_PREFIX)}": read_tensor(info)
+            f"codes.{t}.{name.removeprefix(CODE_PREFIX)}": read_tensor(info)
             for t, file in enumerate(self._job.weights.towers)
             for name, info in file.tensors.items()
-            if name.startswith(_CODE_PREFIX)
+            if name.startswith(CODE_PREFIX)
         }
 
     @cached_property

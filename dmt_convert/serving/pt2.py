@@ -46,7 +46,7 @@ from dmt_convert.errors import ExportError
 from dmt_convert.model import DmtModel, DmtSpec
 from dmt_convert.serving import load_pt2
 from dmt_convert.serving.columns import Columns
-from dmt_convert.serving.export_manifest import OVER_ARCH, WHOLE, tower_name
+from dmt_convert.serving.export_manifest import CODE_PREFIX, OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.graphs import (
@@ -215,9 +215,10 @@ class MappedGraphs:
     def _load_codes(self) -> None:
         """Give the towers' codes their ranges, which stay in the over_arch graph as constants."""
         for path, tower in zip(self.job.towers, self._model.tower_list, strict=True):
-            for name, value in tower.named_buffers():
-                if ".code." in name:
-                    value.copy_(self._mapped(self._source(path, (name,))))
+            code = getattr(tower.tower_module, "code", None)
+            names = [] if code is None else [name for name, _ in code.named_buffers()]
+            for name in names:
+                setattr(code, name, self._mapped(self._source(path, (f"{CODE_PREFIX}{name}",))))
 
     def _assign(
         self,

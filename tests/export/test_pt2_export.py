@@ -16,10 +16,12 @@ import torch
 from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.config import ExportConfig
 from dmt_convert.errors import ExportError
+from dmt_convert.model import TowerCode
 from dmt_convert.serving import ExportedModel, export_bundle, exporter
 from dmt_convert.serving.checks import generate_batch
 from dmt_convert.serving.exported_model import Pt2Runner
 from dmt_convert.serving.load_pt2 import MappedFile
+from support.coded import write_coded
 from support.exports import checks_of
 
 pytestmark = pytest.mark.slow
@@ -40,8 +42,10 @@ def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundle(make_bundle: Callable[..., Bundle]) -> Bundle:
-    return make_bundle("dlrm")
+def bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """One tower sends levels of 8 and 4 bits, the other one float32."""
+    code = TowerCode(precision="int8", int4=3)
+    return write_coded(make_bundle("dlrm"), tmp_path_factory.mktemp("coded") / "b", code, None)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +117,7 @@ def test_the_copied_loader_runs_every_part(
 ) -> None:
     whole = loader.load(exported)(feeds)
     towers = {name: loader.load(exported, name)(feeds) for name in ("tower_000", "tower_001")}
+    assert [towers[name].dtype for name in towers] == [torch.uint8, torch.float32]
     assert torch.equal(loader.load(exported, "over_arch")(feeds | towers), whole)
     manifest = ExportedModel(exported, trust_code=True).manifest
     batch = generate_batch(bundle.manifest.model.flat, manifest.inputs, 6, seed=3)
@@ -236,6 +241,7 @@ def test_a_compiler_that_fails_is_quoted(
         ("dlrm", {"convert": {"dtype": "fp16"}}, FORMS),
         ("passthrough", {"convert": {"dtype": "bf16"}}, {"pooling_input": "single"}),
         ("dlrm", {}, {"quantize": "int8", **FORMS}),
+        ("dlrm", {}, {"pooling_input": "jagged"}),
         ("passthrough", {}, {"quantize": "int4", **FORMS}),
         ("passthrough", {"dim": 7}, {"quantize": "int4", "pooling_input": "single"}),
         ("dlrm", {}, {"quantize": "fp16", "pooling_input": "jagged", "weighted": ("*",)}),

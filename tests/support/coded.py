@@ -27,18 +27,21 @@ BF16 = TowerCode(precision="bf16")
 
 
 def write_coded(
-    bundle: Bundle, out: Path, code: TowerCode | None, *, everywhere: Sequence[int] = ()
+    bundle: Bundle, out: Path, *codes: TowerCode | None, everywhere: Sequence[int] = ()
 ) -> Bundle:
     """Write a bundle of the same weights whose towers send in a code.
 
     Args:
         bundle: float32 towers.
         out: the new bundle.
-        code: of all towers that send; the ranges are those of some generated rows.
+        codes: of every tower, or one for all that send; the ranges are those of generated rows.
         everywhere: towers that are on every rank instead.
     """
     parent = open_bundle_model(bundle)
-    towers = [_changed(t, tower, code, everywhere) for t, tower in enumerate(parent.spec.towers)]
+    if len(codes) == 1:
+        codes = tuple(None if t in everywhere else codes[0] for t in range(len(bundle.towers)))
+    pairs = zip(parent.spec.towers, codes, strict=True)
+    towers = [_changed(tower, code, t in everywhere) for t, (tower, code) in enumerate(pairs)]
     spec = replace(parent.spec, towers=tuple(towers))
     model = _with_weights(spec, parent)
     batch = build_batch(spec.flat, 256)
@@ -49,7 +52,7 @@ def write_coded(
             assert isinstance(tower.tower_module, CodedModule)
             if tower.tower_module.code is not None:
                 fit_ranges(tower.tower_module.code, tower.tower_module.emit(pooled))
-            assert (tower.tower_module.code is None) == (code is None or t in everywhere)
+            assert (tower.tower_module.code is None) == (codes[t] is None)
     manifest = replace(bundle.manifest, model=spec)
     return write_bundle(
         out,
@@ -70,10 +73,8 @@ def fit_ranges(code: Code, emitted: Tensor) -> None:
     code.step.copy_((high - low).clamp(min=1e-6) / highest)
 
 
-def _changed(
-    index: int, tower: TowerSpec, code: TowerCode | None, everywhere: Sequence[int]
-) -> TowerSpec:
-    if index in everywhere:
+def _changed(tower: TowerSpec, code: TowerCode | None, everywhere: bool) -> TowerSpec:
+    if everywhere:
         return replace(tower, module=TowerModuleSpec(kind="passthrough"), everywhere=True)
     return replace(tower, module=replace(tower.module, code=code))
 
