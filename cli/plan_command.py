@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dmt_convert.placement import TowerPlan
 
 NAME = "plan"
-_BATCH = 1024
 
 
 @command(PlanConfig)
@@ -36,8 +35,9 @@ def run(
     Example: `dmt plan ckpt-dmt16 --hosts 16 --ranks-per-host 8 --predict --gpu h100`
     """
     plan = dmt.plan(bundle, config=config)
-    value, tables = plan.to_json(), _tables(plan)
-    if config.predict or config.predict_scaling:
+    predicted = config.predict or config.predict_scaling
+    value, tables = plan.to_json(), _tables(plan, estimate=not predicted)
+    if predicted:
         from .prediction_tables import show_prediction
 
         report = dmt.predict(bundle, config=config)
@@ -57,10 +57,10 @@ def _advice(bundle: Path, plan: TowerPlan) -> str | None:
     return advise_replication(dmt.open_bundle(bundle).manifest.model, plan.cluster)
 
 
-def _tables(plan: TowerPlan) -> list[RenderableType]:
-    from dmt_convert.placement import describe_replication
+def _tables(plan: TowerPlan, *, estimate: bool) -> list[RenderableType]:
+    from dmt_convert.placement import BATCH, describe_replication
 
-    cluster, estimate, held = plan.cluster, plan.estimate(_BATCH), describe_replication(plan)
+    cluster, traffic, held = plan.cluster, plan.traffic, describe_replication(plan)
     rows = [
         [
             str(t),
@@ -83,16 +83,20 @@ def _tables(plan: TowerPlan) -> list[RenderableType]:
         ),
         (
             "across hosts",
-            f"{human_bytes(plan.traffic.flat_cross_bytes)} flat, "
-            f"{human_bytes(plan.traffic.dmt_cross_bytes)} in towers (per sample and host)",
+            f"{human_bytes(traffic.flat_cross_bytes)} flat, "
+            f"{human_bytes(traffic.dmt_cross_bytes)} in towers (per sample and host), "
+            f"{human_bytes(traffic.gradient_cross_bytes)} of gradients back",
         ),
         *((("on every rank", held),) if held else ()),
-        (
-            "modelled",
-            f"{estimate.flat_seconds * 1e3:.2f} ms flat, "
-            f"{estimate.dmt_seconds * 1e3:.2f} ms in towers of communication per step of {_BATCH} "
-            "samples per rank (bandwidth only)",
-        ),
     ]
+    if estimate:
+        times = plan.estimate(BATCH)
+        facts.append(
+            (
+                "modelled",
+                f"{times.flat_seconds * 1e3:.2f} ms flat, {times.dmt_seconds * 1e3:.2f} ms in "
+                f"towers of communication per step of {BATCH} samples per rank (bandwidth only)",
+            )
+        )
     columns = ["tower", "hosts", "ranks>", "bytes of its ranks>"]
     return [grid(facts), table("\nTowers", columns, rows)]

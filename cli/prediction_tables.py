@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .console import grid, table
+from .console import grid, human_bytes, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Prediction,
         PredictionReport,
         ScalePoint,
+        StepTime,
         Suggestion,
     )
 
@@ -25,7 +26,8 @@ def show_prediction(report: PredictionReport) -> list[RenderableType]:
     """Make the tables of a prediction."""
     tables = [grid(_facts(report.machine, report.ids_per_bag))]
     if report.prediction is not None:
-        tables.append(_steps(report.prediction))
+        tables.append(_steps(report.prediction, report.placed))
+        tables.append(_bytes(report.prediction))
     if report.placed is not None:
         tables.append(_placement(report.placed))
     if report.suggestion is not None:
@@ -47,42 +49,44 @@ def _facts(machine: Machine, ids_per_bag: float) -> list[tuple[str, str]]:
         (
             "step",
             f"{machine.batch} samples per rank, {ids_per_bag:g} id(s) per feature, embeddings "
-            f"travel as {machine.comm_dtype}",
+            f"travel as {machine.embedding_dtype}",
         ),
     ]
 
 
-def _steps(prediction: Prediction) -> RenderableType:
+def _steps(prediction: Prediction, placed: PlacedStep | None) -> RenderableType:
     columns = [
         "variant", "step ms>", "exposed communication>", "of communication>", "lookup>",
         "compute>", "overhead>", "speed-up>",
     ]  # fmt: skip
-    rows = []
-    for predicted in prediction.steps:
-        step = predicted.step
-        times = (
-            step.total,
-            step.exposed,
-            step.communication,
-            step.lookup,
-            step.compute,
-            step.overhead,
-        )
-        rows.append(
-            [
-                _NAMES[predicted.variant],
-                *(f"{seconds * 1e3:.3f}" for seconds in times),
-                f"{predicted.speedup:.2f}",
-            ]
-        )
+    rows = [_step(_NAMES[each.variant], each.step, each.speedup) for each in prediction.steps]
+    if placed is not None:
+        rows.append(_step("DMT (this plan)", placed.step, placed.speedup))
     return table("\nModelled step times in ms", columns, rows)
+
+
+def _step(name: str, step: StepTime, speedup: float) -> list[str]:
+    times = (
+        *(step.total, step.exposed, step.communication),
+        *(step.lookup, step.compute, step.overhead),
+    )
+    return [name, *(f"{seconds * 1e3:.3f}" for seconds in times), f"{speedup:.2f}"]
+
+
+def _bytes(prediction: Prediction) -> RenderableType:
+    said = ", ".join(
+        f"{_NAMES[each.variant]} {human_bytes(each.forward_bytes)} and "
+        f"{human_bytes(each.gradient_bytes)}"
+        for each in prediction.steps
+    )
+    return grid([("between hosts", f"per sample of the busiest rank, there and back: {said}")])
 
 
 def _placement(placed: PlacedStep) -> RenderableType:
     text = (
-        f"tables are taken as spread evenly inside their hosts; as this plan places them, the "
-        f"busiest rank looks up {placed.busiest_rank:.1f} times the mean, and a DMT step takes "
-        f"{placed.step.total * 1e3:.3f} ms"
+        "flat, SPTT and this bundle are predicted with tables spread evenly inside their hosts; "
+        f"as this plan places them, the busiest rank looks up {placed.busiest_rank:.1f} times the "
+        "mean"
     )
     return grid([("note", text)])
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmt_convert.model import DmtSpec, Head, TowerModuleSpec, TowerSpec, module_spec
-from dmt_convert.placement import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_model
 from dmt_convert.spec import (
     FeatureSpec,
     InteractionSpec,
@@ -87,11 +87,9 @@ def dmt_spec(settings: Settings, name: VariantName) -> DmtSpec:
 def place_towers(settings: Settings, spec: DmtSpec) -> TowerPlan:
     """Tower t on host t, its tables over the host's ranks."""
     topology = settings.topology
-    plan = plan_towers(
-        spec.flat,
-        spec.assignment,
+    plan = plan_model(
+        spec,
         Cluster(hosts=topology.hosts, ranks_per_host=topology.ranks_per_host),
-        tower_widths=spec.tower_widths,
         ids_per_bag=dict.fromkeys(spec.flat.feature_names, float(settings.pooling)),
     )
     assert plan.tower_order == tuple(range(topology.hosts)), plan.tower_hosts

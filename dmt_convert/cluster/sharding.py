@@ -52,9 +52,8 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
             hint=f"make one with `dmt plan BUNDLE --hosts {found[0]} --ranks-per-host {found[1]}`, "
             "or leave the plan out",
         )
-    model = bundle.manifest.model
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
-    return plan_model(model, cluster)
+    return plan_model(bundle.manifest.model, cluster)
 
 
 def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:

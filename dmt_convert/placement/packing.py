@@ -44,7 +44,7 @@ DOMINANCE_FLOOR: Final = 1 / 16
 nothing, and every column shard costs one more copy of the ids."""
 
 IN_A_ROW_TOLERANCE: Final = np.array([1.5, 1.1, 1.1])
-"""How much more the busiest host may hold (bytes, ids, elements emitted) for the sake of towers
+"""How much more the busiest host may hold (bytes, ids, bytes sent) for the sake of towers
 that stand in the order of their hosts. Bytes that fit cost nothing; the rest costs time."""
 
 
@@ -305,21 +305,23 @@ def plan_towers(
     assignment: TowerAssignment,
     cluster: Cluster,
     *,
-    tower_widths: Sequence[int],
+    tower_bytes: Sequence[int],
+    gradient_bytes: Sequence[int] | None = None,
     ids_per_bag: Mapping[str, float] | None = None,
     everywhere: Sequence[int] = (),
 ) -> TowerPlan:
     """Place every tower inside a host and every table on the ranks of its tower.
 
     T = H: tower t lies on host t. T > H: several towers share a host, balanced by bytes,
-    lookups and output width. T < H: every tower lies on H / T consecutive hosts. The same input
+    lookups and what they send. T < H: every tower lies on H / T consecutive hosts. The same input
     always gives the same plan.
 
     Args:
         spec: The flat model.
         assignment: Its features by tower.
         cluster: Where it shall run.
-        tower_widths: Elements that each tower emits per sample, K_t * D.
+        tower_bytes: Bytes that each tower sends per sample.
+        gradient_bytes: Bytes of the gradients that come back to each; None: as many.
         ids_per_bag: Mean number of ids per sample of each feature; 1 if it is not named.
         everywhere: Towers whose tables lie whole on every rank, and on no host in particular; the
             T towers above are the others.
@@ -329,23 +331,21 @@ def plan_towers(
         PlanError: The towers share a table, T < H does not divide H, or memory is too small.
     """
     assignment.check_covers(spec.feature_names)
-    _check_widths(len(assignment.towers), tower_widths)
     sending = [t for t in range(len(assignment.towers)) if t not in set(everywhere)]
+    sent = _pair_bytes(tower_bytes, gradient_bytes, len(assignment.towers), sending)
     _check_hosts(len(sending), cluster)
     towers = tower_loads(spec, assignment, ids_per_bag or {})
     resident = [table for t in everywhere for table in towers[t]]
     room = _room_beside(resident, cluster)
     tower_hosts: list[tuple[int, ...]] = [()] * len(towers)
-    found = _place_towers(
-        [towers[t] for t in sending], [tower_widths[t] for t in sending], cluster, room
-    )
+    found = _place_towers([towers[t] for t in sending], [sent[t] for t in sending], cluster, room)
     groups: dict[tuple[int, ...], list[TableLoad]] = {}
     for tower, hosts in zip(sending, found, strict=True):
         tower_hosts[tower] = hosts
         groups.setdefault(hosts, []).extend(towers[tower])
     placed = _pack_groups(groups, cluster, room, len(sending))
     placed |= {table.name: _place_everywhere(table) for table in resident}
-    return _assemble(spec, towers, tower_hosts, placed, cluster, tower_widths)
+    return _assemble(spec, towers, tower_hosts, placed, cluster, sent)
 
 
 def plan_model(
@@ -356,7 +356,8 @@ def plan_model(
         model.flat,
         model.assignment,
         cluster,
-        tower_widths=model.tower_widths,
+        tower_bytes=model.tower_bytes,
+        gradient_bytes=model.gradient_bytes(),
         ids_per_bag=ids_per_bag,
         everywhere=[t for t, tower in enumerate(model.towers) if tower.everywhere],
     )
@@ -390,13 +391,26 @@ def _place_everywhere(table: TableLoad) -> TablePlacement:
     )
 
 
-def _check_widths(num_towers: int, tower_widths: Sequence[int]) -> None:
-    if len(tower_widths) != num_towers or min(tower_widths, default=0) < 1:
-        raise PlanError(
-            f"tower widths {list(tower_widths)} for {num_towers} towers",
-            expected="one positive number of elements per tower",
-            hint="give what each tower module emits per sample",
-        )
+def _pair_bytes(
+    tower_bytes: Sequence[int],
+    gradient_bytes: Sequence[int] | None,
+    num_towers: int,
+    sending: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Return every tower's bytes, there and back.
+
+    Raises:
+        PlanError: There is not one number per tower, or a tower that sends has no bytes.
+    """
+    back = tower_bytes if gradient_bytes is None else gradient_bytes
+    for found in (tower_bytes, back):
+        if len(found) != num_towers or min((found[t] for t in sending), default=0) < 1:
+            raise PlanError(
+                f"{list(found)} bytes per sample for {num_towers} towers",
+                expected="one positive number of bytes per tower",
+                hint="give what each tower module sends per sample",
+            )
+    return list(zip(tower_bytes, back, strict=True))
 
 
 def _check_hosts(num_towers: int, cluster: Cluster) -> None:
@@ -462,7 +476,10 @@ def tower_loads(
 
 
 def _place_towers(
-    towers: Sequence[Sequence[TableLoad]], tower_widths: Sequence[int], cluster: Cluster, room: int
+    towers: Sequence[Sequence[TableLoad]],
+    sent: Sequence[tuple[int, int]],
+    cluster: Cluster,
+    room: int,
 ) -> list[tuple[int, ...]]:
     if len(towers) <= cluster.hosts:
         k = cluster.hosts // len(towers)
@@ -472,9 +489,9 @@ def _place_towers(
             [
                 sum(table.nbytes() for table in tables),
                 math.fsum(table.ids for table in tables),
-                width,
+                sum(both_ways),
             ]
-            for tables, width in zip(towers, tower_widths, strict=True)
+            for tables, both_ways in zip(towers, sent, strict=True)
         ],
         dtype=np.float64,
     )
@@ -562,12 +579,12 @@ def _assemble(
     tower_hosts: Sequence[tuple[int, ...]],
     placed: Mapping[str, TablePlacement],
     cluster: Cluster,
-    tower_widths: Sequence[int],
+    sent: Sequence[tuple[int, int]],
 ) -> TowerPlan:
     loads = {table.name: table for tables in towers for table in tables}
     rank_bytes, rank_ids, rank_widths = measure_ranks(loads, placed, cluster.world_size)
     group_of = {hosts: i for i, hosts in enumerate(sorted({h for h in tower_hosts if h}))}
-    group_widths = [0] * len(group_of)
+    group_bytes, gradient_bytes = [0] * len(group_of), [0] * len(group_of)
     group_ids = [0.0] * len(group_of)
     resident = [
         table
@@ -577,10 +594,11 @@ def _assemble(
     ]
     held = sum(table.everywhere_bytes for table in resident)
     local_ids = math.fsum(table.ids for table in resident)
-    for hosts, tables, width in zip(tower_hosts, towers, tower_widths, strict=True):
+    for hosts, tables, (there, back) in zip(tower_hosts, towers, sent, strict=True):
         if not hosts:
             continue
-        group_widths[group_of[hosts]] += width
+        group_bytes[group_of[hosts]] += there
+        gradient_bytes[group_of[hosts]] += back
         group_ids[group_of[hosts]] += math.fsum(table.ids for table in tables)
     return TowerPlan(
         cluster=cluster,
@@ -591,7 +609,8 @@ def _assemble(
         traffic=measure_traffic(
             cluster,
             group_hosts=max(map(len, tower_hosts)),
-            group_widths=group_widths,
+            group_bytes=group_bytes,
+            gradient_bytes=gradient_bytes,
             rank_widths=rank_widths,
             rank_ids=rank_ids,
             flat_width=sum(spec.feature_dims),

@@ -43,5 +43,5 @@ def make_machine(config: PlanConfig, cluster: Cluster) -> Machine:
         gpu=find_gpu(config.gpu or "h100"),
         network=Network(cluster=cluster, assumptions=assumptions),
         batch=config.batch or BATCH,
-        comm_dtype=config.comm_dtype or "fp32",
+        comm_dtype=config.comm_dtype,
     )

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from dmt_convert.documents import OMITTED_IF_EMPTY
+from dmt_convert.documents import OMITTED_IF_EMPTY, OMITTED_IF_NONE
 from dmt_convert.placement.cluster import Amount, Cluster
 
 ELEMENT_BYTES: Final = 4
-"""Pooled embeddings and tower outputs travel as float32."""
+"""Pooled embeddings travel as float32, inside hosts and in the flat model."""
 ID_BYTES: Final = 8
 """Ids travel as int64 (the lengths of the bags are left out)."""
 
@@ -65,7 +65,7 @@ class Traffic:
     over hosts (the gradients go back in the same number)."""
     dmt_cross_bytes: Amount
     """The same for the towers: tower outputs, and for towers over several hosts the embeddings
-    that move between those."""
+    that move between those. (One byte more per message of levels says whether all are finite.)"""
     flat_indices: Exchange
     """Flat: ids to the ranks of their tables."""
     flat_embeddings: Exchange
@@ -77,10 +77,25 @@ class Traffic:
     tower_embeddings: Exchange
     """Towers: pooled embeddings inside the group."""
     tower_outputs: Exchange
-    """Towers: outputs of the tower modules to the peers."""
+    """Towers: outputs of the tower modules to the peers, in the bytes of their codes."""
+    tower_gradients: Exchange | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Towers: the gradients of these, back; None: as many bytes."""
+    dmt_gradient_bytes: Amount | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """As `dmt_cross_bytes`, of the gradients; None: as many bytes."""
     replicated_step_bytes: Amount = field(default=0.0, metadata=OMITTED_IF_EMPTY)
     """Towers: gradients of the tables on every rank, summed in a ring: what a host sends, and
     receives, in one step, however many samples it has."""
+
+    @property
+    def output_gradients(self) -> Exchange:
+        """Towers: the gradients of their outputs."""
+        return self.tower_gradients or self.tower_outputs
+
+    @property
+    def gradient_cross_bytes(self) -> float:
+        """As `dmt_cross_bytes`, of the gradients."""
+        found = self.dmt_gradient_bytes
+        return self.dmt_cross_bytes if found is None else found
 
     @property
     def compression(self) -> float:
@@ -95,9 +110,7 @@ class Traffic:
             samples_per_rank: B.
         """
 
-        def total(once: Sequence[Exchange], twice: Sequence[Exchange]) -> float:
-            """Embeddings go forward and their gradients back; ids go once."""
-            exchanges = [*once, *twice, *twice]
+        def total(*exchanges: Exchange) -> float:
             return math.fsum(e.seconds(cluster, samples_per_rank) for e in exchanges)
 
         summed = Exchange(
@@ -106,10 +119,12 @@ class Traffic:
 
         return CommunicationEstimate(
             samples_per_rank=samples_per_rank,
-            flat_seconds=total([self.flat_indices], [self.flat_embeddings]),
+            # embeddings go forward and their gradients back; ids go once
+            flat_seconds=total(self.flat_indices, self.flat_embeddings, self.flat_embeddings),
             dmt_seconds=total(
-                [self.peer_indices, self.tower_indices],
-                [self.tower_embeddings, self.tower_outputs],
+                *(self.peer_indices, self.tower_indices),
+                *(self.tower_embeddings, self.tower_outputs),
+                *(self.tower_embeddings, self.output_gradients),
             )
             + summed.seconds(cluster, 1),
         )
@@ -119,7 +134,8 @@ def measure_traffic(
     cluster: Cluster,
     *,
     group_hosts: int,
-    group_widths: Sequence[int],
+    group_bytes: Sequence[int],
+    gradient_bytes: Sequence[int],
     rank_widths: Sequence[float],
     rank_ids: Sequence[float],
     flat_width: int,
@@ -132,7 +148,8 @@ def measure_traffic(
     Args:
         cluster: Where the model runs.
         group_hosts: k.
-        group_widths: Elements that the towers of each of the P groups emit per sample.
+        group_bytes: Bytes that the towers of each of the P groups send per sample.
+        gradient_bytes: Bytes of the gradients that come back to each of them.
         rank_widths: Elements that each of the W ranks looks up and pools per sample; a
             row-wise shard counts with its full width, for it yields partial sums.
         rank_ids: Ids that each rank looks up per sample.
@@ -141,7 +158,7 @@ def measure_traffic(
         replicated_elements: Elements of all tables that every rank holds.
         replicated_ids: Ids per sample that are looked up in these, and stay where they are.
     """
-    groups = len(group_widths)
+    groups = len(group_bytes)
     hosts, ranks_per_host = cluster.hosts, cluster.ranks_per_host
     group_ranks = group_hosts * ranks_per_host
     embeddings = _inside_groups(rank_widths, group_ranks, ranks_per_host)
@@ -159,16 +176,23 @@ def measure_traffic(
         cross, intra = (float(value * groups * element_bytes) for value in per_rank)
         return Exchange(cross_bytes=cross, intra_bytes=intra)
 
-    outputs_in = sum(group_widths) * (groups - 1) / groups
+    alike = list(group_bytes) == list(gradient_bytes)
+
+    def entering(per_group: Sequence[int]) -> float:
+        """Bytes that enter a host."""
+        return sum(per_group) * (groups - 1) / groups + ELEMENT_BYTES * mean_inside
+
     return Traffic(
         flat_cross_bytes=ELEMENT_BYTES * flat_width * (hosts - 1) / hosts,
-        dmt_cross_bytes=ELEMENT_BYTES * (outputs_in + mean_inside),
+        dmt_cross_bytes=entering(group_bytes),
         flat_indices=flat((math.fsum(ids) + replicated_ids) * ID_BYTES),
         flat_embeddings=flat(float(flat_width * ELEMENT_BYTES)),
-        peer_indices=_between_groups(ids, ID_BYTES),
+        peer_indices=_between_groups([ID_BYTES * count for count in ids]),
         tower_indices=scaled(indices, ID_BYTES),
         tower_embeddings=scaled(embeddings, ELEMENT_BYTES),
-        tower_outputs=_between_groups([float(width) for width in group_widths], ELEMENT_BYTES),
+        tower_outputs=_between_groups(group_bytes),
+        tower_gradients=None if alike else _between_groups(gradient_bytes),
+        dmt_gradient_bytes=None if alike else entering(gradient_bytes),
         replicated_step_bytes=ring_bytes(cluster, replicated_elements),
     )
 
@@ -199,11 +223,11 @@ def _inside_groups(
     return cross, intra
 
 
-def _between_groups(per_group: Sequence[float], element_bytes: int) -> Exchange:
-    """Return the exchange among peers.
+def _between_groups(per_group: Sequence[float]) -> Exchange:
+    """Return the exchange among peers, of the bytes of every group.
 
     A rank moves its group's part P - 1 times one way, and each other part once the other way.
     """
     total = math.fsum(per_group)
     busiest = max(max(own * (len(per_group) - 1), total - own) for own in per_group)
-    return Exchange(cross_bytes=max(busiest, 0.0) * element_bytes, intra_bytes=0.0)
+    return Exchange(cross_bytes=float(max(busiest, 0.0)), intra_bytes=0.0)

@@ -578,6 +578,7 @@ class ReportView:
             ("towers: ids inside the tower's hosts", traffic.tower_indices),
             ("towers: pooled embeddings inside the tower's hosts", traffic.tower_embeddings),
             ("towers: tower outputs to the peers", traffic.tower_outputs),
+            ("towers: gradients of these back", traffic.output_gradients),
         )
         return named if any(e.cross_bytes or e.intra_bytes for _, e in named) else ()
 

@@ -49,7 +49,7 @@ def write(source: Path) -> BundleWriter:
             info.spec,
             spec.assignment,
             Cluster(hosts=2, ranks_per_host=1),
-            tower_widths=spec.tower_widths,
+            tower_bytes=spec.tower_bytes,
         )
         manifest = Manifest(
             model=spec,

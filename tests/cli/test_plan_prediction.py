@@ -13,7 +13,7 @@ PLAN = ["--hosts", 2, "--ranks-per-host", 4]
 ROW = {
     "variant", "step_ms", "speedup", "communication_ms", "compute_ms", "overhead_ms", "lookup_ms",
     "reshuffle_ms", "tower_ms", "dense_ms", "indices_ms", "forward_ms", "backward_ms",
-    "all_reduce_ms", "exposed_ms",
+    "all_reduce_ms", "exposed_ms", "forward_bytes", "gradient_bytes",
 }  # fmt: skip
 POINT = {
     "ranks", "hosts", "towers", "compression", "flat_ms", "sptt_ms", "dmt_ms", "flat_exposed_ms",
@@ -47,7 +47,7 @@ def test_a_prediction_is_one_more_key(compressed: Path, call_dmt: Call) -> None:
     assert set(found["suggestion"]) == choice | {"beats_flat"}
     assert 0 < len(found["candidates"]) <= 5
     assert all(set(candidate) == choice for candidate in found["candidates"])
-    assert set(found["as_placed"]) == {"step_ms", "busiest_rank"}
+    assert set(found["as_placed"]) == {"step_ms", "speedup", "busiest_rank"}
 
 
 def test_options_reach_the_model(compressed: Path, call_dmt: Call) -> None:
@@ -96,8 +96,11 @@ def test_people_are_told_that_it_is_modelled(
     plot = tmp_path / "scaling.png"
     run = call_dmt("plan", compressed, *PLAN, "--predict", "--predict-scaling", "--plot", plot)
     assert run.code == 0, run.stderr
-    for text in ("modelled, not measured", "SPTT", "DMT (this bundle)", "suggestion", "16384"):
+    told = ("modelled, not measured", "SPTT", "DMT (this bundle)", "DMT (this plan)", "suggestion")
+    for text in (*told, "16384"):
         assert text in run.stdout
+    # not another time beside it, of another batch
+    assert "bandwidth only" not in run.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -56,7 +56,7 @@ def test_the_plan_that_was_asked_for_is_taken(bundle: Bundle) -> None:
         model.flat,
         model.assignment,
         Cluster(hosts=2, ranks_per_host=2, hbm_bytes=10**8),
-        tower_widths=model.tower_widths,
+        tower_bytes=model.tower_bytes,
     )
     assert choose_plan(bundle, layout(2, 2), given) is given
 

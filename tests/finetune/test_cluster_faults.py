@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_said(tune, tmp_path, wide) -> None:
         model.flat,
         model.assignment,
         Cluster(hosts=2, ranks_per_host=2),
-        tower_widths=model.tower_widths,
+        tower_bytes=model.tower_bytes,
     )
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     damaged = Path(shutil.copytree(wide, tmp_path / "damaged"))

@@ -114,7 +114,7 @@ def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, tmp_p
 def write_plan(path: Path, bundle: Path, cluster: Cluster) -> tuple[Path, set[str]]:
     """Plan for a cluster; returns the file, and how tables are cut."""
     model = open_bundle(bundle).manifest.model
-    plan = plan_towers(model.flat, model.assignment, cluster, tower_widths=model.tower_widths)
+    plan = plan_towers(model.flat, model.assignment, cluster, tower_bytes=model.tower_bytes)
     path.write_text(json.dumps(plan.to_json()))
     kinds = {f"{placement.sharding_type} {len(placement.shards)}" for placement in plan.tables}
     assert isinstance(plan, TowerPlan)
@@ -166,7 +166,7 @@ def test_towers_may_change_hosts(tune, tune_alone, wide, tmp_path) -> None:
         model.flat,
         model.assignment,
         Cluster(hosts=2, ranks_per_host=1),
-        tower_widths=model.tower_widths,
+        tower_bytes=model.tower_bytes,
     )
     swapped = replace(
         plan,

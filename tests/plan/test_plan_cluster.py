@@ -43,4 +43,4 @@ def test_a_cluster_without_memory_is_refused_with_the_numbers() -> None:
     spec, assignment = spec_of_towers([[(8, 4)], [(8, 4)]])
     cluster = Cluster(hosts=2, ranks_per_host=2, hbm_bytes=1)
     with pytest.raises(PlanError, match="cannot hold"):
-        plan_towers(spec, assignment, cluster, tower_widths=[4, 4])
+        plan_towers(spec, assignment, cluster, tower_bytes=[16, 16])

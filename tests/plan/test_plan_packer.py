@@ -27,7 +27,7 @@ def plan_for(
     spec, assignment = model
     widths = [8 * len(tower) for tower in assignment.towers]
     cluster = Cluster(hosts=hosts, ranks_per_host=ranks, hbm_bytes=hbm_bytes)
-    return plan_towers(spec, assignment, cluster, tower_widths=widths)
+    return plan_towers(spec, assignment, cluster, tower_bytes=[4 * width for width in widths])
 
 
 def assert_sound(plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment) -> None:
@@ -198,9 +198,9 @@ def test_known_pooling_balances_lookups() -> None:
     spec, assignment = spec_of_towers([[(100, 8)] * 4])
     cluster = Cluster(hosts=1, ranks_per_host=2)
     ids = {"f0": 3.0, "f2": 3.0}
-    plan = plan_towers(spec, assignment, cluster, tower_widths=[32], ids_per_bag=ids)
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[128], ids_per_bag=ids)
     assert plan.lookups_per_rank == (4.0, 4.0)
-    blind = plan_towers(spec, assignment, cluster, tower_widths=[32])
+    blind = plan_towers(spec, assignment, cluster, tower_bytes=[128])
     assert [table.shards[0].rank for table in blind.tables] == [0, 1, 0, 1]
 
 
@@ -237,30 +237,32 @@ def test_a_table_shared_by_two_towers_is_refused() -> None:
     spec, _ = spec_of_towers([[(10, 8), (20, 8)]], shared=[1])
     split = TowerAssignment(towers=(("f0", "f1"), ("g1",)))
     with pytest.raises(PlanError) as error:
-        plan_towers(spec, split, default_cluster(2), tower_widths=[8, 8])
+        plan_towers(spec, split, default_cluster(2), tower_bytes=[32, 32])
     assert error.value.details == ("t1: f1 in tower 0, g1 in tower 1",)
     assert "--together f1,g1" in error.value.hint
 
 
 @pytest.mark.parametrize("widths", [[8], [8, 8, 8], [8, 0]])
-def test_widths_that_do_not_match_the_towers_are_refused(widths: list[int]) -> None:
+def test_bytes_that_do_not_match_the_towers_are_refused(widths: list[int]) -> None:
     spec, assignment = spec_of_towers([[(10, 8)], [(10, 8)]])
-    with pytest.raises(PlanError, match="tower widths"):
-        plan_towers(spec, assignment, default_cluster(2), tower_widths=widths)
+    with pytest.raises(PlanError, match="bytes per sample"):
+        plan_towers(
+            spec, assignment, default_cluster(2), tower_bytes=[4 * width for width in widths]
+        )
 
 
 @pytest.mark.parametrize("ids", [{"f0": 0.0}, {"f0": float("nan")}, {"nobody": 1.0}])
 def test_impossible_id_counts_are_refused(ids: dict[str, float]) -> None:
     spec, assignment = spec_of_towers([[(10, 8)]])
     with pytest.raises(PlanError, match="ids per bag"):
-        plan_towers(spec, assignment, default_cluster(1), tower_widths=[8], ids_per_bag=ids)
+        plan_towers(spec, assignment, default_cluster(1), tower_bytes=[32], ids_per_bag=ids)
 
 
 def test_towers_of_another_model_are_refused() -> None:
     spec, _ = spec_of_towers([[(10, 8)], [(10, 8)]])
     other = TowerAssignment(towers=(("f0",),))
     with pytest.raises(PartitionError, match="do not hold"):
-        plan_towers(spec, other, default_cluster(1), tower_widths=[8])
+        plan_towers(spec, other, default_cluster(1), tower_bytes=[32])
 
 
 @pytest.mark.parametrize(("num_tables", "towers", "hosts"), [(1000, 16, 16), (5000, 64, 16)])
@@ -286,5 +288,5 @@ def test_lookups_are_spread_where_bytes_are_few() -> None:
     """One table holds nearly all bytes of a small model: the others do not shun its rank."""
     spec, assignment = spec_of_towers([[(10_000, 16), *[(10, 16)] * 5]])
     cluster = Cluster(hosts=1, ranks_per_host=2, hbm_bytes=2**30)
-    plan = plan_towers(spec, assignment, cluster, tower_widths=[96])
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[384])
     assert plan.lookups_per_rank == (3.0, 3.0)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from dmt_convert.placement import Cluster, Exchange, plan_towers
+from dmt_convert.placement import Cluster, Exchange, TowerPlan, plan_towers
 from dmt_convert.placement.traffic import measure_traffic
 from support.specs import spec_of_towers
 
@@ -17,7 +17,9 @@ def test_even_towers_follow_the_closed_formulas(hosts: int, ranks: int) -> None:
     spec, assignment = spec_of_towers([[(100, 64)] * ranks] * hosts)
     cluster = Cluster(hosts=hosts, ranks_per_host=ranks)
     widths = [ranks * 16] * hosts
-    traffic = plan_towers(spec, assignment, cluster, tower_widths=widths).traffic
+    traffic = plan_towers(
+        spec, assignment, cluster, tower_bytes=[4 * width for width in widths]
+    ).traffic
     features = hosts * ranks
     volume, indices, compression = features * 64 * 4, features * 8, 4
     assert traffic.flat_cross_bytes == volume * (hosts - 1) / hosts
@@ -35,7 +37,7 @@ def test_a_row_wise_table_sends_partial_sums_to_every_rank() -> None:
     """V (L-1) instead of V (L-1)/L."""
     spec, assignment = spec_of_towers([[(3000, 8)], [(3000, 8)]])
     cluster = Cluster(hosts=2, ranks_per_host=4, hbm_bytes=40_000)
-    plan = plan_towers(spec, assignment, cluster, tower_widths=[8, 8])
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[32, 32])
     assert {table.sharding_type for table in plan.tables} == {"table_row_wise"}
     assert plan.traffic.tower_embeddings.intra_bytes == 2 * 8 * 4 * 3
     assert plan.lookups_per_rank == (0.25,) * 8
@@ -45,24 +47,26 @@ def test_traffic_is_what_a_count_of_every_transfer_gives() -> None:
     """Three groups of two hosts of two ranks, uneven in all respects."""
     cluster = Cluster(hosts=6, ranks_per_host=2)
     rank_widths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-    group_widths = [7, 2, 11]
+    group_bytes, gradient_bytes = [28, 8, 44], [9, 4, 13]
     traffic = measure_traffic(
         cluster,
         group_hosts=2,
-        group_widths=group_widths,
+        group_bytes=group_bytes,
+        gradient_bytes=gradient_bytes,
         rank_widths=rank_widths,
         rank_ids=[float(width) for width in rank_widths],
         flat_width=sum(rank_widths),
         ids=[1.0, 2.0, 3.0],
     )
     sent = dict.fromkeys(itertools.product(range(12), repeat=2), 0)
-    outputs = dict(sent)
+    outputs, gradients = dict(sent), dict(sent)
     for source, target in sent:
         if source // 4 == target // 4:
             # The target holds a sample of its own, and one of each of its two peers.
             sent[source, target] = 3 * rank_widths[source] * 4
         elif source % 4 == target % 4:
-            outputs[source, target] = group_widths[source // 4] * 4
+            outputs[source, target] = group_bytes[source // 4]
+            gradients[target, source] = gradient_bytes[source // 4]
 
     def busiest(moved: dict[tuple[int, int], int], *, crossing: bool) -> int:
         chosen = {
@@ -79,13 +83,19 @@ def test_traffic_is_what_a_count_of_every_transfer_gives() -> None:
     assert traffic.tower_embeddings.cross_bytes == busiest(sent, crossing=True)
     assert traffic.tower_embeddings.intra_bytes == busiest(sent, crossing=False)
     assert traffic.tower_outputs.cross_bytes == busiest(outputs, crossing=True)
-    entering = sum(
-        size
-        for moved in (sent, outputs)
-        for (source, target), size in moved.items()
-        if source // 2 != target // 2
-    )
-    assert traffic.dmt_cross_bytes == pytest.approx(entering / 12, rel=1e-12)
+    assert traffic.output_gradients.cross_bytes == busiest(gradients, crossing=True)
+
+    def entering(*exchanges: dict[tuple[int, int], int]) -> float:
+        return sum(
+            size
+            for moved in exchanges
+            for (source, target), size in moved.items()
+            if source // 2 != target // 2
+        )
+
+    assert traffic.dmt_cross_bytes == pytest.approx(entering(sent, outputs) / 12, rel=1e-12)
+    back = entering(sent, gradients) / 12
+    assert traffic.gradient_cross_bytes == pytest.approx(back, rel=1e-12)
 
 
 def test_seconds_follow_the_slower_link() -> None:
@@ -99,8 +109,27 @@ def test_seconds_follow_the_slower_link() -> None:
 def test_an_estimate_counts_embeddings_both_ways_and_ids_once() -> None:
     spec, assignment = spec_of_towers([[(100, 64)]] * 2)
     cluster = Cluster(hosts=2, ranks_per_host=1, inter_gbps=8.0)
-    plan = plan_towers(spec, assignment, cluster, tower_widths=[16, 16])
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[64, 64])
     estimate = plan.estimate(1000)
     assert estimate.samples_per_rank == 1000
     assert estimate.flat_seconds == pytest.approx((2 * 64 * 4 + 8) * 1000 / 1e9)
     assert estimate.dmt_seconds == pytest.approx((2 * 16 * 4 + 8) * 1000 / 1e9)
+
+
+def test_gradients_of_other_bytes_are_counted_by_themselves() -> None:
+    spec, assignment = spec_of_towers([[(100, 64)]] * 2)
+    cluster = Cluster(hosts=2, ranks_per_host=1, inter_gbps=8.0)
+    sent = {"tower_bytes": [16, 16], "gradient_bytes": [18, 18]}
+    plan = plan_towers(spec, assignment, cluster, **sent)  # type: ignore[arg-type]
+    assert plan.traffic.dmt_cross_bytes == 16 and plan.traffic.gradient_cross_bytes == 18
+    assert plan.estimate(1000).dmt_seconds == pytest.approx((16 + 18 + 8) * 1000 / 1e9)
+    assert TowerPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_of_equal_bytes_is_written_as_before() -> None:
+    """Earlier versions wrote no bytes of gradients: they were those of the outputs."""
+    spec, assignment = spec_of_towers([[(100, 64)]] * 2)
+    cluster = Cluster(hosts=2, ranks_per_host=1)
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[64, 64])
+    assert "gradient" not in str(plan.to_json())
+    assert plan.traffic.output_gradients == plan.traffic.tower_outputs

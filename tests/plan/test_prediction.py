@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmt_convert.errors import ConfigError, PlanError
-from dmt_convert.model import DmtSpec
-from dmt_convert.placement import TowerPlan, plan_towers
+from dmt_convert.model import DmtSpec, TowerCode
+from dmt_convert.placement import TowerPlan, plan_model
 from dmt_convert.placement.predict import (
     Machine,
     predict_bundle,
@@ -53,7 +54,7 @@ def planned(machine: Machine, towers: int, ratio: float) -> tuple[DmtSpec, Tower
     model = dealt_model(flat, towers, ratio)
     assert model is not None
     cluster = machine.network.cluster
-    return model, plan_towers(flat, model.assignment, cluster, tower_widths=model.tower_widths)
+    return model, plan_model(model, cluster)
 
 
 def test_even_and_planned_loads_agree_where_towers_are_even() -> None:
@@ -321,3 +322,37 @@ def test_as_passthrough_of_towers_over_several_hosts_sends_more_than_flat() -> N
     assert load.group_hosts == 4 and load.groups == 2
     volume = sum(model.flat.feature_dims) * 4
     assert load.traffic.dmt_cross_bytes == pytest.approx(volume * (3 / 4 + 1 / 2))
+
+
+def code_towers(model: DmtSpec, code: TowerCode) -> DmtSpec:
+    """Let all towers send in a code."""
+    towers = (replace(t, module=replace(t.module, code=code)) for t in model.towers)
+    return replace(model, towers=tuple(towers))
+
+
+def test_codes_are_counted_in_bytes_there_and_back() -> None:
+    """Bytes are those of the plan; without a precision that is asked for, the code's both ways."""
+    machine = make_machine("h100", 8, 8, comm_dtype=None)
+    bare, _ = planned(machine, 8, 4)
+    model = code_towers(bare, TowerCode(precision="int8", int4=32))
+    plan = plan_model(model, machine.network.cluster)
+    load = planned_load(model, plan, 1.0)
+    assert load.traffic.tower_outputs == plan.traffic.tower_outputs
+    assert load.traffic.output_gradients == plan.traffic.output_gradients
+    # 4 features of 32 elements: 96 bytes, 16 of pairs of halves; 128 bytes and a scale of 2 back
+    row = predict_plan(model, plan, machine).dmt
+    assert (row.forward_bytes, row.gradient_bytes) == (7 * 112, 7 * 130)
+    assert row.step.forward < row.step.backward
+    wide = predict_plan(model, plan, replace(machine, comm_dtype="fp32")).dmt
+    assert (wide.forward_bytes, wide.gradient_bytes) == (7 * 112, 7 * 512)
+    assert model.compression == 4 * 32 * 128 / (8 * 112)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, 512), ("fp32", 512), ("bf16", 256), ("int8", 130)]
+)
+def test_a_precision_applies_to_towers_without_a_code(dtype: Any, expected: int) -> None:
+    machine = make_machine("h100", 8, 8, comm_dtype=dtype)
+    model, plan = planned(machine, 8, 4)
+    row = predict_plan(model, plan, machine).dmt
+    assert (row.forward_bytes, row.gradient_bytes) == (7 * expected, 7 * expected)

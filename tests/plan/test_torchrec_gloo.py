@@ -49,7 +49,7 @@ def test_sharded_towers_look_up_what_unsharded_ones_do(run_ranks: RunRanks) -> N
     )
     cluster = Cluster(hosts=2, ranks_per_host=2, hbm_bytes=100_000)
     widths = [sum(spec.table_of(f).dim for f in tower) for tower in assignment.towers]
-    plan = plan_towers(spec, assignment, cluster, tower_widths=widths)
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[4 * width for width in widths])
     kinds = {(table.sharding_type, len(table.shards)) for table in plan.tables}
     assert kinds == {("table_row_wise", 2), ("table_column_wise", 1), ("table_column_wise", 2)}
     assert plan.tower_order != (0, 1, 2, 3)
@@ -60,7 +60,7 @@ def test_sharded_towers_look_up_what_unsharded_ones_do(run_ranks: RunRanks) -> N
 def test_a_tower_over_two_hosts_looks_up_what_an_unsharded_one_does(run_ranks: RunRanks) -> None:
     spec, assignment = spec_of_towers([[(40, 16), (9, 8)], [(30, 64)]])
     cluster = Cluster(hosts=4, ranks_per_host=1, hbm_bytes=8_000)
-    plan = plan_towers(spec, assignment, cluster, tower_widths=[24, 64])
+    plan = plan_towers(spec, assignment, cluster, tower_bytes=[96, 256])
     assert plan.tower_hosts == ((0, 1), (2, 3))
     assert len(plan.tables[2].shards) == 2
     verdicts = compare_lookups(run_ranks, plan, spec, assignment, TORCHREC_RESOLVED_POD_SIZE="2")

@@ -41,7 +41,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def plan(model: Model) -> TowerPlan:
     cluster = Cluster(hosts=2, ranks_per_host=2, hbm_bytes=100_000)
-    return plan_towers(*model, cluster, tower_widths=[64, 20, 48, 28])
+    return plan_towers(*model, cluster, tower_bytes=[256, 80, 192, 112])
 
 
 def test_the_sharding_plan_says_what_the_tower_plan_says(plan: TowerPlan, model: Model) -> None:
@@ -79,7 +79,7 @@ def test_a_plan_of_another_model_is_refused(plan: TowerPlan) -> None:
 
 def test_widths_that_the_kernel_does_not_take_are_refused() -> None:
     odd = spec_of_towers([[(10, 6)]])
-    plan = plan_towers(*odd, Cluster(hosts=1, ranks_per_host=1), tower_widths=[6])
+    plan = plan_towers(*odd, Cluster(hosts=1, ranks_per_host=1), tower_bytes=[24])
     with pytest.raises(PlanError, match="'t0' has shards 6 wide"):
         to_sharding_plan(plan, *odd)
     shardings: Any = to_sharding_plan(plan, *odd, pad=True).plan[""]

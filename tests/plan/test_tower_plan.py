@@ -25,7 +25,7 @@ def model() -> tuple[ModelSpec, TowerAssignment]:
 def plan(model: tuple[ModelSpec, TowerAssignment]) -> TowerPlan:
     """Table 0 in columns, table 2 in rows, the others whole."""
     cluster = Cluster(hosts=2, ranks_per_host=2, hbm_bytes=100_000)
-    return plan_towers(*model, cluster, tower_widths=[72, 24])
+    return plan_towers(*model, cluster, tower_bytes=[288, 96])
 
 
 def replace_shard(plan: TowerPlan, table: int, shard: int, **changes: int) -> TowerPlan:

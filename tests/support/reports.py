@@ -127,7 +127,7 @@ def build_view(
     }
     return ReportView(
         manifest=Manifest(**{**fields, **changes}),
-        plan=plan_towers(spec.flat, partition.assignment, cluster, tower_widths=spec.tower_widths),
+        plan=plan_towers(spec.flat, partition.assignment, cluster, tower_bytes=spec.tower_bytes),
         folder=f"ckpt-dmt{towers}",
         figure=figure
         or figure_svg(spec.flat, partition.assignment.towers, record, partition.affinity),

@@ -44,7 +44,7 @@ from dmt_convert.placement import (
     tower_loads,
 )
 from dmt_convert.placement.predict.machine import Machine, Peers
-from dmt_convert.spec import DTYPE_BYTES, ModelSpec
+from dmt_convert.spec import DTYPE_BYTES, CommDtype, ModelSpec
 
 GRADIENT_BYTES: Final = 4
 """Gradients of dense parts are summed as float32."""
@@ -121,7 +121,7 @@ class StepLoad:
     group_hosts: int
     """k."""
     traffic: Traffic
-    """All exchanges, in float32."""
+    """All exchanges: embeddings in float32, tower outputs and their gradients as they travel."""
     lookup: Lookup
     """Of the busiest rank."""
     module: DenseWork
@@ -133,7 +133,12 @@ class StepLoad:
 
 
 def planned_load(
-    model: DmtSpec, plan: TowerPlan, ids_per_bag: float, *, even_ranks: bool = False
+    model: DmtSpec,
+    plan: TowerPlan,
+    ids_per_bag: float,
+    *,
+    comm_dtype: CommDtype | None = None,
+    even_ranks: bool = False,
 ) -> StepLoad:
     """Describe a model as a plan places it.
 
@@ -141,6 +146,7 @@ def planned_load(
         model: The converted model; its passthrough twin gives SPTT alone.
         plan: Where its tables lie.
         ids_per_bag: Mean number of ids per sample and feature.
+        comm_dtype: Precision of tower outputs without a code, and of gradients, see `Machine`.
         even_ranks: Whether the ranks of a group of hosts share its tables evenly, instead of as
             the plan says; groups stay as uneven as their towers.
     """
@@ -163,18 +169,20 @@ def planned_load(
     work = count_work(model)
     group_of = {hosts: i for i, hosts in enumerate(sorted({h for h in plan.tower_hosts if h}))}
     groups = [_Group() for _ in group_of]
-    for hosts, tables, width, module in zip(
-        plan.tower_hosts, towers, model.tower_widths, work.towers, strict=True
+    sent = zip(model.bytes_sent(comm_dtype), model.gradient_bytes(comm_dtype), strict=True)
+    for hosts, tables, both_ways, module in zip(
+        plan.tower_hosts, towers, sent, work.towers, strict=True
     ):
         if hosts:
-            groups[group_of[hosts]].add(tables, width, module)
+            groups[group_of[hosts]].add(tables, both_ways, module)
     return StepLoad(
         groups=len(groups),
         group_hosts=plan.hosts_per_tower,
         traffic=measure_traffic(
             plan.cluster,
             group_hosts=plan.hosts_per_tower,
-            group_widths=[group.width for group in groups],
+            group_bytes=[group.sent for group in groups],
+            gradient_bytes=[group.returned for group in groups],
             rank_widths=rank_widths,
             rank_ids=rank_ids,
             flat_width=sum(model.flat.feature_dims),
@@ -201,13 +209,16 @@ def _even_out(per_rank: Sequence[float], size: int) -> list[float]:
     return means
 
 
-def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
+def even_load(
+    model: DmtSpec, cluster: Cluster, ids_per_bag: float, *, comm_dtype: CommDtype | None = None
+) -> StepLoad:
     """Describe a model whose towers and tables are spread perfectly evenly.
 
     Args:
         model: The converted model; its towers are as many as hosts, or a divisor of them, or more.
         cluster: Where it runs.
         ids_per_bag: Mean number of ids per sample and feature.
+        comm_dtype: Precision of tower outputs without a code, and of gradients, see `Machine`.
     """
     groups = min(len(model.towers), cluster.hosts)
     work = count_work(model)
@@ -219,7 +230,13 @@ def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
     return StepLoad(
         groups=groups,
         group_hosts=hosts,
-        traffic=_even_traffic(cluster, groups, sum(model.tower_widths), width, ids),
+        traffic=_even_traffic(
+            cluster,
+            groups,
+            (sum(model.bytes_sent(comm_dtype)), sum(model.gradient_bytes(comm_dtype))),
+            width,
+            ids,
+        ),
         lookup=Lookup(row_bytes=rows, mean_row_bytes=rows, pooled_bytes=pooled),
         module=DenseWork(
             flops=modules.flops / groups, parameters=math.ceil(modules.parameters / groups)
@@ -228,7 +245,9 @@ def even_load(model: DmtSpec, cluster: Cluster, ids_per_bag: float) -> StepLoad:
     )
 
 
-def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: float) -> Traffic:
+def _even_traffic(
+    cluster: Cluster, groups: int, sent: tuple[int, int], width: int, ids: float
+) -> Traffic:
     """Return what `measure_traffic` gives if every rank holds the same."""
     hosts, ranks, world = cluster.hosts, cluster.ranks_per_host, cluster.world_size
     group_hosts = hosts // groups
@@ -243,19 +262,21 @@ def _even_traffic(cluster: Cluster, groups: int, emitted: int, width: int, ids: 
     def between(per_sample: float) -> Exchange:
         return Exchange(cross_bytes=per_sample * (groups - 1) / groups, intra_bytes=0.0)
 
-    embeddings, outputs = float(width * ELEMENT_BYTES), float(emitted * ELEMENT_BYTES)
-    id_bytes = ids * ID_BYTES
+    embeddings, id_bytes = float(width * ELEMENT_BYTES), ids * ID_BYTES
+    outputs, gradients = (between(float(total)) for total in sent)
     inside = among(embeddings, group_ranks)
     flat = among(embeddings, world)
     return Traffic(
         flat_cross_bytes=flat.cross_bytes,
-        dmt_cross_bytes=between(outputs).cross_bytes + inside.cross_bytes,
+        dmt_cross_bytes=outputs.cross_bytes + inside.cross_bytes,
         flat_indices=among(id_bytes, world),
         flat_embeddings=flat,
         peer_indices=between(id_bytes),
         tower_indices=among(id_bytes, group_ranks),
         tower_embeddings=inside,
-        tower_outputs=between(outputs),
+        tower_outputs=outputs,
+        tower_gradients=gradients,
+        dmt_gradient_bytes=gradients.cross_bytes + inside.cross_bytes,
     )
 
 
@@ -274,10 +295,13 @@ class _Group:
     """Sums over the towers of one group of hosts."""
 
     def __init__(self) -> None:
-        self.width, self.ids, self.work = 0, 0.0, NO_WORK
+        self.sent, self.returned, self.ids, self.work = 0, 0, 0.0, NO_WORK
 
-    def add(self, tables: Sequence[TableLoad], width: int, module: DenseWork) -> None:
-        self.width += width
+    def add(
+        self, tables: Sequence[TableLoad], both_ways: tuple[int, int], module: DenseWork
+    ) -> None:
+        self.sent += both_ways[0]
+        self.returned += both_ways[1]
         self.ids += math.fsum(table.ids for table in tables)
         self.work += module
 
@@ -359,8 +383,10 @@ class _Parts:
     """How often embeddings are brought into another order on their way forward."""
     indices: float
     """Exchange of ids, in seconds."""
-    vectors: float
-    """Exchange of embeddings and tower outputs, one way, in seconds."""
+    forward: float
+    """Exchange of embeddings and tower outputs, in seconds."""
+    backward: float
+    """Exchange of their gradients, in seconds."""
     swept_bytes: float
     """Memory that is read or written once to move whole tables, in bytes."""
     all_reduce: float
@@ -378,6 +404,9 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
     between = Peers.between_groups(load.groups)
     shared = (work.dense_arch.parameters + work.over.parameters) * GRADIENT_BYTES
     replicated = load.replicated_elements * GRADIENT_BYTES
+    embeddings = network.all_to_all(
+        machine.in_transit(traffic.tower_embeddings), machine.batch, inside
+    )
     return _assemble(
         machine,
         _Parts(
@@ -388,13 +417,21 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
             reshuffles=2 if load.groups > 1 else 1,
             indices=network.all_to_all(traffic.peer_indices, machine.batch, between)
             + network.all_to_all(traffic.tower_indices, machine.batch, inside),
-            vectors=machine.vectors_seconds(traffic.tower_embeddings, inside)
-            + machine.vectors_seconds(traffic.tower_outputs, between),
+            forward=embeddings + network.all_to_all(traffic.tower_outputs, machine.batch, between),
+            backward=embeddings
+            + network.all_to_all(traffic.output_gradients, machine.batch, between),
             swept_bytes=float(SWEEPS * replicated),
             all_reduce=network.all_reduce(shared + replicated, network.cluster.hosts)
             + network.all_reduce(load.module.parameters * GRADIENT_BYTES, load.group_hosts),
         ),
     )
+
+
+def crossing_bytes(load: StepLoad, machine: Machine) -> tuple[float, float]:
+    """Bytes per sample that the busiest rank moves over its link: forward, and gradients back."""
+    inside = machine.in_transit(load.traffic.tower_embeddings).cross_bytes
+    traffic = load.traffic
+    return inside + traffic.tower_outputs.cross_bytes, inside + traffic.output_gradients.cross_bytes
 
 
 def _assemble(machine: Machine, parts: _Parts) -> StepTime:
@@ -409,13 +446,13 @@ def _assemble(machine: Machine, parts: _Parts) -> StepTime:
     tower = machine.compute_seconds(parts.module_flops * batch)
     early = machine.compute_seconds(parts.dense_arch.flops * batch)
     late = machine.compute_seconds(parts.over.flops * batch)
-    behind_gradients = min(parts.vectors, BACKWARD * early)
+    behind_gradients = min(parts.backward, BACKWARD * early)
     behind_sum = BACKWARD * early - behind_gradients + BACKWARD * tower + update
     exposed = math.fsum(
         (
             parts.indices - min(known.prefetch * parts.indices, (1 + BACKWARD) * late),
-            max(0.0, parts.vectors - early),
-            parts.vectors - behind_gradients,
+            max(0.0, parts.forward - early),
+            parts.backward - behind_gradients,
             max(0.0, parts.all_reduce - behind_sum),
         )
     )
@@ -426,8 +463,8 @@ def _assemble(machine: Machine, parts: _Parts) -> StepTime:
         tower=(1 + BACKWARD) * tower,
         dense=(1 + BACKWARD) * (early + late),
         indices=parts.indices,
-        forward=parts.vectors,
-        backward=parts.vectors,
+        forward=parts.forward,
+        backward=parts.backward,
         all_reduce=parts.all_reduce,
         exposed=exposed,
     )

@@ -277,9 +277,9 @@ class Machine:
     """The links."""
     batch: int
     """B."""
-    comm_dtype: CommDtype = "fp32"
-    """What embeddings, tower outputs and their gradients travel as; ids stay int64, gradients of
-    dense parts float32."""
+    comm_dtype: CommDtype | None = None
+    """What embeddings, tower outputs without a code, and gradients travel as; ids stay int64,
+    gradients of dense parts float32. None: fp32, and gradients of coded towers as their code."""
 
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
@@ -288,12 +288,17 @@ class Machine:
                 expected="samples per rank and step, at least 1",
                 hint="1024 is the default",
             )
-        if self.comm_dtype not in COMM_DTYPES:
+        if self.comm_dtype not in (None, *COMM_DTYPES):
             raise ConfigError(
                 f"--comm-dtype {self.comm_dtype}",
                 expected="one of " + ", ".join(COMM_DTYPES),
                 hint="fp32 is the default; bf16 halves what crosses hosts",
             )
+
+    @property
+    def embedding_dtype(self) -> CommDtype:
+        """What embeddings travel as."""
+        return self.comm_dtype or "fp32"
 
     @property
     def title(self) -> str:
@@ -302,7 +307,7 @@ class Machine:
         return (
             f"{self.gpu.name.upper()}, {cluster.ranks_per_host} per host, "
             f"{cluster.inter_gbps:g} Gbit/s each, {self.batch} samples per GPU, "
-            f"{self.comm_dtype} communication"
+            f"{self.embedding_dtype} communication"
         )
 
     def compute_seconds(self, flops: float) -> float:
@@ -318,10 +323,9 @@ class Machine:
         """Time to read or write bytes in whole vectors."""
         return num_bytes / (self.gpu.hbm_bytes_per_s * self.network.assumptions.copy_efficiency)
 
-    def vectors_seconds(self, exchange: Exchange, peers: Peers) -> float:
-        """Time of one AlltoAll of vectors."""
-        scale = _COMM_BYTES[self.comm_dtype] / ELEMENT_BYTES
-        scaled = Exchange(
-            cross_bytes=exchange.cross_bytes * scale, intra_bytes=exchange.intra_bytes * scale
+    def in_transit(self, embeddings: Exchange) -> Exchange:
+        """Return an exchange of embeddings, whose bytes are counted as float32, as it travels."""
+        scale = _COMM_BYTES[self.embedding_dtype] / ELEMENT_BYTES
+        return Exchange(
+            cross_bytes=embeddings.cross_bytes * scale, intra_bytes=embeddings.intra_bytes * scale
         )
-        return self.network.all_to_all(scaled, self.batch, peers)

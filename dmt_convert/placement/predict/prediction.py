@@ -21,12 +21,13 @@ from typing import Any, Final, Literal
 
 from dmt_convert.errors import ConfigError, PlanError
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec, module_spec
-from dmt_convert.placement import Cluster, TowerPlan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, plan_model
 from dmt_convert.placement.predict.cost_model import (
     StepLoad,
     StepTime,
     as_flat,
     as_passthrough,
+    crossing_bytes,
     even_load,
     planned_load,
     step_time,
@@ -59,6 +60,10 @@ class PredictedStep:
     """Where its time goes."""
     speedup: float
     """Over flat."""
+    forward_bytes: float
+    """Per sample: what the busiest rank moves over its link of embeddings and tower outputs."""
+    gradient_bytes: float
+    """The same of their gradients."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict, with times in milliseconds."""
@@ -70,6 +75,8 @@ class PredictedStep:
             "communication_ms": self.step.communication * 1e3,
             "compute_ms": self.step.compute * 1e3,
             **parts,
+            "forward_bytes": self.forward_bytes,
+            "gradient_bytes": self.gradient_bytes,
         }
 
 
@@ -134,10 +141,15 @@ def predict_plan(
     """
     check_ids_per_bag(ids_per_bag)
     check_size(plan.cluster.world_size)
+
+    def planned(towers: DmtSpec) -> StepLoad:
+        dtype = machine.comm_dtype
+        return planned_load(towers, plan, ids_per_bag, comm_dtype=dtype, even_ranks=True)
+
     return compare(
         even_load(as_flat(model.flat), plan.cluster, ids_per_bag),
-        planned_load(as_passthrough(model), plan, ids_per_bag, even_ranks=True),
-        planned_load(model, plan, ids_per_bag, even_ranks=True),
+        planned(as_passthrough(model)),
+        planned(model),
         machine,
     )
 
@@ -148,6 +160,8 @@ class PlacedStep:
 
     step: StepTime
     """Where its time goes."""
+    speedup: float
+    """Over flat, whose tables are spread evenly."""
     busiest_rank: float
     """Bytes that the busiest rank looks up, over the mean rank's."""
 
@@ -158,9 +172,12 @@ def predict_placement(
     """Predict what a plan's uneven ranks cost; arguments and errors are `predict_plan`'s."""
     check_ids_per_bag(ids_per_bag)
     check_size(plan.cluster.world_size)
-    load = planned_load(model, plan, ids_per_bag)
+    load = planned_load(model, plan, ids_per_bag, comm_dtype=machine.comm_dtype)
+    flat = even_load(as_flat(model.flat), plan.cluster, ids_per_bag)
+    step = step_time(load, machine)
     return PlacedStep(
-        step=step_time(load, machine),
+        step=step,
+        speedup=step_time(flat, machine).total / step.total,
         busiest_rank=load.lookup.row_bytes / load.lookup.mean_row_bytes,
     )
 
@@ -171,7 +188,14 @@ def compare(flat: StepLoad, sptt: StepLoad, dmt: StepLoad, machine: Machine) -> 
 
     def row(variant: Variant, load: StepLoad) -> PredictedStep:
         step = step_time(load, machine)
-        return PredictedStep(variant=variant, step=step, speedup=base.total / step.total)
+        forward, gradients = crossing_bytes(load, machine)
+        return PredictedStep(
+            variant=variant,
+            step=step,
+            speedup=base.total / step.total,
+            forward_bytes=forward,
+            gradient_bytes=gradients,
+        )
 
     return Prediction(flat=row("flat", flat), sptt=row("sptt", sptt), dmt=row("dmt", dmt))
 
@@ -188,7 +212,7 @@ def describe_machine(machine: Machine, ids_per_bag: float) -> dict[str, Any]:
         "hosts": cluster.hosts,
         "ranks_per_host": cluster.ranks_per_host,
         "batch": machine.batch,
-        "comm_dtype": machine.comm_dtype,
+        "comm_dtype": machine.embedding_dtype,
         "ids_per_bag": ids_per_bag,
         "assumptions": machine.network.assumptions.to_json(),
     }
@@ -365,13 +389,9 @@ def _try_towers(
         if model is None:
             continue
         if plan is None:  # widths differ by one factor for all towers, so the plan is the same
-            plan = plan_towers(
-                flat,
-                model.assignment,
-                machine.network.cluster,
-                tower_widths=model.tower_widths,
-            )
-        load = planned_load(model, plan, ids_per_bag, even_ranks=True)
+            plan = plan_model(model, machine.network.cluster)
+        dtype = machine.comm_dtype
+        load = planned_load(model, plan, ids_per_bag, comm_dtype=dtype, even_ranks=True)
         yield model.compression, step_time(load, machine).total
 
 
@@ -472,8 +492,11 @@ def _point(
         )
     prediction = compare(
         even_load(as_flat(flat), cluster, ids_per_bag),
-        even_load(as_passthrough(model), cluster, ids_per_bag),
-        replace(even_load(model, cluster, ids_per_bag), replicated_elements=replicated_elements),
+        even_load(as_passthrough(model), cluster, ids_per_bag, comm_dtype=machine.comm_dtype),
+        replace(
+            even_load(model, cluster, ids_per_bag, comm_dtype=machine.comm_dtype),
+            replicated_elements=replicated_elements,
+        ),
         there,
     )
     return ScalePoint(
@@ -510,6 +533,7 @@ class PredictionReport:
         if self.placed is not None:
             value["as_placed"] = {
                 "step_ms": self.placed.step.total * 1e3,
+                "speedup": self.placed.speedup,
                 "busiest_rank": self.placed.busiest_rank,
             }
         if self.suggestion is not None:
