@@ -159,8 +159,8 @@ class Case:
             names = {f"t{i}" for i in range(first, first + len(tower))}
             first += len(tower)
             given = dict(self.modules[t % len(self.modules)])
-            code = TowerCode(**given.pop("code")) if given.get("code") else None
-            module = TowerModuleSpec(**given, code=code)
+            code = given.pop("code", None)
+            module = TowerModuleSpec(**given, code=TowerCode(**code) if code else None)
             features = [f.name for f in spec.features if f.table in names]
             # the tower's own order is not the model's
             local = t in self.everywhere

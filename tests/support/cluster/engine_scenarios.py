@@ -14,6 +14,7 @@ from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, tab
 from dmt_convert.cluster.index_route import carries_weights
 from dmt_convert.cluster.replicated import ReplicatedOptimizer
 from dmt_convert.placement import TowerPlan
+from dmt_convert.placement.predict.cost_model import planned_load
 from support.cluster.cluster_cases import (
     Case,
     join_shards,
@@ -260,7 +261,8 @@ def compare_wires(dtypes: list[str], loss_factor: float = 1.0, **options: Any) -
 def count_bytes(comm_dtype: str | None = None, **options: Any) -> dict[str, Any]:
     """Take one step; count what this rank hands to the process group for every other rank.
 
-    Ids are whole numbers; tower outputs and gradients are bytes.
+    Ids are whole numbers; tower outputs and gradients are bytes. Beside it what the plan says, and
+    the bytes per message that say whether its levels are of finite numbers.
     """
     case = Case.from_json(options)
     sharded, plan = shard_case(case, comm_dtype=comm_dtype)
@@ -280,9 +282,20 @@ def count_bytes(comm_dtype: str | None = None, **options: Any) -> dict[str, Any]
         _loss(logits, jagged.labels).backward()
     finally:
         dist.ProcessGroup.send = send
-    traffic = plan.traffic.to_json()
-    backward = [after - before for after, before in zip(sent, forward, strict=True)]
-    return {"forward": forward, "backward": backward, "traffic": traffic}
+    spec, exchange = case.dmt_spec(), sharded.towers._exchange
+    traffic = planned_load(spec, plan, 1.0, comm_dtype=comm_dtype).traffic
+    if comm_dtype is None:
+        assert traffic.tower_outputs == plan.traffic.tower_outputs
+        assert traffic.output_gradients == plan.traffic.output_gradients
+    busiest = (traffic.tower_outputs.cross_bytes, traffic.output_gradients.cross_bytes)
+    return {
+        "forward": forward,
+        "backward": [after - before for after, before in zip(sent, forward, strict=True)],
+        "tower bytes": [spec.bytes_sent(comm_dtype), spec.gradient_bytes(comm_dtype)],
+        "busiest": busiest,
+        "mean": (traffic.dmt_cross_bytes, traffic.gradient_cross_bytes),
+        "marks": exchange.forward_wires[exchange.rank].mark_bytes,
+    }
 
 
 def diverge(**options: Any) -> dict[str, Any]:
