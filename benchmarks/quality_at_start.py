@@ -16,7 +16,7 @@ from dmt_convert.config import PartitionConfig, Strategy
 from dmt_convert.conversion import Sample, find_towers
 from dmt_convert.conversion.initialisation import initialise
 from dmt_convert.conversion.module_choice import alternative_modules
-from dmt_convert.conversion.start import Starter
+from dmt_convert.conversion.start import Choice, Starter
 from dmt_convert.model import (
     DmtModel,
     DmtSpec,
@@ -71,7 +71,7 @@ class Fitting:
             count = len(towers)
             modules += alternative_modules(flat, found, num_towers=count, compression=compression)
         specs = [make_spec(flat, towers, each) for each in modules]
-        return self.starter.solve(specs, allot=True)[0]
+        return self.starter.solve(specs, Choice(allot=True))[0]
 
     def distill(self, model: DmtModel, steps: int) -> DmtModel:
         better, _ = self.starter.distill(model, steps, seed=self.flat.job.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,8 +89,8 @@ def _show_preview(output: Output, preview: Preview) -> None:
         ("memory", _memory_text(preview)),
         ("features", f"{len(spec.features)} in {preview.num_towers} towers"),
         *((("on every rank", ", ".join(preview.replicated)),) if preview.replicated else ()),
-        ("tower module", _module_text([module])),
-        *(("  or", _module_text([other])) for other in preview.modules[1:]),
+        ("tower module", _module_text(module)),
+        *(("  or", _module_text(other)) for other in preview.modules[1:]),
         ("compression", f"{preview.compression:.2f}"),
         ("towers", "found from the weights when converting" if towers is None else ""),
         *((f"  tower {t}", ", ".join(names)) for t, names in enumerate(towers or ())),
@@ -106,11 +106,9 @@ def _memory_text(preview: Preview) -> str:
     return f"about {human_bytes(total)}{beside} ({parts})"
 
 
-def _module_text(modules: Sequence[TowerModuleSpec]) -> str:
-    """Describe the module of all towers, which may differ in D."""
-    dims = list(dict.fromkeys(str(module.dim) for module in modules))
-    shown = [str(module.dim) for module in modules] if len(dims) > 1 else dims
-    return modules[0].describe("/".join(shown))
+def _module_text(module: TowerModuleSpec) -> str:
+    """Describe a module before its size per tower is known."""
+    return module.describe() + ("" if module.code is None else f"; {module.code.precision}")
 
 
 def _partition_text(partition: PartitionRecord) -> str:
@@ -146,6 +144,7 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     from dmt_convert.adapter import model_option
     from dmt_convert.documents import to_json
+    from dmt_convert.model import describe_modules
     from dmt_convert.placement import describe_replication
 
     manifest, quality = bundle.manifest, bundle.quality
@@ -161,6 +160,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         "on_every_rank": [tower.everywhere for tower in model.towers],
         "tower_module": to_json(model.sending_towers[0].module),
         "tower_dims": [tower.module.dim for tower in model.towers],
+        "tower_bytes": model.tower_bytes,
         "compression": model.compression,
         "initialisation": to_json(manifest.initialisation),
         "optimizer_state": to_json(manifest.optimizer_state),
@@ -174,8 +174,11 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         ("towers", f"{len(model.towers)}, over {len(model.flat.features)} features"),
         ("partition", _partition_text(manifest.partition)),
         *((("on every rank", held),) if held else ()),
-        ("tower module", _module_text([tower.module for tower in model.sending_towers])),
-        ("compression", f"{model.compression:.2f}"),
+        ("tower module", describe_modules(model)),
+        (
+            "compression",
+            f"{model.compression:.2f} ({sum(model.tower_bytes):,} bytes per sample cross hosts)",
+        ),
         ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]

@@ -160,8 +160,8 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
 
     tower_module: str = setting(
         "auto",
-        "Kind of tower module. auto takes the architecture's own; passthrough computes exactly "
-        "what the flat model computes.",
+        "Kind of tower module. auto takes the one that loses least in the bytes that it may send; "
+        "passthrough computes exactly what the flat model computes.",
         metavar="auto|passthrough|dlrm|dcn|linear",
         panel=_MODULES,
     )
@@ -176,10 +176,22 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
     )
     compression: Float | None = setting(
         None,
-        "Compression to reach, instead of --dim: bytes that would cross hosts uncompressed, over "
+        "Compression to reach, instead of --dim: bytes that would cross hosts as float32, over "
         "bytes that do.",
         gt=0,
-        auto="2",
+        auto="4; 2 with --tower-module",
+        panel=_MODULES,
+    )
+    precision: Literal["auto", "fp32", "bf16", "int8", "mixed"] = setting(
+        "auto",
+        "How what towers emit crosses hosts. int8 has a range per element, fitted on the sample; "
+        "mixed gives elements that matter less 4 bits; auto takes what loses least.",
+        panel=_MODULES,
+    )
+    prefer: Literal["bytes", "compute"] = setting(
+        "bytes",
+        "What tower modules are chosen for, among those that send as little: bytes takes the one "
+        "that agrees best with the flat model, compute the one that computes least.",
         panel=_MODULES,
     )
     replicate: Replicate = setting(

@@ -23,7 +23,7 @@ from dmt_convert.bundle import (
 from dmt_convert.checkpoint import check_finite, check_outliers, open_checkpoint, read_tensor
 from dmt_convert.config import ConvertConfig, ModelOptions, PartitionConfig, PartitionOptions
 from dmt_convert.conversion.memory import check_memory, weight_bytes
-from dmt_convert.conversion.module_choice import choose_modules, default_strategy, may_allot
+from dmt_convert.conversion.module_choice import choose_modules, default_strategy, how_to_choose
 from dmt_convert.conversion.partition import (
     Partition,
     measure_affinity,
@@ -394,7 +394,7 @@ def _start(
             specs[0],
             sample,
             alternatives=specs[1:],
-            allot=may_allot(specs[0].towers[0].module, config.compression),
+            choice=how_to_choose(config, [spec.sending_towers[0].module for spec in specs]),
             distill_steps=config.distill_steps,
             stored_as=config.dtype,
             seed=config.seed,

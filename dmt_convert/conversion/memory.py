@@ -46,7 +46,7 @@ def estimate_memory(flat: FlatModelInfo, spec: DmtSpec, config: ConvertConfig) -
     """
     dense, written = dense_bytes(flat), weight_bytes(flat, spec)
     features, width = len(flat.spec.features), sum(flat.spec.input_dims)
-    exact = spec.is_passthrough
+    exact = spec.rules.exact
     paired = flat.spec.interaction.rules.pairs_vectors
     interacted = spec.interaction.output_width(spec.interaction_dims)
     rows = sample_size(flat.spec)
@@ -56,7 +56,7 @@ def estimate_memory(flat: FlatModelInfo, spec: DmtSpec, config: ConvertConfig) -
     if paired:
         work += min(3 * _BLOCK, 3 * _BLOCK_ROWS * (features + 1) ** 2 * _ITEM)
     if not exact:
-        if interacted <= _REFITTED:
+        if interacted <= _REFITTED and not spec.keeps_network:
             work += 2 * interacted**2 * 8 + min(_KEPT, rows * interacted * _ITEM)
         if config.distill_steps != 0:
             small = written < _MOST_DISTILLED * _ITEM
@@ -86,7 +86,7 @@ def weight_bytes(flat: FlatModelInfo, spec: DmtSpec) -> int:
     for tower, dims in zip(spec.towers, spec.dims_by_tower, strict=True):
         work = tower.module.rules.work(tower.module, dims)
         parameters += 0 if work is None else work.parameters
-        if spec.rules.restores:
+        if spec.rules.restores and not tower.everywhere:
             parameters += (tower.module.width(dims) + 1) * sum(dims)
     work = spec.interaction.rules.work(spec.interaction, spec.interaction_dims)
     if spec.keeps_network or work is None:

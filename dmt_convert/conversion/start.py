@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import SmallWeights, split_state
 from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.conversion.initialisation import (
+    FlatTrace,
     allot_dims,
     default_steps,
     distill,
@@ -25,12 +27,26 @@ from dmt_convert.conversion.sample import Sample
 from dmt_convert.documents import Quality
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import FlatModelInfo
-from dmt_convert.model import DmtModel, DmtSpec, FlatModel, MappedTables, open_flat_model, to_tensor
+from dmt_convert.model import (
+    ELEMENT_BYTES,
+    DmtModel,
+    DmtSpec,
+    FlatModel,
+    MappedTables,
+    describe_modules,
+    open_flat_model,
+    to_tensor,
+)
+from dmt_convert.placement.predict import count_work
 from dmt_convert.spec import Dtype
 
 _HELD_OUT: Final = 0.25
 _AS_GOOD: Final = 5e-4
 """1 - R^2 of a closed form that distillation is not needed after, unless it is asked for."""
+_ALIKE: Final = 1e-4
+"""Difference in R^2 below which starts are as good as each other: some 1e-5 of AUC."""
+_AS_CHEAP: Final = 0.1
+"""Share by which what starts compute may differ, if the least is asked for."""
 
 OnStep = Callable[[int, int], None]
 
@@ -57,7 +73,7 @@ def start_model(
     sample: Sample,
     *,
     alternatives: Sequence[DmtSpec] = (),
-    allot: bool = False,
+    choice: Choice | None = None,
     distill_steps: int | None = None,
     stored_as: Dtype | None = None,
     seed: int = 0,
@@ -69,8 +85,8 @@ def start_model(
         info: The flat checkpoint.
         spec: The converted model.
         sample: Rows; the last quarter is held out.
-        alternatives: Further specs; the one whose closed form is best on held-out rows is taken.
-        allot: Whether towers may have output dims of their own.
+        alternatives: Further specs, of which one is taken by `choice`.
+        choice: How output dims are allotted, and one of several specs is taken.
         distill_steps: Steps of distillation after the closed form. None: up to 500, if the closed
             form leaves something to gain and the model is not large.
         stored_as: Type in which the tables will be stored.
@@ -91,7 +107,7 @@ def start_model(
     else:
         check_logits(flat, held)
         starter = Starter(flat, fit, held, tables)
-        closed, notes = starter.solve([spec, *alternatives], allot=allot)
+        closed, notes = starter.solve([spec, *alternatives], choice or Choice())
         better, note = starter.distill(closed, distill_steps, seed, on_step)
         del starter
         model, method, notes = closed, "closed form", (*notes, note)
@@ -99,9 +115,10 @@ def start_model(
         if better is not None:
             model, method = better, "closed form, then distilled"
             candidates["distilled"] = lambda: model
-        candidates["random initialisation"] = lambda: initialise(
-            flat, model.spec, None, method="random", tables=tables, seed=seed
-        )[0]
+        if not model.spec.rules.exact:
+            candidates["random initialisation"] = lambda: initialise(
+                flat, model.spec, fit, method="random", tables=tables, seed=seed
+            )[0]
     quality = compare_models(flat, candidates, held)
     weak = describe_weakness(quality)
     return StartedModel(
@@ -111,6 +128,72 @@ def start_model(
         notes=notes if weak is None else (*notes, weak),
         quality=quality,
     )
+
+
+@dataclass(slots=True, kw_only=False)
+class _Tried:
+    """A start that was solved."""
+
+    lost: float
+    """1 - R^2 of its logits on held-out rows."""
+    flops: float
+    """What its dense parts compute per sample."""
+    model: DmtModel | None
+    """The model; let go once another is better."""
+    notes: tuple[str, ...]
+    """What was fitted."""
+    name: str = ""
+    """What it is."""
+
+    def __post_init__(self) -> None:
+        assert self.model is not None
+        self.name = describe_modules(self.model.spec)
+
+    def describe(self) -> str:
+        """Say what it costs, and how good it is."""
+        return f"{self.name}: R^2 {1 - self.lost:.6f}, {self.flops / 1e6:.3g} MFLOP"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How one of several starts is chosen."""
+
+    compression: float | None = None
+    """Bytes as float32 over bytes that may be sent; None: what the specs send."""
+    allot: bool = False
+    """Whether towers may have output dims of their own."""
+    mix: bool = True
+    """Whether elements of an int8 code may take 4 bits."""
+    prefer: Literal["bytes", "compute"] = "bytes"
+    """bytes: what agrees best with the flat model, all sending as little. compute: what computes
+    least."""
+
+    def budget(self, spec: DmtSpec) -> int | None:
+        """Bytes that all towers may send per sample; None: as many as they do."""
+        if self.compression is None:
+            return None
+        return int(ELEMENT_BYTES["fp32"] * sum(spec.flat.feature_dims) / self.compression + 1e-9)
+
+    @property
+    def reason(self) -> str:
+        """Which of those that were tried is taken."""
+        return "the best one" if self.prefer == "bytes" else "the one that computes least"
+
+    def keep(self, tried: Sequence[_Tried]) -> list[_Tried]:
+        """Put the best first; the models of all others are let go."""
+        finite = [each for each in tried if math.isfinite(each.lost)] or [*tried]
+        if self.prefer == "bytes":
+            least = min(each.lost for each in finite)
+            fair = [each for each in finite if not each.lost > least + _ALIKE]
+            best = min(fair, key=lambda each: each.flops)
+        else:
+            least = min(each.flops for each in finite)
+            fair = [each for each in finite if each.flops <= least * (1 + _AS_CHEAP)]
+            best = min(fair, key=lambda each: each.lost)
+        for each in tried:
+            if each is not best:
+                each.model = None
+        return [best, *(each for each in tried if each is not best)]
 
 
 class Starter:
@@ -128,17 +211,18 @@ class Starter:
     ) -> None:
         self._flat, self._fit, self._held, self._tables = flat, fit, held, tables
         self._target = _logits(flat, held)
-        with torch.no_grad():
-            self._trace = trace_flat(flat, fit)
 
-    def solve(
-        self, specs: Sequence[DmtSpec], *, allot: bool = False
-    ) -> tuple[DmtModel, tuple[str, ...]]:
-        """Solve the closed form of every spec, and keep the best.
+    @cached_property
+    def _trace(self) -> FlatTrace:
+        with torch.no_grad():
+            return trace_flat(self._flat, self._fit)
+
+    def solve(self, specs: Sequence[DmtSpec], choice: Choice) -> tuple[DmtModel, tuple[str, ...]]:
+        """Solve the closed form of every spec, and keep one.
 
         Args:
-            specs: Models to try; the first is taken unless another is better.
-            allot: Try each with output dims per tower as well.
+            specs: Models to try.
+            choice: How output dims are allotted, and the one that is kept is chosen.
 
         Returns:
             The model, and one line per thing that was tried or fitted.
@@ -147,35 +231,43 @@ class Starter:
             CheckpointError: None can be solved.
         """
         try:
-            model, notes = self._solve(specs, allot=allot)
+            model, notes = self._solve(specs, choice)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise self._unsolvable(str(error).splitlines()[0]) from None
         if not math.isfinite(self._lost(model)):
             raise self._unsolvable("its logits are not finite")
         return model, notes
 
-    def _solve(self, specs: Sequence[DmtSpec], *, allot: bool) -> tuple[DmtModel, tuple[str, ...]]:
-        allotted = [allot_dims(self._trace, spec) for spec in specs] if allot else []
-        tried = dict.fromkeys([*specs, *allotted])
-        said, best = [], None
-        for spec in tried:
+    def _solve(self, specs: Sequence[DmtSpec], choice: Choice) -> tuple[DmtModel, tuple[str, ...]]:
+        tried: list[_Tried] = []
+        sized = (each for spec in specs for each in self._sizes(spec, choice))
+        for spec in dict.fromkeys(sized):
             model, notes = initialise(
                 self._flat,
                 spec,
                 self._fit,
-                method="closed-form",
+                method="exact" if spec.rules.exact else "closed-form",
                 tables=self._tables,
-                trace=self._trace,
+                trace=None if spec.rules.exact else self._trace,
             )
-            lost = self._lost(model)
-            said.append(f"{_say(model.spec)}: R^2 {1 - lost:.6f}")
-            if best is None or math.isnan(best[0]) or lost < best[0]:
-                best = lost, model, notes
-        assert best is not None
-        _, model, notes = best
-        if len(said) > 1:
-            notes = ("tower modules tried, the best one taken: " + "; ".join(said), *notes)
-        return model, notes
+            found = _Tried(self._lost(model), count_work(spec).flops, model, notes)
+            tried = choice.keep([*tried, found])
+        best = tried[0]
+        notes = best.notes
+        if len(tried) > 1:
+            said = "; ".join(each.describe() for each in tried)
+            notes = (f"tower modules tried, {choice.reason} taken: {said}", *notes)
+        assert best.model is not None
+        return best.model, notes
+
+    def _sizes(self, spec: DmtSpec, choice: Choice) -> Iterator[DmtSpec]:
+        """Yield a spec with output dims per tower, and as it is unless those are never worse."""
+        if not choice.allot or spec.rules.exact:
+            yield spec
+            return
+        if not spec.rules.restores:
+            yield spec
+        yield allot_dims(self._trace, spec, choice.budget(spec), mix=choice.mix)
 
     def distill(
         self,
@@ -197,6 +289,8 @@ class Starter:
             and one line about the result.
         """
         before = self._lost(model)
+        if model.spec.rules.exact:
+            return None, "not distilled: every weight is the flat model's"
         if steps is None:
             if before <= _AS_GOOD:
                 return None, f"not distilled: the closed form has R^2 {1 - before:.6f} already"
@@ -272,8 +366,3 @@ def _logits(model: FlatModel | DmtModel, sample: Sample) -> torch.Tensor:
             model.forward_pooled(dense[rows], pooled[rows]) for rows in row_blocks(spec, len(dense))
         ]
     return torch.cat(parts).double()
-
-
-def _say(spec: DmtSpec) -> str:
-    dims = [str(tower.module.dim) for tower in spec.towers]
-    return spec.towers[0].module.describe(dims[0] if len(set(dims)) == 1 else "/".join(dims))

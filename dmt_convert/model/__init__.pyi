@@ -8,6 +8,7 @@ from .code_modules import Code as Code
 from .dmt_spec import DmtSpec as DmtSpec
 from .dmt_spec import TowerSpec as TowerSpec
 from .dmt_spec import converted_spec as converted_spec
+from .dmt_spec import describe_modules as describe_modules
 from .dmt_spec import one_tower as one_tower
 from .layers import map_features as map_features
 from .layers import pair_indices as pair_indices

@@ -6,7 +6,7 @@ Letters: F_t features of a tower, N embedding dim, D output dim, K_t vectors tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dmt_convert.documents import MODEL_CONFIG, OMITTED_IF_EMPTY, from_json, to_json
@@ -232,3 +232,19 @@ def converted_spec(
 def one_tower(flat: ModelSpec) -> DmtSpec:
     """Describe a flat model as one passthrough tower."""
     return converted_spec(flat, [flat.feature_names], TowerModuleSpec(kind="passthrough"))
+
+
+def describe_modules(spec: DmtSpec) -> str:
+    """Describe the modules of all towers that send, and how their output travels."""
+    towers, widths = spec.sending_towers, spec.tower_widths
+    dims = list(dict.fromkeys(str(tower.module.dim) for tower in towers))
+    shown = [str(tower.module.dim) for tower in towers] if len(dims) > 1 else dims
+    text = towers[0].module.describe("/".join(shown))
+    if towers[0].module.code is None:
+        return text
+    code = replace(
+        towers[0].module.code,
+        int4=sum(tower.module.code.int4 for tower in towers if tower.module.code is not None),
+    )
+    sent = [w for tower, w in zip(spec.towers, widths, strict=True) if not tower.everywhere]
+    return f"{text}; {code.describe(sum(sent))}"

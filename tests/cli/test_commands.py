@@ -189,7 +189,17 @@ def test_calibration_with_labels_gives_auc_before_and_after(
 ) -> None:
     out = tmp_path / "out"
     run = call_dmt(
-        "convert", flat, "--towers", 2, "--out", out, "--calibration", click_data, "--json"
+        "convert",
+        flat,
+        "--towers",
+        2,
+        "--out",
+        out,
+        "--calibration",
+        click_data,
+        "--dim",
+        2,
+        "--json",
     )
     quality = json.loads(run.stdout)["quality"]
     assert quality["labelled"] is True

@@ -130,7 +130,7 @@ def test_verify_of_a_compressed_bundle_explains(
 ) -> None:
     run = call_dmt("verify", flat, compressed)
     assert run.code == 4
-    assert "send 2.00x fewer" in run.stdout
+    assert "send 4.00x fewer" in run.stdout
     assert "passthrough" in run.stdout
 
 

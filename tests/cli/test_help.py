@@ -13,7 +13,8 @@ import pytest
 OPTIONS = {
     "inspect": "--model-config --model --json --quiet",
     "convert": "--towers --out --partition --affinity --size-ratio --load-ratio --tower-module --c "
-    "--p --dim --compression --together --apart --group --calibration --replicate --batch "
+    "--p --dim --compression --precision --prefer "
+    "--together --apart --group --calibration --replicate --batch "
     "--distill-steps --hosts "
     "--ranks-per-host --hbm-gib "
     "--dtype --optimizer-state --outliers --model-config --model --seed --dry-run --force "

@@ -69,7 +69,7 @@ def test_every_family_from_every_container(
     assert all(check.identical for check in report.checks)
     assert report.checks[-1].stage == "logit"
 
-    compressed = convert(source, tmp_path / "auto", distill_steps=0, model_config=config)
+    compressed = convert(source, tmp_path / "auto", distill_steps=0, dim=4, model_config=config)
     model = compressed.manifest.model
     assert model.kind == ("dcn" if interaction == "dcn" else "dlrm")
     assert model.compression == 2
@@ -233,7 +233,7 @@ def test_a_model_with_constant_logits_has_a_report(
         state["dense_arch.model._mlp.1._linear.weight"].zero_()
 
     source = make_flat(tmp_path / "ckpt.pt", edit=edit)
-    run = call_dmt("convert", source, "--towers", 2, "--json")
+    run = call_dmt("convert", source, "--towers", 2, "--dim", 2, "--json")
     assert run.code == 0, run.stderr
 
     def refuse(constant: str) -> None:

@@ -58,7 +58,7 @@ def test_a_fit_that_fails_names_tensors(monkeypatch, tmp_path, call_dmt):
         raise torch.linalg.LinAlgError("linalg.cholesky: not positive-definite")
 
     monkeypatch.setattr(ridge, "_solve", fail)
-    run = call_dmt("convert", make_flat(tmp_path / "ckpt.pt"), "--towers", 2, "--json")
+    run = call_dmt("convert", make_flat(tmp_path / "ckpt.pt"), "--towers", 2, "--dim", 2, "--json")
     check_refusal(run, "CheckpointError", "towers cannot be fitted")
     assert "largest value" in run.stderr and "passthrough" in run.stderr
 

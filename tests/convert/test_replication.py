@@ -146,9 +146,6 @@ def test_a_preview_says_what_would_leave(tmp_path: Path) -> None:
     assert dmt.preview(source, towers=2, tower_module="passthrough").replicated == ()
 
 
-@pytest.mark.xfail(
-    raises=KeyError, strict=False, reason="closed forms of linear towers know no others yet"
-)
 @pytest.mark.parametrize("interaction", ["dot", "dcn", "projection"])
 def test_bytes_that_are_saved_go_to_the_linear_towers(tmp_path: Path, interaction: str) -> None:
     """At the same bytes, the logits agree better: two features are exact, the others wider."""

@@ -7,7 +7,7 @@ import torch
 
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.conversion import draw_sample, start
-from dmt_convert.conversion.start import start_model
+from dmt_convert.conversion.start import Choice, start_model
 from dmt_convert.families import infer_model
 from dmt_convert.model import DmtSpec, TowerModuleSpec, TowerSpec
 from support.scored import write_model
@@ -91,7 +91,8 @@ def test_dense_arch_stays_the_flat_models(info):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(info):
     one, two = (
-        _start(info, _spec(info, c=1, dim=2), distill_steps=100, allot=True) for _ in range(2)
+        _start(info, _spec(info, c=1, dim=2), distill_steps=100, choice=Choice(allot=True))
+        for _ in range(2)
     )
     for name, value in one.weights.dense.items():
         assert (two.weights.dense[name] == value).all()

@@ -1,6 +1,7 @@
 # What other folders use.
 from .distillation import default_steps as default_steps
 from .distillation import distill as distill
+from .flat_trace import FlatTrace as FlatTrace
 from .flat_trace import trace_flat as trace_flat
 from .ridge import refit_linear as refit_linear
 from .starts import allot_dims as allot_dims

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dmt_convert.arrays import Float64Array, FloatArray
 from dmt_convert.conversion.initialisation.flat_trace import FlatTrace
-from dmt_convert.model import DmtModel, DmtSpec
+from dmt_convert.model import ELEMENT_BYTES, DmtModel, DmtSpec
 
 Indices = npt.NDArray[np.intp]
 """Columns of a matrix."""
@@ -68,8 +68,14 @@ class ClosedForm(ABC):
         """Return what the logit loses by given dims, as far as moments tell; None: unknown."""
         return None
 
-    def allot(self, trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
-        """Give every tower its own D, emitting no more than `spec` does.
+    def allot(self, trace: FlatTrace, spec: DmtSpec, budget: int, *, mix: bool = True) -> DmtSpec:
+        """Give every tower its own D.
+
+        Args:
+            trace: Intermediate results of the flat model on sampled rows.
+            spec: Towers of one D each.
+            budget: Bytes that all towers may send per sample.
+            mix: Whether elements of an int8 code may take 4 bits.
 
         Returns:
             The spec with the D that lose least; `spec` itself if one D for all loses no more.
@@ -83,17 +89,22 @@ class ClosedForm(ABC):
             max(1, -(-max(own) // max(1, tower.module.c)))
             for tower, own in zip(spec.towers, spec.dims_by_tower, strict=True)
         ]
-        budget = sum(cost * dim for cost, dim in zip(costs, dims, strict=True))
-        chosen = _take_dims(loss, costs, limits, budget)
+        chosen = _take_dims(loss, costs, limits, budget // element_bytes(spec))
         return spec if chosen is None or not loss(chosen) < loss(dims) else with_dims(spec, chosen)
 
 
+def element_bytes(spec: DmtSpec) -> int:
+    """Bytes of an element that towers send, unless it takes 4 bits."""
+    code = spec.sending_towers[0].module.code
+    return ELEMENT_BYTES["fp32" if code is None else code.precision]
+
+
 def with_dims(spec: DmtSpec, dims: Sequence[int]) -> DmtSpec:
-    """Return a model with other output dims D_t."""
+    """Return a model with other output dims D_t; towers on every rank keep theirs."""
     return replace(
         spec,
         towers=tuple(
-            replace(tower, module=replace(tower.module, dim=dim))
+            tower if tower.everywhere else replace(tower, module=replace(tower.module, dim=dim))
             for tower, dim in zip(spec.towers, dims, strict=True)
         ),
     )

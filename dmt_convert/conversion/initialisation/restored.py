@@ -10,21 +10,31 @@ Letters: n rows, M_t widths' sum of a tower's embeddings, D_t elements that it e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from dmt_convert.arrays import Float64Array, FloatArray
 from dmt_convert.conversion.blocks import row_blocks
-from dmt_convert.conversion.initialisation.closed_form import ClosedForm, Indices, Start, with_dims
+from dmt_convert.conversion.initialisation.closed_form import (
+    ClosedForm,
+    Indices,
+    Start,
+    element_bytes,
+    with_dims,
+)
 from dmt_convert.conversion.initialisation.flat_trace import FlatTrace, tower_moments
 from dmt_convert.model import DmtSpec, to_tensor
 
 _MAX_WIDTH: Final = 2048
-"""Columns solved together: eigenvectors of more take minutes, so wider towers are solved in
-blocks of features."""
+_MAX_WORK: Final = 1 << 35
+"""Columns solved together, and their square times all columns: eigenvectors of more take minutes,
+so wider towers are solved in blocks of features."""
+_ROUNDING: Final = {0: 1.0, 4: 1.2e-2, 8: 1e-4}
+"""Variance that is lost of an element of unit variance, by its bits: uniform levels, Gaussian."""
 _DAMPING: Final = 1e-3
 _FLOOR: Final = 1e-12
 _HELD_OUT: Final = 0.25
@@ -70,13 +80,16 @@ class RestoredForm(ClosedForm):
         loss, best = min(tried)
         maps = _solve_towers(trace, spec, best, slice(0, None))
         dense: dict[str, FloatArray] = {}
+        modules: list[dict[str, FloatArray]] = []
         mean = trace.pooled.mean(axis=0, dtype=np.float64)
-        for t, (columns, (emit, back)) in enumerate(zip(_columns(spec), maps, strict=True)):
-            dense[f"restore.{t}.weight"] = back
-            dense[f"restore.{t}.bias"] = mean[columns] - back @ (emit @ mean[columns])
+        for t, (columns, own) in enumerate(zip(_columns(spec), maps, strict=True)):
+            modules.append({} if own is None else {"weight": own.emit})
+            if own is not None:
+                dense[f"restore.{t}.weight"] = own.back
+                dense[f"restore.{t}.bias"] = mean[columns] - own.back @ (own.emit @ mean[columns])
         said = "; ".join(f"{name}: R^2 {1 - lost:.6f}" for lost, name in tried)
         return Start(
-            modules=[{"weight": emit} for emit, _ in maps],
+            modules=modules,
             dense=dense,
             notes=(
                 f"embeddings restored by regression, errors weighed by {best} (R^2 of logits "
@@ -84,33 +97,119 @@ class RestoredForm(ClosedForm):
             ),
         )
 
-    def allot(self, trace: FlatTrace, spec: DmtSpec) -> DmtSpec:
-        """Take the directions that save most, of all towers, at least one of each."""
+    def allot(self, trace: FlatTrace, spec: DmtSpec, budget: int, *, mix: bool = True) -> DmtSpec:
+        """Take the directions that save most, of all towers, at least one of each.
+
+        Elements of an int8 code first take 4 bits, and 4 more where those save most, until the
+        budget is spent.
+        """
         curves = []
-        for columns in _columns(spec):
-            blocks = _solve(trace, columns, "what the logit feels", slice(0, None))
-            curves.append(np.sort(np.concatenate([block.values for block in blocks]))[::-1])
-        towers = np.repeat(np.arange(len(curves)), [len(curve) - 1 for curve in curves])
-        values = np.concatenate([curve[1:] for curve in curves])
-        budget = sum(spec.tower_widths) - len(curves)
-        chosen = np.argsort(-values, kind="stable")[: max(0, budget)]
+        for tower, columns in zip(spec.towers, _columns(spec), strict=True):
+            blocks = (
+                []
+                if tower.everywhere
+                else _solve(trace, columns, "what the logit feels", slice(0, None))
+            )
+            values = np.concatenate([np.empty(0), *(block.values for block in blocks)])
+            curves.append(np.sort(values)[::-1])
+        code = spec.sending_towers[0].module.code
+        if mix and code is not None and code.precision == "int8":
+            return _with_bits(spec, *allot_bits(curves, budget))
+        sending = [t for t, curve in enumerate(curves) if len(curve)]
+        towers = np.repeat(sending, [len(curves[t]) - 1 for t in sending])
+        values = np.concatenate([curves[t][1:] for t in sending])
+        left = max(0, budget // element_bytes(spec) - len(sending))
+        chosen = np.argsort(-values, kind="stable")[:left]
         dims = 1 + np.bincount(towers[chosen], minlength=len(curves))
         return with_dims(spec, [int(dim) for dim in dims])
+
+
+def allot_bits(curves: Sequence[Float64Array], budget: int) -> tuple[list[int], list[int]]:
+    """Spend a budget on the directions of all towers, half a byte at a time.
+
+    Every half byte goes where it saves most: to a direction that has none, or to one that has
+    4 bits. What a direction loses falls convexly with its bits, so no other choice loses less.
+
+    Args:
+        curves: Per tower, the loss that each direction saves, largest first; empty for a tower that
+            sends nothing.
+        budget: Bytes in all. A tower that sends has one at least.
+
+    Returns:
+        Per tower, the elements that it emits, and how many of them take 4 bits.
+    """
+    towers, gains = [], []
+    for t, curve in enumerate(curves):
+        towers += [t] * (2 * len(curve))
+        gains += [
+            curve * (_ROUNDING[0] - _ROUNDING[4]),
+            curve * (_ROUNDING[4] - _ROUNDING[8]),
+        ]
+    tower_of, gain = np.array(towers, dtype=np.intp), np.concatenate(gains)
+    kinds = np.concatenate([np.repeat([0, 1], len(curve)) for curve in curves])
+    counts = np.zeros((len(curves), 2), dtype=np.intp)
+    counts[[t for t, curve in enumerate(curves) if len(curve)]] = 1  # one element of 8 bits
+    left = budget - int(counts[:, 0].sum())
+    rank = np.concatenate([np.tile(np.arange(len(curve)), 2) for curve in curves])
+    for i in np.argsort(-gain, kind="stable"):
+        if gain[i] <= 0:
+            break
+        if rank[i] == 0:
+            continue  # given already
+        t, kind = tower_of[i], kinds[i]
+        before = _bytes(counts[t])
+        counts[t, kind] += 1
+        spent = _bytes(counts[t]) - before
+        if spent > left:
+            counts[t, kind] -= 1
+        else:
+            left -= spent
+    return [int(n) for n in counts[:, 0]], [int(n - whole) for n, whole in counts]
+
+
+def _bytes(count: Indices) -> int:
+    """Bytes of a tower that emits so many elements, so many of them in 8 bits."""
+    return int(count.sum() + 1) // 2
+
+
+def _with_bits(spec: DmtSpec, dims: Sequence[int], half: Sequence[int]) -> DmtSpec:
+    sized = with_dims(spec, dims)
+    return replace(
+        sized,
+        towers=tuple(
+            tower
+            if tower.module.code is None
+            else replace(
+                tower,
+                module=replace(tower.module, code=replace(tower.module.code, int4=int4)),
+            )
+            for tower, int4 in zip(sized.towers, half, strict=True)
+        ),
+    )
 
 
 def _columns(spec: DmtSpec) -> list[Indices]:
     return [np.array(columns, dtype=np.intp) for columns in spec.columns_by_tower]
 
 
-def _solve_towers(
-    trace: FlatTrace, spec: DmtSpec, metric: str, rows: slice
-) -> list[tuple[Float64Array, Float64Array]]:
-    """Per tower: the emitting map (D_t, M_t), and the way back (M_t, D_t)."""
-    maps = []
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Maps:
+    """A tower's emitting map, shape (D_t, M_t), and the way back, shape (M_t, D_t)."""
+
+    emit: Float64Array
+    back: Float64Array
+
+
+def _solve_towers(trace: FlatTrace, spec: DmtSpec, metric: str, rows: slice) -> list[_Maps | None]:
+    """Return the maps of every tower; None: its embeddings do not cross hosts."""
+    maps: list[_Maps | None] = []
     for tower, columns in zip(spec.towers, _columns(spec), strict=True):
-        width, dim = len(columns), tower.module.dim
-        if dim >= width:
-            maps.append((np.eye(dim, width), np.eye(width, dim)))
+        width, dim, code = len(columns), tower.module.dim, tower.module.code
+        if tower.everywhere:
+            maps.append(None)
+            continue
+        if dim >= width and (code is None or not code.int4):
+            maps.append(_Maps(emit=np.eye(dim, width), back=np.eye(width, dim)))
             continue
         blocks = _solve(trace, columns, metric, rows)
         place = np.argsort(columns)
@@ -123,13 +222,14 @@ def _solve_towers(
             own = place[np.searchsorted(columns[place], blocks[b].columns)]
             emit[row, own] = blocks[b].emit[k]
             back[own, row] = blocks[b].back[:, k]
-        maps.append((emit, back))
+        maps.append(_Maps(emit=emit, back=back))
     return maps
 
 
 def _solve(trace: FlatTrace, columns: Indices, metric: str, rows: slice) -> list[_Block]:
     """Find the directions of a tower, block of columns by block."""
-    count = -(-len(columns) // _MAX_WIDTH)
+    widest = min(_MAX_WIDTH, max(64, math.isqrt(_MAX_WORK // trace.pooled.shape[1])))
+    count = -(-len(columns) // widest)
     return [_solve_block(trace, part, metric, rows) for part in np.array_split(columns, count)]
 
 
@@ -162,15 +262,16 @@ def _eigen(matrix: Float64Array) -> tuple[Float64Array, Float64Array]:
     return np.maximum(values[::-1], 0.0), axes[:, ::-1]
 
 
-def _lost(
-    trace: FlatTrace, spec: DmtSpec, maps: Sequence[tuple[Float64Array, Float64Array]], rows: slice
-) -> float:
+def _lost(trace: FlatTrace, spec: DmtSpec, maps: Sequence[_Maps | None], rows: slice) -> float:
     """1 - R^2 of the logits that the network gives on restored embeddings."""
     pooled, restored = trace.pooled[rows], np.empty_like(trace.pooled[rows])
     mean = trace.pooled.mean(axis=0, dtype=np.float64).astype(np.float32)
-    for columns, (emit, back) in zip(_columns(spec), maps, strict=True):
+    for columns, own in zip(_columns(spec), maps, strict=True):
         centred = pooled[:, columns] - mean[columns]
-        restored[:, columns] = (centred @ emit.T.astype(np.float32)) @ back.T.astype(np.float32)
+        if own is not None:
+            emitted = centred @ own.emit.T.astype(np.float32)
+            centred = emitted @ own.back.T.astype(np.float32)
+        restored[:, columns] = centred
     restored += mean
     dense, target = trace.dense_inputs[rows], trace.logits[rows].astype(np.float64)
     forward = trace.model.forward_pooled

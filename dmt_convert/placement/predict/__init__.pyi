@@ -1,5 +1,6 @@
 # What other folders use.
 from .cost_model import StepTime as StepTime
+from .cost_model import count_work as count_work
 from .machine import GPUS as GPUS
 from .machine import Assumptions as Assumptions
 from .machine import Machine as Machine

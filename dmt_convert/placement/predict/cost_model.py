@@ -67,14 +67,20 @@ class ModelWork:
     towers: tuple[DenseWork, ...]
     """The module of every tower."""
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations per sample, forward."""
+        return self.dense_arch.flops + self.over.flops + sum(work.flops for work in self.towers)
+
 
 def count_work(model: DmtSpec) -> ModelWork:
     """Count FLOPs and parameters. Those of a passthrough model are the flat model's."""
     flat, pairs = model.flat, list(zip(model.towers, model.dims_by_tower, strict=True))
     over = _interaction_work(model) + model.over_arch.work
     if model.rules.restores:
-        for width, dims in zip(model.tower_widths, model.dims_by_tower, strict=True):
-            over += linear_work(width, sum(dims))
+        for tower, dims in pairs:
+            if not tower.everywhere:
+                over += linear_work(tower.module.width(dims), sum(dims))
     if model.dense_dim != flat.input_dims[0]:
         over += linear_work(flat.input_dims[0], model.dense_dim)
     return ModelWork(
