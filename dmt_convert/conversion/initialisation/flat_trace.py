@@ -6,8 +6,9 @@ of those of a tower, H outputs of the first layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class FlatTrace:
     """The logits, shape (n,)."""
     pre_gradient: Float32Array
     """Gradient of the logit by `pre_activation`, of its shape."""
+    solved: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What closed forms found on this trace that holds for any budget, by what was asked."""
 
     @property
     def spec(self) -> ModelSpec:

@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from dmt_convert.arrays import Float64Array, FloatArray
+from dmt_convert.arrays import Float32Array, Float64Array, FloatArray
 from dmt_convert.conversion.blocks import row_blocks
 from dmt_convert.conversion.initialisation.closed_form import (
     ClosedForm,
@@ -33,6 +33,8 @@ _MAX_WIDTH: Final = 2048
 _MAX_WORK: Final = 1 << 35
 """Columns solved together, and their square times all columns: eigenvectors of more take minutes,
 so wider towers are solved in blocks of features."""
+MAX_KEPT_BYTES: Final = 256 << 20
+"""Directions that are kept for the next budget; those of wider towers are found again."""
 _ROUNDING: Final = {0: 1.0, 4: 1.2e-2, 8: 1e-4}
 """Variance that is lost of an element of unit variance, by its bits: uniform levels, Gaussian."""
 _DAMPING: Final = 1e-3
@@ -54,10 +56,15 @@ class _Block:
     """Columns of the flat pooled matrix."""
     values: Float64Array
     """Loss that each direction saves."""
-    emit: Float64Array
+    emit: Float32Array
     """Emitting maps as rows, to unit variance."""
-    back: Float64Array
+    back: Float32Array
     """What the receiver makes of them, as columns."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the maps."""
+        return self.emit.nbytes + self.back.nbytes
 
 
 class RestoredForm(ClosedForm):
@@ -227,10 +234,22 @@ def _solve_towers(trace: FlatTrace, spec: DmtSpec, metric: str, rows: slice) -> 
 
 
 def _solve(trace: FlatTrace, columns: Indices, metric: str, rows: slice) -> list[_Block]:
-    """Find the directions of a tower, block of columns by block."""
-    widest = min(_MAX_WIDTH, max(64, math.isqrt(_MAX_WORK // trace.pooled.shape[1])))
-    count = -(-len(columns) // widest)
-    return [_solve_block(trace, part, metric, rows) for part in np.array_split(columns, count)]
+    """Find the directions of a tower, block of columns by block; they serve every budget."""
+    key = (metric, rows.start, rows.stop, columns.tobytes())
+    if key in trace.solved:
+        known: list[_Block] = trace.solved[key]
+        return known
+    count = -(-len(columns) // widest_block(trace.pooled.shape[1]))
+    blocks = [_solve_block(trace, part, metric, rows) for part in np.array_split(columns, count)]
+    kept = sum(block.nbytes for found in trace.solved.values() for block in found)
+    if kept + sum(block.nbytes for block in blocks) <= MAX_KEPT_BYTES:
+        trace.solved[key] = blocks
+    return blocks
+
+
+def widest_block(width: int) -> int:
+    """Columns that are solved together, of so many in all."""
+    return min(_MAX_WIDTH, max(64, math.isqrt(_MAX_WORK // width)))
 
 
 def _solve_block(trace: FlatTrace, columns: Indices, metric: str, rows: slice) -> _Block:
@@ -247,7 +266,12 @@ def _solve_block(trace: FlatTrace, columns: Indices, metric: str, rows: slice) -
     emit = np.where(live[:, None], (root @ axes).T / spread[:, None], 0.0)
     back = covariance @ emit.T
     saved = np.einsum("mk,mk->k", back, weight @ back)  # without the damping
-    return _Block(columns=columns, values=saved * max(scale, 0.0), emit=emit, back=back)
+    return _Block(
+        columns=columns,
+        values=saved * max(scale, 0.0),
+        emit=emit.astype(np.float32),
+        back=back.astype(np.float32),
+    )
 
 
 def _root(matrix: Float64Array) -> Float64Array:
