@@ -12,6 +12,7 @@ import typer
 
 import dmt_convert as dmt
 from dmt_convert.config import ConvertConfig
+from dmt_convert.errors import UsageError
 
 from .console import Output, grid, human_bytes, number, table
 from .options import command
@@ -19,7 +20,7 @@ from .options import command
 if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
     from dmt_convert.conversion import Preview
-    from dmt_convert.documents import PartitionRecord
+    from dmt_convert.documents import Frontier, PartitionRecord
     from dmt_convert.model import TowerModuleSpec
 
 NAME = "convert"
@@ -33,6 +34,18 @@ def run(
         bool,
         typer.Option("--dry-run", help="Say what would be done: read headers, write nothing."),
     ] = False,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Measure what fewer bytes between hosts cost, from none to 128 times fewer, and "
+            "write no bundle.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw --frontier.", metavar="FILE.svg|png"),
+    ] = None,
     config: ConvertConfig,
     output: Output,
 ) -> None:
@@ -48,7 +61,18 @@ def run(
     `dmt convert ckpt.pt --towers 16 --tower-module passthrough --out exact`
 
     `dmt convert ckpt.pt --towers 4 --compression 4 --calibration clicks/valid.npz`
+
+    `dmt convert ckpt.pt --towers 4 --frontier`
     """
+    if dry_run and frontier:
+        raise UsageError("--dry-run and --frontier together", expected="one of them")
+    if plot is not None and not frontier:
+        raise UsageError(f"--plot {plot.name} without anything to draw: add --frontier")
+    if frontier:
+        with output.progress() as progress:
+            found = dmt.frontier(source, plot=plot, config=config, progress=progress)
+        _show_frontier(output, found, plot)
+        return
     if dry_run:
         _show_preview(output, dmt.preview(source, config=config))
         return
@@ -99,6 +123,29 @@ def _show_preview(output: Output, preview: Preview) -> None:
     output.result(value, grid(rows), facts_table)
 
 
+def _show_frontier(output: Output, found: Frontier, plot: Path | None) -> None:
+    columns = ["what crosses hosts", "--compression>", "bytes>", "R^2>"]
+    columns += ["AUC lost>", "at most>"] if found.labelled else []
+    columns += ["MFLOP>"]
+    lines = []
+    for point in (*found.points, *found.flat):
+        flat = point in found.flat
+        marks = "* " if point is found.chosen_point else ""
+        asked = "" if flat else f"{point.compression:g}"
+        cells = [marks + point.name, asked, f"{point.bytes:,}", number(point.r2, 6)]
+        cells += [number(point.auc_lost, 5), number(point.auc_bound, 5)] if found.labelled else []
+        lines.append([*cells, f"{point.flops / 1e6:.3g}"])
+    value = {**found.to_json(), "files": [] if plot is None else [str(plot)]}
+    title = f"Bytes between hosts per sample and what they cost, {found.count:,} held-out rows of "
+    output.result(value, table(title + found.data, columns, lines))
+    if found.reason:
+        output.remark(f"* {found.reason}")
+    if found.labelled:
+        output.remark("at most: with 95 % confidence; more rows of --calibration narrow it down")
+    else:
+        output.remark("AUC lost is known with labelled rows: --calibration DATA")
+
+
 def _memory_text(preview: Preview) -> str:
     total, free = sum(preview.memory_bytes.values()), preview.free_memory_bytes
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in preview.memory_bytes.items())
@@ -118,7 +165,6 @@ def _partition_text(partition: PartitionRecord) -> str:
 
 def _remarks(bundle: Bundle) -> Iterator[str]:
     """Say what the user asked for in vain, and what is not as good as it might be."""
-    from dmt_convert.conversion import describe_weakness
     from dmt_convert.placement import BATCH, advise_replication
 
     manifest = bundle.manifest
@@ -127,9 +173,6 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
     if steps and "distilled" not in start.method.split():
         why = next((note for note in start.notes if "distill" in note), start.notes[0])
         yield f"--distill-steps {steps} changed nothing: {why}"
-    weakness = describe_weakness(bundle.quality)
-    if weakness is not None:
-        yield weakness
     batch = (manifest.config or {}).get("batch") or BATCH
     advice = advise_replication(manifest.model, bundle.plan.cluster, batch=batch)
     if advice is not None:
@@ -143,13 +186,18 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
 
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     from dmt_convert.adapter import model_option
+    from dmt_convert.conversion import describe_weakness
     from dmt_convert.documents import to_json
     from dmt_convert.model import describe_modules
     from dmt_convert.placement import describe_replication
 
     manifest, quality = bundle.manifest, bundle.quality
     model, held = manifest.model, describe_replication(bundle.plan)
+    weakness = describe_weakness(quality, manifest.frontier)
+    if weakness is not None:
+        output.remark(f"warning: {weakness}\n")
     value = {
+        "warning": weakness,
         "bundle": str(bundle.path),
         "report": str(bundle.path / "report.html"),
         "towers": [list(tower.features) for tower in model.towers],
@@ -192,7 +240,9 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         lines.append(cells)
     title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
     output.result(value, grid(rows), table(title, columns, lines))
-    for note in (*manifest.optimizer_state.notes, *_remarks(bundle)):
+    chosen = manifest.frontier.reason if manifest.frontier is not None else ""
+    said = [chosen] if chosen else []
+    for note in (*said, *manifest.optimizer_state.notes, *_remarks(bundle)):
         output.remark(f"note: {note}")
     assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
     if assumed:

@@ -5,6 +5,7 @@ from .api import convert as convert
 from .api import evaluate as evaluate
 from .api import export as export
 from .api import finetune as finetune
+from .api import frontier as frontier
 from .api import inspect as inspect
 from .api import open_bundle as open_bundle
 from .api import partition as partition

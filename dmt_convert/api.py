@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dmt_convert.conversion import Preview
     from dmt_convert.conversion.partition import Partition
     from dmt_convert.data import DataReport
+    from dmt_convert.documents import Frontier
     from dmt_convert.families import FlatModelInfo
     from dmt_convert.files import Unsharded
     from dmt_convert.placement import TowerPlan
@@ -101,6 +102,38 @@ def preview(source: AnyPath, *, config: ConvertConfig | None = None, **settings:
     from dmt_convert.conversion import preview_conversion
 
     return preview_conversion(Path(source), _settings(ConvertConfig, config, settings))
+
+
+def frontier(
+    source: AnyPath,
+    *,
+    plot: AnyPath | None = None,
+    config: ConvertConfig | None = None,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Frontier:
+    """Measure what fewer bytes between hosts cost, from exact to 128 times fewer; no bundle.
+
+    Args:
+        source: A checkpoint file or folder.
+        plot: Draw it into this .svg or .png file.
+        config: Settings of `dmt convert`.
+        progress: Called as work goes on.
+        **settings: Settings that differ from `config`, or from the defaults: `towers=16`,
+            `calibration="clicks.npz"`, ...
+
+    Returns:
+        The points, and the flat model with its embeddings rounded beside them. With `max_auc_loss`
+        or `min_r2`, `chosen` is the compression that a conversion would take.
+    """
+    from dmt_convert.conversion import measure_checkpoint
+
+    return measure_checkpoint(
+        Path(source),
+        _settings(ConvertConfig, config, settings),
+        plot=None if plot is None else Path(plot),
+        progress=progress,
+    )
 
 
 def open_bundle(path: AnyPath) -> Bundle:

@@ -46,6 +46,9 @@ OMITTED_IF_EMPTY: Final[Mapping[str, bool]] = {"omitted_if_empty": True}
 MODEL_CONFIG: Final[Mapping[str, str]] = {"extra": "forbid"}
 """`__pydantic_config__` of data in which an unknown key cannot be ignored."""
 
+FAIR_R2: Final = 0.98
+"""R^2 of logits from which a converted model is a fair start; a poorer one is announced first."""
+
 MAX_SETTINGS_BYTES: Final = 16 << 20
 """Largest JSON that people write: settings, towers."""
 MAX_YAML_BYTES: Final = 2 << 20
@@ -288,6 +291,78 @@ class Quality:
         """The row of the model that was written: the last one before the yardstick."""
         own = [row for row in self.rows[1:] if row.name != "random initialisation"]
         return own[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return to_json(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """What some bytes between hosts buy, on held-out rows."""
+
+    name: str
+    """Tower modules and the precision of what they send; `flat` and a precision."""
+    compression: float
+    """Bytes as float32, over bytes: what was asked of `--compression`."""
+    bytes: int
+    """Bytes that cross hosts per sample."""
+    r2: float | None
+    """R^2 of the logits with the flat model's; None if it is not finite."""
+    auc_lost: float | None = None
+    """AUC of the flat model, minus its own; None without labels."""
+    auc_bound: float | None = None
+    """What is lost at most, with 95 % confidence: DeLong's paired comparison."""
+    flops: float = 0.0
+    """What its dense parts compute per sample."""
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether it is a fair start."""
+        return self.r2 is not None and self.r2 >= FAIR_R2
+
+    @property
+    def advice(self) -> str:
+        """Say how it is had, and how good it is."""
+        r2 = "unknown" if self.r2 is None else f"{self.r2:.3f}"
+        return (
+            f"--compression {self.compression:g} has R^2 {r2} with {self.bytes:,} bytes per sample"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontier:
+    """What fewer bytes between hosts cost: the closed form at several compressions."""
+
+    points: tuple[FrontierPoint, ...] = ()
+    """Towers, most bytes first; the first one is exact."""
+    flat: tuple[FrontierPoint, ...] = ()
+    """The flat model, its embeddings sent in fp32, bf16 and int8."""
+    data: str = ""
+    """Description of the held-out rows."""
+    count: int = 0
+    """Number of held-out rows."""
+    labelled: bool = False
+    """Whether AUC is known."""
+    chosen: float | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Compression of the point that `--max-auc-loss` or `--min-r2` chose; None: not asked for."""
+    reason: str = ""
+    """Why that one."""
+
+    def __repr__(self) -> str:
+        """Say the essentials in one line."""
+        return f"<Frontier of {len(self.points)} points on {self.count} held-out rows>"
+
+    @property
+    def chosen_point(self) -> FrontierPoint | None:
+        """The point that was chosen."""
+        return next((each for each in self.points if each.compression == self.chosen), None)
+
+    @property
+    def fewest_fair(self) -> FrontierPoint | None:
+        """The point with the fewest bytes that is a fair start."""
+        fair = [each for each in self.points if each.is_fair]
+        return min(fair, key=lambda each: each.bytes, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""

@@ -101,6 +101,41 @@ def area_under_curve(logits: Array, labels: Array) -> float:
     return (total - count * (count + 1) / 2) / (count * others)
 
 
+def compare_auc(reference: Array, other: Array, labels: Array) -> tuple[float, float] | None:
+    """Return how much less AUC `other` has on the same rows, and the standard error of that.
+
+    The error is DeLong's, of two correlated curves (DeLong et al., Biometrics 1988): rows that both
+    models rank alike do not add to it.
+
+    Args:
+        reference: Logits, shape (n,).
+        other: Logits of another model.
+        labels: 0 or 1.
+
+    Returns:
+        None if a class has fewer than two rows.
+    """
+    positive = labels > 0.5
+    sizes = int(positive.sum()), int((~positive).sum())
+    if min(sizes) < 2:
+        return None
+    beaten = []
+    for logits in (reference, other):
+        everywhere = rank(logits)
+        # per row, the share of the other class that is on the right side of it
+        beaten.append(
+            (
+                (everywhere[positive] - rank(logits[positive])) / sizes[1],
+                1 - (everywhere[~positive] - rank(logits[~positive])) / sizes[0],
+            )
+        )
+    differences = [a - b for a, b in zip(*beaten, strict=True)]
+    variance = sum(
+        float(each.var(ddof=1)) / size for each, size in zip(differences, sizes, strict=True)
+    )
+    return float(differences[0].mean()), float(np.sqrt(variance))
+
+
 def rank(values: Array) -> npt.NDArray[np.float64]:
     """Ranks from 1; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

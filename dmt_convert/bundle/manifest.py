@@ -11,6 +11,7 @@ from dmt_convert.data import check_inputs
 from dmt_convert.documents import (
     OMITTED_IF_EMPTY,
     OMITTED_IF_NONE,
+    Frontier,
     Initialisation,
     InputRecord,
     Layout,
@@ -64,6 +65,8 @@ class Manifest:
     """What became of the optimizer state of the tables."""
     quality: Quality = field(default_factory=Quality)
     """How well the converted model agrees with the flat one."""
+    frontier: Frontier | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """What other compressions would have cost. None if that was not measured."""
     weights: Mapping[str, WeightsFile] = field(default_factory=dict)
     """File below the bundle -> its size and digests."""
 

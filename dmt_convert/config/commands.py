@@ -156,7 +156,7 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
     """What a flat checkpoint is converted into: settings of `dmt convert`."""
 
     command: ClassVar[str] = "convert"
-    alternatives: ClassVar[tuple[str, ...]] = ("dim", "compression")
+    alternatives: ClassVar[tuple[str, ...]] = ("dim", "compression", "max_auc_loss", "min_r2")
 
     tower_module: str = setting(
         "auto",
@@ -180,6 +180,20 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         "bytes that do.",
         gt=0,
         auto="4; 2 with --tower-module",
+        panel=_MODULES,
+    )
+    max_auc_loss: Float | None = setting(
+        None,
+        "Instead of --compression: take the fewest bytes that lose at most this much AUC, with "
+        "95 % confidence, on held-out rows of --calibration, which needs labels.",
+        ge=0,
+        panel=_MODULES,
+    )
+    min_r2: Float | None = setting(
+        None,
+        "Instead of --compression: take the fewest bytes whose logits have at least this R^2 with "
+        "the flat model's on held-out rows.",
+        le=1,
         panel=_MODULES,
     )
     precision: Literal["auto", "fp32", "bf16", "int8", "mixed"] = setting(
@@ -224,6 +238,30 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         None, "Folder of the bundle.", record=False, auto="CKPT-dmtT beside SOURCE", metavar="DIR"
     )
     force: bool = setting(False, "Replace an existing bundle.", record=False)
+
+    @property
+    def set_modules(self) -> tuple[str, ...]:
+        """Options that say what towers emit, of those that were given."""
+        names = ("tower_module", "c", "p", "dim", "compression", "precision", "prefer")
+        defaults = {name: type(self).model_fields[name].default for name in names}
+        return tuple(option_name(name) for name in names if getattr(self, name) != defaults[name])
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        given = [n for n in ("max_auc_loss", "min_r2") if getattr(self, n) is not None]
+        asked = " and ".join(map(option_name, given))
+        if given and (self.set_modules or len(given) > 1):
+            both = ", ".join(self.set_modules)
+            raise ValueError(
+                f"{asked} {f'beside {both}' if both else 'together'}: each chooses module, "
+                "precision and compression by itself"
+            )
+        if self.max_auc_loss is not None and self.calibration is None:
+            raise ValueError(
+                "--max-auc-loss without --calibration: AUC is known on labelled rows only; "
+                "--min-r2 needs no labels"
+            )
+        return self
 
 
 class PlanConfig(BundleOptions):

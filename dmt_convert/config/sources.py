@@ -162,7 +162,7 @@ def make_config(kind: type[Kind], options: Mapping[str, Any], file: Path | None)
     if len(rivals) > 1:
         raise UsageError(
             f"{' and '.join(map(option_name, rivals))} together",
-            expected="one of the two",
+            expected="one of them",
             hint=f"dmt {kind.command} --help",
         )
     if rivals:

@@ -4,6 +4,7 @@ from .convert import convert_checkpoint as convert_checkpoint
 from .convert import default_out as default_out
 from .convert import describe_flat as describe_flat
 from .convert import find_towers as find_towers
+from .convert import measure_checkpoint as measure_checkpoint
 from .convert import partition_checkpoint as partition_checkpoint
 from .convert import preview_conversion as preview_conversion
 from .drawn_inputs import draw_rows as draw_rows

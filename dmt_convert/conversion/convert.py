@@ -39,11 +39,13 @@ from dmt_convert.conversion.replication import (
 )
 from dmt_convert.conversion.sample import Sample, draw_sample
 from dmt_convert.data import open_data
-from dmt_convert.errors import BundleError, DataError, PlanError
+from dmt_convert.documents import Frontier
+from dmt_convert.errors import BundleError, DataError, PlanError, UsageError
 from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
 from dmt_convert.files import (
     FIGURE_FILE,
     PARTITION_FILE,
+    FileKind,
     check_checksums,
     check_distinct,
     check_output,
@@ -56,9 +58,10 @@ from dmt_convert.free_memory import available_bytes
 from dmt_convert.model import DmtSpec, TowerModuleSpec
 from dmt_convert.placement import Cluster, TowerPlan, default_cluster, make_cluster, plan_model
 from dmt_convert.progress import Progress, no_progress
-from dmt_convert.report import plot_partition
+from dmt_convert.report import plot_frontier, plot_partition
 
 if TYPE_CHECKING:
+    from dmt_convert.conversion.frontier import FrontierRequest
     from dmt_convert.conversion.start import StartedModel
 
 _MIN_ROWS: Final = 16
@@ -96,7 +99,7 @@ def convert_checkpoint(
     plan = _plan(specs[0], _requested_cluster(config))
     weights = _streamed_weights(flat, partition, config)
     with BundleWriter(out, weights, force=config.force, progress=progress) as writer:
-        started = _start(flat, specs, sample, config, _checked(progress, writer))
+        started = _start(flat, specs, sample, partition, config, _checked(progress, writer))
         progress("initialising", 0, 0)
         writer.wait()
         manifest = describe_manifest(
@@ -381,6 +384,7 @@ def _start(
     flat: FlatModelInfo,
     specs: list[DmtSpec],
     sample: Sample,
+    partition: Partition,
     config: ConvertConfig,
     progress: Progress,
 ) -> StartedModel:
@@ -395,11 +399,74 @@ def _start(
             sample,
             alternatives=specs[1:],
             choice=how_to_choose(config, [spec.sending_towers[0].module for spec in specs]),
+            frontier=_request_frontier(flat, partition, config),
             distill_steps=config.distill_steps,
             stored_as=config.dtype,
             seed=config.seed,
             on_step=lambda done, total: progress("distilling", done, total),
         )
+
+
+def _request_frontier(
+    flat: FlatModelInfo, partition: Partition, config: ConvertConfig
+) -> FrontierRequest:
+    from dmt_convert.conversion.frontier import plan_frontier
+
+    towers = partition.towers
+    return plan_frontier(
+        flat, config, len(towers), lambda module: converted_spec(flat.spec, towers, module)
+    )
+
+
+def measure_checkpoint(
+    source: Path,
+    config: ConvertConfig,
+    *,
+    plot: Path | None = None,
+    progress: Progress = no_progress,
+) -> Frontier:
+    """Measure what fewer bytes between hosts cost, without writing a bundle.
+
+    Args:
+        source: The checkpoint.
+        config: The settings of a conversion.
+        plot: Draw it into this .svg or .png file.
+        progress: Called as work goes on.
+
+    Raises:
+        DmtError: The checkpoint or the settings cannot be used, or the file not be written.
+    """
+    idle = [*config.set_modules]
+    idle += [f"--{name}" for name in ("out", "force") if getattr(config, name)]
+    idle += ["--distill-steps"] if config.distill_steps is not None else []
+    if idle:
+        raise UsageError(
+            f"--frontier beside {', '.join(idle)}",
+            expected="no such option: it measures the closed form of many compressions, in the "
+            "modules and precisions that --compression chooses, and writes no bundle",
+            hint="leave it out",
+        )
+    flat = describe_flat(source, config)
+    if plot is not None:
+        _check_file(flat, config, plot, FIGURE_FILE, "--plot")
+    _check_dense(flat, config)
+    modules = _candidate_modules(flat, config)
+    progress("sampling", 0, 0)
+    sample = _draw_sample(flat, config)
+    progress("partitioning", 0, 0)
+    partition = find_towers(flat, sample, config, modules)
+    check_memory(flat, converted_spec(flat.spec, partition.towers, modules[0]), config)
+    progress("initialising", 0, 0)
+    from dmt_convert.conversion.frontier import measure_frontier
+    from dmt_convert.conversion.start import open_starter
+
+    with np.errstate(all="ignore"):
+        request = _request_frontier(flat, partition, config)
+        found = measure_frontier(open_starter(flat, sample), request)
+    if plot is not None:
+        with staged_file(plot) as staged:
+            plot_frontier(staged, found)
+    return found
 
 
 def partition_checkpoint(
@@ -449,16 +516,25 @@ def _check_files(flat: FlatModelInfo, config: PartitionConfig) -> None:
         ConfigError: One is.
     """
     check_distinct(out=config.out, plot=config.plot)
+    if config.out is not None:
+        _check_file(flat, config, config.out, PARTITION_FILE, "--out")
+    if config.plot is not None:
+        _check_file(flat, config, config.plot, FIGURE_FILE, "--plot")
+
+
+def _check_file(
+    flat: FlatModelInfo,
+    config: ConvertConfig | PartitionConfig,
+    path: Path,
+    kind: FileKind,
+    option: str,
+) -> None:
+    """Refuse a file to write that is read, or is something else."""
     read = (config.calibration, config.partition, config.model_facts, config.model)
-    for path, kind, option in (
-        (config.out, PARTITION_FILE, "--out"),
-        (config.plot, FIGURE_FILE, "--plot"),
-    ):
-        if path is not None:
-            check_output(
-                path,
-                kind,
-                models=(flat.checkpoint.source, *flat.checkpoint.files),
-                inputs=[value for value in read if isinstance(value, Path)],
-                option=option,
-            )
+    check_output(
+        path,
+        kind,
+        models=(flat.checkpoint.source, *flat.checkpoint.files),
+        inputs=[value for value in read if isinstance(value, Path)],
+        option=option,
+    )

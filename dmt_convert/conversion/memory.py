@@ -32,6 +32,9 @@ _SAMPLE_COPIES: Final = 2.5
 _REFITTED: Final = 6_144
 _KEPT: Final = 32 * _MIB
 """Most bytes of the inputs of a refitted layer, kept at once."""
+_KEPT_DIRECTIONS: Final = 256 * _MIB
+_DIRECTION_BYTES: Final = 32
+"""Of a tower's directions, over the square of its width: four eigenproblems, there and back."""
 _MOST_DISTILLED: Final = 1_300_000
 """Weights up to which a model is distilled unasked."""
 
@@ -63,13 +66,16 @@ def estimate_memory(flat: FlatModelInfo, spec: DmtSpec, config: ConvertConfig) -
             if config.distill_steps is not None or small:
                 copies += 5
                 work += min(4 * _BLOCK, _STEP_ROWS * (width + interacted) * _ITEM * 8)
+        if spec.rules.restores or config.max_auc_loss is not None or config.min_r2 is not None:
+            squares = sum(sum(dims) ** 2 for dims in spec.dims_by_tower)
+            work += min(_KEPT_DIRECTIONS, _DIRECTION_BYTES * squares)
         if not paired:
             held = max(sum(dims) for dims in spec.dims_by_tower)
             work += 4 * min(rows, held) * held * 8
     return {
         "program": _PROGRAM,
         "dense part": dense + copies * written,
-        "sample": int(rows * width * _ITEM * (1.5 if exact else _SAMPLE_COPIES)),
+        "sample": int(rows * width * _ITEM * (1.5 if spec.is_passthrough else _SAMPLE_COPIES)),
         "pairs of features": features**2 * _PAIR_BYTES + (interacted * 24 if paired else 0),
         "blocks": work,
     }

@@ -14,7 +14,7 @@ import numpy as np
 from dmt_convert.arrays import Float32Array
 from dmt_convert.conversion.sample import Sample
 from dmt_convert.data import Batch, take_rows
-from dmt_convert.documents import Quality, QualityRow
+from dmt_convert.documents import FAIR_R2, Frontier, Quality, QualityRow
 from dmt_convert.metrics import measure_accuracy, measure_agreement
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dmt_convert.model import FlatModel
 
 _BATCH: Final = 1024
-_FAIR_R2: Final = 0.9
 _BLOCK_ELEMENTS: Final = 1 << 23
 
 
@@ -64,20 +63,23 @@ def compare_models(
     )
 
 
-def describe_weakness(quality: Quality) -> str | None:
+def describe_weakness(quality: Quality, frontier: Frontier | None = None) -> str | None:
     """Say that a converted model agrees badly with the flat one, and what helps; None: it does not.
 
     Args:
         quality: What `compare_models` found.
+        frontier: What other compressions cost.
     """
     r2 = quality.converted.r2
-    if r2 is not None and r2 >= _FAIR_R2:
+    if r2 is not None and r2 >= FAIR_R2:
         return None
     found = "not finite" if r2 is None or not math.isfinite(r2) else f"{r2:.3f}"
+    better = None if frontier is None else frontier.fewest_fair
+    advice = "Give" if better is None else f"{better.advice}. Or give"
     return (
-        f"R^2 of the logits is {found}, below {_FAIR_R2}: this start is not the flat model. Give "
-        "--calibration rows of the model's own data, a smaller --compression or larger --dim, more "
-        "--distill-steps, or --tower-module passthrough; or fine-tune before serving"
+        f"R^2 of the logits is {found}, below {FAIR_R2}: this start is not the flat model. "
+        f"{advice} --calibration rows of the model's own data, a smaller --compression or larger "
+        "--dim, more --distill-steps, or --tower-module passthrough; or fine-tune before serving"
     )
 
 

@@ -57,6 +57,7 @@ def describe_manifest(
             flat, weights.accumulators, keep=config.optimizer_state == "keep"
         ),
         quality=started.quality,
+        frontier=started.frontier,
         config={"command": config.command, **config.record()},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
 
@@ -14,6 +14,7 @@ import torch
 from dmt_convert.arrays import Float32Array
 from dmt_convert.bundle import SmallWeights, split_state
 from dmt_convert.conversion.blocks import row_blocks
+from dmt_convert.conversion.frontier import FrontierRequest, is_cheap, measure_frontier
 from dmt_convert.conversion.initialisation import (
     FlatTrace,
     allot_dims,
@@ -24,7 +25,7 @@ from dmt_convert.conversion.initialisation import (
 )
 from dmt_convert.conversion.quality import compare_models, describe_weakness
 from dmt_convert.conversion.sample import Sample
-from dmt_convert.documents import Quality
+from dmt_convert.documents import Frontier, Quality
 from dmt_convert.errors import CheckpointError
 from dmt_convert.families import FlatModelInfo
 from dmt_convert.model import (
@@ -38,7 +39,7 @@ from dmt_convert.model import (
     to_tensor,
 )
 from dmt_convert.placement.predict import count_work
-from dmt_convert.spec import Dtype
+from dmt_convert.spec import Dtype, ModelSpec
 
 _HELD_OUT: Final = 0.25
 _AS_GOOD: Final = 5e-4
@@ -65,6 +66,8 @@ class StartedModel:
     """What was fitted, one line each."""
     quality: Quality
     """How well it agrees with the flat model, and how well its yardsticks do."""
+    frontier: Frontier | None = None
+    """What other compressions would have cost; None if that was not measured."""
 
 
 def start_model(
@@ -74,6 +77,7 @@ def start_model(
     *,
     alternatives: Sequence[DmtSpec] = (),
     choice: Choice | None = None,
+    frontier: FrontierRequest | None = None,
     distill_steps: int | None = None,
     stored_as: Dtype | None = None,
     seed: int = 0,
@@ -87,6 +91,8 @@ def start_model(
         sample: Rows; the last quarter is held out.
         alternatives: Further specs, of which one is taken by `choice`.
         choice: How output dims are allotted, and one of several specs is taken.
+        frontier: Compressions to measure, if that is cheap or one of them is to be chosen: then it
+            takes the place of `spec`.
         distill_steps: Steps of distillation after the closed form. None: up to 500, if the closed
             form leaves something to gain and the model is not large.
         stored_as: Type in which the tables will be stored.
@@ -101,13 +107,20 @@ def start_model(
     fit, held = sample.split(_HELD_OUT)
     infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
     tables = MappedTables(info.spec, infos, stored_as=stored_as)
-    if spec.is_passthrough:
-        model, notes = initialise(flat, spec, None, method="exact", tables=tables)
-        method, candidates = "exact", {"passthrough": lambda: model}
-    else:
+    found, specs, starter = None, [spec, *alternatives], None
+    if not spec.is_passthrough:
         check_logits(flat, held)
         starter = Starter(flat, fit, held, tables)
-        closed, notes = starter.solve([spec, *alternatives], choice or Choice())
+        if frontier is not None and (frontier.chooses or is_cheap(frontier, len(sample.pooled))):
+            found = measure_frontier(starter, frontier)
+            for taken in frontier.candidates:
+                if taken.compression == found.chosen:
+                    specs, choice = [taken.spec], taken.choice
+    if starter is None or specs[0].is_passthrough:
+        model, notes = initialise(flat, specs[0], None, method="exact", tables=tables)
+        method, candidates = "exact", {"passthrough": lambda: model}
+    else:
+        closed, notes = starter.solve(specs, choice or Choice())
         better, note = starter.distill(closed, distill_steps, seed, on_step)
         del starter
         model, method, notes = closed, "closed form", (*notes, note)
@@ -120,13 +133,15 @@ def start_model(
                 flat, model.spec, fit, method="random", tables=tables, seed=seed
             )[0]
     quality = compare_models(flat, candidates, held)
-    weak = describe_weakness(quality)
+    weak = describe_weakness(quality, found)
+    said = () if found is None or not found.reason else (found.reason,)
     return StartedModel(
         spec=model.spec,
         weights=split_state(model),
         method=method,
-        notes=notes if weak is None else (*notes, weak),
+        notes=(*(() if weak is None else (weak,)), *said, *notes),
         quality=quality,
+        frontier=found,
     )
 
 
@@ -209,8 +224,32 @@ class Starter:
     def __init__(
         self, flat: FlatModel, fit: Sample, held: Sample, tables: MappedTables | None = None
     ) -> None:
-        self._flat, self._fit, self._held, self._tables = flat, fit, held, tables
+        self._flat, self._fit, self._tables = flat, fit, tables
+        self.held = held
         self._target = _logits(flat, held)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The flat model's spec."""
+        return self._flat.spec
+
+    @property
+    def target(self) -> Float32Array:
+        """Logits of the flat model on the rows to judge by, shape (n,)."""
+        return self._target.float().numpy()
+
+    def logits(self, model: DmtModel) -> Float32Array:
+        """Logits of a converted model on the rows to judge by, shape (n,)."""
+        return _logits(model, self.held).float().numpy()
+
+    def logits_of_rounded(self, rounded: Callable[[Float32Array], Float32Array]) -> Float32Array:
+        """Logits of the flat model on the same rows, with other pooled embeddings, shape (n,).
+
+        Args:
+            rounded: What arrives of pooled embeddings, shape (n, M), on their way.
+        """
+        held = replace(self.held, pooled=rounded(self.held.pooled))
+        return _logits(self._flat, held).float().numpy()
 
     @cached_property
     def _trace(self) -> FlatTrace:
@@ -337,8 +376,20 @@ class Starter:
     def _lost(self, model: DmtModel) -> float:
         """1 - R^2 of the logits on held-out rows."""
         spread = float((self._target - self._target.mean()).square().sum())
-        error = float((_logits(model, self._held) - self._target).square().sum())
+        error = float((_logits(model, self.held) - self._target).square().sum())
         return error / spread if spread > 0 else error
+
+
+def open_starter(info: FlatModelInfo, sample: Sample) -> Starter:
+    """Return the ways to a start from a checkpoint; the last quarter of the rows judges them.
+
+    Raises:
+        CheckpointError: A weight is NaN or Inf, or the flat model's logits are not finite.
+    """
+    flat = open_flat_model(info)
+    fit, held = sample.split(_HELD_OUT)
+    check_logits(flat, held)
+    return Starter(flat, fit, held)
 
 
 def check_logits(flat: FlatModel, sample: Sample) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import colorsys
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -85,14 +85,22 @@ def plot_partition(
     Raises:
         PartitionError: The suffix is neither .svg nor .png.
     """
+    path.write_bytes(_render(figure_kind(path), spec, towers, record, affinity))
+
+
+def figure_kind(path: Path) -> str:
+    """Return png or svg.
+
+    Raises:
+        PartitionError: The suffix is another one.
+    """
     if path.suffix.lower() not in _SUFFIXES:
         raise PartitionError(
             f"a plot named {path.name}",
             expected=f"a name that ends in {' or '.join(_SUFFIXES)}",
             hint="rename the plot file",
         )
-    kind = path.suffix.lower().removeprefix(".")
-    path.write_bytes(_render(kind, spec, towers, record, affinity))
+    return path.suffix.lower().removeprefix(".")
 
 
 def figure_svg(
@@ -142,6 +150,27 @@ def _render(
     record: PartitionRecord,
     affinity: FloatArray | None,
 ) -> bytes:
+    def draw(figure: Figure) -> None:
+        grid = figure.add_gridspec(1 + shown, 1, height_ratios=[2.1, 1] if shown else [1])
+        if affinity is not None:
+            _draw_matrices(figure, grid[0], spec, towers, affinity)
+        bottom = grid[-1].subgridspec(1, 4)
+        axes = [figure.add_subplot(bottom[0, k]) for k in range(4)]
+        _draw_loads(axes, spec, towers, tower_loads(spec, towers, record))
+        figure.suptitle(_title(spec, towers, record), fontsize=10.5, x=0.01, ha="left")
+
+    shown = affinity is not None
+    return render_figure(kind, 8.2 if shown else 3.6, draw)
+
+
+def render_figure(kind: str, height: float, draw: Callable[[Figure], None]) -> bytes:
+    """Return a figure as a file's content; the same drawing gives the same bytes.
+
+    Args:
+        kind: png or svg.
+        height: Its height in inches, at the width of the page.
+        draw: Draws it.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -151,15 +180,8 @@ def _render(
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # Names may use any script; a glyph that the font lacks is shown as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        shown = affinity is not None
-        figure = Figure(figsize=(_WIDTH, 8.2 if shown else 3.6), layout="constrained")
-        grid = figure.add_gridspec(1 + shown, 1, height_ratios=[2.1, 1] if shown else [1])
-        if affinity is not None:
-            _draw_matrices(figure, grid[0], spec, towers, affinity)
-        bottom = grid[-1].subgridspec(1, 4)
-        axes = [figure.add_subplot(bottom[0, k]) for k in range(4)]
-        _draw_loads(axes, spec, towers, tower_loads(spec, towers, record))
-        figure.suptitle(_title(spec, towers, record), fontsize=10.5, x=0.01, ha="left")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure)
         FigureCanvasAgg(figure)
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)

@@ -101,7 +101,9 @@ def isolate(text: str) -> Markup:
     return Markup('<bdi class="name">{}</bdi>').format(spell_out(text))
 
 
-def embed_figure(figure: str, description: str) -> Markup:
+def embed_figure(
+    figure: str, description: str, title: str = "The partition", prefix: str = _PREFIX
+) -> Markup:
     """Make an `<svg>` element fit for an HTML page.
 
     Ids that something refers to get a prefix, others are left out. Namespaces, metadata and
@@ -111,16 +113,18 @@ def embed_figure(figure: str, description: str) -> Markup:
     Args:
         figure: The element.
         description: What it shows, for readers who cannot see it.
+        title: Its name.
+        prefix: Begins all ids, which no other figure of the page may use.
     """
     svg = _FORBIDDEN.sub("\ufffd", figure)
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.S)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
 
     def rename(found: re.Match[str]) -> str:
-        tag = re.sub(r'(href="#|url\(#)', rf"\g<1>{_PREFIX}", found[0])
+        tag = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", found[0])
         return re.sub(
             r'\sid="([^"]*)"',
-            lambda name: f' id="{_PREFIX}{name[1]}"' if name[1] in used else "",
+            lambda name: f' id="{prefix}{name[1]}"' if name[1] in used else "",
             tag,
         )
 
@@ -130,12 +134,13 @@ def embed_figure(figure: str, description: str) -> Markup:
     head = Markup(
         '<svg {box} role="img" aria-labelledby="{prefix}title {prefix}description" '
         'stroke-linejoin="round" stroke-linecap="butt">'
-        '<title id="{prefix}title">The partition</title>'
+        '<title id="{prefix}title">{title}</title>'
         '<desc id="{prefix}description">{description}</desc>'
     )
     return head.format(
         box=Markup(view_box.group()) if view_box else "",
-        prefix=_PREFIX,
+        prefix=prefix,
+        title=title,
         description=spell_out(description),
     ) + Markup(rest)
 

@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from dmt_convert.documents import FAIR_R2, Frontier
 from dmt_convert.report.quantities import show_agreement, show_small
 
 EXACT_TOLERANCE: Final = 1e-3
 """Largest difference of logits that the order of float32 sums explains."""
 CLOSE_R2: Final = 0.99
 """A model with at least this R² is called close."""
-FAIR_R2: Final = 0.9
-"""A model with at least this R² is called an approximation, any other is called far."""
-
 Level = Literal["exact", "close", "fair", "far", "unknown"]
 
 
@@ -55,11 +53,14 @@ def judge_exact(difference: float | None) -> Verdict:
     )
 
 
-def judge_close(r2: float | None, *, drawn: bool = False) -> Verdict:
+def judge_close(
+    r2: float | None, *, drawn: bool = False, frontier: Frontier | None = None
+) -> Verdict:
     """Judge towers that compress by R² with the logits of the flat model.
 
     Args:
         r2: R², if it is known.
+        frontier: What other compressions cost, if that is known.
         drawn: Whether it was measured on inputs that were drawn, not on rows of data.
     """
     if r2 is None or not math.isfinite(r2):
@@ -79,8 +80,10 @@ def judge_close(r2: float | None, *, drawn: bool = False) -> Verdict:
             headline="An approximation",
             text=f"{text} Distil or fine-tune before you serve it.",
         )
+    better = None if frontier is None else frontier.fewest_fair
+    less = "compress less" if better is None else f"compress less: {better.advice}"
     return Verdict(
         level="far",
-        headline="Far from the flat model",
-        text=f"{text} Do not serve it as it is: distil, fine-tune, or compress less.",
+        headline="A poor start, far from the flat model",
+        text=f"{text} Do not serve it as it is: distil, fine-tune, or {less}.",
     )

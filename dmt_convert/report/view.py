@@ -14,10 +14,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from dmt_convert.adapter import model_option
-from dmt_convert.documents import EvaluationRecord, FinetuneRecord, QualityRow, TowerLoadRecord
-from dmt_convert.model import ELEMENT_BYTES
+from dmt_convert.documents import (
+    EvaluationRecord,
+    FinetuneRecord,
+    FrontierPoint,
+    QualityRow,
+    TowerLoadRecord,
+)
+from dmt_convert.model import ELEMENT_BYTES, describe_modules
 from dmt_convert.placement import advise_replication, describe_replication
+from dmt_convert.placement.predict import count_work
 from dmt_convert.report.figures import tower_colours, tower_loads
+from dmt_convert.report.frontier_figure import frontier_svg
 from dmt_convert.report.quantities import (
     DASH,
     plural,
@@ -38,13 +46,15 @@ from dmt_convert.report.verdict import Verdict, judge_close, judge_exact
 if TYPE_CHECKING:
     from dmt_convert.bundle import Manifest
     from dmt_convert.families import Fact
-    from dmt_convert.model import DmtSpec
+    from dmt_convert.model import DmtSpec, TowerModuleSpec
     from dmt_convert.placement import Exchange, TowerPlan
 
 FLAT_ROW: Final = "flat"
 """Name of the quality row of the flat model."""
 YARDSTICK_ROWS: Final = ("random initialisation",)
 """Names of quality rows that only serve as a yardstick."""
+_STARTS: Final = ("closed form", "distilled")
+"""Names of quality rows of models as they were converted; the last one is the best."""
 FINETUNED_ROW: Final = "fine-tuned"
 """How the names of quality rows of fine-tuned models begin."""
 
@@ -147,7 +157,7 @@ class TowerLine:
     features: tuple[str, ...]
     """Its features."""
     measures: tuple[Bar, ...]
-    """Tables, lookups and elements, as compared with the largest tower."""
+    """Tables, lookups and bytes sent, as compared with the largest tower."""
     module: str
     """Its module."""
 
@@ -242,7 +252,8 @@ class ReportView:
             return judge_exact(None if row is None else row.max_abs_diff)
         config = self.manifest.config or {"calibration": "not recorded"}
         drawn = config.get("calibration") is None
-        return judge_close(None if row is None else row.r2, drawn=drawn)
+        frontier = self.manifest.frontier
+        return judge_close(None if row is None else row.r2, drawn=drawn, frontier=frontier)
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -373,6 +384,59 @@ class ReportView:
         said = [] if flat is None or row is None else _changes(flat, row)
         return f"{text} From {FLAT_ROW} to converted: {', '.join(said)}." if said else text
 
+    # other compressions
+
+    @cached_property
+    def own_point(self) -> FrontierPoint | None:
+        """The model as it was converted, among the points of the frontier; None: not known."""
+        row, flat = self.converted, self.flat
+        if self.finetune is not None:
+            row = next((r for r in reversed(self.manifest.quality.rows) if r.name in _STARTS), None)
+        if row is None or row.r2 is None:
+            return None
+        auc = None if flat is None else flat.auc
+        return FrontierPoint(
+            name=describe_modules(self.spec),
+            compression=self.spec.compression,
+            bytes=sum(self.spec.tower_bytes),
+            r2=row.r2,
+            auc_lost=None if auc is None or row.auc is None else auc - row.auc,
+            flops=count_work(self.spec).flops,
+        )
+
+    @cached_property
+    def frontier_figure(self) -> str:
+        """The frontier as an `<svg>` element."""
+        assert self.manifest.frontier is not None
+        return frontier_svg(self.manifest.frontier, self.own_point)
+
+    @property
+    def frontier_text(self) -> str:
+        """Say what the frontier shows."""
+        frontier = self.manifest.frontier
+        assert frontier is not None
+        drawn = "AUC lost" if frontier.labelled else "1 − R² of the logits"
+        text = (
+            f"{drawn} against the bytes that cross hosts per sample, measured on "
+            f"{show_number(frontier.count)} held-out rows of: {frontier.data}. Every point is the "
+            "closed form that --compression starts with, before distillation and fine-tuning; "
+            "beside them the flat model, its embeddings sent in fp32, bf16, and int8 with a scale "
+            "per vector."
+        )
+        return f"{text} {frontier.reason}." if frontier.reason else text
+
+    @property
+    def frontier_lines(self) -> tuple[tuple[FrontierPoint, Badge], ...]:
+        """The rows of the table of the frontier, most bytes first."""
+        frontier, own = self.manifest.frontier, self.own_point
+        assert frontier is not None
+        lines: list[tuple[FrontierPoint, Badge]] = []
+        for point in (*frontier.flat, *frontier.points):
+            lines.append((point, "yardstick" if point in frontier.flat else ""))
+        if own is not None:
+            lines.append((own, "this bundle"))
+        return tuple(sorted(lines, key=lambda line: -line[0].bytes))
+
     # fine-tuning
 
     @property
@@ -422,7 +486,7 @@ class ReportView:
         """The rows of the table of towers."""
         table_bytes = [float(load.table_bytes) for load in self.loads]
         lookups = [load.lookups or 0.0 for load in self.loads]
-        widths = [float(width) for width in self.spec.tower_widths]
+        sent = [float(count) for count in self.spec.tower_bytes]
         dims = [sum(dims) for dims in self.spec.dims_by_tower]
         return tuple(
             TowerLine(
@@ -433,14 +497,14 @@ class ReportView:
                     _measure(table_bytes, t, show_bytes(table_bytes[t])),
                     _measure(lookups, t, show_number(lookups[t])),
                     _measure(
-                        widths,
+                        sent,
                         t,
                         "stays on every rank"
                         if tower.everywhere
-                        else f"{show_number(dims[t])} → {show_number(widths[t])}",
+                        else f"{show_number(4 * dims[t])} → {show_number(sent[t])}",
                     ),
                 ),
-                module=tower.module.describe(),
+                module=_describe_module(tower.module, self.spec.tower_widths[t]),
             )
             for t, (tower, colour) in enumerate(zip(self.spec.towers, self.colours, strict=True))
         )
@@ -464,7 +528,7 @@ class ReportView:
             "features": [load.features for load in self.loads],
             "table bytes": [load.table_bytes for load in self.loads],
             "lookups": [load.lookups or 0.0 for load in self.loads],
-            "elements out": self.spec.tower_widths,
+            "bytes sent": self.spec.tower_bytes,
         }
         said = [
             f"{name} {show_factor(max(values) * len(values) / sum(values))}"
@@ -657,6 +721,12 @@ class ReportView:
         if self.spec.is_passthrough:
             return verify, evaluate, finetune, export, plan
         return evaluate, finetune, export, plan, exact
+
+
+def _describe_module(module: TowerModuleSpec, width: int) -> str:
+    """Describe a tower's module, and how what it emits travels."""
+    text = module.describe()
+    return text if module.code is None else f"{text}; {module.code.describe(width)}"
 
 
 def _explained(r2: float) -> str:
