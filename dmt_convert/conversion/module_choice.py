@@ -114,7 +114,8 @@ def _chosen_by_bytes(
         precision = (
             "bf16" if compression <= ELEMENT_BYTES["fp32"] / ELEMENT_BYTES["bf16"] else "int8"
         )
-    best = _coded(spec, config.replace(compression=compression), num_towers, "linear", precision)
+    sized = config.replace(compression=compression, max_auc_loss=None, min_r2=None)
+    best = _coded(spec, sized, num_towers, "linear", precision)
     asked = config.compression is not None and len(spec.features) <= _MAX_FEATURES
     if compression <= 1 or config.precision != "auto":
         return (best,)

@@ -25,7 +25,7 @@ from dmt_convert.model import ELEMENT_BYTES, describe_modules
 from dmt_convert.placement import advise_replication, describe_replication
 from dmt_convert.placement.predict import count_work
 from dmt_convert.report.figures import tower_colours, tower_loads
-from dmt_convert.report.frontier_figure import frontier_svg
+from dmt_convert.report.frontier_view import FrontierView
 from dmt_convert.report.quantities import (
     DASH,
     plural,
@@ -384,14 +384,18 @@ class ReportView:
         said = [] if flat is None or row is None else _changes(flat, row)
         return f"{text} From {FLAT_ROW} to converted: {', '.join(said)}." if said else text
 
-    # other compressions
-
     @cached_property
-    def own_point(self) -> FrontierPoint | None:
+    def frontier(self) -> FrontierView | None:
+        """What other compressions would have cost; None: not measured."""
+        found = self.manifest.frontier
+        return None if found is None else FrontierView(frontier=found, own=self._own_point())
+
+    def _own_point(self) -> FrontierPoint | None:
         """The model as it was converted, among the points of the frontier; None: not known."""
         row, flat = self.converted, self.flat
         if self.finetune is not None:
-            row = next((r for r in reversed(self.manifest.quality.rows) if r.name in _STARTS), None)
+            starts = [each for each in self.manifest.quality.rows if each.name in _STARTS]
+            row = starts[-1] if starts else None
         if row is None or row.r2 is None:
             return None
         auc = None if flat is None else flat.auc
@@ -403,39 +407,6 @@ class ReportView:
             auc_lost=None if auc is None or row.auc is None else auc - row.auc,
             flops=count_work(self.spec).flops,
         )
-
-    @cached_property
-    def frontier_figure(self) -> str:
-        """The frontier as an `<svg>` element."""
-        assert self.manifest.frontier is not None
-        return frontier_svg(self.manifest.frontier, self.own_point)
-
-    @property
-    def frontier_text(self) -> str:
-        """Say what the frontier shows."""
-        frontier = self.manifest.frontier
-        assert frontier is not None
-        drawn = "AUC lost" if frontier.labelled else "1 − R² of the logits"
-        text = (
-            f"{drawn} against the bytes that cross hosts per sample, measured on "
-            f"{show_number(frontier.count)} held-out rows of: {frontier.data}. Every point is the "
-            "closed form that --compression starts with, before distillation and fine-tuning; "
-            "beside them the flat model, its embeddings sent in fp32, bf16, and int8 with a scale "
-            "per vector."
-        )
-        return f"{text} {frontier.reason}." if frontier.reason else text
-
-    @property
-    def frontier_lines(self) -> tuple[tuple[FrontierPoint, Badge], ...]:
-        """The rows of the table of the frontier, most bytes first."""
-        frontier, own = self.manifest.frontier, self.own_point
-        assert frontier is not None
-        lines: list[tuple[FrontierPoint, Badge]] = []
-        for point in (*frontier.flat, *frontier.points):
-            lines.append((point, "yardstick" if point in frontier.flat else ""))
-        if own is not None:
-            lines.append((own, "this bundle"))
-        return tuple(sorted(lines, key=lambda line: -line[0].bytes))
 
     # fine-tuning
 

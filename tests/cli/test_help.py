@@ -18,6 +18,7 @@ OPTIONS = {
     "--distill-steps --hosts "
     "--ranks-per-host --hbm-gib "
     "--dtype --optimizer-state --outliers --model-config --model --seed --dry-run --force "
+    "--precision --prefer --frontier --plot --max-auc-loss --min-r2 "
     "--json --quiet",
     "partition": "--towers --partition --affinity --size-ratio --load-ratio --together --apart "
     "--group --calibration --outliers "

@@ -3,7 +3,7 @@
 import pytest
 
 from dmt_convert import report
-from dmt_convert.conversion import sample
+from dmt_convert.conversion import sample, start
 from dmt_convert.serving import exporter
 
 
@@ -13,7 +13,11 @@ def sample_few(patch: pytest.MonkeyPatch, rows: int = 1024) -> None:
 
 
 def skip_report(patch: pytest.MonkeyPatch) -> None:
-    """Convert without drawing and writing the report, which takes longest for tiny models."""
+    """Convert without drawing and writing the report, which takes longest for tiny models.
+
+    Nor is the frontier measured unasked, which the report shows.
+    """
+    patch.setattr(start, "is_cheap", lambda *_: False)
     # at the front, which keeps what it has looked up: patched behind it, the patch might outlast
     patch.setattr(report, "render_documents", lambda *_, **__: {})
 
