@@ -412,9 +412,8 @@ def _request_frontier(
 ) -> FrontierRequest:
     from dmt_convert.conversion.frontier import plan_frontier
 
-    towers = partition.towers
     return plan_frontier(
-        flat, config, len(towers), lambda module: converted_spec(flat.spec, towers, module)
+        flat, config, len(partition.sending), lambda module: spec_of(flat.spec, partition, module)
     )
 
 
@@ -454,8 +453,9 @@ def measure_checkpoint(
     progress("sampling", 0, 0)
     sample = _draw_sample(flat, config)
     progress("partitioning", 0, 0)
-    partition = find_towers(flat, sample, config, modules)
-    check_memory(flat, converted_spec(flat.spec, partition.towers, modules[0]), config)
+    replicated = choose_replicated(flat.spec, config, modules[0], sample.ids_per_bag)
+    partition = find_towers(flat, sample, config, modules, replicated)
+    check_memory(flat, spec_of(flat.spec, partition, modules[0]), config)
     progress("initialising", 0, 0)
     from dmt_convert.conversion.frontier import measure_frontier
     from dmt_convert.conversion.start import open_starter
