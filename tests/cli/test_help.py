@@ -73,8 +73,8 @@ def test_every_command_is_listed(call_dmt: Callable[..., Any]) -> None:
 def test_options_of_a_command(command: str, call_dmt: Callable[..., Any]) -> None:
     run = call_dmt(command, "--help")
     assert run.code == 0
-    options = re.findall(r"^│ \*? +(--[a-z-]+)", run.stdout, re.MULTILINE)
-    options += re.findall(r"^│ (--[a-z-]+)", run.stdout, re.MULTILINE)
+    options = re.findall(r"^│ \*? +(--[a-z0-9-]+)", run.stdout, re.MULTILINE)
+    options += re.findall(r"^│ (--[a-z0-9-]+)", run.stdout, re.MULTILINE)
     assert sorted(set(options) - {"--help"}) == sorted(["--config", *OPTIONS[command].split()])
     arguments = re.findall(r"^│ \* +([a-z]\w*) ", run.stdout, re.MULTILINE)
     assert arguments == ARGUMENTS[command]
