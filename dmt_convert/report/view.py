@@ -458,7 +458,7 @@ class ReportView:
         table_bytes = [float(load.table_bytes) for load in self.loads]
         lookups = [load.lookups or 0.0 for load in self.loads]
         sent = [float(count) for count in self.spec.tower_bytes]
-        dims = [sum(dims) for dims in self.spec.dims_by_tower]
+        held = [ELEMENT_BYTES["fp32"] * sum(dims) for dims in self.spec.dims_by_tower]
         return tuple(
             TowerLine(
                 index=t,
@@ -472,7 +472,7 @@ class ReportView:
                         t,
                         "stays on every rank"
                         if tower.everywhere
-                        else f"{show_number(4 * dims[t])} → {show_number(sent[t])}",
+                        else f"{show_number(held[t])} → {show_number(sent[t])}",
                     ),
                 ),
                 module=_describe_module(tower.module, self.spec.tower_widths[t]),
