@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def few_threads() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "set_num_threads"):
         torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def one_table_of_operators() -> None:
+    """Keep torch, where a test has its ONNX exporter, from building this table for every export."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration is not None and not hasattr(registration, "kept_by_tests"):
+        registry = registration.ONNXRegistry
+        registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
+        registration.kept_by_tests = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture

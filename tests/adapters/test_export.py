@@ -58,6 +58,7 @@ def test_graphs_answer_like_the_model(failed_checks, tmp_path, monkeypatch):
     assert failed_checks("sabotaged") == {"joined", "whole"}
 
 
+@pytest.mark.slow
 def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     """All but the compiler: traced graphs, of another batch size, with the weights named."""
     from dmt_convert.serving import pt2

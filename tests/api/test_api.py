@@ -71,12 +71,14 @@ def test_library_and_command_find_the_same_towers(tmp_path: Path) -> None:
     assert printed == [list(tower) for tower in partition.assignment.towers]
 
 
+@pytest.mark.slow
 def test_settings_of_a_bundle_repeat_its_conversion(bundle: Path, tmp_path: Path) -> None:
     settings = read_settings(bundle / "dmt.json", ConvertConfig)
     again = convert_quickly(bundle.parent / "ckpt.pt", tmp_path / "again", report=True, **settings)
     assert (again.path / "dmt.json").read_bytes() == (bundle / "dmt.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_settings_file_and_an_option_over_it(tmp_path: Path) -> None:
     source = make_flat(tmp_path / "ckpt.pt")
     file = tmp_path / "settings.yaml"

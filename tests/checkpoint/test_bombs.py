@@ -85,6 +85,7 @@ def test_a_long_key_around_many_values(inside, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_long_key_around_modules(tmp_path):
     parts = b"".join(text(part) + b"}s" for part in (b"_parameters", b"_buffers"))
     module = b"cm\nM\n)\x81}" + parts + text(b"_modules") + b"}"

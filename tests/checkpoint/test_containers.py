@@ -204,9 +204,9 @@ def test_hundreds_of_tables_open_fast(save, tmp_path):
 
     tables = {f"emb_l.{i}.weight": torch.zeros(2, 4) for i in range(600)}
     path = save(tables, tmp_path)
-    begin = time.monotonic()
+    begin = time.process_time()  # not the clock: other processes may be busy
     assert len(open_checkpoint(path).tensors) == 600
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_no_torch_is_imported(state, tmp_path):

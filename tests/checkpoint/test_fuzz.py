@@ -77,12 +77,12 @@ def test_mutations(save, checksums, state, tmp_path):
     counts: Counter[str] = Counter()
     for number in range(MUTATIONS):
         target.write_bytes(mutate(raw, limits, rng))
-        begin = time.monotonic()
+        begin = time.process_time()
         try:
             counts[outcome(path)] += 1
         except Exception as error:
             raise AssertionError(f"mutation {number} of {kind}") from error
-        assert time.monotonic() - begin < MAX_SECONDS, number
+        assert time.process_time() - begin < MAX_SECONDS, number
     assert counts["refused"] > MUTATIONS // 4, counts
 
 

@@ -183,6 +183,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, flat: Path, call_dmt: Call) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_calibration_with_labels_gives_auc_before_and_after(
     tmp_path: Path, flat: Path, click_data: Path, call_dmt: Call

@@ -46,13 +46,12 @@ def test_people_see_what_the_recipe_prints(
 @pytest.mark.slow
 def test_a_refusal_of_the_recipe_is_one_error(tmp_path: Path, compressed: Path) -> None:
     arguments = ("finetune", compressed, "--data", tmp_path / "gone", "--out", tmp_path / "out")
-    run = run_dmt(*arguments, "--max-restarts", 2)
+    run = run_dmt(*arguments, "--max-restarts", 2, "--json")
     assert run.code == 3
-    assert run.stdout == ""
     assert run.stderr.count("error: ") == 1
     assert run.stderr.startswith(f"error: {tmp_path / 'gone'} does not exist")
     assert "Traceback" not in run.stderr
-    value = json.loads(run_dmt(*arguments, "--json").stdout)
+    value = json.loads(run.stdout)
     assert value["found"] == f"{tmp_path / 'gone'} does not exist"
 
 

@@ -99,19 +99,29 @@ def test_passthrough_is_exact_for_any_number_of_towers(
     assert all(check.identical for check in report.checks)
 
 
+SIZES = [
+    {"c": 0, "p": 2},
+    {"c": 2},
+    {"c": 1, "p": 2, "dim": 5},
+    {"compression": 4.0},
+    {"c": 2, "p": 1, "compression": 1.5},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(("names", "interaction"), FAMILIES)
 @pytest.mark.parametrize(
-    "options",
+    ("names", "interaction", "options"),
     [
-        {"c": 0, "p": 2},
-        {"c": 2},
-        {"c": 1, "p": 2, "dim": 5},
-        {"compression": 4.0},
-        {"c": 2, "p": 1, "compression": 1.5},
+        pytest.param(
+            *family,
+            options,
+            marks=[] if (i + j) % 2 == 0 else pytest.mark.exhaustive,
+            id=f"{'-'.join(family)}-{options}",
+        )
+        for i, family in enumerate(FAMILIES)
+        for j, options in enumerate(SIZES)
     ],
-    ids=str,
 )
 def test_sizes_of_tower_modules(
     tmp_path: Path, names: str, interaction: str, options: dict[str, Any]

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ from support.peak_memory import peak_memory
 GIB = 1 << 30
 LOOK = """
 import sys
+from pathlib import Path
 from dmt_convert.cli.main import main
 try:
     main()
 finally:
-    print("torch" in sys.modules, file=sys.stderr)
+    read = Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0]
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    print(read, peak, "torch" in sys.modules, file=sys.stderr)
 """
 
 
@@ -68,21 +70,21 @@ def test_headers_alone_are_read(
     source = giants[container]
     arguments = ["inspect", source, "--json"]
     if command == "dry-run":
-        # the fixture's disk need not have 20 GB: where it has not, the refusal is as quick
+        # the fixture's disk need not have 20 GB: where it has not, the refusal reads as little
         arguments = ["convert", source, "--towers", 2, "--dry-run", "--json"]
-    begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", LOOK, *map(str, arguments)], capture_output=True, text=True
     )
-    seconds = time.perf_counter() - begin
     assert done.returncode in ((0, 3) if command == "dry-run" else (0,)), done.stderr
     value: dict[str, Any] = json.loads(done.stdout)
     if done.returncode == 0:
         assert value["spec"]["tables"][0]["rows"] > 10**7
     else:
         assert "GiB left" in value["found"]
-    assert done.stderr.split()[-1] == "False", "torch was imported"
-    assert seconds < 2
+    read, peak, torch_was_imported = done.stderr.split()[-3:]
+    assert torch_was_imported == "False"
+    # mostly Python's own modules; what is mapped and looked at counts as memory
+    assert int(read) < GIB // 4 and int(peak) < GIB // 2
     assert not any(".dmt-tmp" in path.name for path in source.parent.iterdir())
 
 
@@ -92,8 +94,6 @@ def test_memory_stays_small(tmp_path: Path, options: tuple[str, ...]) -> None:
     size = 3 * GIB if not options else GIB
     rows = size // (4 * 64 * 4)
     source = make_sparse_flat(tmp_path / "ckpt.safetensors", rows=[rows] * 4, dim=64)
-    begin = time.perf_counter()
     assert peak_memory("convert", source, "--towers", 2, "--quiet", *options) < GIB
-    assert time.perf_counter() - begin < 60
     weights = (tmp_path / "ckpt-dmt2" / "weights").iterdir()
     assert sum(path.stat().st_size for path in weights) > size / (2 if options else 1)

@@ -69,6 +69,7 @@ def compare(
     return [max(one["losses"], one["log_loss"], one["tables"]) for one in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_PROCESS)
 @pytest.mark.parametrize(("hosts", "ranks"), [(2, 2), (4, 1)])
 def test_a_trainer_does_what_one_process_does(

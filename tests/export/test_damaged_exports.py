@@ -58,6 +58,7 @@ def rewrite(folder: Path, *, sealed: bool = True, **changes: Any) -> None:
     (folder / "export.json").write_text(json.dumps(manifest.to_json()), "utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "triton"])
 def test_every_file_of_an_export_has_a_digest(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, form: str
@@ -298,6 +299,7 @@ def test_a_config_may_be_tuned(
     assert "config.pbtxt has other bytes" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

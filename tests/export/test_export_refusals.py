@@ -120,7 +120,15 @@ def test_a_newer_schema(bundle: Path) -> None:
     assert "upgrade dmt-convert" in refuse(bundle, "has schema version 2").hint
 
 
-@pytest.mark.parametrize("there", ["a file", "a folder", "an export", "a dangling link"])
+@pytest.mark.parametrize(
+    "there",
+    [
+        "a file",
+        "a folder",
+        pytest.param("an export", marks=pytest.mark.slow),
+        "a dangling link",
+    ],
+)
 def test_what_is_there_is_never_touched(bundle: Path, there: str) -> None:
     out = bundle.parent / "out"
     if there == "a file":

@@ -79,6 +79,7 @@ def test_tables_of_different_widths_and_forms(
     assert not [check.line for check in checks_of(exported, bundle) if not check.passed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_tables(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter, dtype: str
@@ -103,6 +104,7 @@ def test_export_with_its_own_process(make_bundle: Callable[..., Bundle], tmp_pat
     assert len(export.checks) > 20
 
 
+@pytest.mark.slow
 def test_the_onnx_package_opens_copied_weights_and_refuses_hard_links(
     make_bundle: Callable[..., Bundle], export_unchecked: Exporter
 ) -> None:

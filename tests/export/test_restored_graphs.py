@@ -25,6 +25,7 @@ def test_graphs_restore_what_linear_towers_emit(make_bundle, export_unchecked, i
         assert checks and [check.line for check in checks if not check.passed] == []
 
 
+@pytest.mark.slow
 def test_towers_that_are_restored_by_each_others_maps_are_noticed(
     make_bundle, export_unchecked, monkeypatch
 ):

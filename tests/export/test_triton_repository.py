@@ -50,6 +50,7 @@ def dims(entries: Any) -> dict[str, list[int]]:
     return {entry.name: list(entry.dims) for entry in entries}
 
 
+@pytest.mark.slow
 def test_padded_models_batch_and_their_graphs_answer_like_the_model(
     bundle: Bundle, triton: Exporter
 ) -> None:

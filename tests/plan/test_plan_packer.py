@@ -271,9 +271,9 @@ def test_thousands_of_tables_take_under_five_seconds(
 ) -> None:
     shapes = [(10 + i * i * 7919 % 1_000_000, 128) for i in range(num_tables)]
     model = spec_of_towers([shapes[t::towers] for t in range(towers)])
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: other processes may be busy
     plan = plan_for(model, hosts, 8, 80 * GIB)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     mean = sum(plan.lookups_per_rank) / len(plan.lookups_per_rank)
     assert max(plan.lookups_per_rank) <= 1.6 * mean
 

@@ -109,7 +109,7 @@ def running(folder: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (left := processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == {}
@@ -193,7 +193,7 @@ def test_an_interrupted_run_writes_what_it_has_and_leaves_nothing(
     with endless(tmp_path) as process:
         wait_for_turns(process)
         process.send_signal(sent)
-        _, progress = process.communicate(timeout=20)
+        _, progress = process.communicate(timeout=120)
         assert process.returncode == 130
         assert processes() == {}
     assert "error: interrupted" in progress
@@ -222,7 +222,7 @@ def test_a_crashed_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
             pid for pid, command in processes().items() if "benchmarks.cluster.worker" in command
         )
         os.kill(rank, signal.SIGKILL)
-        _, progress = process.communicate(timeout=20)
+        _, progress = process.communicate(timeout=120)
         assert process.returncode == 3
         assert processes() == {}
     assert "rank 1 was killed by SIGKILL" in progress

@@ -109,7 +109,7 @@ def main() -> None:
         **{f"before sync {n}": kill_before(os, "fsync", n) for n in (1, 4, 7)},
         "before the swap": kill_before(staging, "_put_in_place", 1),
         "after the swap": kill_behind(staging, "_put_in_place"),
-        **{f"at {x:.3f}": kill_after(x) for x in (rng.uniform(0, 1.1 * whole) for _ in range(6))},
+        **{f"at {x:.3f}": kill_after(x) for x in (rng.uniform(0, 1.1 * whole) for _ in range(3))},
     }
     for name, arm in kills.items():
         if not replaced:

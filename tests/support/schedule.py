@@ -18,6 +18,7 @@ TOGETHER: Final = {
     # they start ranks or servers, or kill what they start, and take their turns
     "processes": ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions"),
     # they share bundles
+    "commands": ("cli",),
     "scored": ("scoring", "verify"),
 }
 """Below tests/: what one worker runs. All else is dealt out by file."""

@@ -97,7 +97,7 @@ def serve(repository: Path, log: Path, *options: str) -> Iterator[Server]:
         process.wait()
         for path in Path("/dev/shm").glob(f"{region}*"):
             path.unlink(missing_ok=True)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while left := _processes_with(region):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)

@@ -85,6 +85,7 @@ def test_pooling_is_what_a_loop_gives(pooling, weighted):
         np.testing.assert_allclose(found, _naive_pool(table, bag, pooling), atol=1e-5)
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(KINDS),
     towers=st.integers(1, 5),
