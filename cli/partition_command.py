@@ -50,5 +50,10 @@ def run(
         f"{counted(len(assignment), 'tower')}, {found.strategy}; affinity within towers "
         f"{number(found.within_affinity, 3)}, between {number(found.between_affinity, 3)}"
     )
+    if found.lost is not None:
+        title += (
+            f"; {counted(found.elements or 0, 'element')} sent by linear codes would lose "
+            f"{found.lost:.3g} of the logits' variance. Found {found.search}"
+        )
     columns = ["tower", "features>", "tables>", "lookups>", "names"]
     output.result(value, table(title, columns, rows))

@@ -111,7 +111,13 @@ class PartitionRecord:
     """How the towers were chosen."""
 
     strategy: str = "file"
-    """coherent, diverse, round-robin or file."""
+    """loss, coherent, diverse, round-robin or file."""
+    search: str = ""
+    """loss: what was computed, and from what rows."""
+    lost: float | None = None
+    """loss: the part of the logits' variance that linear codes lose, to first order."""
+    elements: int | None = None
+    """loss: elements that all towers were planned to emit together."""
     affinity: str | None = None
     """How affinity was measured; None if it was not."""
     within_affinity: float | None = None

@@ -52,11 +52,12 @@ class PartitionOptions(Config):
     )
     partition: StrategyValue | None = setting(
         None,
-        "coherent puts features that interact into one tower, diverse keeps them apart, "
-        "round-robin deals them out; or a JSON file with the towers.",
-        metavar="coherent|diverse|round-robin|FILE",
-        auto="coherent; diverse if a tower may emit combinations of its features (c = 0, or a "
-        "compression, with a dot interaction)",
+        "loss makes a linear code of every tower lose as little as possible, coherent puts "
+        "features that interact into one tower, diverse keeps them apart, round-robin deals them "
+        "out; or a JSON file with the towers.",
+        metavar="loss|coherent|diverse|round-robin|FILE",
+        auto="loss if towers may be linear; else coherent, or diverse if a tower may emit "
+        "combinations of its features (c = 0 with a dot interaction)",
         panel=_TOWERS,
     )
     affinity: AffinityKind = setting(
@@ -144,6 +145,13 @@ class PartitionConfig(ModelOptions, PartitionOptions):
 
     command: ClassVar[str] = "partition"
 
+    compression: Float = setting(
+        8.0,
+        "Compression that --partition loss plans for: bytes that features hold as float32, over "
+        "bytes that towers send.",
+        ge=1,
+        panel=_TOWERS,
+    )
     out: PathValue | None = setting(
         None, "Write the towers to this JSON file.", record=False, metavar="FILE"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
-Strategy = Literal["coherent", "diverse", "round-robin"]
+Strategy = Literal["loss", "coherent", "diverse", "round-robin"]
 AffinityKind = Literal["cosine", "weights"]
 TableOptimizerKind = Literal["rowwise-adagrad", "adagrad", "sgd", "adam"]
 DenseOptimizerKind = Literal["adam", "sgd"]

@@ -23,8 +23,14 @@ from dmt_convert.bundle import (
 from dmt_convert.checkpoint import check_finite, check_outliers, open_checkpoint, read_tensor
 from dmt_convert.config import ConvertConfig, ModelOptions, PartitionConfig, PartitionOptions
 from dmt_convert.conversion.memory import check_memory, weight_bytes
-from dmt_convert.conversion.module_choice import choose_modules, default_strategy, how_to_choose
+from dmt_convert.conversion.module_choice import (
+    choose_modules,
+    default_strategy,
+    how_to_choose,
+    planned_elements,
+)
 from dmt_convert.conversion.partition import (
+    JointCodes,
     Partition,
     measure_affinity,
     partition_features,
@@ -299,8 +305,8 @@ def find_towers(
         flat: The flat model.
         sample: Rows on which affinity is measured.
         options: The settings.
-        modules: Candidates for the tower module. If towers may combine features, strongly paired
-            features are better kept apart, so the default strategy is `diverse`.
+        modules: Candidates for the tower module, which decide on the default strategy and on how
+            many elements towers are planned to emit.
         replicated: Features whose tables every rank holds; the others are partitioned.
 
     Raises:
@@ -308,6 +314,8 @@ def find_towers(
     """
     if options.partition is None:
         options = options.replace(partition=default_strategy(flat.spec, modules))
+    if options.partition == "loss":
+        return _find_towers_by_loss(flat, sample, options, modules, replicated)
     if options.affinity == "weights" and not tells_pairs(flat.spec):
         options = options.replace(affinity="cosine")
     # what overflows is refused by name: affinities must be finite
@@ -315,6 +323,33 @@ def find_towers(
         affinity = measure_affinity(flat, sample, options.affinity)
     found = partition_beside(flat.spec, options, affinity, replicated)
     return replace(found, sample=sample.description)
+
+
+def _find_towers_by_loss(
+    flat: FlatModelInfo,
+    sample: Sample,
+    options: PartitionOptions,
+    modules: tuple[TowerModuleSpec, ...],
+    replicated: tuple[str, ...],
+) -> Partition:
+    # imports torch, which takes seconds
+    from dmt_convert.conversion.felt import measure_felt
+
+    assert options.towers is not None
+    elements = planned_elements(flat.spec, modules, options.towers)
+    if isinstance(options, PartitionConfig):
+        elements = planned_elements(flat.spec, modules, options.towers, options.compression)
+    # what overflows is refused by name: logits must be finite
+    with np.errstate(all="ignore"):
+        felt = measure_felt(flat, sample)
+        partition = partition_beside(
+            flat.spec,
+            options,
+            None,
+            replicated,
+            measure_codes=lambda kept: JointCodes(felt.only(kept), elements),
+        )
+    return replace(partition, sample=sample.description)
 
 
 def _candidate_modules(flat: FlatModelInfo, config: ConvertConfig) -> tuple[TowerModuleSpec, ...]:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Final, Literal
 from dmt_convert.config import ConvertConfig
 from dmt_convert.errors import ConfigError
 from dmt_convert.families import FlatModelInfo
-from dmt_convert.model import ELEMENT_BYTES, Precision, TowerCode, TowerModuleSpec, module_spec
+from dmt_convert.model import (
+    ELEMENT_BYTES,
+    Precision,
+    TowerCode,
+    TowerModuleSpec,
+    converted_spec,
+    module_spec,
+)
 from dmt_convert.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -24,6 +31,8 @@ COMPRESSION: Final = 4.0
 """Default: every element travels as one byte instead of four."""
 _UP_TO: Final[dict[Precision, float]] = {"fp32": 1.0, "bf16": 2.0}
 """Compression up to which elements travel in that precision, and none is left out."""
+_ELEMENTS_PER_BYTE: Final = 1.5
+"""Elements that a byte holds, if those that matter less have 4 bits: between 1 and 2."""
 _MAX_FEATURES: Final = 128
 """Features up to which the architecture's own tower modules are tried beside the best one."""
 
@@ -74,12 +83,16 @@ def how_to_choose(config: ConvertConfig, modules: Sequence[TowerModuleSpec]) -> 
 
 def default_strategy(
     spec: ModelSpec, modules: Sequence[TowerModuleSpec]
-) -> Literal["coherent", "diverse"]:
+) -> Literal["loss", "coherent", "diverse"]:
     """Choose how to partition, if the user does not say.
 
+    If towers may be linear codes of their features, which they are as long as nothing is said of
+    modules, the loss of such codes decides (benchmarks/partition_loss.py).
     A tower that emits combinations of its features loses least if they say much the same to the
     pairs behind it, so features that interact are parted. All other towers keep them together.
     """
+    if not modules or any(each.rules.restores for each in modules):
+        return "loss"
     combines = any(each.rules.combines(each) for each in modules)
     pairs = spec.interaction.rules.pairs_vectors
     return "diverse" if combines and pairs else "coherent"
@@ -108,12 +121,8 @@ def _chosen_by_bytes(
     compression = COMPRESSION if config.compression is None else config.compression
     if config.precision != "auto":
         precision = _asked_precision(config)
-    elif compression <= 1:
-        precision = "fp32"
     else:
-        precision = (
-            "bf16" if compression <= ELEMENT_BYTES["fp32"] / ELEMENT_BYTES["bf16"] else "int8"
-        )
+        precision = next((p for p, most in _UP_TO.items() if compression <= most), "int8")
     sized = config.replace(compression=compression, max_auc_loss=None, min_r2=None)
     best = _coded(spec, sized, num_towers, "linear", precision)
     asked = config.compression is not None and len(spec.features) <= _MAX_FEATURES
@@ -186,3 +195,29 @@ def alternative_modules(
         compression *= ELEMENT_BYTES[code.precision] / ELEMENT_BYTES["fp32"]
     others = module.rules.alternatives(spec, module, num_towers=num_towers, compression=compression)
     return tuple(replace(other, code=code) for other in others)
+
+
+def planned_elements(
+    spec: ModelSpec,
+    modules: Sequence[TowerModuleSpec],
+    num_towers: int,
+    compression: float = 2 * COMPRESSION,
+) -> int:
+    """Return how many elements all towers are to emit together, before their features are known.
+
+    Args:
+        spec: The flat model.
+        modules: Candidates for the tower module; a linear one counts most.
+        num_towers: T.
+        compression: What to plan for if nothing else tells, in bytes.
+    """
+    held = sum(spec.feature_dims)
+    ranked = sorted(modules, key=lambda module: not module.rules.restores)
+    if not ranked or ranked[0].rules.exact:
+        sent = ELEMENT_BYTES["fp32"] * held / compression
+        return int(min(_ELEMENTS_PER_BYTE * sent, held / 2))
+    num_towers = min(num_towers, len(spec.features))
+    dealt = tuple(spec.feature_names[t::num_towers] for t in range(num_towers))
+    emitted = sum(converted_spec(spec, dealt, ranked[0]).tower_widths)
+    code = ranked[0].code
+    return emitted if code is None else int(_ELEMENTS_PER_BYTE * emitted)

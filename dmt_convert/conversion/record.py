@@ -86,6 +86,9 @@ def describe_partition(
     """
     return PartitionRecord(
         strategy=partition.strategy,
+        search=partition.search,
+        lost=partition.lost,
+        elements=partition.elements,
         affinity=partition.affinity_kind,
         within_affinity=partition.within_affinity,
         between_affinity=partition.between_affinity,

@@ -6,7 +6,8 @@ together. A unit leaves only if all its tables may.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ import numpy as np
 from dmt_convert.arrays import FloatArray
 from dmt_convert.config import ConvertConfig, PartitionOptions
 from dmt_convert.conversion.partition import (
+    JointCodes,
     Partition,
     build_units,
     measure_loads,
@@ -162,6 +164,8 @@ def partition_beside(
     options: PartitionOptions,
     affinity: FloatArray | None,
     replicated: Sequence[str],
+    *,
+    measure_codes: Callable[[Sequence[int]], JointCodes] | None = None,
 ) -> Partition:
     """Partition the features that are not on every rank; these are the last towers.
 
@@ -170,12 +174,15 @@ def partition_beside(
         options: The request; a file names all features.
         affinity: As for `partition_features`, over all features.
         replicated: What `choose_replicated` chose.
+        measure_codes: Gives what codes of some features lose, by their indices; for the strategy
+            `loss`.
 
     Raises:
         PartitionError: The request cannot be met.
     """
     if not replicated:
-        return partition_features(spec, options, affinity)
+        codes = None if measure_codes is None else measure_codes(range(len(spec.features)))
+        return partition_features(spec, options, affinity, codes=codes)
     gone = set(replicated)
     if isinstance(options.partition, Path):
         found = partition_features(spec, options, affinity)
@@ -186,19 +193,20 @@ def partition_beside(
             _only(spec, [spec.feature_names[i] for i in kept]),
             _without(options, gone),
             None if affinity is None else affinity[np.ix_(kept, kept)],
+            codes=None if measure_codes is None else measure_codes(kept),
         )
         sending = found.towers
+        if affinity is None and found.affinity is not None:  # by loss: of the others alone
+            affinity = np.eye(len(spec.features), dtype=np.float32)
+            affinity[np.ix_(kept, kept)] = found.affinity
     everywhere = group_features(options, replicated)
     assignment = TowerAssignment(towers=(*sending, *everywhere))
-    return Partition(
+    return replace(
+        found,
         assignment=assignment,
         everywhere=everywhere,
-        strategy=found.strategy,
-        affinity_kind=found.affinity_kind,
         affinity=affinity,
         loads=measure_loads(spec, assignment),
-        within_affinity=found.within_affinity,
-        between_affinity=found.between_affinity,
     )
 
 

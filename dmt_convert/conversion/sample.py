@@ -59,6 +59,10 @@ class Sample:
         cut = max(1, int(self.batch.num_rows * (1 - fraction)))
         return self._rows(0, cut), self._rows(cut, self.batch.num_rows)
 
+    def first(self, rows: int) -> Sample:
+        """Take the first rows, or all if there are fewer."""
+        return self._rows(0, min(rows, self.batch.num_rows))
+
     def per_feature(self, spec: ModelSpec) -> list[Float32Array]:
         """Pooled embeddings of every feature, each (n, N_f)."""
         cuts = np.cumsum(spec.feature_dims)[:-1]

@@ -41,7 +41,7 @@ from dmt_convert.model import (
 from dmt_convert.placement.predict import count_work
 from dmt_convert.spec import Dtype, ModelSpec
 
-_HELD_OUT: Final = 0.25
+HELD_OUT: Final = 0.25
 _AS_GOOD: Final = 5e-4
 """1 - R^2 of a closed form that distillation is not needed after, unless it is asked for."""
 _ALIKE: Final = 1e-4
@@ -104,7 +104,7 @@ def start_model(
             logits are not finite, or that no closed form can be solved.
     """
     flat = open_flat_model(info)
-    fit, held = sample.split(_HELD_OUT)
+    fit, held = sample.split(HELD_OUT)
     infos = {table.name: info.table_info(table.name) for table in info.spec.tables}
     tables = MappedTables(info.spec, infos, stored_as=stored_as)
     found, specs, starter = None, [spec, *alternatives], None
@@ -387,7 +387,7 @@ def open_starter(info: FlatModelInfo, sample: Sample) -> Starter:
         CheckpointError: A weight is NaN or Inf, or the flat model's logits are not finite.
     """
     flat = open_flat_model(info)
-    fit, held = sample.split(_HELD_OUT)
+    fit, held = sample.split(HELD_OUT)
     check_logits(flat, held)
     return Starter(flat, fit, held)
 

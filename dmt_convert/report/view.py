@@ -70,6 +70,7 @@ _MAX_RANKS: Final = 16
 """More ranks per host are not drawn one by one."""
 
 _STRATEGIES: Final = {
+    "loss": "linear codes of the towers lose as little as possible",
     "coherent": "features that interact sit together",
     "diverse": "features that interact sit apart",
     "round-robin": "feature i sits in tower i mod T",
@@ -511,10 +512,10 @@ class ReportView:
     @property
     def strategy(self) -> str:
         """Say how the towers were chosen."""
-        name = self.manifest.partition.strategy
-        return (
-            f"Strategy {name}: {_STRATEGIES[name]}." if name in _STRATEGIES else f"Strategy {name}."
-        )
+        record = self.manifest.partition
+        said = [f"Strategy {record.strategy}", _STRATEGIES.get(record.strategy, "")]
+        found = f" Found {record.search}." if record.search else ""
+        return ": ".join(part for part in said if part) + "." + found
 
     @property
     def affinity(self) -> str:

@@ -18,10 +18,10 @@ OPTIONS = {
     "--distill-steps --hosts "
     "--ranks-per-host --hbm-gib "
     "--dtype --optimizer-state --outliers --model-config --model --seed --dry-run --force "
-    "--precision --prefer --frontier --plot --max-auc-loss --min-r2 "
+    "--frontier --plot --max-auc-loss --min-r2 "
     "--json --quiet",
-    "partition": "--towers --partition --affinity --size-ratio --load-ratio --together --apart "
-    "--group --calibration --outliers "
+    "partition": "--towers --partition --compression --affinity --size-ratio --load-ratio "
+    "--together --apart --group --calibration --outliers "
     "--model-config --model --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
     "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "

@@ -2,6 +2,8 @@
 from .affinity import cosine_affinity as cosine_affinity
 from .affinity import measure_affinity as measure_affinity
 from .affinity import tells_pairs as tells_pairs
+from .joint_code import Felt as Felt
+from .joint_code import JointCodes as JointCodes
 from .partitioner import Partition as Partition
 from .partitioner import TowerLoad as TowerLoad
 from .partitioner import measure_loads as measure_loads

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dmt_convert.arrays import FloatArray, IntArray
+from dmt_convert.arrays import Float64Array, FloatArray, IntArray
 from dmt_convert.config import PartitionOptions
+from dmt_convert.conversion.partition.joint_code import JointCodes
+from dmt_convert.conversion.partition.loss_search import Found, search_by_loss
 from dmt_convert.conversion.partition.search import (
     assign_cyclically,
     find_start,
@@ -48,9 +50,9 @@ class Partition:
     assignment: TowerAssignment
     """The towers: features in model order, towers by their first feature."""
     strategy: str
-    """coherent, diverse, round-robin or file."""
+    """loss, coherent, diverse, round-robin or file."""
     affinity_kind: str | None
-    """cosine or weights; None without affinity."""
+    """cosine, weights, or saved: what one code for two features saves; None without affinity."""
     affinity: FloatArray | None
     """Affinity in model order, shape (F, F), if one was given."""
     loads: tuple[TowerLoad, ...]
@@ -63,6 +65,12 @@ class Partition:
     """Features of the towers whose tables every rank holds: the last ones."""
     sample: str = ""
     """How the rows were drawn on which affinity was measured."""
+    search: str = ""
+    """loss: what was computed."""
+    lost: float | None = None
+    """loss: the part of the logits' variance that linear codes lose, to first order."""
+    elements: int | None = None
+    """loss: elements that all towers were planned to emit together."""
 
     def __repr__(self) -> str:
         """Say the essentials in one line."""
@@ -84,10 +92,12 @@ def partition_features(
     config: PartitionOptions,
     affinity: FloatArray | None = None,
     *,
+    codes: JointCodes | None = None,
     lookups: Mapping[str, float] | None = None,
 ) -> Partition:
     """Partition a model's features into towers.
 
+    - loss: linear codes of the towers lose as little as a local search can make them.
     - coherent, diverse: the summed affinity inside towers is made as high, or as low, as an
       iterated local search can make it.
     - round-robin: feature i goes to tower i mod T. If features share a table or constraints forbid
@@ -100,6 +110,8 @@ def partition_features(
         config: The request.
         affinity: Affinity in [0, 1], symmetric, shape (F, F), features in model order. Required
             for coherent and diverse (see `needs_affinity`); otherwise only reported.
+        codes: What codes of several features lose. Required for loss; its affinity is what codes
+            of two features save.
         lookups: Mean ids per sample of every feature; 1 for features that are not given.
 
     Raises:
@@ -117,8 +129,15 @@ def partition_features(
             expected=f"an affinity matrix for {len(spec.features)} features",
             hint="compute one from sampled rows, or use --partition round-robin",
         )
+    found: Found | None = None
+    kind: str | None = None if affinity is None else config.affinity
     if isinstance(config.strategy, Path):
         towers = read_towers(config.strategy, spec, config, units)
+    elif config.strategy == "loss":
+        assert config.towers is not None
+        found, kind = _search_by_loss(units, config, config.towers, codes), "saved"
+        affinity = _scale_savings(found.savings)
+        towers = _collect(spec, found.assignment[units.unit_of])
     else:
         towers = _collect(spec, _assign_units(units, config, affinity)[units.unit_of])
     assignment = TowerAssignment(towers=towers)
@@ -126,12 +145,36 @@ def partition_features(
     return Partition(
         assignment=assignment,
         strategy="file" if isinstance(config.strategy, Path) else config.strategy,
-        affinity_kind=None if affinity is None else config.affinity,
+        affinity_kind=kind,
         affinity=affinity,
         loads=measure_loads(spec, assignment, lookups=lookups),
         within_affinity=within,
         between_affinity=between,
+        search="" if found is None else found.how,
+        lost=None if found is None else found.lost,
+        elements=None if codes is None else codes.elements,
     )
+
+
+def _search_by_loss(
+    units: Units, config: PartitionOptions, num_towers: int, codes: JointCodes | None
+) -> Found:
+    if codes is None:
+        raise PartitionError(
+            "no sampled rows for the loss strategy",
+            expected="embeddings of sampled rows, and the logit's gradient by them",
+            hint="measure them, or use --partition coherent",
+        )
+    rng = np.random.default_rng(config.seed)
+    return search_by_loss(find_start(units, num_towers, config, rng=rng), codes, rng=rng)
+
+
+def _scale_savings(savings: Float64Array) -> Float64Array:
+    """Bring savings into [0, 1], the best pair 1, diagonal 1."""
+    scaled = np.maximum(savings, 0)
+    scaled /= float(scaled.max(initial=0.0)) or 1.0
+    np.fill_diagonal(scaled, 1)
+    return np.asarray(scaled)
 
 
 def needs_affinity(config: PartitionOptions) -> bool:
