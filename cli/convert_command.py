@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dmt_convert.bundle import Bundle
     from dmt_convert.conversion import Preview
     from dmt_convert.documents import Frontier, PartitionRecord
-    from dmt_convert.model import TowerModuleSpec
+    from dmt_convert.model import DmtSpec, TowerModuleSpec
 
 NAME = "convert"
 
@@ -158,6 +158,13 @@ def _module_text(module: TowerModuleSpec) -> str:
     return module.describe() + ("" if module.code is None else f"; {module.code.precision}")
 
 
+def _features_text(model: DmtSpec) -> str:
+    """Count the features of towers that send."""
+    sent = sum(len(tower.features) for tower in model.sending_towers)
+    all_of_them = len(model.flat.features)
+    return f"{sent} features" if sent == all_of_them else f"{sent} of {all_of_them} features"
+
+
 def _partition_text(partition: PartitionRecord) -> str:
     chosen = partition.strategy in ("coherent", "diverse")
     return partition.strategy + (f" by {partition.affinity}" if chosen else "")
@@ -219,7 +226,7 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
     rows = [
         ("bundle", str(bundle.path)),
         ("report", str(bundle.path / "report.html")),
-        ("towers", f"{len(model.towers)}, over {len(model.flat.features)} features"),
+        ("towers", f"{len(model.sending_towers)}, over {_features_text(model)}"),
         ("partition", _partition_text(manifest.partition)),
         *((("on every rank", held),) if held else ()),
         ("tower module", describe_modules(model)),
@@ -255,7 +262,8 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         f"      dmt export {place} --format onnx --out DIR{option}"
     )
     if not model.is_passthrough:
+        again = f"dmt convert {shlex.quote(str(source))} --towers {len(model.sending_towers)}"
         output.remark(
-            f"exact model: dmt convert {shlex.quote(str(source))} --towers "
-            f"{len(model.sending_towers)} --tower-module passthrough{option}"
+            f"fewer bytes, and what they cost: {again} --frontier{option}\n"
+            f"exact model: {again} --tower-module passthrough{option}"
         )

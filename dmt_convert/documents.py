@@ -263,8 +263,8 @@ class QualityRow:
     """One model on the held-out rows. None stands for a value that is unknown or not finite."""
 
     name: str
-    """flat, closed form, distilled, passthrough, random initialisation; fine-tuned, which was
-    measured on the validation rows of its training instead."""
+    """flat, passthrough, rounded, closed form, distilled, random initialisation; fine-tuned, which
+    was measured on the validation rows of its training instead."""
     r2: float | None = None
     """1 - squared error of the logits / their variance in the flat model."""
     max_abs_diff: float | None = None

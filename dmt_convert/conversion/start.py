@@ -123,8 +123,9 @@ def start_model(
         closed, notes = starter.solve(specs, choice or Choice())
         better, note = starter.distill(closed, distill_steps, seed, on_step)
         del starter
-        model, method, notes = closed, "closed form", (*notes, note)
-        candidates = {"closed form": lambda: closed}
+        name = "rounded" if closed.spec.rules.exact else "closed form"
+        model, method, notes = closed, name, (*notes, note)
+        candidates = {name: lambda: closed}
         if better is not None:
             model, method = better, "closed form, then distilled"
             candidates["distilled"] = lambda: model

@@ -53,7 +53,7 @@ FLAT_ROW: Final = "flat"
 """Name of the quality row of the flat model."""
 YARDSTICK_ROWS: Final = ("random initialisation",)
 """Names of quality rows that only serve as a yardstick."""
-_STARTS: Final = ("closed form", "distilled")
+_STARTS: Final = ("rounded", "closed form", "distilled")
 """Names of quality rows of models as they were converted; the last one is the best."""
 FINETUNED_ROW: Final = "fine-tuned"
 """How the names of quality rows of fine-tuned models begin."""
