@@ -7,13 +7,11 @@ converted or fine-tuned. All texts are plain; the template escapes them.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
-from dmt_convert.adapter import model_option
 from dmt_convert.documents import (
     EvaluationRecord,
     FinetuneRecord,
@@ -26,6 +24,7 @@ from dmt_convert.placement import advise_replication, describe_replication
 from dmt_convert.placement.predict import count_work
 from dmt_convert.report.figures import tower_colours, tower_loads
 from dmt_convert.report.frontier_view import FrontierView
+from dmt_convert.report.next_commands import next_commands
 from dmt_convert.report.quantities import (
     DASH,
     plural,
@@ -657,42 +656,7 @@ class ReportView:
     @property
     def commands(self) -> tuple[tuple[str, str], ...]:
         """What to do next: purposes and commands."""
-        name, towers = self.manifest.source.name, len(self.spec.sending_towers)
-        source, bundle = shlex.quote(name), shlex.quote(self.folder)
-        option = model_option(self.spec.flat)
-        verify = (
-            "Compare the logits of both models, stage by stage",
-            f"dmt verify {source} {bundle}{option}",
-        )
-        evaluate = (
-            "AUC, log loss and NE on data with labels",
-            f"dmt evaluate {bundle} --data DATA{option}",
-        )
-        score = ("Logits of a data set", f"dmt score {bundle} --data DATA --out scores.npz{option}")
-        plan = (
-            "Plan for another cluster",
-            f"dmt plan {bundle} --hosts {towers} --ranks-per-host 8",
-        )
-        exact = (
-            "Convert again, exactly",
-            f"dmt convert {source} --towers {towers} --tower-module passthrough "
-            f"--out {bundle}-exact{option}",
-        )
-        finetune = (
-            "Train further on labelled rows",
-            f"dmt finetune {bundle} --data DATA{option}",
-        )
-        export = (
-            "Graphs for serving, checked against this bundle",
-            f"dmt export {bundle} --format onnx --out DIR{option}",
-        )
-        if self.finetune is not None:
-            return evaluate, score, export, plan
-        if not name:
-            return evaluate, finetune, export, plan
-        if self.spec.is_passthrough:
-            return verify, evaluate, finetune, export, plan
-        return evaluate, finetune, export, plan, exact
+        return next_commands(self.manifest, self.folder)
 
 
 def _describe_module(module: TowerModuleSpec, width: int) -> str:
