@@ -6,6 +6,7 @@ import pytest
 
 import dmt_convert as dmt
 from support.checkpoints.flat import make_flat
+from support.shortcuts import sample_few
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +17,14 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exact(flat: Path) -> Path:
     """The passthrough bundle."""
-    return dmt.convert(flat, flat.parent / "exact", towers=2, tower_module="passthrough").path
+    with pytest.MonkeyPatch.context() as patch:
+        sample_few(patch)
+        return dmt.convert(flat, flat.parent / "exact", towers=2, tower_module="passthrough").path
 
 
 @pytest.fixture(scope="session")
 def compressed(flat: Path) -> Path:
-    """The bundle that `dmt convert` writes by default."""
-    return dmt.convert(flat, towers=2).path
+    """The bundle that `dmt convert` writes by default, but for the size of its sample."""
+    with pytest.MonkeyPatch.context() as patch:
+        sample_few(patch)
+        return dmt.convert(flat, towers=2).path

@@ -216,6 +216,7 @@ def test_calibration_with_labels_gives_auc_before_and_after(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_the_summary_says_what_was_assumed_and_how_to_get_the_exact_model(
     tmp_path: Path, flat: Path, call_dmt: Call
 ) -> None:
