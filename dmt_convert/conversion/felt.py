@@ -18,7 +18,8 @@ _ELEMENTS: Final = 1 << 25
 """Elements of all rows: 128 MiB of embeddings, and as much of gradients."""
 _MIN_ROWS: Final = 256
 _MAX_ROWS: Final = 1024
-"""More rows find the same towers (benchmarks/partition_loss.py)."""
+"""More rows take longer; on Criteo and MovieLens the loss on rows that were not read is within some
+per cent of that on these."""
 
 
 def measure_felt(info: FlatModelInfo, sample: Sample) -> Felt:

@@ -87,7 +87,8 @@ def default_strategy(
     """Choose how to partition, if the user does not say.
 
     If towers may be linear codes of their features, which they are as long as nothing is said of
-    modules, the loss of such codes decides (benchmarks/partition_loss.py).
+    modules, the loss of such codes decides.
+
     A tower that emits combinations of its features loses least if they say much the same to the
     pairs behind it, so features that interact are parted. All other towers keep them together.
     """

@@ -36,7 +36,7 @@ _PAIR_BLOCK: Final = 1 << 23
 """Elements of all pairs' matrices that are held at once (64 MiB)."""
 _PRICE: Final = 0.25
 """Price of an element, as a fraction of the least one that codes of single features would send:
-joint codes need fewer (benchmarks/partition_loss.py)."""
+joint codes need fewer. Chosen on DLRMs of Criteo and MovieLens; only the start depends on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
