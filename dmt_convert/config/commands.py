@@ -81,6 +81,14 @@ class PartitionOptions(Config):
         auto="unlimited",
         panel=_TOWERS,
     )
+    compression: Float | None = setting(
+        None,
+        "Compression to reach: bytes that would cross hosts as float32, over bytes that do. Towers "
+        "by loss are planned for it.",
+        gt=0,
+        auto="4; 2 with --tower-module; 8 for `dmt partition`",
+        panel=_MODULES,
+    )
     together: NameLists = setting(
         (), "Features that share a tower. Repeatable.", metavar="f,g", panel=_TOWERS
     )
@@ -145,13 +153,6 @@ class PartitionConfig(ModelOptions, PartitionOptions):
 
     command: ClassVar[str] = "partition"
 
-    compression: Float = setting(
-        8.0,
-        "Compression that --partition loss plans for: bytes that features hold as float32, over "
-        "bytes that towers send.",
-        ge=1,
-        panel=_TOWERS,
-    )
     out: PathValue | None = setting(
         None, "Write the towers to this JSON file.", record=False, metavar="FILE"
     )
@@ -180,14 +181,6 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
         "Output dim D of an emitted vector.",
         ge=1,
         auto="half the embedding dim",
-        panel=_MODULES,
-    )
-    compression: Float | None = setting(
-        None,
-        "Compression to reach, instead of --dim: bytes that would cross hosts as float32, over "
-        "bytes that do.",
-        gt=0,
-        auto="4; 2 with --tower-module",
         panel=_MODULES,
     )
     max_auc_loss: Float | None = setting(

@@ -336,9 +336,7 @@ def _find_towers_by_loss(
     from dmt_convert.conversion.felt import measure_felt
 
     assert options.towers is not None
-    elements = planned_elements(flat.spec, modules, options.towers)
-    if isinstance(options, PartitionConfig):
-        elements = planned_elements(flat.spec, modules, options.towers, options.compression)
+    elements = planned_elements(flat.spec, modules, options.towers, options.compression)
     # what overflows is refused by name: logits must be finite
     with np.errstate(all="ignore"):
         felt = measure_felt(flat, sample)

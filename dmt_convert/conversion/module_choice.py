@@ -202,7 +202,7 @@ def planned_elements(
     spec: ModelSpec,
     modules: Sequence[TowerModuleSpec],
     num_towers: int,
-    compression: float = 2 * COMPRESSION,
+    compression: float | None = None,
 ) -> int:
     """Return how many elements all towers are to emit together, before their features are known.
 
@@ -210,12 +210,12 @@ def planned_elements(
         spec: The flat model.
         modules: Candidates for the tower module; a linear one counts most.
         num_towers: T.
-        compression: What to plan for if nothing else tells, in bytes.
+        compression: What to plan for if no module tells, in bytes; 8 by default.
     """
     held = sum(spec.feature_dims)
     ranked = sorted(modules, key=lambda module: not module.rules.restores)
     if not ranked or ranked[0].rules.exact:
-        sent = ELEMENT_BYTES["fp32"] * held / compression
+        sent = ELEMENT_BYTES["fp32"] * held / (compression or 2 * COMPRESSION)
         return int(min(_ELEMENTS_PER_BYTE * sent, held / 2))
     num_towers = min(num_towers, len(spec.features))
     dealt = tuple(spec.feature_names[t::num_towers] for t in range(num_towers))

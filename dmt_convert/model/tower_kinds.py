@@ -377,10 +377,12 @@ class LinearKind(TowerModule):
     ) -> Sequence[TowerModuleSpec]:
         """Let every tower emit in proportion to what it holds; D is the mean over the towers."""
         widths = [sum(own) for own in dims]
-        share = spec.dim * len(widths) / sum(widths)
-        return [
-            replace(spec, dim=min(width, max(1, int(width * share + 1e-9)))) for width in widths
-        ]
+        shares = [spec.dim * len(widths) * width / sum(widths) for width in widths]
+        emits = [min(width, max(1, int(x + 1e-9))) for width, x in zip(widths, shares, strict=True)]
+        left = spec.dim * len(widths) - sum(emits)
+        for t in sorted(range(len(widths)), key=lambda t: emits[t] - shares[t])[: max(0, left)]:
+            emits[t] = min(widths[t], emits[t] + 1)
+        return [replace(spec, dim=dim) for dim in emits]
 
 
 TOWER_MODULES: tuple[TowerModule, ...] = (

@@ -18,7 +18,7 @@ GROUPS = (("user", ("user", "shop")), ("item", ("item", "last_items")))
 
 @pytest.fixture
 def bundle(example, tmp_path, few_rows, no_report):
-    settings = {"affinity": "cosine", "model": example.model, "distill_steps": 0}
+    settings = {"tower_module": "linear", "model": example.model, "distill_steps": 0}
     return dmt.convert(example.checkpoint, tmp_path / "bundle", towers=2, group=GROUPS, **settings)
 
 

@@ -105,7 +105,7 @@ def test_carried_sums_are_gone_on_from_as_in_one_process(tune, tune_alone, tmp_p
         state.clear()
         state.update(model=model, optimizer={"state": sums})
 
-    bundle = make_wide(tmp_path, compression=4, edit=with_sums)
+    bundle = make_wide(tmp_path, c=1, compression=4, edit=with_sums)
     assert len(open_bundle(bundle).accumulators) == 2
     note = "note: Adagrad goes on from the accumulators of 2 tables\n"
     assert_alike(tune("2x2", *HARD, bundle=bundle, notes=note), tune_alone(*HARD, bundle=bundle))
@@ -146,7 +146,7 @@ def test_another_cluster_goes_on_by_resharding(tune, whole, wide, tmp_path) -> N
 )
 def test_tables_of_any_width_are_saved_as_they_are(tune, tune_alone, tmp_path, kind) -> None:
     """Killed on 2x1, ended on 1x2; of the columns of zeros nothing is in the checkpoints."""
-    bundle = make_wide(tmp_path, compression=1, dim=10)
+    bundle = make_wide(tmp_path, c=1, compression=1, dim=10)
     options = (*HARD, "--table-optimizer", kind)
     die = {"moment": "step", "rank": 0, "time": 8}
     stopped = tune("2x1", *options, bundle=bundle, faults=[die], ends=False)
@@ -233,7 +233,7 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.mark.exhaustive
 def test_what_is_written_is_what_was_measured(tune, tmp_path, call_dmt, cluster_rows) -> None:
     """fp16 tables; the best state is an earlier one, patience ends training."""
-    bundle = make_wide(tmp_path, compression=4, dtype="fp16")
+    bundle = make_wide(tmp_path, c=1, compression=4, dtype="fp16")
     found = tune(
         *("2x1", "--table-lr", 0.3, "--lr-decay", "constant", "--max-steps", 90),
         *("--patience", 3, "--eval-every", 2, "--json"),

@@ -219,7 +219,7 @@ def test_a_converted_model_scores_like_the_flat_one(checkpoint, module):
 
 
 def test_leading_towers_emit_less_and_are_restored(checkpoint):
-    done = _convert(checkpoint, tower_module="leading", dim=3)
+    done = _convert(checkpoint, tower_module="leading", dim=3, partition="coherent")
     spec, state = done.manifest.model, open_bundle_model(done).state_dict()
     assert spec.tower_widths == (3, 3) and spec.compression == 2
     assert spec.towers[0].module.config == {"scale": 2.0}
@@ -236,13 +236,14 @@ def test_leading_towers_emit_less_and_are_restored(checkpoint):
 
 
 def test_linear_towers_are_the_default_of_an_interaction_without_its_own(checkpoint):
-    done = _convert(checkpoint)
+    done = _convert(checkpoint, compression=8)
     assert done.manifest.model.kind == "linear"
-    assert done.manifest.partition.affinity == "cosine"  # nobody knows what a gate's weights tell
+    exact = _convert(checkpoint, tower_module="passthrough", force=True)
+    assert exact.manifest.partition.affinity == "cosine"  # nobody knows what a gate's weights tell
 
 
 def test_it_trains(checkpoint):
-    bundle = _convert(checkpoint, tower_module="leading", dim=3)
+    bundle = _convert(checkpoint, tower_module="leading", dim=3, partition="coherent")
     model, batch = load_bundle(bundle), _batch()
     labels = torch.from_numpy((np.arange(batch.num_rows) % 2).astype(np.float32))
     parameters = model.dense_parameters()
@@ -264,7 +265,7 @@ def test_it_trains(checkpoint):
 @pytest.mark.slow
 def test_it_exports(checkpoint, monkeypatch, tmp_path):
     """The export's own checks run here, where the two kinds are registered."""
-    bundle = _convert(checkpoint, tower_module="leading", dim=3)
+    bundle = _convert(checkpoint, tower_module="leading", dim=3, partition="coherent")
     skip_export_checks(monkeypatch)
     exported = dmt.export(bundle, "onnx", tmp_path / "export")
     checks = checks_of(ExportedModel(exported.path), bundle)
@@ -296,7 +297,7 @@ def test_a_module_without_a_closed_form_starts_at_random(monkeypatch):
 
 
 def test_a_bundle_needs_what_it_is_made_of(checkpoint, monkeypatch):
-    bundle = _convert(checkpoint, tower_module="leading", dim=3)
+    bundle = _convert(checkpoint, tower_module="leading", dim=3, partition="coherent")
     known, modules = interactions.INTERACTIONS[:-1], tower_kinds.TOWER_MODULES[:-1]
     with monkeypatch.context() as patch:
         patch.setattr(interactions, "INTERACTIONS", known)
