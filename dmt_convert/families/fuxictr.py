@@ -448,7 +448,7 @@ def _features(
         )
         source.wrong += [f"{name} is not in feature_map.json" for name in names if name not in used]
         source.fact("features", f"{len(features)} features", "read", "feature_map.json")
-        poolings = {f.pooling for f in features if described[f.name]["type"] == "sequence"}
+        poolings = {f.pooling for f in listed if described[f.name]["type"] == "sequence"}
         if poolings:
             how: Source = "read" if config.pooling is None else "given"
             reason = "feature_encoder in feature_map.json" if how == "read" else "--model-config"

@@ -184,6 +184,18 @@ def test_features_that_cannot_be_converted_are_named(save):
     assert infer_model(open_checkpoint(path), ModelConfig(pooling="sum")).spec.features
 
 
+def test_a_table_that_the_feature_map_does_not_know_is_named(save):
+    path, *_ = save(fuxictr_models.Dlrm(DENSELESS, DIM), DENSELESS)
+    document = json.loads((path / "feature_map.json").read_text())
+    document["features"] = document["features"][1:]
+    (path / "feature_map.json").write_text(json.dumps(document))
+    with pytest.raises(ArchitectureError) as caught:
+        infer_model(open_checkpoint(path))
+    assert "user is not in feature_map.json" in "\n".join(
+        [caught.value.found, *caught.value.details]
+    )
+
+
 def test_folders_that_are_not_clear_are_refused(save):
     path, *_ = save(fuxictr_models.Dlrm(DENSELESS, DIM), DENSELESS)
     other = path / "other.model"
