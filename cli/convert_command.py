@@ -18,9 +18,11 @@ from .console import Output, grid, human_bytes, number, table
 from .options import command
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from dmt_convert.bundle import Bundle
     from dmt_convert.conversion import Preview
-    from dmt_convert.documents import Frontier, PartitionRecord
+    from dmt_convert.documents import Frontier, PartitionRecord, Quality
     from dmt_convert.model import DmtSpec, TowerModuleSpec
 
 NAME = "convert"
@@ -192,7 +194,6 @@ def _remarks(bundle: Bundle) -> Iterator[str]:
 
 
 def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
-    from dmt_convert.adapter import model_option
     from dmt_convert.conversion import describe_weakness
     from dmt_convert.documents import to_json
     from dmt_convert.model import describe_modules
@@ -237,6 +238,18 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
         ("initialised", manifest.initialisation.method),
         ("optimizer state", f"accumulators of {len(bundle.accumulators)} tables"),
     ]
+    output.result(value, grid(rows), _quality_table(quality))
+    chosen = manifest.frontier.reason if manifest.frontier is not None else ""
+    said = [chosen] if chosen else []
+    for note in (*said, *manifest.optimizer_state.notes, *_remarks(bundle)):
+        output.remark(f"note: {note}")
+    assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
+    if assumed:
+        output.remark("assumed: " + "; ".join(assumed) + "\n(correct it with --model-config)")
+    _suggest(output, source, bundle)
+
+
+def _quality_table(quality: Quality) -> RenderableType:
     columns = ["model", "R^2>", "max |diff|>", "rank corr.>"]
     columns += ["AUC>", "log loss>", "NE>"] if quality.labelled else []
     lines = []
@@ -246,14 +259,14 @@ def _show_bundle(output: Output, source: Path, bundle: Bundle) -> None:
             cells += [number(row.auc), number(row.log_loss), number(row.ne)]
         lines.append(cells)
     title = f"\nLogits against the flat model, {quality.count} held-out rows of {quality.data}"
-    output.result(value, grid(rows), table(title, columns, lines))
-    chosen = manifest.frontier.reason if manifest.frontier is not None else ""
-    said = [chosen] if chosen else []
-    for note in (*said, *manifest.optimizer_state.notes, *_remarks(bundle)):
-        output.remark(f"note: {note}")
-    assumed = [f"{f.subject} = {f.value}" for f in manifest.facts if f.source == "assumed"]
-    if assumed:
-        output.remark("assumed: " + "; ".join(assumed) + "\n(correct it with --model-config)")
+    return table(title, columns, lines)
+
+
+def _suggest(output: Output, source: Path, bundle: Bundle) -> None:
+    """Say what to do next."""
+    from dmt_convert.adapter import model_option
+
+    model = bundle.manifest.model
     option = model_option(model.flat)
     place = shlex.quote(str(bundle.path))
     output.remark(
