@@ -45,7 +45,7 @@ class Code(nn.Module):
         return self.round(emitted_BO)
 
     def round(self, emitted_BO: Tensor) -> Tensor:
-        """Return what arrives, without a gradient; NaN stays NaN."""
+        """Return what arrives, without a gradient; what is not finite arrives as NaN."""
         if self.spec.precision == "fp32":
             return emitted_BO
         if self.spec.precision == "bf16":
@@ -61,12 +61,15 @@ class Code(nn.Module):
         """int8: the bytes that travel, uint8, shape (B, `spec.nbytes(O)`).
 
         A level of 8 bits is a byte. Of h = ceil(n / 2) bytes with n levels of 4 bits, byte i holds
-        level i in its low half and level h + i in its high half. NaN has no level.
+        level i in its low half and level h + i in its high half. What is not finite travels as a
+        level of its own in 8 bits, and as any level in 4: a tower has elements of 8 bits too.
         """
         levels, whole = self.levels(emitted_BO), self.width - self.spec.int4
+        levels = torch.where(levels.isnan(), float(FULL_LEVELS), levels)
         if self.spec.int4:
             half = (self.spec.int4 + 1) // 2
-            low, high = levels[:, whole : whole + half], levels[:, whole + half :]
+            halves = levels[:, whole:].clamp(max=HALF_LEVELS - 1)
+            low, high = halves[:, :half], halves[:, half:]
             high = nn.functional.pad(high, (0, 2 * half - self.spec.int4))
             levels = torch.cat([levels[:, :whole], low + HALF_LEVELS * high], dim=1)
         return levels.to(torch.uint8)
@@ -79,6 +82,7 @@ class Code(nn.Module):
             low = levels[:, whole:] - HALF_LEVELS * high
             pairs = torch.cat([low, high], dim=1)[:, : self.spec.int4]
             levels = torch.cat([levels[:, :whole], pairs], dim=1)
+        levels = torch.where(levels == FULL_LEVELS, torch.nan, levels)
         return self.low + self.step * levels
 
     def spacing(self, arrived_BO: Tensor) -> Tensor:
@@ -90,8 +94,9 @@ class Code(nn.Module):
         return torch.zeros_like(arrived_BO)
 
     def levels(self, emitted_BO: Tensor) -> Tensor:
-        """int8: the levels that travel, as whole numbers in float32, shape (B, O)."""
-        levels = torch.round((emitted_BO - self.low) / self.step)
+        """int8: the levels that travel, as whole numbers in float32, or NaN, shape (B, O)."""
+        finite_BO = torch.where(emitted_BO.isfinite(), emitted_BO, torch.nan)
+        levels = torch.round((finite_BO - self.low) / self.step)
         whole = self.width - self.spec.int4
         parts = [levels[:, :whole].clamp(0, FULL_LEVELS - 1)]
         if self.spec.int4:

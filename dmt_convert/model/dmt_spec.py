@@ -49,6 +49,13 @@ class DmtSpec:
                 expected="one kind of module, one c and one p; D may differ",
                 hint="give all towers the same module",
             )
+        for width, tower in zip(self.tower_widths, self.towers, strict=True):
+            if tower.module.code is not None and tower.module.code.int4 >= width:
+                raise ConfigError(
+                    f"{tower.module.code.int4} elements of 4 bits in a tower that emits {width}",
+                    expected="one element of 8 bits at least, which shows what is not finite",
+                    hint="leave the precision to `dmt convert`",
+                )
         local = [t.module for t in self.towers if t.everywhere]
         if not shapes or any(not each.rules.exact or each.code is not None for each in local):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """How the elements that a tower emits travel between hosts: their precision, and their bytes.
 
 int8 stands for whole numbers with a range per element, found from sampled rows: an element x
-travels as the level round((x - low) / step), one of 256, and arrives as low + step * level. Some
+travels as the level round((x - low) / step), one of 255, and arrives as low + step * level. Some
 elements may take 4 bits, 16 levels. No scale travels.
 
 What has no code (gradients on their way back, and what other towers emit) travels in a precision
@@ -29,7 +29,8 @@ _COMM_BYTES: Final[dict[CommDtype, tuple[int, int]]] = {
     "fp8": (1, SCALE_BYTES),
 }
 """Of an element, and of the scale beside a tower's elements."""
-FULL_LEVELS: Final = 256
+FULL_LEVELS: Final = 255
+"""Levels of 8 bits; the one above them stands for what is not finite."""
 HALF_LEVELS: Final = 16
 
 

@@ -30,12 +30,12 @@ CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
     ),
     "int8": ({"modules": linear(INT8, INT8, INT8)}, [5, 2, 3], [7, 4, 5]),
     "8 and 4 bits": (
-        {"modules": linear({**INT8, "int4": 3}, {**INT8, "int4": 2}, INT8)},
-        [4, 1, 3],
+        {"modules": linear({**INT8, "int4": 3}, {**INT8, "int4": 1}, INT8)},
+        [4, 2, 3],
         [7, 4, 5],
     ),
     "one of each": (
-        {"modules": linear({**INT8, "int4": 5}, {"precision": "bf16"}, {})},
+        {"modules": linear({**INT8, "int4": 4}, {"precision": "bf16"}, {})},
         [3, 4, 12],
         [7, 4, 12],
     ),

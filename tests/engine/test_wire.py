@@ -64,7 +64,7 @@ def send(x: Tensor, wire: Wire, parts: int = 1) -> Tensor:
 def make_levels(x: Tensor, int4: int = 0) -> Levels:
     """Levels whose ranges are those of the values."""
     code = Code(TowerCode(precision="int8", int4=int4), x.shape[1])
-    highest = torch.full((x.shape[1],), 255.0)
+    highest = torch.full((x.shape[1],), 254.0)
     highest[x.shape[1] - int4 :] = 15.0
     code.low.copy_(x.amin(dim=0))
     code.step.copy_((x.amax(dim=0) - x.amin(dim=0)) / highest)

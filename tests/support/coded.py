@@ -66,7 +66,7 @@ def fit_ranges(code: Code, emitted: Tensor) -> None:
     """Give a code the range of some values."""
     if code.spec.precision != "int8":
         return
-    highest = torch.full((code.width,), 255.0)
+    highest = torch.full((code.width,), 254.0)
     highest[code.width - code.spec.int4 :] = 15.0
     low, high = emitted.amin(dim=0), emitted.amax(dim=0)
     code.low.copy_(low)

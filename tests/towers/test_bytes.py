@@ -103,7 +103,7 @@ def test_rounding_is_part_of_what_is_measured() -> None:
         dense, pooled = torch.from_numpy(sample.batch.dense), torch.from_numpy(sample.pooled)
         return float((model.forward_pooled(dense, pooled) - target).square().mean())
 
-    whole, int8, half = error(None), error(0), error(12)
+    whole, int8, half = error(None), error(0), error(11)
     assert whole < int8 < half
     assert int8 < whole + 0.01 * half
 
@@ -118,7 +118,7 @@ def test_ranges_hold_what_the_sample_holds() -> None:
         code = tower.tower_module.code
         emitted = torch.from_numpy(sample.pooled[:, list(columns)])
         levels = code.levels(emitted)
-        assert levels.min() > 0 and levels.max() < 255  # nothing is clipped
+        assert levels.min() > 0 and levels.max() < 254  # nothing is clipped
         assert (levels.amax(dim=0) - levels.amin(dim=0) > 220).all()  # nothing is wasted
 
 

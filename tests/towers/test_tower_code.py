@@ -26,7 +26,7 @@ def make_code(spec: TowerCode, values: torch.Tensor) -> Code:
     code = Code(spec, values.shape[1])
     if spec.precision != "int8":
         return code
-    highest = torch.full((values.shape[1],), 255.0)
+    highest = torch.full((values.shape[1],), 254.0)
     highest[values.shape[1] - spec.int4 :] = 15.0
     code.low.copy_(values.amin(dim=0))
     code.step.copy_((values.amax(dim=0) - values.amin(dim=0)) / highest)
@@ -80,6 +80,23 @@ def test_what_is_packed_arrives_as_it_is_rounded(width: int, int4: int) -> None:
 def test_nan_stays_nan() -> None:
     code = make_code(TowerCode(precision="int8"), torch.randn(16, 3))
     assert code(torch.tensor([[0.0, torch.nan, 0.0]])).isnan().tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_seen_behind_the_bytes(bad: float) -> None:
+    code = make_code(TowerCode(precision="int8", int4=2), torch.randn(16, 4))
+    emitted = torch.randn(3, 4)
+    emitted[1, 0] = bad
+    arrived = code.unpack(code.pack(emitted))
+    assert arrived.isnan().tolist() == [[False] * 4, [True, False, False, False], [False] * 4]
+    assert torch.equal(arrived.isnan(), code(emitted).isnan())
+    assert torch.equal(arrived[0], code(emitted)[0])
+
+
+def test_a_tower_of_4_bits_alone_is_refused() -> None:
+    code = TowerCode(precision="int8", int4=3)
+    with pytest.raises(ConfigError, match="4 bits in a tower"):
+        split_towers(click_spec(), 2, TowerModuleSpec(kind="linear", dim=3, code=code))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

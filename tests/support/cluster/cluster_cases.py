@@ -233,7 +233,7 @@ def fit_ranges(model: DmtModel, batch: Batch) -> None:
             continue
         pooled = torch.cat(tower.pool([bags[name] for name in tower.features]), dim=1)
         emitted = tower.tower_module.emit(pooled)  # type: ignore[operator]
-        levels = torch.full((code.width,), 255.0)
+        levels = torch.full((code.width,), 254.0)
         levels[code.width - code.spec.int4 :] = 15.0
         code.low.copy_(emitted.amin(dim=0))
         code.step.copy_((emitted.amax(dim=0) - emitted.amin(dim=0)) / levels)
