@@ -115,7 +115,7 @@ class Levels(Format):
         self.nbytes = code.spec.nbytes(code.width)
 
     def pack(self, x_BO: Tensor) -> Tensor:
-        """See `Format`; what is not finite gets any level."""
+        """See `Format`; what is not finite has a level of its own."""
         return self.code.pack(x_BO)
 
     def unpack(self, data_BN: Tensor) -> Tensor:
