@@ -49,10 +49,11 @@ class DmtSpec:
                 expected="one kind of module, one c and one p; D may differ",
                 hint="give all towers the same module",
             )
-        for width, tower in zip(self.tower_widths, self.towers, strict=True):
-            if tower.module.code is not None and tower.module.code.int4 >= width:
+        for tower, dims in zip(self.towers, self.dims_by_tower, strict=True):
+            code = tower.module.code
+            if code is not None and code.int4 and code.int4 >= tower.module.width(dims):
                 raise ConfigError(
-                    f"{tower.module.code.int4} elements of 4 bits in a tower that emits {width}",
+                    f"{code.int4} elements of 4 bits in a tower that emits no more",
                     expected="one element of 8 bits at least, which shows what is not finite",
                     hint="leave the precision to `dmt convert`",
                 )
