@@ -5,7 +5,8 @@
 
 converts flat models (benchmarks/flat_models.py; cached) with `dmt_convert.convert`, scores the
 bundles on the test rows, and appends one JSON line per bundle to `RESULTS/LABEL.jsonl`. A line that
-is there is not measured again. `--compression` counts bytes against float32.
+is there is not measured again, and says of which commit it is. `--compression` counts bytes against
+float32.
 
 - `--samples`: calibrated fits on the training rows, without labels; "no data" on rows drawn.
 - `--variants`: sets of options by name, see `VARIANTS`; `--set partition=loss` adds to each.
@@ -22,6 +23,7 @@ import argparse
 import itertools
 import json
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -199,6 +201,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.commit = read_commit()
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.is_file() else []
         self.records = [json.loads(line) for line in lines]
@@ -212,10 +215,25 @@ class Results:
         )
 
     def add(self, record: Record) -> None:
+        """Keep a record, with the commit of the code that it measured."""
+        record = {**record, "commit": self.commit}
         self.records.append(record)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(summary(record), flush=True)
+
+
+def read_commit(tree: Path = Path(__file__).parent) -> str:
+    """The commit of a tree, with "+dirty" if tracked files differ from it."""
+    git = ("git", "-C", str(tree))
+    commit, changed = (
+        subprocess.run([*git, *command], check=True, capture_output=True, text=True).stdout.strip()
+        for command in (
+            ("rev-parse", "--short", "HEAD"),
+            ("status", "--porcelain", "--untracked-files=no"),
+        )
+    )
+    return commit + "+dirty" * bool(changed)
 
 
 def summary(record: Record) -> str:

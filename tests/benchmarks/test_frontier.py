@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,11 +58,26 @@ def test_run_is_taken_up_again(
     assert records[0]["auc_lost"] == 0
     assert records[3]["bytes"] == 2 * 4 * 16  # half of 4 features of 16 float32
     assert "9 towers" in records[4]["refused"]
+    assert all(bench.read_commit() == r["commit"] for r in records)
     bench.main()
     assert len(path.read_text().splitlines()) == len(records)
     capsys.readouterr()
     tables.print_tables(tables.read_results(tmp_path / "found", None))
     assert "| frontier: default | calibrated | 2 |" in capsys.readouterr().out
+
+
+def test_commit_says_that_files_were_changed(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    file.write_text("1")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "first")):
+        subprocess.run([*git, *command], check=True)
+    clean = modules[0].read_commit(tmp_path)
+    assert len(clean) >= 7
+    file.write_text("2")
+    assert modules[0].read_commit(tmp_path) == clean + "+dirty"
 
 
 def test_int8_is_within_half_a_level(modules: tuple[ModuleType, ModuleType]) -> None:
