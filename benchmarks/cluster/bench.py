@@ -17,7 +17,10 @@ results.json, written anew after every link rate:
     topologies       one per launch that has begun:
       topology       such as "4x2", hosts x ranks per host
       first_losses   loss of the first step of every variant; null until they are built
-      loss_faults    exact variants whose first loss is not the flat model's, as texts
+      loss_faults    variants whose first loss is not that of others of their model, as texts
+      crossing       per variant of ours, bytes of tower outputs and gradients of one step: planned
+                     (over all hosts), and hosts (what each sends and receives, as counted)
+      byte_faults    variants of which the two differ, as texts
       turns          one per variant, round and rate, in the order in which they ran:
         rate_mbit, round, variant
         step_s       duration of every measured step, s: from when the last rank ended the step
@@ -52,7 +55,7 @@ from dmt_convert.errors import ConfigError, DmtError
 from .launch import run_topology
 from .namespaces import Mode, find_mode
 from .plot import plot_speedup
-from .results import Fit, Row, loss_faults, summarise
+from .results import Fit, Row, byte_faults, loss_faults, summarise
 from .settings import DEFAULT_VARIANTS, Settings, parse_topology
 from .table import LIMITS, render_fit, render_legend, render_table
 
@@ -93,7 +96,7 @@ class Benchmark:
         for topology in self.settings.topologies:
             settings = self.settings.for_topology(topology)
             launch: dict[str, Any] = {"topology": topology.name, "first_losses": None}
-            launch |= {"loss_faults": [], "turns": []}
+            launch |= {"loss_faults": [], "crossing": {}, "byte_faults": [], "turns": []}
             self.launches.append(launch)
             self.say(f"{topology.name}: building {len(settings.variants)} variants")
             rate = None
@@ -101,8 +104,9 @@ class Benchmark:
             with closing(run_topology(settings, mode, logs)) as events:
                 for event in events:
                     if event.pop("event") == "built":
-                        losses = event["first_losses"]
-                        launch |= event | {"loss_faults": loss_faults(losses, settings)}
+                        launch |= event
+                        launch["loss_faults"] = loss_faults(event["first_losses"], settings)
+                        launch["byte_faults"] = byte_faults(event["crossing"])
                         continue
                     if event["rate_mbit"] != rate:
                         self.save()
@@ -123,7 +127,12 @@ class Benchmark:
         found = []
         for launch in self.launches:
             settings = self.settings.for_topology(by_name[launch["topology"]])
-            rows, fit = summarise(launch["turns"], settings, cores=self.machine["cores"])
+            rows, fit = summarise(
+                launch["turns"],
+                settings,
+                cores=self.machine["cores"],
+                crossing=launch["crossing"],
+            )
             found.append((launch, rows, fit))
         return found
 
@@ -155,7 +164,8 @@ class Benchmark:
                 continue
             parts += [f"## {launch['topology']}", render_table(rows)]
             parts += [render_fit(fit, self.settings.compute_ms)]
-            parts += [f"**Wrong:** {fault}" for fault in launch["loss_faults"]]
+            faults = [*launch["loss_faults"], *launch["byte_faults"]]
+            parts += [f"**Wrong:** {fault}" for fault in faults]
         parts += ["\n".join(LIMITS)]
         parts += [f"{machine['cpu']}, {cores} cores, Linux {machine['kernel']}, {machine['mode']}"]
         parts[-1] += f" namespaces, torch {machine['torch']}, torchrec {machine['torchrec']}"

@@ -16,7 +16,17 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from dmt_convert.model import DmtSpec, Head, TowerModuleSpec, TowerSpec, module_spec
+from dmt_convert.model import (
+    CodedModule,
+    DmtModel,
+    DmtSpec,
+    Head,
+    TowerCode,
+    TowerModuleSpec,
+    TowerSpec,
+)
+from dmt_convert.model.tower_code import FULL_LEVELS, HALF_LEVELS
+from dmt_convert.model.tower_modules import LinearTowerModule
 from dmt_convert.placement import Cluster, TowerPlan, plan_model
 from dmt_convert.spec import (
     FeatureSpec,
@@ -65,23 +75,58 @@ def split_features(settings: Settings) -> TowerAssignment:
 
 
 def dmt_spec(settings: Settings, name: VariantName) -> DmtSpec:
-    """The converted model: passthrough, or with compression D = N / compression per feature."""
+    """The converted model: its tower modules are what the variant's name says."""
     flat, assignment = flat_spec(settings), split_features(settings)
-    if name.compression == 1:
-        module = TowerModuleSpec(kind="passthrough")
-    else:
-        module = module_spec(
-            flat,
-            "dlrm",
-            num_towers=len(assignment.towers),
-            c=1,
-            p=0,
-            dim=settings.dim // name.compression,
-        )
+    widths = [settings.dim * len(tower) for tower in assignment.towers]
+    modules = [_tower_module(settings, name, width) for width in widths]
     return DmtSpec(
         flat=flat,
-        towers=tuple(TowerSpec(features=tower, module=module) for tower in assignment.towers),
+        towers=tuple(
+            TowerSpec(features=tower, module=module)
+            for tower, module in zip(assignment.towers, modules, strict=True)
+        ),
     )
+
+
+def _tower_module(settings: Settings, name: VariantName, width: int) -> TowerModuleSpec:
+    """The module of a tower whose embeddings have `width` elements."""
+    if name.family == "coded":
+        code, nbytes = TowerCode(precision="int8"), 4 * width // name.compression
+        dim = nbytes
+        if name.precision == "mixed":
+            code = TowerCode(precision="int8", int4=2 * (nbytes // 3))
+            dim = nbytes + code.int4 // 2
+        kept = None if name.uncoded else code
+        if name.is_linear:
+            return TowerModuleSpec(kind="linear", dim=dim, code=kept)
+        return TowerModuleSpec(kind="passthrough", code=kept)
+    if name.compression == 1:
+        return TowerModuleSpec(kind="passthrough")
+    return TowerModuleSpec(kind="dlrm", c=1, dim=settings.dim // name.compression)
+
+
+@torch.no_grad()
+def set_code_ranges(settings: Settings, model: DmtModel) -> None:
+    """Give every element that travels as a level the range that its first values fill.
+
+    Embeddings are drawn from a normal distribution, so that of what a tower emits is known. 8 bits
+    reach six standard deviations to either side; the 16 levels of 4 bits are spread over 2.7, where
+    rounding and cutting off lose least.
+    """
+    drawn = _TABLE_SPREAD * settings.pooling**0.5
+    for tower in model.tower_list:
+        module = tower.tower_module
+        code = module.code if isinstance(module, CodedModule) else None
+        if code is None:
+            continue
+        spread = torch.full_like(code.low, drawn)
+        if isinstance(module, LinearTowerModule):
+            spread *= module.weight.norm(dim=1)
+        whole = code.width - code.spec.int4
+        reach, levels = torch.full_like(spread, 6.0), torch.full_like(spread, FULL_LEVELS - 1)
+        reach[whole:], levels[whole:] = 2.7, HALF_LEVELS - 1
+        code.low.copy_(-reach * spread)
+        code.step.copy_(2 * reach * spread / levels)
 
 
 def place_towers(settings: Settings, spec: DmtSpec) -> TowerPlan:

@@ -22,7 +22,14 @@ _STYLE: Final[dict[str, Any]] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_COLOURS: Final = {1: "#555555", 2: "#4c9f70", 4: "#3a6ea5", 8: "#b5493b"}
+_COLOURS: Final = {
+    1: "#555555",
+    2: "#4c9f70",
+    4: "#3a6ea5",
+    8: "#b5493b",
+    16: "#c98a1b",
+    32: "#7a7a1f",
+}
 _OTHER_COLOUR: Final = "#8a5fa8"
 
 
@@ -89,6 +96,8 @@ def _dashes(parsed: VariantName) -> Any:
     half = parsed.precision == "bf16"
     if parsed.family == "torchrec-towers":
         return (0, (1, 3)) if half else ":"
+    if parsed.family == "coded":
+        return (0, (3, 1, 1, 1))
     if parsed.prefetch:
         return (0, (6, 1, 1, 1, 1, 1)) if half else "-."
     return "--" if half else "-"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .network import GOODPUT
-from .settings import Settings, parse_variant
+from .settings import FLATS, Settings, parse_variant
 
 _LOSS_TOLERANCE: Final = 1e-4
-"""Of first losses near 0.7; 16-bit exchanges round differently."""
+"""Of first losses near 0.7: exchanges of 16, 8 and 4 bits round differently (up to 1e-5 was seen).
+Models with other tower modules start at least 4e-4 apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,12 @@ class Row:
     """Step time of TorchRec's towers with as many bytes, divided by this one's."""
     model_ms: float | None
     """What the fitted model gives."""
+    tower_mb: float | None = None
+    """Part of link_mb that is tower outputs and their gradients, as counted (and
+    as planned); None for variants of TorchRec."""
+    over_flats: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """For every flat variant that was measured, its step time divided by this one's, and its
+    link_ms divided by this one's: what links alone would allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +103,11 @@ def fit_model(points: Sequence[tuple[float, float]], compute_ms: float) -> Fit |
 
 
 def summarise(
-    turns: Sequence[Mapping[str, Any]], settings: Settings, *, cores: int
+    turns: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    *,
+    cores: int,
+    crossing: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[list[Row], Fit | None]:
     """Make rows of one topology's turns, in the order of rates, then variants.
 
@@ -104,6 +115,7 @@ def summarise(
         turns: Events of the stage.
         settings: With one topology.
         cores: Processors that all ranks share.
+        crossing: Per variant of ours the bytes of tower outputs and gradients, see `stage`.
     """
     grouped: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
     for turn in turns:
@@ -133,9 +145,15 @@ def summarise(
                     step_ms_q3=_quantile(times, 0.75),
                     cpu_ms=cpu_ms,
                     link_mb=link_mb[key],
+                    tower_mb=busiest_host(crossing or {}, name),
                     link_ms=link_ms[key],
                     cpu_bound=link_ms[key] < 2 * cpu_ms / busy,
                     over_flat=_ratio(medians, (rate, parsed.baseline), key),
+                    over_flats={
+                        flat: (medians[rate, flat] / medians[key], _over(link_ms, rate, flat, key))
+                        for flat in FLATS
+                        if (rate, flat) in grouped
+                    },
                     over_torchrec_towers=_ratio(medians, (rate, parsed.torchrec_rival), key),
                     model_ms=fit.predict(link_ms[key], settings.compute_ms) if fit else None,
                 )
@@ -154,6 +172,26 @@ def loss_faults(first_losses: Mapping[str, float], settings: Settings) -> list[s
                 f"{name} starts with loss {loss:.7f}, {other} with {first_losses[other]:.7f}"
             )
     return faults
+
+
+def byte_faults(crossing: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say which variants hand over other bytes of tower outputs and gradients than are planned."""
+    faults = []
+    for name, found in crossing.items():
+        sent, received = (sum(ways) for ways in zip(*found["hosts"], strict=True))
+        if not sent == received == found["planned"]:
+            faults.append(
+                f"{name} sends {sent} bytes of tower outputs and gradients to other hosts in a "
+                f"step, its plan says {found['planned']}"
+            )
+    return faults
+
+
+def busiest_host(crossing: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
+    """Bytes of tower outputs and gradients per step that one host sends or receives, in 10^6."""
+    if name not in crossing:
+        return None
+    return float(max(max(ways) for ways in crossing[name]["hosts"]) / 1e6)
 
 
 def _busiest_link(turns: Iterable[Mapping[str, Any]]) -> float:
@@ -175,6 +213,13 @@ def _ratio(
 ) -> float | None:
     rate, name = other
     return medians[rate, name] / medians[own] if name and (rate, name) in medians else None
+
+
+def _over(
+    values: Mapping[tuple[float, str], float], rate: float, other: str, own: tuple[float, str]
+) -> float:
+    """Ratio of two values; 0 on links that carry nothing."""
+    return values[rate, other] / values[own] if values[own] else 0.0
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -13,17 +13,37 @@ from typing import Any, Final, Literal
 
 from dmt_convert.errors import ConfigError
 
-Family = Literal["flat", "torchrec-towers", "sptt", "dmt"]
-Precision = Literal["fp32", "bf16"]
+Family = Literal["flat", "torchrec-towers", "sptt", "dmt", "coded"]
+Precision = Literal["fp32", "bf16", "int8", "mixed"]
 
+FLATS: Final = ("flat", "flat-bf16", "flat-int8")
+"""The flat variants, which all others are compared with."""
 DEFAULT_VARIANTS: Final = (
     "flat,flat-bf16,"
     "torchrec-towers-c1,torchrec-towers-c2,torchrec-towers-c4,torchrec-towers-c8,"
     "sptt,sptt-bf16,dmt-c2,dmt-c4,dmt-c8,dmt-c2-bf16,dmt-c4-bf16,dmt-c8-bf16"
 )
-_VARIANT: Final = re.compile(
-    r"(flat|torchrec-towers-c(\d+)|(?:sptt|dmt-c(\d+))(-prefetch)?)(-bf16)?"
+CODED_VARIANTS: Final = (
+    "flat,flat-bf16,flat-int8,"
+    "coded-c4-prefetch,coded-c8-fixed-prefetch,coded-c16-fixed-prefetch,coded-c32-fixed-prefetch"
 )
+"""Towers that carry codes, beside every flat variant."""
+_VARIANTS: Final = tuple(
+    map(
+        re.compile,
+        (
+            r"(?P<family>flat)(?:-(?P<precision>bf16|int8))?",
+            r"(?P<family>torchrec-towers)-c(?P<compression>\d+)(?:-(?P<precision>bf16))?",
+            r"(?P<family>sptt)(?P<prefetch>-prefetch)?(?:-(?P<precision>bf16))?",
+            r"(?P<family>dmt)-c(?P<compression>\d+)(?P<prefetch>-prefetch)?"
+            r"(?:-(?P<precision>bf16))?",
+            r"(?P<family>coded)-c(?P<compression>\d+)(?:-(?P<precision>mixed))?"
+            r"(?P<uncoded>-uncoded)?(?P<fixed>-fixed)?(?P<prefetch>-prefetch)?",
+        ),
+    )
+)
+_FULL_WIDTH: Final = 4
+"""Compression at which int8 has an element for every one of the embeddings."""
 _MAX_RANKS: Final = 64
 
 
@@ -33,23 +53,44 @@ class VariantName:
 
     family: Family
     """flat: TorchRec, table-wise; torchrec-towers: TorchRec's towers as they ship; sptt: our
-    engine with passthrough towers; dmt: our engine with tower modules."""
+    engine with passthrough towers; dmt: our engine with a map per feature; coded: our engine with
+    towers that carry codes, linear ones beyond compression 4."""
     compression: int
-    """Embedding bytes that cross hosts, over those that do after the tower modules; N / D."""
+    """coded: bytes that cross hosts in the flat model as float32, over those of the towers. Others:
+    the same at equal precision, N / D."""
     precision: Precision
-    """Of the exchanges (bf16 stands for 16 bits: TorchRec's codecs take fp16 on a CPU)."""
+    """Of the exchanges. bf16 stands for 16 bits: TorchRec's codecs take fp16 on a CPU. mixed: as
+    many elements in 4 bits as in 8."""
     prefetch: bool
     """Whether the ids of the next batch travel during this one's step (our engine only)."""
+    uncoded: bool = False
+    """coded: whether the same towers send float32 instead, a check of the codes."""
+    fixed: bool = False
+    """coded: whether the maps that restore embeddings stay as they are. Their gradients, summed
+    over all ranks, are in proportion at the batch of a cluster, and not at the batch here."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether towers are combined by linear maps."""
+        return self.family == "coded" and self.compression > _FULL_WIDTH
 
     @property
     def model(self) -> str:
         """The model that it trains: variants of one model start with the same loss."""
-        return f"compression {self.compression}, {self.precision}"
+        if self.is_linear:
+            return f"linear {self.compression} {self.precision}"
+        maps = self.family in ("dmt", "torchrec-towers") and self.compression > 1
+        return f"vectors {self.compression}" if maps else "flat"
 
     @property
     def baseline(self) -> str:
-        """The flat variant that it is compared with: the one of its own precision."""
-        return "flat" if self.precision == "fp32" else "flat-bf16"
+        """The flat variant that it is compared with: the one of its own precision.
+
+        What carries codes is compared with fp32, which its compression is counted from.
+        """
+        if self.family == "coded" or self.precision == "fp32":
+            return "flat"
+        return f"flat-{self.precision}"
 
     @property
     def torchrec_rival(self) -> str | None:
@@ -64,27 +105,37 @@ def parse_variant(text: str, *, dim: int) -> VariantName:
     """Read a variant's name.
 
     Args:
-        text: Such as `flat-bf16`, `torchrec-towers-c4`, `sptt` or `dmt-c8-bf16`.
-        dim: N, which the compression has to divide.
+        text: Such as `flat-bf16`, `torchrec-towers-c4`, `sptt`, `dmt-c8-bf16` or `coded-c16`.
+        dim: N, which the compression has to divide; for codes, the bytes of an embedding.
 
     Raises:
         ConfigError: There is no such variant.
     """
-    match = _VARIANT.fullmatch(text)
-    compression = int(match[2] or match[3] or 1) if match else 0
-    if match is None or compression < 1 or dim % compression:
+    match = next((found for each in _VARIANTS if (found := each.fullmatch(text))), None)
+    parts: dict[str, Any] = match.groupdict() if match else {}
+    compression = int(parts.get("compression") or 1)
+    is_coded = parts.get("family") == "coded"
+    whole = dim * _FULL_WIDTH if is_coded else dim
+    too_small = is_coded and (
+        compression < _FULL_WIDTH
+        or (compression == _FULL_WIDTH and (parts["fixed"] or parts["precision"]))
+    )
+    if match is None or compression < 1 or whole % compression or too_small:
         raise ConfigError(
             f"--variants has {text!r}",
-            expected="flat, torchrec-towers-cX, sptt or dmt-cX, the latter two with or without "
-            f"-prefetch, then all with or without -bf16; X divides the embedding dim {dim}",
-            hint=f"the default is {DEFAULT_VARIANTS}",
+            expected="flat, flat-bf16, flat-int8; torchrec-towers-cX, sptt or dmt-cX, the latter "
+            f"two with or without -prefetch, then all with or without -bf16, X divides {dim}; "
+            "coded-cX with or without -mixed, -uncoded, -fixed, -prefetch in this order, X from 4 "
+            f"divides {dim * _FULL_WIDTH} (-mixed and -fixed above 4)",
+            hint=f"the default is {DEFAULT_VARIANTS}; for codes, {CODED_VARIANTS}",
         )
-    family: Any = re.split(r"-c\d|-prefetch", match[1])[0]
     return VariantName(
-        family=family,
+        family=parts["family"],
         compression=compression,
-        precision="bf16" if match[5] else "fp32",
-        prefetch=match[4] is not None,
+        precision=parts.get("precision") or ("int8" if is_coded else "fp32"),
+        prefetch=bool(parts.get("prefetch")),
+        uncoded=bool(parts.get("uncoded")),
+        fixed=bool(parts.get("fixed")),
     )
 
 

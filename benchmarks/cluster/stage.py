@@ -38,11 +38,15 @@ def run_stage(settings: Settings, logs: Path) -> Iterator[dict[str, Any]]:
         with namespace.entered():
             for local in range(settings.topology.ranks_per_host):
                 ranks.launch(settings.to_json(), rank_environment(settings, host, local))
-    losses = {}
+    losses, crossing = {}, {}
     for name in settings.variants:
         answers = ranks.ask({"do": "build", "variant": name})
         losses[name] = answers[0]["loss"]
-    yield {"event": "built", "first_losses": losses}
+        if answers[0]["planned"] is not None:
+            sent = [answer["sent"] for answer in answers]
+            moved = sum_by_host(sent, settings.topology.ranks_per_host)
+            crossing[name] = {"planned": answers[0]["planned"], "hosts": moved}
+    yield {"event": "built", "first_losses": losses, "crossing": crossing}
     draw = random.Random(settings.seed)
     for rate in settings.rates:
         network.set_rate(rate)
@@ -68,6 +72,23 @@ def rank_environment(settings: Settings, host: int, local: int) -> dict[str, str
         "GLOO_SOCKET_IFNAME": NIC,
         "OMP_NUM_THREADS": "1",
     }
+
+
+def sum_by_host(sent: list[list[int]], ranks_per_host: int) -> list[list[int]]:
+    """Return what every host sends to others and receives from them.
+
+    Args:
+        sent: What every rank sends to every rank.
+        ranks_per_host: R.
+    """
+    hosts = [[0, 0] for _ in range(len(sent) // ranks_per_host)]
+    for source, row in enumerate(sent):
+        for target, count in enumerate(row):
+            here, there = source // ranks_per_host, target // ranks_per_host
+            if here != there:
+                hosts[here][0] += count
+                hosts[there][1] += count
+    return hosts
 
 
 def merge_answers(answers: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:

@@ -7,8 +7,13 @@ from typing import Final
 
 from .network import GOODPUT
 from .results import Fit, Row
-from .settings import Settings
+from .settings import FLATS, Settings
 
+_FLAT_TITLES: Final = {
+    "flat": "x flat fp32",
+    "flat-bf16": "x flat bf16",
+    "flat-int8": "x flat int8",
+}
 LIMITS: Final = (
     "**What this emulation cannot show.**",
     "- All ranks share this machine's processors: where a row is flagged CPU-bound, ratios say "
@@ -29,10 +34,12 @@ LIMITS: Final = (
 
 def render_table(rows: Sequence[Row]) -> str:
     """One Markdown table of one topology."""
+    flats = [name for name in FLATS if any(name in row.over_flats for row in rows)]
+    over = [f" {_FLAT_TITLES[name]} (links) |" for name in flats]
     lines = [
         "| link Mbit | variant | step ms [q1, q3] | x flat | x TorchRec towers | CPU ms "
-        "| link MB | link ms | model ms (error) | |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        f"| link MB | tower MB | link ms |{''.join(over)} model ms (error) | |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * len(flats) + "---:|---|",
     ]
     for row in rows:
         model = "-"
@@ -46,7 +53,9 @@ def render_table(rows: Sequence[Row]) -> str:
             _times(row.over_torchrec_towers),
             f"{row.cpu_ms:.0f}",
             f"{row.link_mb:.2f}",
+            "-" if row.tower_mb is None else f"{row.tower_mb:.3f}",
             f"{row.link_ms:.0f}",
+            *(_over_flat(row, name) for name in flats),
             model,
             "CPU-bound here" if row.cpu_bound else "",
         )
@@ -74,14 +83,23 @@ def render_legend(settings: Settings, *, cores: int) -> str:
         "",
         f"- step ms: median and quartiles of {settings.rounds} turns of {settings.steps} steps, "
         "variants interleaved",
-        "- x flat: step of flat TorchRec at the same precision / this step; above 1 is faster",
+        "- x flat: step of flat TorchRec at the same precision / this step; above 1 is faster "
+        "(coded: against fp32)",
+        "- x flat fp32, bf16, int8: the same against each; in brackets the ratio of their link ms, "
+        "which is what the links alone would allow",
         "- x TorchRec towers: the same against TorchRec's own towers at equal compression and "
         "precision",
         f"- CPU ms: processor time of a step, all ranks together ({cores} cores here)",
         "- link MB: what the busiest host sends or receives over its link in a step; link ms: the "
         f"time that this takes at {GOODPUT:.1%} of the nominal rate",
+        "- tower MB: tower outputs and their gradients among them, counted where ranks hand them "
+        "over; a difference from the plan is reported as wrong",
+        "- coded-cX: linear towers of int8 elements (passthrough at 4) whose outputs are 1/X of "
+        "the embeddings' bytes in fp32; -mixed: half of the elements in 4 bits; -fixed: the maps "
+        "that restore embeddings are not trained",
         "- CPU-bound here: link ms is less than twice CPU ms / cores",
-        "- bf16 stands for 16-bit exchanges; TorchRec's codecs use fp16 on a CPU",
+        "- bf16 stands for 16-bit exchanges; TorchRec's codecs use fp16 on a CPU. Its int8 takes "
+        "1.25 bytes per element, with a scale and a bias for every 32",
         "- TorchRec sends ids as int64, our engine as int32; flat and torchrec-towers are not "
         "pipelined, -prefetch sends the next batch's ids during the step",
     ]
@@ -91,6 +109,13 @@ def render_legend(settings: Settings, *, cores: int) -> str:
             "stands for an accelerator's compute; it is part of step ms"
         )
     return "\n".join(lines)
+
+
+def _over_flat(row: Row, flat: str) -> str:
+    if flat not in row.over_flats:
+        return "-"
+    step, links = row.over_flats[flat]
+    return f"{step:.2f} ({links:.2f})"
 
 
 def _times(ratio: float | None) -> str:

@@ -7,7 +7,8 @@ Letters: B samples per rank, F features, N embedding dim, O tower outputs of all
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,11 +32,20 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.cluster import JaggedBatch, fused_parameters, shard_model
-from dmt_convert.model import DmtModel, build_tower_module
-from dmt_convert.placement import build_tower_collection, to_sharding_plan
-from dmt_convert.spec import ModelSpec
+from dmt_convert.model import DmtModel, DmtSpec, build_tower_module
+from dmt_convert.placement import TowerPlan, build_tower_collection, to_sharding_plan
+from dmt_convert.placement.predict.cost_model import planned_load
+from dmt_convert.spec import CommDtype, ModelSpec
 
-from .case_model import Batch, DensePart, dmt_spec, fill_tables, flat_spec, place_towers
+from .case_model import (
+    Batch,
+    DensePart,
+    dmt_spec,
+    fill_tables,
+    flat_spec,
+    place_towers,
+    set_code_ranges,
+)
 from .settings import Settings, VariantName, parse_variant
 
 CPU = torch.device("cpu")
@@ -46,6 +56,9 @@ class Variant(Protocol):
 
     name: str
     """As `parse_variant` reads it."""
+    planned: int | None
+    """Bytes of tower outputs and their gradients that the plan has cross hosts in a step; None
+    without a plan of ours."""
 
     def step(self, batch: Batch) -> Tensor:
         """Forward, `RankContext.compute`, backward, all optimizers.
@@ -121,15 +134,23 @@ class OwnVariant:
         self.ahead: tuple[Batch, JaggedBatch] | None = None
         spec = dmt_spec(settings, parsed)
         empty = [nn.Module() for _ in spec.towers]  # the tables are made sharded
+        model = DmtModel(spec, tables=empty)
+        set_code_ranges(settings, model)
+        if parsed.fixed:
+            assert model.restore is not None  # a linear tower
+            model.restore.requires_grad_(False)
+        comm_dtype: CommDtype | None = "bf16" if parsed.precision == "bf16" else None
+        plan = place_towers(settings, spec)
+        self.planned: int | None = planned_bytes(settings, spec, plan, comm_dtype)
         self.model = shard_model(
-            DmtModel(spec, tables=empty),
-            place_towers(settings, spec),
+            model,
+            plan,
             device="cpu",
             fused_params=fused_parameters("rowwise-adagrad", lr=settings.learning_rate),
-            comm_dtype=parsed.precision,
+            comm_dtype=comm_dtype,
         )
         fill_tables(settings, self.model.parallel.state_dict())
-        dense = self.model.dense_parameters().values()
+        dense = [p for p in self.model.dense_parameters().values() if p.requires_grad]
         self.optimizer = torch.optim.SGD(dense, lr=settings.learning_rate)
 
     def step(self, batch: Batch) -> Tensor:
@@ -167,6 +188,8 @@ class TorchRecVariant:
         settings: Of the run.
         context: This rank.
     """
+
+    planned: int | None = None
 
     def __init__(
         self,
@@ -281,11 +304,14 @@ def even_ranks(settings: Settings) -> list[int]:
 
 
 def sharder_options(parsed: VariantName, settings: Settings) -> dict[str, Any]:
-    """Fused row-wise Adagrad, and 16-bit exchanges where they are asked for."""
+    """Fused row-wise Adagrad, and 16-bit or 8-bit exchanges where they are asked for."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
-    half = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16)
-    codecs = get_qcomm_codecs_registry(half, device=CPU) if parsed.precision == "bf16" else None
+    codecs = None
+    if parsed.precision != "fp32":
+        sent = CommType.INT8 if parsed.precision == "int8" else CommType.FP16
+        config = QCommsConfig(forward_precision=sent, backward_precision=sent)
+        codecs = get_qcomm_codecs_registry(config, device=CPU)
     return {
         "fused_params": {
             "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -293,6 +319,51 @@ def sharder_options(parsed: VariantName, settings: Settings) -> dict[str, Any]:
         },
         "qcomm_codecs_registry": codecs,
     }
+
+
+def planned_bytes(
+    settings: Settings, spec: DmtSpec, plan: TowerPlan, comm_dtype: CommDtype | None
+) -> int:
+    """Bytes of tower outputs and their gradients that the plan has cross hosts in a step.
+
+    Every message of levels has one byte more.
+
+    Args:
+        settings: Of the run.
+        spec: The converted model.
+        plan: Where its towers are.
+        comm_dtype: Precision of what has no code.
+    """
+    topology = settings.topology
+    ids = float(settings.pooling)
+    traffic = planned_load(spec, plan, ids, comm_dtype=comm_dtype).traffic
+    a_sample = traffic.dmt_cross_bytes + traffic.gradient_cross_bytes
+    code = spec.towers[0].module.code
+    marked = code is not None and code.precision == "int8"
+    marks = topology.world_size * (topology.hosts - 1) if marked else 0
+    return round(a_sample * settings.batch * topology.world_size) + marks
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """Count the bytes of tower outputs and gradients that this rank hands over for every rank.
+
+    They alone travel as bytes; ids are whole numbers, and dense gradients are summed by others.
+    """
+    sent = [0] * dist.get_world_size()
+    send = dist.ProcessGroup.send
+    kept = vars(dist.ProcessGroup)["send"]  # which binds, unlike what the class gives
+
+    def counted(group: Any, tensors: list[Tensor], peer: int, tag: int) -> Any:
+        if tensors[0].dtype == torch.uint8:
+            sent[dist.get_global_rank(group, peer)] += sum(t.numel() for t in tensors)
+        return send(group, tensors, peer, tag)
+
+    dist.ProcessGroup.send = counted  # type: ignore[method-assign,assignment]
+    try:
+        yield sent
+    finally:
+        dist.ProcessGroup.send = kept  # type: ignore[method-assign]
 
 
 class FlatModel(nn.Module):

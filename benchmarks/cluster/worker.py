@@ -3,7 +3,9 @@
 Requests come as lines of JSON on stdin, answers go as lines of JSON to what was stdout; anything
 else that is printed goes to stderr.
 
-    {"do": "build", "variant": NAME}                       {"loss": mean loss of the first step}
+    {"do": "build", "variant": NAME}                       {"loss": mean loss of the first step,
+                                                            "sent": bytes to every rank | null,
+                                                            "planned": bytes of all ranks | null}
     {"do": "turn", "variant": NAME, "steps": n}            {"start": s, "ends": [s, ...],
                                                             "cpu_s": s, "bytes": {NIC: [rx, tx]}}
 
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from .case_model import Batch, endless, make_batches
 from .network import read_counters
 from .settings import Settings
-from .variants import RankContext, Variant, build, mean_over_ranks
+from .variants import RankContext, Variant, build, counted_bytes, mean_over_ranks
 
 Counters = dict[str, tuple[int, int]]
 
@@ -49,7 +51,11 @@ class Rank:
         if request["do"] == "build":
             self.variants[name] = build(name, self.settings, self.context)
             self.feeds[name] = endless(self.batches)
-            return {"loss": mean_over_ranks(self._step(name))}
+            with counted_bytes() as sent:
+                loss = self._step(name)
+            planned = self.variants[name].planned
+            counts = {"planned": planned, "sent": None if planned is None else sent}
+            return {"loss": mean_over_ranks(loss), **counts}
         assert request["do"] == "turn", request
         return self._turn(name, request["steps"])
 

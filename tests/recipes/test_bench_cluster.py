@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.cluster import bench
+from benchmarks.cluster.case_model import dmt_spec, set_code_ranges, whole_table
 from benchmarks.cluster.network import GOODPUT, parse_counters
 from benchmarks.cluster.plot import plot_speedup
-from benchmarks.cluster.results import fit_model, loss_faults, summarise
+from benchmarks.cluster.results import byte_faults, fit_model, loss_faults, summarise
 from benchmarks.cluster.settings import (
+    CODED_VARIANTS,
     DEFAULT_VARIANTS,
     Settings,
     Topology,
@@ -22,9 +25,10 @@ from benchmarks.cluster.settings import (
     parse_topology,
     parse_variant,
 )
-from benchmarks.cluster.stage import merge_answers
+from benchmarks.cluster.stage import merge_answers, sum_by_host
 from benchmarks.cluster.table import LIMITS, render_fit, render_legend, render_table
 from dmt_convert.errors import ConfigError
+from dmt_convert.model import DmtModel
 
 
 def make_settings(**changes: Any) -> Settings:
@@ -57,6 +61,9 @@ def make_turn(variant: str, step_s: list[float], megabytes: float, **changes: An
     [
         ("flat", "flat", 1, "fp32", False),
         ("flat-bf16", "flat", 1, "bf16", False),
+        ("flat-int8", "flat", 1, "int8", False),
+        ("coded-c4-prefetch", "coded", 4, "int8", True),
+        ("coded-c16-mixed", "coded", 16, "mixed", False),
         ("torchrec-towers-c8", "torchrec-towers", 8, "fp32", False),
         ("sptt-bf16", "sptt", 1, "bf16", False),
         ("sptt-prefetch", "sptt", 1, "fp32", True),
@@ -71,8 +78,19 @@ def test_variant_names(
     )
 
 
+def test_names_of_coded_variants() -> None:
+    name = parse_variant("coded-c8-mixed-uncoded-fixed-prefetch", dim=128)
+    assert (name.uncoded, name.fixed, name.prefetch, name.is_linear) == (True,) * 4
+    assert not parse_variant("coded-c4-uncoded", dim=128).is_linear
+
+
 @pytest.mark.parametrize(
-    "text", ["", "Flat", "flat-c2", "dmt", "dmt-c0", "dmt-c3", "flat-prefetch", "sptt-fp8"]
+    "text",
+    [
+        *("", "Flat", "flat-c2", "dmt", "dmt-c0", "dmt-c3", "flat-prefetch", "sptt-fp8"),
+        *("coded", "coded-c2", "coded-c12", "coded-c4-mixed", "coded-c4-fixed", "coded-c8-bf16"),
+        *("sptt-int8", "dmt-c4-fixed"),
+    ],
 )
 def test_unknown_variants_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--variants has"):
@@ -87,6 +105,56 @@ def test_what_variants_are_compared_with() -> None:
     assert rivals["sptt"].torchrec_rival == "torchrec-towers-c1"
     assert rivals["flat"].torchrec_rival is None
     assert rivals["torchrec-towers-c4"].torchrec_rival is None
+
+
+def test_which_variants_train_one_model() -> None:
+    def model(text: str) -> str:
+        return parse_variant(text, dim=128).model
+
+    alike = ("flat", "flat-bf16", "flat-int8", "sptt", "torchrec-towers-c1", "coded-c4-prefetch")
+    assert {model(text) for text in alike} == {"flat"}
+    assert model("dmt-c8") == model("dmt-c8-prefetch-bf16") == model("torchrec-towers-c8")
+    assert model("coded-c8") == model("coded-c8-uncoded") == model("coded-c8-fixed-prefetch")
+    assert len({model(text) for text in ("flat", "dmt-c8", "coded-c8", "coded-c8-mixed")}) == 4
+    coded = [parse_variant(text, dim=128) for text in CODED_VARIANTS.split(",")]
+    assert {name.baseline for name in coded if name.family == "coded"} == {"flat"}
+
+
+@pytest.mark.parametrize("compression", [4, 8, 16, 32])
+@pytest.mark.parametrize("mixed", ["", "-mixed"])
+def test_towers_with_codes_send_what_their_name_says(compression: int, mixed: str) -> None:
+    if compression == 4 and mixed:
+        return
+    spec = dmt_spec(make_settings(), parse_variant(f"coded-c{compression}{mixed}", dim=128))
+    assert spec.compression == compression
+    codes = [tower.module.code for tower in spec.towers]
+    widths = spec.tower_widths
+    for code, width in zip(codes, widths, strict=True):
+        assert code is not None
+        assert abs(2 * code.int4 - width) <= 2 if mixed else not code.int4
+
+
+def test_codes_reach_what_towers_emit() -> None:
+    """Levels are fine: what arrives differs from what is sent by the noise of 8 and 4 bits."""
+    settings = make_settings(rows=64, dim=16, features=8)
+    spec = dmt_spec(settings, parse_variant("coded-c8-mixed", dim=16))
+    torch.manual_seed(0)
+    model = DmtModel(spec)
+    rows = torch.cat([whole_table(settings, f"t_f{i}") for i in range(4)], dim=1)
+
+    def noise() -> tuple[float, float]:
+        module = model.tower_list[0].tower_module
+        with torch.no_grad():
+            emitted = module.emit(rows)
+            lost = (module(rows) - emitted).pow(2).mean(dim=0) / emitted.pow(2).mean(dim=0)
+        whole = module.code.width - module.code.spec.int4
+        return float(lost[:whole].max()), float(lost[whole:].max())
+
+    assert noise()[0] > 0.5  # nothing is set yet
+    set_code_ranges(settings, model)
+    eight, four = noise()
+    assert eight < 1e-3  # the noise of rounding, (12 / 254)^2 / 12 = 1.9e-4
+    assert four < 0.05  # (5.4 / 15)^2 / 12 = 0.011, and what is cut off
 
 
 def test_topologies() -> None:
@@ -204,6 +272,23 @@ def test_rows() -> None:
     assert half.over_torchrec_towers is None
     # 33 ms on the link against 40 ms of two cores
     assert [row.cpu_bound for row in rows] == [False, False, False, False, True]
+    assert own.over_flats == {
+        "flat": (pytest.approx(1150 / 400), pytest.approx(11 / 2.5)),
+        "flat-bf16": (pytest.approx(600 / 400), pytest.approx(5 / 2.5)),
+    }
+    assert own.tower_mb is None
+
+
+def test_bytes_are_compared_with_the_plan() -> None:
+    sent = [[5, 7, 10, 20], [9, 9, 30, 40], [1, 2, 0, 0], [3, 4, 0, 0]]
+    assert sum_by_host(sent, 2) == [[100, 10], [10, 100]]
+    crossing = {"dmt-c4": {"planned": 110, "hosts": sum_by_host(sent, 2)}}
+    assert byte_faults(crossing) == []
+    turns = [make_turn("dmt-c4", [0.4], 2.0)]
+    (row,), _ = summarise(turns, make_settings(), cores=2, crossing=crossing)
+    assert row.tower_mb == pytest.approx(1e-4)
+    crossing["dmt-c4"]["planned"] = 111
+    assert len(byte_faults(crossing)) == 1 and "its plan says 111" in byte_faults(crossing)[0]
 
 
 def test_rows_of_a_run_that_was_cut_short() -> None:
@@ -229,11 +314,13 @@ def test_a_step_ends_with_its_last_rank() -> None:
 
 def test_variants_of_one_model_start_with_one_loss() -> None:
     losses = {"flat": 0.7, "dmt-c4": 0.69, "flat-bf16": 0.70005, "torchrec-towers-c4": 0.69}
+    losses |= {"coded-c4": 0.69996, "coded-c8": 0.6, "coded-c8-uncoded": 0.60005}
     assert loss_faults(losses, make_settings()) == []
     assert loss_faults(losses | {"sptt": 0.7003}, make_settings()) == [
         "sptt starts with loss 0.7003000, flat with 0.7000000"
     ]
     assert len(loss_faults(losses | {"sptt": float("nan")}, make_settings())) == 1
+    assert len(loss_faults(losses | {"coded-c8-uncoded": 0.6002}, make_settings())) == 1
 
 
 def test_counters_are_read_by_column() -> None:
@@ -256,7 +343,7 @@ def test_the_table_flags_and_compares() -> None:
     assert len({line.count("|") for line in lines}) == 1
     assert re.match(r"\| 100 \| flat \| 1000 \[1000, 1000\] \| 1.00 \| - \| 40 \| 10.00 ", lines[2])
     assert "CPU-bound here" in lines[4] and "CPU-bound here" not in lines[2]
-    assert "| 10.00 | 5.00 | 40 | 0.40 |" in lines[4]
+    assert "| 10.00 | 5.00 | 40 | 0.40 | - | 33 | 10.00 (25.00) |" in lines[4]
 
 
 def test_modelled_compute_is_labelled() -> None:
