@@ -226,7 +226,7 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     choice = training.choose_teacher(bundle, config.teacher, config.teacher_weight, config.model)
     model = training.load_bundle(bundle)
     with training.Monitor(config, data, say=printer(options), log=config.log) as monitor:
-        monitor.say(choice.line)
+        monitor.say(f"one process on CPU; {choice.line}")
         monitor.start()
         result = training.train(
             model,

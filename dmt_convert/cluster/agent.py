@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
+from dmt_convert.cluster.gpus import has_gpus
 from dmt_convert.cluster.rank_process import (
     INTERRUPT_CODE,
     die_with_parent,
@@ -154,26 +155,41 @@ def _was_ended(failure: ProcessFailure) -> bool:
 def _conclude(failures: Mapping[int, ProcessFailure]) -> int:
     """Hand on what a rank wrote, or say what became of it; returns the exit code."""
     rank, failure = _cause(failures)
-    if failure.exitcode < 0:
-        return _hand_on(
-            DmtError(
-                _describe(rank, failure),
-                expected="every rank to run to its end",
-                hint="look into the system's log (out of memory?); --max-restarts 3 goes on from "
-                "the last checkpoint when a rank is lost",
-            )
-        )
-    error = read_error(failure.error_file_data)
+    aborted = failure.exitcode == -signal.SIGABRT and has_gpus()
+    error = _abort_error(rank) if aborted else read_error(failure.error_file_data)
     deaf = sorted(
         rank
         for rank, other in failures.items()
         if _was_ended(other) and other.exitcode == -signal.SIGKILL
     )
-    if deaf and failure.exitcode == 1:
+    if deaf and (aborted or failure.exitcode == 1):
         return _hand_on(_stall_error(deaf, error))
+    if failure.exitcode < 0:
+        return _hand_on(error if error is not None else _kill_error(rank, failure))
     if error is not None:
         write_error(error)
     return int(failure.exitcode)
+
+
+def _kill_error(rank: int, failure: ProcessFailure) -> DmtError:
+    return DmtError(
+        _describe(rank, failure),
+        expected="every rank to run to its end",
+        hint="look into the system's log (out of memory?); --max-restarts 3 goes on from "
+        "the last checkpoint when a rank is lost",
+    )
+
+
+def _abort_error(rank: int) -> DmtError:
+    """Say what NCCL's watchdog, a thread of torch, does to a rank that waits in vain."""
+    return DmtError(
+        f"rank {rank} was aborted (SIGABRT): an exchange over NCCL failed, or took longer than "
+        "--timeout",
+        expected="every rank to answer within --timeout",
+        hint="what torch printed above names the exchange; look for a rank that failed or stalled "
+        "on the other hosts, and at the network (NCCL_DEBUG=INFO); --max-restarts 3 goes on from "
+        "the last checkpoint",
+    )
 
 
 def _stall_error(ranks: list[int], error: DmtError | None) -> DmtError:

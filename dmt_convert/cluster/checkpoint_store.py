@@ -40,6 +40,7 @@ from dmt_convert.cluster.checkpoint_tensors import (
     flatten_tensors,
     make_planner,
 )
+from dmt_convert.cluster.faults import PeerFailedError
 from dmt_convert.cluster.optimizers import SUFFIX, mean_sums
 from dmt_convert.cluster.ranks import DEFAULT_TIMEOUT, Ranks
 from dmt_convert.errors import CheckpointError
@@ -243,7 +244,7 @@ class CheckpointStore:
                 process_group=self._ranks.group,
             )
         except CheckpointException as error:
-            raise _explain(error, saved.path, "read") from None
+            raise _explain(error, saved.path, "read", self._ranks.rank) from None
         return dict(saved.progress)
 
     def prune(self) -> None:
@@ -299,7 +300,7 @@ class CheckpointStore:
             )
         except CheckpointException as error:
             self._ranks.on_first(lambda: self._first.abandon(step))
-            raise _explain(error, self._path, "written to") from None
+            raise _explain(error, self._path, "written to", self._ranks.rank) from None
         digests: dict[str, str] = {}
         for written in self._ranks.on_all(lambda: writer.digests):
             digests |= written
@@ -349,7 +350,7 @@ def _open_checked(saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> Chec
     return CheckedReader(checkpoint)
 
 
-def _explain(error: CheckpointException, folder: Path, done: str) -> BaseException:
+def _explain(error: CheckpointException, folder: Path, done: str, own_rank: int) -> BaseException:
     """Say what went wrong on the ranks, in the words of the first one that has any."""
     causes = {rank: failure[0] for rank, failure in sorted(error.failures.items())}
     for cause in causes.values():
@@ -366,7 +367,7 @@ def _explain(error: CheckpointException, folder: Path, done: str) -> BaseExcepti
             hint="run it again with --resume; if it stays so, the checkpoint is damaged: rename "
             "its folder, and training goes on from the one before",
         )
-    return RuntimeError(str(error))
+    return (RuntimeError if own_rank in causes else PeerFailedError)(str(error))
 
 
 def load_resharded(

@@ -12,7 +12,6 @@ import ctypes
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from dmt_convert.cluster.faults import explain_gpu, is_loss, reason
 from dmt_convert.errors import ConfigError, DmtError
 
 LAUNCHED: Final = "DMT_LAUNCHED"
@@ -40,7 +40,6 @@ _SOFT: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 """Signals that ask a training to stop. Schedulers send them before they kill."""
 _REPORTED: Final = "dmt-reported"
 """File beside the error files of a host's ranks; the rank that makes it prints its error."""
-_LOSS_WORDS: Final = ("gloo", "NCCL", "Timed out", "timeout", "Connection", "Broken pipe", "rank")
 _ABORT_SECONDS: Final = 5.0
 """How long a rank that lost another waits until torchrun ends it."""
 _GRACE_SECONDS: Final = 3.0
@@ -138,7 +137,10 @@ def training_process(*, json_errors: bool, quiet: bool, timeout: float) -> Itera
     except Exception as error:
         if rank is None:
             raise
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOSS_WORDS):
+        told = explain_gpu(error, rank)
+        if told is not None:
+            end.refuse(told)
+        if is_loss(error):
             end.lose(error, timeout)
         end.fail(error)
 
@@ -159,14 +161,12 @@ class _End:
         """End with something that the user can mend."""
         _exit(error.exit_code, is_rank=self._is_rank, wait=not self._report(error))
 
-    def lose(self, error: RuntimeError, timeout: float) -> NoReturn:
+    def lose(self, error: Exception, timeout: float) -> NoReturn:
         """End because another rank has; that one may report why, unless it was killed."""
         if os.environ.get("DMT_TRACEBACK") == "1":
             traceback.print_exception(error)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        reason = re.sub(r"^\[[^]]*\] ", "", reason).partition(". ")[0]  # gloo's source, its advice
         self._loss = LostRankError(
-            f"another rank was lost, or did not answer within {timeout:g} s ({reason:.160})",
+            f"another rank was lost, or did not answer within {timeout:g} s ({reason(error)})",
             expected="every rank to run to its end",
             hint=_RESUME_HINT,
         )

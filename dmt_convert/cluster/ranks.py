@@ -14,7 +14,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeVar
@@ -31,6 +31,9 @@ from torch._C._distributed_c10d import (
 )
 from torch.distributed.rendezvous import rendezvous
 
+from dmt_convert.cluster.faults import PeerFailedError, explain_gpu, reason
+from dmt_convert.cluster.gpus import has_gpus, sees_one_gpu, unusable_error
+from dmt_convert.cluster.network import choose_interface
 from dmt_convert.errors import ConfigError, DmtError
 
 logger = logging.getLogger(__name__)
@@ -58,11 +61,14 @@ class RankLayout:
     """R."""
     backend: Literal["nccl", "gloo"]
     """How ranks talk."""
+    gpu: int | None = None
+    """Index of its GPU among those that it sees; None: its local rank."""
 
     def __str__(self) -> str:
         hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
         ranks = "1 rank" if self.ranks_per_host == 1 else f"{self.ranks_per_host} ranks"
-        return f"{hosts} x {ranks}, {self.backend}"
+        places = "GPUs" if self.device_type == "cuda" else "CPUs"
+        return f"{hosts} x {ranks} on {places}, {self.backend}"
 
     @property
     def hosts(self) -> int:
@@ -77,7 +83,9 @@ class RankLayout:
     @property
     def device(self) -> str:
         """This rank's device, as torch names it."""
-        return f"cuda:{self.local_rank}" if self.backend == "nccl" else "cpu"
+        if self.device_type == "cpu":
+            return "cpu"
+        return f"cuda:{self.local_rank if self.gpu is None else self.gpu}"
 
 
 def read_layout(backend: Literal["nccl", "gloo"] | None = None) -> RankLayout:
@@ -87,7 +95,8 @@ def read_layout(backend: Literal["nccl", "gloo"] | None = None) -> RankLayout:
         backend: nccl for GPUs, gloo for CPUs; by default what the machine has.
 
     Raises:
-        ConfigError: The environment is not one that torchrun sets.
+        ConfigError: The environment is not one that torchrun sets, or GPUs are there, or asked for,
+            that cannot be used.
     """
     values: dict[str, int] = {}
     missing = [name for name in _NAMES if name not in os.environ]
@@ -103,17 +112,24 @@ def read_layout(backend: Literal["nccl", "gloo"] | None = None) -> RankLayout:
             expected="the variables " + ", ".join(_NAMES),
             hint="start it with torchrun, or with `dmt finetune`",
         )
-    if backend is None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
     layout = RankLayout(
         rank=values["RANK"],
         world_size=values["WORLD_SIZE"],
         local_rank=values["LOCAL_RANK"],
         ranks_per_host=values["LOCAL_WORLD_SIZE"],
-        backend=backend,
+        backend=backend or _default_backend(),
     )
     _check(layout)
-    return layout
+    return replace(layout, gpu=_choose_gpu(layout)) if layout.backend == "nccl" else layout
+
+
+def _default_backend() -> Literal["nccl", "gloo"]:
+    """Return nccl where there are GPUs; training must not move to CPUs without a word."""
+    if torch.cuda.is_available():
+        return "nccl"
+    if has_gpus():
+        raise unusable_error("this host has NVIDIA GPUs")
+    return "gloo"
 
 
 def _check(layout: RankLayout) -> None:
@@ -127,15 +143,22 @@ def _check(layout: RankLayout) -> None:
             expected="as many ranks on every host",
             hint="give torchrun the same --nproc-per-node everywhere",
         )
-    if layout.backend == "nccl":
-        found = torch.cuda.device_count()
-        if layout.local_rank >= found:
-            raise ConfigError(
-                f"rank {layout.rank} is number {layout.local_rank} on its host, which has {found} "
-                "GPUs",
-                expected="a GPU per rank",
-                hint=f"lower --nproc-per-node to {found}, or use --backend gloo",
-            )
+
+
+def _choose_gpu(layout: RankLayout) -> int:
+    """Return the index of this rank's GPU among those that it sees."""
+    found = torch.cuda.device_count()
+    if found == 0:
+        raise unusable_error("--backend nccl needs GPUs")
+    if layout.local_rank < found:
+        return layout.local_rank
+    if found == 1 and sees_one_gpu():
+        return 0  # that of this task; `_refuse_shared_gpus` makes sure that it is no other's
+    raise ConfigError(
+        f"rank {layout.rank} is number {layout.local_rank} on its host, which has {found} GPUs",
+        expected="a GPU per rank",
+        hint=f"lower --nproc-per-node to {found}, or use --backend gloo",
+    )
 
 
 def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta) -> Ranks:
@@ -159,24 +182,13 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta)
             "TORCH_DISTRIBUTED_DEBUG=DETAIL is lowered to INFO: torch %s crashes with it on CPUs",
             torch.__version__,
         )
-    if layout.backend == "nccl":
-        torch.cuda.set_device(layout.local_rank)
     try:
-        dist.init_process_group(
-            layout.backend,
-            timeout=timeout,
-            store=_open_store(layout.rank, layout.world_size, timeout),
-            rank=layout.rank,
-            world_size=layout.world_size,
-        )
-        dist.monitored_barrier(timeout=timeout) if layout.backend == "gloo" else dist.barrier()
-        _make_groups(timeout)
-        return Ranks(timeout=timeout)
+        return _start(layout, timeout)
     except (dist.DistError, RuntimeError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(
+        told = explain_gpu(error, layout.rank)
+        raise told or ConfigError(
             f"the {layout.world_size} ranks did not all come within "
-            f"{timeout.total_seconds():g} s ({reason})",
+            f"{timeout.total_seconds():g} s ({reason(error)})",
             expected="every rank to be started, and its host to reach "
             f"{os.environ.get('MASTER_ADDR', 'the master')}",
             hint="look at the other hosts' output; on hosts with several networks set "
@@ -184,10 +196,60 @@ def start_ranks(layout: RankLayout, *, hosts_per_tower: int, timeout: timedelta)
         ) from None
 
 
-def _make_groups(timeout: timedelta) -> None:
+def _start(layout: RankLayout, timeout: timedelta) -> Ranks:
+    """Make the process groups, and use each once: what is wrong with the network shows here."""
+    is_gloo = layout.backend == "gloo"
+    device = torch.device(layout.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL, and tensors that name no index, take this one
+    store = _open_store(layout.rank, layout.world_size, timeout)
+    if device.type == "cuda":
+        _refuse_shared_gpus(store, layout)
+    if layout.hosts > 1:
+        master = os.environ.get("MASTER_ADDR", "")
+        choose_interface(store, layout.rank, layout.world_size, master)
+    dist.init_process_group(
+        layout.backend,
+        timeout=timeout,
+        store=store,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        device_id=None if is_gloo else device,  # NCCL then connects now, and splits later groups
+    )
+    if is_gloo:
+        dist.monitored_barrier(timeout=timeout)
+    inside, across = _make_groups(timeout)
+    ranks = Ranks(timeout=timeout)
+    ranks.on_all(lambda: None)
+    _warm_up(device, inside, across, timeout)
+    return ranks
+
+
+def _refuse_shared_gpus(store: Store, layout: RankLayout) -> None:
+    """Refuse ranks that were given the same GPU; all ranks at once."""
+    properties: Any = torch.cuda.get_device_properties(layout.device)
+    store.set(f"gpu/{layout.rank}", str(properties.uuid))
+    keys = [f"gpu/{rank}" for rank in range(layout.world_size)]
+    store.wait(keys)
+    gpus = store.multi_get(keys)
+    for gpu in dict.fromkeys(gpus):
+        sharing = [str(rank) for rank, other in enumerate(gpus) if other == gpu]
+        if len(sharing) > 1:
+            raise ConfigError(
+                f"ranks {', '.join(sharing)} were given the same GPU ({gpu.decode()})",
+                expected="a GPU of its own for every rank",
+                hint="look at what sets CUDA_VISIBLE_DEVICES; lower --nproc-per-node, or use "
+                "--backend gloo",
+            )
+
+
+def _make_groups(timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Make the groups that TorchRec would make, with our timeout: its own is half an hour.
 
     Every rank makes every group, in one order: `new_group` is collective over all ranks.
+
+    Returns:
+        This rank's group inside its host (or hosts of a tower), and that across hosts.
     """
     from torchrec.distributed import comm
 
@@ -195,9 +257,23 @@ def _make_groups(timeout: timedelta) -> None:
     size = comm.get_topology_group_world_size(world_size)
     inside = [list(range(first, first + size)) for first in range(0, world_size, size)]
     across = [list(range(first, world_size, size)) for first in range(size)]
+    mine = []
     for name, groups in (("_INTRA_PG", inside), ("_CROSS_PG", across)):
         made = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups}
-        setattr(comm, name, next(group for ranks, group in made.items() if rank in ranks))
+        mine.append(next(group for ranks, group in made.items() if rank in ranks))
+        setattr(comm, name, mine[-1])
+    return mine[0], mine[1]
+
+
+def _warm_up(
+    device: torch.device, inside: dist.ProcessGroup, across: dist.ProcessGroup, timeout: timedelta
+) -> None:
+    """Use every group once, as training will: backends connect peers when they first talk."""
+    dist.all_reduce(torch.zeros(1, device=device), async_op=True).wait(timeout)
+    for group in (inside, across):
+        sent = torch.zeros(dist.get_world_size(group), device=device)
+        work = dist.all_to_all_single(torch.empty_like(sent), sent, group=group, async_op=True)
+        work.wait(timeout)
 
 
 def stop_ranks() -> None:
@@ -312,7 +388,7 @@ class _Outcome:
         if self.refusal is not None:
             raise self.refusal
         if self.fault is not None:
-            raise RuntimeError(f"rank {rank} failed:\n{self.fault}")
+            raise PeerFailedError(f"rank {rank} failed:\n{self.fault}")
         return self.value
 
 

@@ -389,4 +389,10 @@ def test_one_host_is_not_hosts() -> None:
         str(RankLayout(world_size=size, ranks_per_host=ranks, **common))
         for size, ranks in ((2, 2), (2, 1), (1, 1))
     ]
-    assert shown == ["1 host x 2 ranks, gloo", "2 hosts x 1 rank, gloo", "1 host x 1 rank, gloo"]
+    assert shown == [
+        "1 host x 2 ranks on CPUs, gloo",
+        "2 hosts x 1 rank on CPUs, gloo",
+        "1 host x 1 rank on CPUs, gloo",
+    ]
+    on_gpus = RankLayout(world_size=8, ranks_per_host=4, rank=0, local_rank=0, backend="nccl")
+    assert str(on_gpus) == "2 hosts x 4 ranks on GPUs, nccl"

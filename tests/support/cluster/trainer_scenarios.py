@@ -41,11 +41,16 @@ from support.cluster.sabotage import sabotage
 
 
 def meet(
-    timeout_seconds: float, hosts_per_tower: int = 1, ports: Sequence[int] = (0,)
+    timeout_seconds: float,
+    hosts_per_tower: int = 1,
+    ports: Sequence[int] = (0,),
+    unset: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Start the ranks, and stop them, once per port; say who came, or what was said instead."""
     begin = time.monotonic()
     found: dict[str, Any] = {"error": None, "groups": []}
+    for name in unset:
+        del os.environ[name]
     try:
         for port in ports:
             if port:
@@ -59,6 +64,7 @@ def meet(
     except ConfigError as error:
         found["error"] = str(error)
     stop_ranks()  # does nothing where there are none
+    found["interface"] = os.environ.get("GLOO_SOCKET_IFNAME")
     return {**found, "seconds": time.monotonic() - begin}
 
 
