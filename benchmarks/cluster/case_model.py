@@ -26,7 +26,7 @@ from dmt_convert.model import (
     TowerSpec,
 )
 from dmt_convert.model.tower_code import FULL_LEVELS, HALF_LEVELS
-from dmt_convert.model.tower_modules import LinearTowerModule
+from dmt_convert.model.tower_modules import DlrmTowerModule, LinearTowerModule
 from dmt_convert.placement import Cluster, TowerPlan, plan_model
 from dmt_convert.spec import (
     FeatureSpec,
@@ -102,7 +102,8 @@ def _tower_module(settings: Settings, name: VariantName, width: int) -> TowerMod
         return TowerModuleSpec(kind="passthrough", code=kept)
     if name.compression == 1:
         return TowerModuleSpec(kind="passthrough")
-    return TowerModuleSpec(kind="dlrm", c=1, dim=settings.dim // name.compression)
+    code = TowerCode(precision="int8") if name.precision == "int8" else None
+    return TowerModuleSpec(kind="dlrm", c=1, dim=settings.dim // name.compression, code=code)
 
 
 @torch.no_grad()
@@ -122,6 +123,9 @@ def set_code_ranges(settings: Settings, model: DmtModel) -> None:
         spread = torch.full_like(code.low, drawn)
         if isinstance(module, LinearTowerModule):
             spread *= module.weight.norm(dim=1)
+        elif isinstance(module, DlrmTowerModule):
+            per_feature = module.feature_weight.unflatten(0, (-1, settings.dim))
+            spread *= per_feature.norm(dim=1).flatten()
         whole = code.width - code.spec.int4
         reach, levels = torch.full_like(spread, 6.0), torch.full_like(spread, FULL_LEVELS - 1)
         reach[whole:], levels[whole:] = 2.7, HALF_LEVELS - 1

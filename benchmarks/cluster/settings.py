@@ -36,7 +36,7 @@ _VARIANTS: Final = tuple(
             r"(?P<family>torchrec-towers)-c(?P<compression>\d+)(?:-(?P<precision>bf16))?",
             r"(?P<family>sptt)(?P<prefetch>-prefetch)?(?:-(?P<precision>bf16))?",
             r"(?P<family>dmt)-c(?P<compression>\d+)(?P<prefetch>-prefetch)?"
-            r"(?:-(?P<precision>bf16))?",
+            r"(?:-(?P<precision>bf16|int8))?",
             r"(?P<family>coded)-c(?P<compression>\d+)(?:-(?P<precision>mixed))?"
             r"(?P<uncoded>-uncoded)?(?P<fixed>-fixed)?(?P<prefetch>-prefetch)?",
         ),
@@ -59,8 +59,8 @@ class VariantName:
     """coded: bytes that cross hosts in the flat model as float32, over those of the towers. Others:
     the same at equal precision, N / D."""
     precision: Precision
-    """Of the exchanges. bf16 stands for 16 bits: TorchRec's codecs take fp16 on a CPU. mixed: as
-    many elements in 4 bits as in 8."""
+    """Of the exchanges. bf16 stands for 16 bits: TorchRec's codecs take fp16 on a CPU. int8: with a
+    scale in TorchRec, as levels in our engine. mixed: as many elements in 4 bits as in 8."""
     prefetch: bool
     """Whether the ids of the next batch travel during this one's step (our engine only)."""
     uncoded: bool = False
@@ -97,7 +97,7 @@ class VariantName:
         """TorchRec's towers that send as many bytes; None for what is TorchRec's own."""
         if self.family not in ("sptt", "dmt"):
             return None
-        suffix = "" if self.precision == "fp32" else "-bf16"
+        suffix = "" if self.precision == "fp32" else f"-{self.precision}"
         return f"torchrec-towers-c{self.compression}{suffix}"
 
 
@@ -124,7 +124,8 @@ def parse_variant(text: str, *, dim: int) -> VariantName:
         raise ConfigError(
             f"--variants has {text!r}",
             expected="flat, flat-bf16, flat-int8; torchrec-towers-cX, sptt or dmt-cX, the latter "
-            f"two with or without -prefetch, then all with or without -bf16, X divides {dim}; "
+            "two with or without -prefetch, then all with or without -bf16, dmt-cX also with "
+            f"-int8, X divides {dim}; "
             "coded-cX with or without -mixed, -uncoded, -fixed, -prefetch in this order, X from 4 "
             f"divides {dim * _FULL_WIDTH} (-mixed and -fixed above 4)",
             hint=f"the default is {DEFAULT_VARIANTS}; for codes, {CODED_VARIANTS}",

@@ -162,8 +162,9 @@ class Wire:
         packed = [f.pack(part) for f, part in zip(self.formats, columns, strict=True)]
         rows = (packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)).view(parts, -1)
         if self.mark_bytes:
-            finite = torch.isfinite(x).view(parts, -1).all(dim=1, keepdim=True)
-            rows = torch.cat([rows, (~finite).to(torch.uint8)], dim=1)
+            # 0, or NaN; `isfinite` takes ten times as long on a CPU
+            zeros = (x * 0.0).reshape(parts, -1).sum(dim=1, keepdim=True)
+            rows = torch.cat([rows, (zeros != 0).to(torch.uint8)], dim=1)
         return list(rows.unbind())
 
     def decode(self, message: Tensor, samples: int) -> Tensor:
@@ -174,7 +175,7 @@ class Wire:
         parts = torch.split(rows, [f.nbytes for f in self.formats], dim=1)
         found = [f.unpack(part) for f, part in zip(self.formats, parts, strict=True)]
         x = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-        return torch.where(message[-1:] == 0, x, torch.nan) if self.mark_bytes else x
+        return x + torch.where(message[-1:] == 0, 0.0, torch.nan) if self.mark_bytes else x
 
 
 def _join(formats: Sequence[Format]) -> list[Format]:

@@ -64,8 +64,8 @@ class Code(nn.Module):
         level i in its low half and level h + i in its high half. What is not finite travels as a
         level of its own in 8 bits, and as any level in 4: a tower has elements of 8 bits too.
         """
-        levels, whole = self.levels(emitted_BO), self.width - self.spec.int4
-        levels = torch.where(levels.isnan(), float(FULL_LEVELS), levels)
+        levels, whole = self._nearest(emitted_BO), self.width - self.spec.int4
+        levels = torch.where(_zero_if_finite(emitted_BO) == 0, levels, float(FULL_LEVELS))
         if self.spec.int4:
             half = (self.spec.int4 + 1) // 2
             halves = levels[:, whole:].clamp(max=HALF_LEVELS - 1)
@@ -82,8 +82,9 @@ class Code(nn.Module):
             low = levels[:, whole:] - HALF_LEVELS * high
             pairs = torch.cat([low, high], dim=1)[:, : self.spec.int4]
             levels = torch.cat([levels[:, :whole], pairs], dim=1)
-        levels = torch.where(levels == FULL_LEVELS, torch.nan, levels)
-        return self.low + self.step * levels
+        # 0 / 0 is NaN; comparing and choosing takes five times as long on a CPU
+        not_finite = 0.0 / (FULL_LEVELS - levels)
+        return self.low + self.step * levels + not_finite
 
     def spacing(self, arrived_BO: Tensor) -> Tensor:
         """Return at most how far the levels beside what arrived are from it, shape (B, O)."""
@@ -95,13 +96,22 @@ class Code(nn.Module):
 
     def levels(self, emitted_BO: Tensor) -> Tensor:
         """int8: the levels that travel, as whole numbers in float32, or NaN, shape (B, O)."""
-        finite_BO = torch.where(emitted_BO.isfinite(), emitted_BO, torch.nan)
-        levels = torch.round((finite_BO - self.low) / self.step)
+        return self._nearest(emitted_BO) + _zero_if_finite(emitted_BO)
+
+    def _nearest(self, emitted_BO: Tensor) -> Tensor:
+        """Levels of numbers that are finite."""
+        levels = torch.round((emitted_BO - self.low) / self.step)
+        if not self.spec.int4:
+            return levels.clamp(0, FULL_LEVELS - 1)
         whole = self.width - self.spec.int4
         parts = [levels[:, :whole].clamp(0, FULL_LEVELS - 1)]
-        if self.spec.int4:
-            parts.append(levels[:, whole:].clamp(0, HALF_LEVELS - 1))
+        parts.append(levels[:, whole:].clamp(0, HALF_LEVELS - 1))
         return torch.cat(parts, dim=1)
+
+
+def _zero_if_finite(x: Tensor) -> Tensor:
+    """Return 0 for what is finite, else NaN: one pass, where `isfinite` and `where` take many."""
+    return x * 0.0
 
 
 class _Rounded(torch.autograd.Function):

@@ -68,6 +68,7 @@ def make_turn(variant: str, step_s: list[float], megabytes: float, **changes: An
         ("sptt-bf16", "sptt", 1, "bf16", False),
         ("sptt-prefetch", "sptt", 1, "fp32", True),
         ("dmt-c16-prefetch-bf16", "dmt", 16, "bf16", True),
+        ("dmt-c4-int8", "dmt", 4, "int8", False),
     ],
 )
 def test_variant_names(
@@ -113,7 +114,12 @@ def test_which_variants_train_one_model() -> None:
 
     alike = ("flat", "flat-bf16", "flat-int8", "sptt", "torchrec-towers-c1", "coded-c4-prefetch")
     assert {model(text) for text in alike} == {"flat"}
-    assert model("dmt-c8") == model("dmt-c8-prefetch-bf16") == model("torchrec-towers-c8")
+    assert (
+        model("dmt-c8")
+        == model("dmt-c8-int8")
+        == model("dmt-c8-prefetch-bf16")
+        == model("torchrec-towers-c8")
+    )
     assert model("coded-c8") == model("coded-c8-uncoded") == model("coded-c8-fixed-prefetch")
     assert len({model(text) for text in ("flat", "dmt-c8", "coded-c8", "coded-c8-mixed")}) == 4
     coded = [parse_variant(text, dim=128) for text in CODED_VARIANTS.split(",")]
@@ -134,10 +140,11 @@ def test_towers_with_codes_send_what_their_name_says(compression: int, mixed: st
         assert abs(2 * code.int4 - width) <= 2 if mixed else not code.int4
 
 
-def test_codes_reach_what_towers_emit() -> None:
+@pytest.mark.parametrize("text", ["coded-c8-mixed", "coded-c4", "dmt-c4-int8"])
+def test_codes_reach_what_towers_emit(text: str) -> None:
     """Levels are fine: what arrives differs from what is sent by the noise of 8 and 4 bits."""
     settings = make_settings(rows=64, dim=16, features=8)
-    spec = dmt_spec(settings, parse_variant("coded-c8-mixed", dim=16))
+    spec = dmt_spec(settings, parse_variant(text, dim=16))
     torch.manual_seed(0)
     model = DmtModel(spec)
     rows = torch.cat([whole_table(settings, f"t_f{i}") for i in range(4)], dim=1)
@@ -148,7 +155,7 @@ def test_codes_reach_what_towers_emit() -> None:
             emitted = module.emit(rows)
             lost = (module(rows) - emitted).pow(2).mean(dim=0) / emitted.pow(2).mean(dim=0)
         whole = module.code.width - module.code.spec.int4
-        return float(lost[:whole].max()), float(lost[whole:].max())
+        return float(lost[:whole].max()), float(lost[whole:].max()) if whole < len(lost) else 0.0
 
     assert noise()[0] > 0.5  # nothing is set yet
     set_code_ranges(settings, model)
