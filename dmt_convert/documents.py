@@ -92,6 +92,8 @@ class Source:
     """Size of its tensors."""
     digest: str = ""
     """Digest of the flat model's tables; empty until they have been read."""
+    dense_digest: str = field(default="", metadata=OMITTED_IF_EMPTY)
+    """Digest of its other weights; empty in bundles of versions that did not record it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +202,8 @@ class TeacherRecord:
     """Name of its file or folder."""
     digest: str
     """Digest of its tables."""
+    dense_digest: str = field(default="", metadata=OMITTED_IF_EMPTY)
+    """Digest of its other weights; empty in bundles of versions that did not record it."""
     weight: float
     """Its weight; the labels have the rest."""
 

@@ -19,6 +19,7 @@ from .placing import predict_plan as predict_plan
 from .plain_model import PlainModel as PlainModel
 from .weights import DENSE_FILE as DENSE_FILE
 from .weights import SmallWeights as SmallWeights
+from .weights import digest_dense as digest_dense
 from .weights import plan_table_files as plan_table_files
 from .weights import table_bytes as table_bytes
 from .weights import tower_file as tower_file

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dmt_convert.checkpoint import ZEROS, ByteRows, TensorInfo, to_fp32
 from dmt_convert.families import FlatModelInfo
-from dmt_convert.files import TensorSource, array_source, stream_checked
+from dmt_convert.files import TensorSource, array_source, digest_names, digest_of, stream_checked
 from dmt_convert.spec import Dtype
 
 DENSE_FILE: Final = "weights/dense.safetensors"
@@ -68,6 +68,14 @@ def plan_table_files(
             for name in names
         ]
     return files
+
+
+def digest_dense(info: FlatModelInfo) -> str:
+    """Digest all weights of a flat checkpoint but its tables, as they are stored."""
+    return digest_names(
+        (name, tensor.dtype, tensor.shape, digest_of(tensor))
+        for name, tensor in info.dense_tensors.items()
+    )
 
 
 def table_bytes(info: FlatModelInfo, dtype: Dtype | None) -> int:

@@ -102,6 +102,8 @@ class ClusterJob:
 
     def must_match(self, ranks: Ranks) -> dict[str, Any]:
         """Return what has to be the same for a checkpoint to be resumed; all ranks at once."""
+        teacher = self.teacher
+        taught = {} if teacher is None else {"teacher's dense weights": teacher.dense_digest}
         return {
             "bundle": bundle_digest(self.bundle),
             "training rows": self.data.train.num_rows,
@@ -112,7 +114,8 @@ class ClusterJob:
             "seed": self.config.seed,
             "table_optimizer": self.config.table_optimizer,
             "dense_optimizer": self.config.dense_optimizer,
-            "teacher": _LABELS_ALONE if self.teacher is None else self.teacher.digest,
+            "teacher": _LABELS_ALONE if teacher is None else teacher.digest,
+            **taught,
         }
 
 

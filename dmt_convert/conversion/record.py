@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dmt_convert.bundle import Manifest, StreamedWeights, describe_accumulators
+from dmt_convert.bundle import Manifest, StreamedWeights, describe_accumulators, digest_dense
 from dmt_convert.config import ConvertConfig
 from dmt_convert.conversion.partition import Partition
 from dmt_convert.conversion.sample import Sample
@@ -72,6 +72,7 @@ def describe_source(flat: FlatModelInfo) -> Source:
             SourceFile(name=path.name, bytes=path.stat().st_size) for path in checkpoint.files
         ),
         bytes=checkpoint.nbytes,
+        dense_digest=digest_dense(flat),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dmt_convert.arrays import Float32Array
-from dmt_convert.bundle import Bundle, plan_table_files
+from dmt_convert.bundle import Bundle, digest_dense, plan_table_files
 from dmt_convert.checkpoint import open_checkpoint
 from dmt_convert.config import ModelOptions
 from dmt_convert.data import Batch
@@ -41,6 +41,8 @@ class TeacherChoice:
     """The checkpoint; None: labels alone."""
     digest: str = ""
     """Digest of its tables."""
+    dense_digest: str = ""
+    """Digest of its other weights."""
     weight: float = 0.0
     """Its weight against the labels."""
 
@@ -49,7 +51,12 @@ class TeacherChoice:
         """What the manifest says of it."""
         if self.path is None:
             return None
-        return TeacherRecord(name=self.path.name, digest=self.digest, weight=self.weight)
+        return TeacherRecord(
+            name=self.path.name,
+            digest=self.digest,
+            dense_digest=self.dense_digest,
+            weight=self.weight,
+        )
 
 
 class Teacher:
@@ -119,17 +126,21 @@ def choose_teacher(
     try:
         if not isinstance(asked, Path):
             _check_sizes(bundle, path)
-        digest = _check_same(bundle, path, model)
+        digest, dense_digest = _check_same(bundle, path, model)
     except DmtError as error:
         if isinstance(asked, Path):
             raise
         return TeacherChoice(
             line=f"learning from the labels alone: {path} is set aside as a teacher: {error.found}"
         )
+    line = f"learning from the labels and from the flat model {path}, weight {weight:g}"
+    if not source.dense_digest:
+        line += "; an earlier version made the bundle, so only the tables could be compared"
     return TeacherChoice(
-        line=f"learning from the labels and from the flat model {path}, weight {weight:g}",
+        line=line,
         path=path,
         digest=digest,
+        dense_digest=dense_digest,
         weight=weight,
     )
 
@@ -165,8 +176,12 @@ def _check_sizes(bundle: Bundle, path: Path) -> None:
         )
 
 
-def _check_same(bundle: Bundle, path: Path, model: Path | None) -> str:
-    """Refuse another model than the bundle's flat one; returns the digest of its tables."""
+def _check_same(bundle: Bundle, path: Path, model: Path | None) -> tuple[str, str]:
+    """Refuse another model than the bundle's flat one.
+
+    Returns:
+        The digest of its tables, and that of its other weights.
+    """
     info = _open(bundle, path, model)
     dtype = (bundle.manifest.config or {}).get("dtype")
     towers = [tower.features for tower in bundle.manifest.model.towers]
@@ -180,14 +195,18 @@ def _check_same(bundle: Bundle, path: Path, model: Path | None) -> str:
                     digest.update(chunk)
                 digests[source.name] = digest.finish()
             entries.append((source.name, source.dtype, source.shape, digests[source.name]))
-    found = digest_names(entries)
-    if found != bundle.manifest.source.digest:
+    recorded = bundle.manifest.source
+    tables, dense = digest_names(entries), digest_dense(info)
+    other = ["tables"] if tables != recorded.digest else []
+    if recorded.dense_digest not in ("", dense):  # empty: of an earlier version
+        other.append("dense weights")
+    if other:
         raise ConfigError(
-            f"{path} holds other tables than those that the bundle was made from",
-            expected=f"the checkpoint {bundle.manifest.source.name}, unchanged",
+            f"{path} holds other {' and other '.join(other)} than the bundle was made from",
+            expected=f"the checkpoint {recorded.name}, unchanged",
             hint=_HINT,
         )
-    return found
+    return tables, dense
 
 
 def _open(bundle: Bundle, path: Path, model: Path | None) -> FlatModelInfo:

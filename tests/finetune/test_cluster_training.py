@@ -218,6 +218,23 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tune, whole, more) -> None:
     assert_same(by_hand, whole)
 
 
+@pytest.mark.parametrize("cluster", [pytest.param("1x1", marks=pytest.mark.exhaustive), "2x1"])
+def test_a_teacher_goes_on_to_the_same_bytes(tune, tmp_path, cluster) -> None:
+    """The teacher is asked from the step on at which it was left, and never exchanged."""
+    bundle = make_wide(tmp_path, c=1, compression=4)
+    whole = tune(cluster, *HARD, bundle=bundle, name="whole")
+    assert f"and from the flat model {tmp_path / 'ckpt.pt'}, weight 0.5" in whole.printed
+    die = {"moment": "step", "rank": 0, "time": 8}
+    tune(cluster, *HARD, bundle=bundle, faults=[die], ends=False)
+    alone = tune(cluster, *HARD, "--resume", "--teacher", "none", bundle=bundle, ends=False)
+    assert "teacher: 'sha256:" in alone.attempts[-1][0]["stderr"]
+    resumed = tune(cluster, *HARD, "--resume", bundle=bundle)
+    assert "from the checkpoint of step 6\n" in resumed.printed
+    assert_same(resumed, whole)
+    labels = tune(cluster, *HARD, "--teacher", "none", bundle=bundle, name="labels")
+    assert labels.record["history"][-1] != whole.record["history"][-1]  # the check can fail
+
+
 def assert_same(one: Any, other: Any) -> None:
     """The same bytes in all files, but for the settings that say how checkpoints are written."""
     ours, theirs = one.record, other.record

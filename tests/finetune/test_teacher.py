@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import dmt_convert as dmt
 from dmt_convert.bundle import open_bundle
+from dmt_convert.cluster import ClusterJob
 from dmt_convert.config import FinetuneConfig, TrainingConfig
 from dmt_convert.data import Batch, adapt_batches, open_data
 from dmt_convert.errors import ConfigError, DmtError
@@ -174,6 +176,57 @@ def test_another_checkpoint_is_set_aside_or_refused(copied: Path, change, found)
     assert "--teacher none" in refused.value.hint
     with pytest.raises(DmtError):
         choose_teacher(bundle, copied / "nothing.pt", 0.5)
+
+
+def change_dense(path: Path) -> None:
+    """Change one weight outside the tables; the file keeps its size."""
+    state = torch.load(path)
+    name = next(name for name in state if name.startswith("over_arch"))
+    state[name].view(-1)[0] += 0.5
+    torch.save(state, path)
+
+
+def test_other_dense_weights_are_another_teacher(copied: Path) -> None:
+    change_dense(copied / "ckpt.pt")
+    bundle = open_bundle(copied / "ckpt-dmt2")
+    aside = choose_teacher(bundle, "auto", 0.5)
+    assert aside.path is None
+    assert "ckpt.pt holds other dense weights than the bundle was made from" in aside.line
+    with pytest.raises(ConfigError, match="holds other dense weights"):
+        choose_teacher(bundle, copied / "ckpt.pt", 0.5)
+
+
+def test_a_training_resumes_with_the_same_dense_weights_alone(copied: Path, clicks: Path) -> None:
+    bundle = open_bundle(copied / "ckpt-dmt2")
+    found = choose_teacher(bundle, "auto", 0.5).record
+    assert found is not None
+    ranks: Any = SimpleNamespace(rank=0, size=1, on_all=lambda work: [work()])
+    changed = [
+        ClusterJob(
+            bundle=bundle,
+            plan=None,  # type: ignore[arg-type]
+            data=open_training_data(clicks, None, bundle.manifest),
+            config=TrainingConfig(),
+            out=copied / "out",
+            checkpoints=copied / "checkpoints",
+            teacher=teacher,
+        ).must_match(ranks)
+        for teacher in (found, replace(found, dense_digest="sha256:0"), None)
+    ]
+    differ = {name for name in changed[0] if changed[0][name] != changed[1][name]}
+    assert differ == {"teacher's dense weights"}
+    assert "teacher's dense weights" not in changed[2]
+
+
+def test_bundles_of_earlier_versions_say_what_was_not_compared(copied: Path) -> None:
+    bundle = open_bundle(copied / "ckpt-dmt2")
+    told = choose_teacher(bundle, "auto", 0.5)
+    assert "only the tables" not in told.line
+    source = replace(bundle.manifest.source, dense_digest="")
+    older = replace(bundle, manifest=replace(bundle.manifest, source=source))
+    found = choose_teacher(older, "auto", 0.5)
+    assert "only the tables could be compared" in found.line
+    assert found.record == told.record  # what it resumes with is known from now on
 
 
 def test_tables_that_were_recoded_are_compared_as_they_were_written(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""What fine-tuning gains with its defaults, and with other rates and other teachers.
+
+    python benchmarks/finetune_settings.py --data data/frappe --flat-cache flat --work work
+    python benchmarks/finetune_settings.py --work work --print
+
+converts flat DLRMs (benchmarks/flat_models.py; cached) with the training rows as calibration, and
+trains every bundle for a tenth of the flat model's steps with each of `SETTINGS`, by the loop of
+`dmt finetune` in this process. What counts is the state that would be written: the best one on
+the validation rows, or the start. AUC is of the test rows, which nothing else sees. One JSON line
+per training goes to `WORK/settings.jsonl`; a line that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from flat_models import FlatJob, open_flat
+from frontier import TENTH, Record, Results, flat_keys
+from quality_tables import print_rows
+
+import dmt_convert as dmt
+from dmt_convert.bundle import Bundle, is_bundle, open_bundle
+from dmt_convert.config import TrainingConfig
+from dmt_convert.data import open_inputs
+from dmt_convert.training import (
+    TrainableModel,
+    choose_teacher,
+    load_bundle,
+    load_tables,
+    measure_rows,
+    open_teacher,
+    open_training_data,
+    train,
+)
+
+_TABLES: Final = {"dense_lr": 0.0, "table_lr": 0.002}
+_TENTH: Final = {"dense_lr": 5e-5, "table_lr": 0.002}
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "defaults": {},
+    "tables alone": _TABLES,
+    "a tenth of the rates": _TENTH,
+    "a third of the rates": {"dense_lr": 1.7e-4, "table_lr": 0.007},
+    "labels alone": {"teacher_weight": 0.0},
+    "teacher alone": {"teacher_weight": 1.0},
+    "tables alone, labels": _TABLES | {"teacher_weight": 0.0},
+    "constant rates": {"lr_decay": "constant"},
+}
+"""Name -> what differs from the defaults of `dmt finetune`."""
+
+
+def measure(job: FlatJob, compression: float, todo: list[str], work: Path) -> Iterator[Record]:
+    """Train a bundle with each of some settings."""
+    flat, bundle = open_flat(job), convert(job, compression, work)
+    test = open_inputs(job.data / "test.npz", bundle.manifest.model.flat, bundle.manifest.inputs)
+    data = open_training_data(job.data, None, bundle.manifest)
+
+    def auc(model: TrainableModel) -> float:
+        found = measure_rows(model, test).auc
+        assert found is not None
+        return found
+
+    infos = {table.name: flat.info.table_info(table.name) for table in flat.info.spec.tables}
+    best = auc(load_tables(flat.model, infos))
+    for name in todo:
+        config = TrainingConfig(
+            max_steps=round(job.steps / TENTH),
+            batch_size=job.config.batch_size,
+            seed=job.seed,
+            **SETTINGS[name],
+        )
+        model, lost = load_bundle(bundle), list[float]()
+        choice = choose_teacher(bundle, job.path, config.teacher_weight)
+        result = train(
+            model,
+            data.train,
+            data.valid,
+            config,
+            teacher=open_teacher(choice, bundle),
+            on_evaluation=lambda _, model=model, lost=lost: lost.append(best - auc(model)),
+        )
+        steps = [evaluation.step for evaluation in result.history]
+        yield {
+            **flat_keys(job),
+            "compression": compression,
+            "variant": name,
+            "auc_lost": lost[0],
+            "tuned_auc_lost": lost[steps.index(result.best_step)],
+            "best_step": result.best_step,
+            "lost": lost,
+            "history": [evaluation.to_json() for evaluation in result.history],
+        }
+
+
+def convert(job: FlatJob, compression: float, work: Path) -> Bundle:
+    """Convert a flat model, unless that was done; compression 0 keeps what it computes."""
+    out = work / f"{job.path.stem}-{compression:g}"
+    if is_bundle(out):
+        return open_bundle(out)
+    options: dict[str, Any] = {"tower_module": "passthrough"}
+    if compression:
+        options = {"compression": compression, "calibration": job.data / "train.npz"}
+    return dmt.convert(job.path, out, towers=4, seed=job.seed, **options)
+
+
+def print_results(results: Results) -> None:
+    """Print a row per bundle, a column per setting: AUC lost, and the best step in brackets."""
+    names = [name for name in SETTINGS if results.find({"variant": name})]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for record in results.records:
+        steps = record["history"][-1]["step"]
+        model = f"{record['arch']}, N = {record['dim']}, seed {record['seed']}"
+        name = f"/ {record['compression']:g}" if record["compression"] else "passthrough"
+        row = cells.setdefault((record["data"], model, name), {})
+        row["before"] = f"{record['auc_lost']:.4f}"
+        row[record["variant"]] = (
+            f"{record['tuned_auc_lost']:.4f} ({record['best_step']} of {steps})"
+        )
+    titles = ["set", "model", "bundle", "before", *names]
+    print_rows(
+        titles, [[*key, *(row.get(n, "") for n in titles[3:])] for key, row in cells.items()]
+    )
+
+
+def main() -> None:
+    options = read_options()
+    torch.set_num_threads(1)
+    results = Results(options.work / "settings.jsonl")
+    cells = itertools.product(options.seeds, options.data, options.compressions)
+    for seed, data, compression in () if options.print else cells:
+        job = FlatJob(data=data, arch="dlrm", seed=seed, cache=options.flat_cache)
+        known = flat_keys(job) | {"compression": compression}
+        todo = [n for n in options.settings if not results.find(known | {"variant": n})]
+        for record in measure(job, compression, todo, options.work) if todo else ():
+            results.add(record)
+    print_results(results)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders of data sets")
+    parser.add_argument("--flat-cache", type=Path, help="where flat models lie")
+    parser.add_argument("--work", type=Path, required=True, help="where bundles and results go")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--compressions", type=float, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--print", action="store_true", help="only print what was measured")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
