@@ -53,8 +53,10 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
 """Name -> what differs from the defaults of `dmt finetune`."""
 
 
-def measure(job: FlatJob, compression: float, todo: list[str], work: Path) -> Iterator[Record]:
-    """Train a bundle with each of some settings."""
+def measure(
+    job: FlatJob, compression: float, part: int, todo: list[str], work: Path
+) -> Iterator[Record]:
+    """Train a bundle with each of some settings, for one of so many parts of the flat steps."""
     flat, bundle = open_flat(job), convert(job, compression, work)
     test = open_inputs(job.data / "test.npz", bundle.manifest.model.flat, bundle.manifest.inputs)
     data = open_training_data(job.data, None, bundle.manifest)
@@ -68,13 +70,14 @@ def measure(job: FlatJob, compression: float, todo: list[str], work: Path) -> It
     best = auc(load_tables(flat.model, infos))
     for name in todo:
         config = TrainingConfig(
-            max_steps=round(job.steps / TENTH),
+            max_steps=round(job.steps / part),
             batch_size=job.config.batch_size,
             seed=job.seed,
             **SETTINGS[name],
         )
         model, lost = load_bundle(bundle), list[float]()
-        choice = choose_teacher(bundle, job.path, config.teacher_weight)
+        # what computes the same as the flat model has nothing to learn from it
+        choice = choose_teacher(bundle, job.path if compression else "none", config.teacher_weight)
         result = train(
             model,
             data.train,
@@ -87,6 +90,7 @@ def measure(job: FlatJob, compression: float, todo: list[str], work: Path) -> It
         yield {
             **flat_keys(job),
             "compression": compression,
+            "part": part,
             "variant": name,
             "auc_lost": lost[0],
             "tuned_auc_lost": lost[steps.index(result.best_step)],
@@ -133,10 +137,11 @@ def main() -> None:
     cells = itertools.product(options.seeds, options.data, options.compressions)
     for seed, data, compression in () if options.print else cells:
         job = FlatJob(data=data, arch="dlrm", seed=seed, cache=options.flat_cache)
-        known = flat_keys(job) | {"compression": compression}
+        known = flat_keys(job) | {"compression": compression, "part": options.part}
         todo = [n for n in options.settings if not results.find(known | {"variant": n})]
-        for record in measure(job, compression, todo, options.work) if todo else ():
-            results.add(record)
+        if todo:
+            for record in measure(job, compression, options.part, todo, options.work):
+                results.add(record)
     print_results(results)
 
 
@@ -148,6 +153,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--compressions", type=float, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--part", type=int, default=TENTH, help="the flat model's steps over these")
     parser.add_argument("--print", action="store_true", help="only print what was measured")
     return parser.parse_args()
 

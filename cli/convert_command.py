@@ -138,12 +138,15 @@ def _show_frontier(output: Output, found: Frontier, plot: Path | None) -> None:
         cells += [number(point.auc_lost, 5), number(point.auc_bound, 5)] if found.labelled else []
         lines.append([*cells, f"{point.flops / 1e6:.3g}"])
     value = {**found.to_json(), "files": [] if plot is None else [str(plot)]}
-    title = f"Bytes between hosts per sample and what they cost, {found.count:,} held-out rows of "
+    title = f"Bytes between hosts per sample and what they cost, {found.rows} of "
     output.result(value, table(title + found.data, columns, lines))
     if found.reason:
         output.remark(f"* {found.reason}")
     if found.labelled:
-        output.remark("at most: with 95 % confidence; more rows of --calibration narrow it down")
+        output.remark(
+            "at most: with 95 % confidence; more rows of --calibration narrow it down; rows that "
+            "the flat model was trained on exaggerate what is lost"
+        )
     else:
         output.remark("AUC lost is known with labelled rows: --calibration DATA")
 

@@ -352,6 +352,8 @@ class Frontier:
     """Description of the held-out rows."""
     count: int = 0
     """Number of held-out rows."""
+    judged: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Rows by which AUC was compared, the held-out ones among them; None: by these alone."""
     labelled: bool = False
     """Whether AUC is known."""
     chosen: float | None = field(default=None, metadata=OMITTED_IF_NONE)
@@ -362,6 +364,12 @@ class Frontier:
     def __repr__(self) -> str:
         """Say the essentials in one line."""
         return f"<Frontier of {len(self.points)} points on {self.count} held-out rows>"
+
+    @property
+    def rows(self) -> str:
+        """Say how many rows were measured."""
+        text = f"{self.count:,} held-out rows"
+        return text if self.judged is None else f"{text} (AUC: {self.judged:,} rows)"
 
     @property
     def chosen_point(self) -> FrontierPoint | None:

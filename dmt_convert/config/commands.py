@@ -186,7 +186,8 @@ class ConvertConfig(ModelOptions, ClusterOptions, PartitionOptions):
     max_auc_loss: Float | None = setting(
         None,
         "Instead of --compression: take the fewest bytes that lose at most this much AUC, with "
-        "95 % confidence, on held-out rows of --calibration, which needs labels.",
+        "95 % confidence, on held-out rows of --calibration, which needs labels and rows that the "
+        "flat model was not trained on.",
         ge=0,
         panel=_MODULES,
     )

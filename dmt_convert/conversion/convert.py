@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -43,7 +43,7 @@ from dmt_convert.conversion.replication import (
     partition_beside,
     spec_of,
 )
-from dmt_convert.conversion.sample import Sample, draw_sample
+from dmt_convert.conversion.sample import Sample, draw_sample, further_rows
 from dmt_convert.data import open_data
 from dmt_convert.documents import Frontier
 from dmt_convert.errors import BundleError, DataError, PlanError, UsageError
@@ -445,8 +445,23 @@ def _request_frontier(
 ) -> FrontierRequest:
     from dmt_convert.conversion.frontier import plan_frontier
 
+    def further(rows: int) -> Iterator[Sample]:
+        if config.calibration is None:
+            return iter(())
+        return further_rows(
+            flat,
+            config.calibration,
+            rows,
+            seed=config.seed,
+            accept_outliers=config.outliers == "accept",
+        )
+
     return plan_frontier(
-        flat, config, len(partition.sending), lambda module: spec_of(flat.spec, partition, module)
+        flat,
+        config,
+        len(partition.sending),
+        lambda module: spec_of(flat.spec, partition, module),
+        further,
     )
 
 

@@ -7,6 +7,7 @@ Beside them stands the flat model, its pooled embeddings rounded as flat trainin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from dmt_convert.model import ELEMENT_BYTES, DmtSpec, TowerModuleSpec, describe_
 from dmt_convert.placement.predict import count_work
 
 if TYPE_CHECKING:
+    from dmt_convert.conversion.sample import Sample
     from dmt_convert.conversion.start import Choice, Starter
 
 COMPRESSIONS: Final = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -36,6 +38,11 @@ _SOLVES, _SOLVE_FLOPS = 4, 30.0
 """Eigenproblems per block of columns, and FLOPs of one over the cube of its columns."""
 _CONFIDENCE_95: Final = 1.645
 """Standard errors above an estimate, of a one-sided bound."""
+_MAX_JUDGED: Final = 1 << 20
+_MAX_JUDGING: Final = 5e11
+"""FLOPs to compare AUC on further rows with."""
+_LOOKUP_FLOPS: Final = 100
+"""FLOPs that take as long as to look up, check and pool one number of an embedding."""
 _SCALE_BYTES: Final = 4
 """int8 of the flat model: the scale of a feature vector."""
 
@@ -62,6 +69,8 @@ class FrontierRequest:
     """AUC that the chosen point may lose."""
     min_r2: float | None = None
     """R^2 that the chosen point must have."""
+    further: Callable[[int], Iterator[Sample]] = lambda rows: iter(())
+    """Gives at most so many labelled rows, beside the sample, to compare AUC on; by blocks."""
 
     @property
     def chooses(self) -> bool:
@@ -74,6 +83,7 @@ def plan_frontier(
     config: ConvertConfig,
     num_towers: int,
     make_spec: Callable[[TowerModuleSpec], DmtSpec],
+    further: Callable[[int], Iterator[Sample]] = lambda rows: iter(()),
 ) -> FrontierRequest:
     """Say which points to measure: those of `COMPRESSIONS` that towers can send.
 
@@ -82,6 +92,7 @@ def plan_frontier(
         config: What is asked for.
         num_towers: Number of towers.
         make_spec: Puts a module over the towers.
+        further: Gives rows beside the sample.
     """
     candidates = []
     for compression in COMPRESSIONS:
@@ -97,7 +108,10 @@ def plan_frontier(
             Candidate(compression=compression, spec=spec, choice=how_to_choose(wanted, [module]))
         )
     return FrontierRequest(
-        candidates=tuple(candidates), max_auc_loss=config.max_auc_loss, min_r2=config.min_r2
+        candidates=tuple(candidates),
+        max_auc_loss=config.max_auc_loss,
+        min_r2=config.min_r2,
+        further=further,
     )
 
 
@@ -129,13 +143,15 @@ def measure_frontier(starter: Starter, request: FrontierRequest) -> Frontier:
     Raises:
         DataError: A point is to be chosen by AUC, and the rows to judge by cannot tell it.
     """
-    held = starter.held
+    held, further = starter.held, 0
     if request.max_auc_loss is not None:
         _check_labels(starter)
+        further = rows_to_judge(request)
+    judge = _Judge(starter, lambda: request.further(further) if further else iter(()))
     points: list[FrontierPoint] = []
-    flat = _flat_points(starter)
+    flat = _flat_points(judge)
     for candidate in request.candidates:
-        point = _measure(starter, candidate)
+        point = _measure(judge, candidate)
         if point is not None and (not points or point.bytes < points[-1].bytes):
             points.append(point)
     found = Frontier(
@@ -143,6 +159,7 @@ def measure_frontier(starter: Starter, request: FrontierRequest) -> Frontier:
         flat=flat,
         data=held.description,
         count=held.batch.num_rows,
+        judged=judge.rows if judge.rows > held.batch.num_rows else None,
         labelled=any(point.auc_lost is not None for point in flat),
     )
     return _choose(found, request) if request.chooses else found
@@ -163,10 +180,66 @@ def _check_labels(starter: Starter) -> None:
     )
 
 
-def _measure(starter: Starter, candidate: Candidate) -> FrontierPoint | None:
+Scorer = Callable[["Sample"], Float32Array]
+"""Gives logits of rows, shape (n,)."""
+
+
+class _Judge:
+    """Compares logits with the flat model's: R^2 on the held-out rows, AUC on all there are.
+
+    Args:
+        starter: The flat model, and held-out rows.
+        further: Gives further rows to compare AUC on, by blocks; the same ones every time.
+    """
+
+    def __init__(self, starter: Starter, further: Callable[[], Iterator[Sample]]) -> None:
+        self.starter, self._further = starter, further
+        target, labels = [starter.target], [starter.held.batch.labels]
+        for block in further():
+            target.append(starter.logits(block))
+            labels.append(block.batch.labels)
+        known = [each for each in labels if each is not None]
+        self._target = np.concatenate(target)
+        self._labels = np.concatenate(known) if len(known) == len(labels) else None
+
+    @property
+    def rows(self) -> int:
+        """Rows on which AUC is compared."""
+        return len(self._target)
+
+    def compare(self, score: Scorer | None, point: FrontierPoint) -> FrontierPoint:
+        """Say how well a point agrees with the flat model.
+
+        Args:
+            score: Gives its logits; None: they are the flat model's.
+            point: What it is.
+        """
+        if score is None:
+            logits = self._target
+        else:
+            blocks = itertools.chain((self.starter.held,), self._further())
+            logits = np.concatenate([score(block) for block in blocks])
+        held = slice(self.starter.held.batch.num_rows)
+        r2, labels = measure_agreement(self._target[held], logits[held]).r2, self._labels
+        lost = None if labels is None else compare_auc(self._target, logits, labels)
+        if not math.isfinite(r2) or lost is None:
+            return replace(point, r2=r2 if math.isfinite(r2) else None)
+        bound = lost[0] + _CONFIDENCE_95 * lost[1]
+        return replace(point, r2=r2, auc_lost=lost[0], auc_bound=bound)
+
+
+def rows_to_judge(request: FrontierRequest) -> int:
+    """Return on how many further rows AUC may be compared: as many as cost about a minute."""
+    spec = request.candidates[0].spec.flat
+    per_row = count_work(one_tower(spec)).flops + _LOOKUP_FLOPS * sum(spec.feature_dims)
+    return int(min(_MAX_JUDGED, _MAX_JUDGING / (per_row * len(request.candidates))))
+
+
+def _measure(judge: _Judge, candidate: Candidate) -> FrontierPoint | None:
     """Measure a point; None: towers cannot send so little, or nothing can be fitted."""
+    starter = judge.starter
     if candidate.spec.is_passthrough:
-        return _point(starter, candidate.compression, candidate.spec, starter.target)
+        return _point(judge, candidate.compression, candidate.spec, None)
     try:
         model, _ = starter.solve([candidate.spec], candidate.choice)
     except CheckpointError:
@@ -174,15 +247,14 @@ def _measure(starter: Starter, candidate: Candidate) -> FrontierPoint | None:
     budget = candidate.choice.budget(model.spec)
     if budget is not None and sum(model.spec.tower_bytes) > budget:
         return None
-    return _point(starter, candidate.compression, model.spec, starter.logits(model))
+    return _point(
+        judge, candidate.compression, model.spec, lambda rows: starter.logits(rows, model)
+    )
 
 
-def _point(
-    starter: Starter, compression: float, spec: DmtSpec, logits: Float32Array
-) -> FrontierPoint:
-    return _compared(
-        starter,
-        logits,
+def _point(judge: _Judge, compression: float, spec: DmtSpec, score: Scorer | None) -> FrontierPoint:
+    return judge.compare(
+        score,
         FrontierPoint(
             name=describe_modules(spec),
             compression=compression,
@@ -193,23 +265,26 @@ def _point(
     )
 
 
-def _flat_points(starter: Starter) -> tuple[FrontierPoint, ...]:
+def _flat_points(judge: _Judge) -> tuple[FrontierPoint, ...]:
     """Measure the flat model, its embeddings in fp32, bf16 and int8."""
-    spec = starter.spec
+    spec = judge.starter.spec
+
+    def rounded(how: Callable[[Float32Array], Float32Array]) -> Scorer:
+        return lambda rows: judge.starter.logits(replace(rows, pooled=how(rows.pooled)))
+
     elements, flops = sum(spec.feature_dims), count_work(one_tower(spec)).flops
     scales = _SCALE_BYTES * len(spec.feature_dims)
-    sent = {
-        "fp32": (ELEMENT_BYTES["fp32"] * elements, starter.target),
-        "bf16": (ELEMENT_BYTES["bf16"] * elements, starter.logits_of_rounded(round_bf16)),
+    sent: dict[str, tuple[int, Scorer | None]] = {
+        "fp32": (ELEMENT_BYTES["fp32"] * elements, None),
+        "bf16": (ELEMENT_BYTES["bf16"] * elements, rounded(round_bf16)),
         "int8": (
             ELEMENT_BYTES["int8"] * elements + scales,
-            starter.logits_of_rounded(lambda rows: round_int8(rows, spec.feature_dims)),
+            rounded(lambda rows: round_int8(rows, spec.feature_dims)),
         ),
     }
     return tuple(
-        _compared(
-            starter,
-            logits,
+        judge.compare(
+            score,
             FrontierPoint(
                 name=f"flat, {precision}",
                 compression=ELEMENT_BYTES["fp32"] * elements / nbytes,
@@ -218,7 +293,7 @@ def _flat_points(starter: Starter) -> tuple[FrontierPoint, ...]:
                 flops=flops,
             ),
         )
-        for precision, (nbytes, logits) in sent.items()
+        for precision, (nbytes, score) in sent.items()
     )
 
 
@@ -244,15 +319,6 @@ def round_int8(pooled_nM: Float32Array, dims: Sequence[int]) -> Float32Array:
         out[:, begin : begin + dim] = np.round(vectors / scale) * scale
         begin += dim
     return out
-
-
-def _compared(starter: Starter, logits: Float32Array, point: FrontierPoint) -> FrontierPoint:
-    """Say how well logits agree with the flat model's on the held-out rows."""
-    r2, labels = measure_agreement(starter.target, logits).r2, starter.held.batch.labels
-    lost = None if labels is None else compare_auc(starter.target, logits, labels)
-    if not math.isfinite(r2) or lost is None:
-        return replace(point, r2=r2 if math.isfinite(r2) else None)
-    return replace(point, r2=r2, auc_lost=lost[0], auc_bound=lost[0] + _CONFIDENCE_95 * lost[1])
 
 
 def _choose(frontier: Frontier, request: FrontierRequest) -> Frontier:
@@ -299,7 +365,7 @@ def _reason(
         text += f", which loses at most {max(taken.auc_bound, 0.0):.5f} AUC with 95 % confidence"
     elif taken.r2 is not None:
         text += f", R^2 {taken.r2:.6f}"
-    text += f" on {frontier.count:,} held-out rows"
+    text += f" on {frontier.judged or frontier.count:,} held-out rows"
     if failed is None:
         return f"{text}; that is the fewest bytes that were tried"
     text += f"; --compression {failed.compression:g} {' and '.join(_faults(failed, request))}"

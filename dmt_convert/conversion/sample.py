@@ -5,6 +5,7 @@ Letters: n sampled rows, D dense inputs, F features, M widths' sum of all pooled
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -30,6 +31,7 @@ from dmt_convert.families import FlatModelInfo, read_initial_value
 from dmt_convert.spec import FeatureSpec, ModelSpec
 
 _POOLED_BYTES: Final = 64 << 20
+_BLOCK_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +130,49 @@ def draw_sample(
     )
 
 
+def further_rows(
+    info: FlatModelInfo,
+    calibration: Path,
+    rows: int,
+    *,
+    seed: int = 0,
+    accept_outliers: bool = False,
+) -> Iterator[Sample]:
+    """Read rows of calibration data that `draw_sample`, with the same seed, did not draw.
+
+    Args:
+        info: The flat checkpoint.
+        calibration: Data set.
+        rows: Read at most this number.
+        seed: Seed of the draw.
+        accept_outliers: Take values that are absurd as weights.
+
+    Yields:
+        Blocks of rows whose embeddings take no more than those of a sample.
+
+    Raises:
+        DataError: The data does not fit the model.
+        CheckpointError: A row that is looked up holds NaN or Inf, or an absurd value.
+    """
+    drawn = sample_size(info.spec)
+    dataset = open_inputs(calibration, info.spec, info.inputs)
+    batches = dataset.batches(
+        min(drawn, _BLOCK_ROWS), shuffle_seed=seed, start_row=drawn, max_rows=rows
+    )
+    for batch in adapt_batches(dataset, info.spec, batches):
+        yield Sample(
+            batch=batch,
+            pooled=pool_batch(info, batch, accept_outliers=accept_outliers),
+            source="calibration",
+            description=f"{batch.num_rows} further rows of {calibration.name}",
+        )
+
+
 def _calibration_rows(
     info: FlatModelInfo, path: Path, count: int, seed: int
 ) -> tuple[Batch, InputRecord | None]:
     dataset = open_inputs(path, info.spec, info.inputs)
-    batches = dataset.batches(min(count, 4096), shuffle_seed=seed, max_rows=count)
+    batches = dataset.batches(min(count, _BLOCK_ROWS), shuffle_seed=seed, max_rows=count)
     found = list(adapt_batches(dataset, info.spec, batches))
     if not found:
         raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
@@ -239,18 +239,9 @@ class Starter:
         """Logits of the flat model on the rows to judge by, shape (n,)."""
         return self._target.float().numpy()
 
-    def logits(self, model: DmtModel) -> Float32Array:
-        """Logits of a converted model on the rows to judge by, shape (n,)."""
-        return _logits(model, self.held).float().numpy()
-
-    def logits_of_rounded(self, rounded: Callable[[Float32Array], Float32Array]) -> Float32Array:
-        """Logits of the flat model on the same rows, with other pooled embeddings, shape (n,).
-
-        Args:
-            rounded: What arrives of pooled embeddings, shape (n, M), on their way.
-        """
-        held = replace(self.held, pooled=rounded(self.held.pooled))
-        return _logits(self._flat, held).float().numpy()
+    def logits(self, rows: Sample, model: DmtModel | None = None) -> Float32Array:
+        """Logits of a converted model, or of the flat one, shape (n,)."""
+        return _logits(self._flat if model is None else model, rows).float().numpy()
 
     @cached_property
     def _trace(self) -> FlatTrace:

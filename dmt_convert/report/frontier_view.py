@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dmt_convert.documents import Frontier, FrontierPoint
 from dmt_convert.report.frontier_figure import frontier_svg
-from dmt_convert.report.quantities import show_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class FrontierView:
         drawn = "AUC lost" if self.labelled else "1 − R² of the logits"
         text = (
             f"{drawn} against the bytes that cross hosts per sample, measured on "
-            f"{show_number(self.frontier.count)} held-out rows of: {self.frontier.data}. Every "
+            f"{self.frontier.rows} of: {self.frontier.data}. Every "
             "point is the closed form that --compression starts with, before distillation and "
             "fine-tuning. Beside them stands the flat model, its embeddings sent in fp32, in bf16, "
             "and in int8 with a scale per vector."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,10 @@ from dmt_convert.conversion.frontier import (
     plan_frontier,
     round_bf16,
     round_int8,
+    rows_to_judge,
 )
 from dmt_convert.conversion.initialisation import restored
+from dmt_convert.conversion.sample import Sample, draw_sample, further_rows
 from dmt_convert.conversion.start import Starter
 from dmt_convert.documents import Frontier, FrontierPoint
 from dmt_convert.errors import DataError, UsageError
@@ -129,6 +132,59 @@ def test_the_fewest_bytes_that_are_good_enough(starter: Starter, found: Frontier
     # what 250 rows cannot tell is not taken, however well it looks
     assert strict.chosen_point is not None and (strict.chosen_point.auc_bound or 0) <= 0
     assert any((p.auc_lost or 0) <= 0 < (p.auc_bound or 0) for p in strict.points)
+
+
+def test_further_rows_narrow_the_bound(starter: Starter, found: Frontier) -> None:
+    """AUC is that of all rows together, R^2 that of the held-out ones."""
+    blocks = [build_sample(starter._flat, 2000, seed=seed) for seed in (1, 2)]
+    asked: list[int] = []
+
+    def further(rows: int) -> Iterator[Sample]:
+        asked.append(rows)
+        return iter(blocks)
+
+    wanted = replace(request_of(starter, max_auc_loss=0.02), further=further)
+    more = measure_frontier(starter, wanted)
+    assert more.judged == 4250 and set(asked) == {rows_to_judge(wanted)} and asked[0] > 4250
+    assert "on 4,250 held-out rows" in more.reason and "(AUC: 4,250 rows)" in more.rows
+    for few, many in zip(found.points[1:], more.points[1:], strict=True):
+        assert many.r2 == few.r2
+        width = [(p.auc_bound or 0) - (p.auc_lost or 0) for p in (few, many)]
+        # 17 times the rows, about 4 times narrower
+        assert 0 < width[1] < 0.5 * width[0]
+    rows = [starter.held, *blocks]
+    labels = np.concatenate([each.batch.labels for each in rows])
+    target = np.concatenate([starter.logits(each) for each in rows])
+    rounded = [replace(each, pooled=round_bf16(each.pooled)) for each in rows]
+    other = np.concatenate([starter.logits(each) for each in rounded])
+    expected = area_under_curve(target, labels) - area_under_curve(other, labels)
+    assert more.flat[1].auc_lost == pytest.approx(expected, abs=1e-12)
+    assert more.flat[1].auc_lost != found.flat[1].auc_lost  # the check can fail
+    # by R^2 alone, nothing further is read
+    asked.clear()
+    by_r2 = measure_frontier(starter, replace(wanted, max_auc_loss=None, min_r2=0.98))
+    assert by_r2.judged is None and not asked
+
+
+def test_further_rows_are_those_that_were_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmt_convert.conversion.sample.sample_size", lambda spec: 300)
+    info = dmt.inspect(make_flat(tmp_path / "ckpt.pt", rows=(7, 5000, 11, 6)))
+    rows = write_clicks(tmp_path / "clicks", "valid", 1000, seed=1, tables=(7, 5000, 11, 6))
+
+    def ids(*samples: Sample) -> list[tuple[int, ...]]:
+        columns = [np.concatenate([s.batch.bags[f].values for s in samples]) for f in range(4)]
+        return list(zip(*columns, strict=True))
+
+    drawn = draw_sample(info, calibration=rows, seed=3)
+    rest = list(further_rows(info, rows, 10**6, seed=3))
+    whole = draw_sample(info, calibration=rows, rows=1000, seed=5)
+    assert [each.batch.num_rows for each in rest] == [300, 300, 100]
+    assert sorted([*ids(drawn), *ids(*rest)]) == sorted(ids(whole))
+    other = list(further_rows(info, rows, 10**6, seed=4))  # the check can fail
+    assert sorted([*ids(drawn), *ids(*other)]) != sorted(ids(whole))
+    assert sum(each.batch.num_rows for each in further_rows(info, rows, 450, seed=3)) == 450
 
 
 def test_auc_needs_labels_of_both_classes(starter: Starter) -> None:
