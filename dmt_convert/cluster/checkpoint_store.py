@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +80,9 @@ class CheckpointStore:
         self._ranks = Ranks(group, timeout=timeout)
         self._folder: CheckpointFolder | None = None
         self._path = self._ranks.on_first(lambda: self._open(folder))
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=_device_setter()
+        )
         self._pending: Future[None] | None = None
         self._checked: Path | None = None
         """A checkpoint whose digests were compared just now."""
@@ -322,6 +325,13 @@ class CheckpointStore:
             self._first.prune(self._keep, protect)
 
         return name
+
+
+def _device_setter() -> Callable[[], None] | None:
+    """Return what lets another thread use this one's GPU: threads start with the first."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _none_whole(folder: Path, damage: Mapping[int, str]) -> CheckpointError:

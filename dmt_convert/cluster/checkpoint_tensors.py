@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ from dmt_convert.cluster.checkpoint_folder import read_payload
 from dmt_convert.errors import CheckpointError
 from dmt_convert.files import TensorSource, TreeDigest
 from dmt_convert.spec import TableSpec
+
+K = TypeVar("K")
 
 _BUFFER_BYTES: Final = 4 << 20
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -203,15 +205,30 @@ class StagedPlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         plain = make_planner()
         plain.set_up_planner(dict(state))
-        self._copies: dict[MetadataIndex, Tensor] = {}
+        shards: dict[MetadataIndex, Tensor] = {}
         for item in plain.create_local_plan().items:
             data = plain.resolve_data(item)
             assert isinstance(data, Tensor)
-            self._copies[item.index] = data.detach().to("cpu", copy=True)
+            shards[item.index] = data.detach()
+        self._copies = copy_to_cpu(shards)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the copy of a shard."""
         return self._copies[write_item.index]
+
+
+def copy_to_cpu(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    """Copy tensors to CPU memory; from a GPU into pinned memory, all at once.
+
+    A copy into pageable memory would go through a small buffer of the driver, and wait each time.
+    """
+    copies: dict[K, Tensor] = {}
+    for key, tensor in tensors.items():
+        copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copies[key].copy_(tensor, non_blocking=tensor.is_cuda)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 class CheckedReader(FileSystemReader):
