@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import torch
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -94,6 +95,8 @@ def main(arguments: list[str]) -> int:
     setattr(import_module("torch.distributed.launcher.api"), "LocalElasticAgent", _Agent)  # noqa: B010
     run = import_module("torch.distributed.run")  # neither module has types
     options = run.parse_args(arguments)
+    if not torch.cuda.is_available():
+        options.numa_binding = None  # it asks for GPUs; ranks say why there are none
     if options.nnodes == "1" and is_loopback(options.local_addr or ""):
         _listen_on_loopback()
     try:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from types import FrameType
 from typing import Any, Final
 
 from dmt_convert.child import python_command, python_environment
+from dmt_convert.cluster.gpus import has_gpus
 from dmt_convert.cluster.rank_process import (
     ERROR_FILE,
     GRACE,
@@ -30,8 +32,8 @@ from dmt_convert.cluster.rank_process import (
     InterruptError,
     read_error,
 )
-from dmt_convert.config import LaunchConfig
-from dmt_convert.errors import DmtError
+from dmt_convert.config import LaunchConfig, RunConfig
+from dmt_convert.errors import ConfigError, DmtError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ RECIPE: Final = "dmt_convert.recipes.finetune_dmt"
 _AGENT: Final = "dmt_convert.cluster.agent"
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOOPBACK: Final = "127.0.0.1"
+_NUMA_NODES: Final = Path("/sys/devices/system/node")
 _TORCHRUN_PREFIX: Final = "PET_"
 """torchrun reads every option that it is not given from a variable with this prefix."""
 
@@ -87,9 +90,34 @@ def torchrun_arguments(
         f"--max-restarts={config.max_restarts}",
         f"--shutdown-timeout={config.shutdown_timeout}",
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        *_numa_arguments(config),
+        *shlex.split(config.torchrun_args or ""),
         *(("-m", RECIPE) if recipe is None else (str(recipe),)),
         *arguments,
     )
+
+
+def _numa_arguments(config: LaunchConfig) -> tuple[str, ...]:
+    """Return what binds ranks to the cores near their GPUs.
+
+    Raises:
+        ConfigError: That is asked for, and cannot be done here.
+    """
+    kind = config.numa_binding
+    on_cpus = isinstance(config, RunConfig) and config.backend == "gloo"
+    faults = ["numactl is not installed"] if shutil.which("numactl") is None else []
+    faults += [] if has_gpus() and not on_cpus else ["ranks have no GPUs here"]
+    if kind is None:
+        kind = "node" if not faults and len(list(_NUMA_NODES.glob("node[0-9]*"))) > 1 else "none"
+    if kind == "none":
+        return ()
+    if faults:
+        raise ConfigError(
+            f"--numa-binding {kind}, but {' and '.join(faults)}",
+            expected="GPUs, and the program numactl, which torchrun binds with",
+            hint="install the package numactl, or leave the option out",
+        )
+    return (f"--numa-binding={kind}",)
 
 
 def torchrun_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import ClassVar, Final, Self
 
 from pydantic import model_validator
@@ -15,6 +16,7 @@ from dmt_convert.config.values import (
     Decay,
     DenseOptimizerKind,
     Float,
+    NumaBinding,
     PathValue,
     TableOptimizerKind,
     TeacherValue,
@@ -228,6 +230,18 @@ class LaunchConfig(Config):
     shutdown_timeout: int = setting(
         30, "Seconds that ranks have to end before they are killed.", ge=1, record=False
     )
+    numa_binding: NumaBinding | None = setting(
+        None,
+        "Which CPU cores a rank may use: those near its GPU, as torchrun has it.",
+        auto="node on GPUs, if numactl is installed and the host has several NUMA nodes",
+        record=False,
+    )
+    torchrun_args: str | None = setting(
+        None,
+        "Further arguments of torchrun, in one string.",
+        metavar="ARGS",
+        record=False,
+    )
 
     @model_validator(mode="after")
     def _check_hosts(self) -> Self:
@@ -242,6 +256,10 @@ class LaunchConfig(Config):
             )
         if self.rdzv_endpoint is not None and not _is_endpoint(self.rdzv_endpoint):
             raise ValueError(f"rdzv_endpoint must be HOST:PORT, got {self.rdzv_endpoint!r}")
+        try:
+            shlex.split(self.torchrun_args or "")
+        except ValueError as error:
+            raise ValueError(f"torchrun_args cannot be split into words: {error}") from None
         return self
 
 

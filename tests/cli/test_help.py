@@ -32,7 +32,8 @@ OPTIONS = {
     "verify": "--data --atol --rtol --checksums --outliers --trust-code --model-config --model "
     "--json --quiet",
     "finetune": "--data --out --valid --nproc --nnodes --node-rank --rdzv-endpoint --local-addr "
-    "--rdzv-timeout --max-restarts --shutdown-timeout --epochs --max-steps --batch-size "
+    "--rdzv-timeout --max-restarts --shutdown-timeout --numa-binding --torchrun-args "
+    "--epochs --max-steps --batch-size "
     "--eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "

@@ -8,15 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from dmt_convert.cluster import rank_process
+from dmt_convert.cluster import launcher, rank_process
 from dmt_convert.cluster.demands import Demand, Demands
-from dmt_convert.cluster.launcher import LaunchConfig, _environment, torchrun_command
+from dmt_convert.cluster.launcher import (
+    LaunchConfig,
+    _environment,
+    torchrun_arguments,
+    torchrun_command,
+)
 from dmt_convert.cluster.rank_process import StopRequest, lacking_error, missing_packages
+from dmt_convert.config import FinetuneConfig
+from dmt_convert.config.values import NumaBinding
+from dmt_convert.errors import ConfigError
 
 TWO_HOSTS = LaunchConfig(nnodes=2, node_rank=1, rdzv_endpoint="host0:29400")
 
@@ -36,6 +45,59 @@ def test_one_host_meets_on_its_loopback() -> None:
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         *("-m", "dmt_convert.recipes.finetune_dmt", "--bundle", "b"),
     )
+
+
+@pytest.fixture
+def gpu_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A host with GPUs, numactl and two NUMA nodes; returns their folder."""
+    for name in ("node0", "node1", "possible"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(launcher, "has_gpus", lambda: True)
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(launcher, "_NUMA_NODES", tmp_path)
+    return tmp_path
+
+
+def bindings(config: LaunchConfig) -> list[str]:
+    return [part for part in torchrun_arguments(config, []) if part.startswith("--numa")]
+
+
+def test_ranks_on_gpus_stay_on_near_cores(gpu_host: Path) -> None:
+    assert bindings(LaunchConfig()) == ["--numa-binding=node"]
+    assert bindings(FinetuneConfig(data=Path("d"), backend="gloo")) == []
+    assert bindings(LaunchConfig(numa_binding="none")) == []
+    assert bindings(LaunchConfig(numa_binding="core-complex")) == ["--numa-binding=core-complex"]
+    (gpu_host / "node1").rmdir()
+    assert bindings(LaunchConfig()) == []
+    assert bindings(LaunchConfig(numa_binding="node")) == ["--numa-binding=node"]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"), [("numactl", "numactl is not installed"), ("GPUs", "have no GPUs here")]
+)
+def test_what_cannot_be_bound_is_refused(
+    gpu_host: Path, lacking: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacking == "numactl":
+        monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(launcher, "has_gpus", lambda: False)
+    assert bindings(LaunchConfig()) == []
+    with pytest.raises(ConfigError, match=told):
+        bindings(LaunchConfig(numa_binding="node"))
+
+
+def test_torchrun_is_given_what_it_knows() -> None:
+    """Every binding that the option offers; further arguments come before the recipe."""
+    run = import_module("torch.distributed.run")
+    for kind in get_args(NumaBinding)[1:]:
+        assert run.parse_args([f"--numa-binding={kind}", "x.py"]).numa_binding == kind
+    given = torchrun_arguments(LaunchConfig(torchrun_args="--tee 3 --log-dir 'my logs'"), ["--x"])
+    options = run.parse_args(list(given))
+    assert (options.tee, options.log_dir) == ("3", "my logs")
+    assert options.training_script_args == ["--x"]
+    with pytest.raises(ConfigError, match="torchrun_args cannot be split"):
+        LaunchConfig(torchrun_args="--log-dir 'logs")
 
 
 def test_an_address_that_is_given_is_taken() -> None:
