@@ -2,10 +2,14 @@
 
     python benchmarks/comm_precision.py --bundle ckpt-dmt4 --data criteo100k --steps 137 --seeds 0 1
 
+If the bundle's towers carry codes, what they emit keeps its code at every precision, and what is
+compared is the precision of the gradients; `code` leaves it to the engine.
+
 Starts hosts x ranks gloo processes on this machine, once per precision and seed, each a training
 from the same bundle on the same batches. Prints, per precision, AUC and NE after the last step
 (mean over seeds, and the difference to fp32, seed by seed, with its range), and what one rank sends
-to other hosts in a step: tower outputs and their gradients, ids, and, by calculation, the dense
+to other hosts in a step: tower outputs and their gradients (mean over the ranks; it ends if they are
+not what the plan says), ids, and, by calculation, the dense
 gradients (an all-reduce in fp32 whatever the precision). Loopback has no rate: times say nothing.
 Further options go to the recipe.
 """
@@ -24,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "code")
 SECONDS = 1800
 
 
@@ -58,7 +62,8 @@ def train(
         probe.close()
         command = [
             *(sys.executable, __file__, "--worker", folder / "bytes.json"),
-            *("--bundle", options.bundle, "--data", options.data, "--comm-dtype", precision),
+            *("--bundle", options.bundle, "--data", options.data),
+            *(() if precision == "code" else ("--comm-dtype", precision)),
             *("--out", folder / "new", "--max-steps", options.steps, "--eval-every", options.steps),
             *("--seed", seed, "--json", *more),
         ]

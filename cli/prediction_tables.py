@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         Suggestion,
     )
 
-_NAMES = {"flat": "flat", "sptt": "SPTT", "dmt": "DMT (this bundle)"}
+_PRECISIONS = {"highest": "float32", "high": "TF32", "medium": "bf16"}
+_NAMES = {"flat": "flat", "flat2d": "flat, 2D", "sptt": "SPTT", "dmt": "DMT (this bundle)"}
 
 
 def show_prediction(report: PredictionReport) -> list[RenderableType]:
@@ -49,7 +50,8 @@ def _facts(machine: Machine, ids_per_bag: float) -> list[tuple[str, str]]:
         (
             "step",
             f"{machine.batch} samples per rank, {ids_per_bag:g} id(s) per feature, embeddings "
-            f"travel as {machine.embedding_dtype}",
+            f"travel as {machine.embedding_dtype}, matrix products in "
+            f"{_PRECISIONS[machine.gpu.matmul_precision]}",
         ),
     ]
 
@@ -59,7 +61,9 @@ def _steps(prediction: Prediction, placed: PlacedStep | None) -> RenderableType:
         "variant", "step ms>", "exposed communication>", "of communication>", "lookup>",
         "compute>", "overhead>", "speed-up>",
     ]  # fmt: skip
-    rows = [_step(_NAMES[each.variant], each.step, each.speedup) for each in prediction.steps]
+    rows = [_step(_NAMES[each.variant], each.step, each.speedup) for each in prediction.rows]
+    if prediction.flat_2d is not None:
+        rows[1][0] += f" ({prediction.flat_2d.copies} copies)"
     if placed is not None:
         rows.append(_step("DMT (this plan)", placed.step, placed.speedup))
     return table("\nModelled step times in ms", columns, rows)
@@ -77,7 +81,7 @@ def _bytes(prediction: Prediction) -> RenderableType:
     said = ", ".join(
         f"{_NAMES[each.variant]} {human_bytes(each.forward_bytes)} and "
         f"{human_bytes(each.gradient_bytes)}"
-        for each in prediction.steps
+        for each in prediction.rows
     )
     return grid([("between hosts", f"per sample of the busiest rank, there and back: {said}")])
 

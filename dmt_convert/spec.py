@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 CommDtype = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""Of float32 matrix products on GPUs, as torch names it: float32, TF32, bf16."""
 COMM_DTYPES: Final[tuple[str, ...]] = get_args(CommDtype)
 """Precisions in which embeddings and tower outputs may cross hosts."""
 Pooling = Literal["sum", "mean"]

@@ -46,14 +46,17 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
         return plan
     if given is not None:
         raise PlanError(
-            f"a plan for {wanted[0]} hosts x {wanted[1]} ranks, on {found[0]} hosts x "
-            f"{found[1]} ranks",
+            f"a plan for {_count(*wanted)}, on {_count(*found)}",
             expected="the number of hosts and of ranks per host that torchrun starts",
             hint=f"make one with `dmt plan BUNDLE --hosts {found[0]} --ranks-per-host {found[1]}`, "
             "or leave the plan out",
         )
     cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
     return plan_model(bundle.manifest.model, cluster)
+
+
+def _count(hosts: int, ranks: int) -> str:
+    return f"{hosts} host{'s' * (hosts != 1)} x {ranks} rank{'s' * (ranks != 1)}"
 
 
 def _check_fits(plan: TowerPlan, bundle: Bundle) -> None:

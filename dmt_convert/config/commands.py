@@ -29,7 +29,7 @@ from dmt_convert.config.values import (
     TableCode,
     Texts,
 )
-from dmt_convert.spec import CommDtype, Dtype
+from dmt_convert.spec import CommDtype, Dtype, MatmulPrecision
 
 _TOWERS: Final = "Which features share a tower"
 _MODULES: Final = "What a tower emits"
@@ -305,9 +305,20 @@ class PlanConfig(BundleOptions):
     )
     gpu: str | None = setting(
         None,
-        "GPU whose memory, links and speed to assume: v100, a100 or h100.",
+        "GPU whose memory, links and speed to assume: v100, a100, h100, h200, b200, gb200, gb300.",
         panel=_PREDICTION,
         auto="h100 for predictions",
+    )
+    hosts_per_pod: int = setting(
+        1,
+        "Hosts that share one NVLink domain; towers take them as one host (NVL72: 18 of 4 GPUs).",
+        ge=1,
+        panel=_PREDICTION,
+    )
+    matmul_precision: MatmulPrecision = setting(
+        "highest",
+        "Precision of float32 matrix products: float32, TF32 (high) or bf16 (medium).",
+        panel=_PREDICTION,
     )
     batch: int | None = setting(
         None, "Samples per rank and step.", ge=1, panel=_PREDICTION, auto="1024"
@@ -332,8 +343,17 @@ class PlanConfig(BundleOptions):
     def _check_prediction(self) -> Self:
         asked = ("gpu", "batch", "comm_dtype", "ids_per_bag", "assume")
         idle = [option_name(name) for name in asked if getattr(self, name)]
+        if self.hosts_per_pod > 1:
+            idle.append(option_name("hosts_per_pod"))
+        if self.matmul_precision != "highest":
+            idle.append(option_name("matmul_precision"))
         if idle and not (self.predict or self.predict_scaling):
             raise ValueError(f"{', '.join(idle)} without a prediction: add --predict")
+        if self.hosts_per_pod > 1 and self.out is not None:
+            raise ValueError(
+                f"--hosts-per-pod {self.hosts_per_pod} with --out: ranks count hosts, and a plan "
+                "of pods fits none of their clusters; it is for predictions"
+            )
         if self.plot is not None and not self.predict_scaling:
             raise ValueError(
                 f"--plot {self.plot.name} without sizes to draw: add --predict-scaling"

@@ -24,6 +24,7 @@ from .tower_code import ELEMENT_BYTES as ELEMENT_BYTES
 from .tower_code import Precision as Precision
 from .tower_code import TowerCode as TowerCode
 from .tower_code import comm_bytes as comm_bytes
+from .tower_code import element_bytes as element_bytes
 from .tower_code import forward_code as forward_code
 from .tower_code import gradient_dtype as gradient_dtype
 from .tower_kinds import TOWER_MODULES as TOWER_MODULES

@@ -70,6 +70,11 @@ def comm_bytes(dtype: CommDtype, width: int) -> int:
     return element * width + scale if width else 0
 
 
+def element_bytes(dtype: CommDtype) -> int:
+    """Bytes of one element in a precision of communication, without the scale beside it."""
+    return _COMM_BYTES[dtype][0]
+
+
 def forward_code(code: TowerCode | None) -> TowerCode | None:
     """Return the code that elements travel in; None: in a precision of communication."""
     return None if code is None or code.precision == "fp32" else code

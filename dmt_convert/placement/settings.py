@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dmt_convert.config import ClusterOptions, PlanConfig
+from dmt_convert.errors import ConfigError
 from dmt_convert.placement.cluster import GIB, Cluster
 from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
 from dmt_convert.placement.replication import BATCH
@@ -29,7 +31,15 @@ def make_cluster(config: ClusterOptions | PlanConfig, *, hosts: int = 1) -> Clus
         given |= {name: value for name, value in speeds.items() if value is not None}
     if config.hbm_gib is not None:
         given["hbm_bytes"] = max(1, int(config.hbm_gib * GIB))
-    return Cluster(hosts=config.hosts or hosts, ranks_per_host=config.ranks_per_host or 8, **given)
+    count, ranks = config.hosts or hosts, config.ranks_per_host or 8
+    pod = config.hosts_per_pod if isinstance(config, PlanConfig) else 1
+    if count % pod:
+        raise ConfigError(
+            f"{count} hosts in pods of {pod}",
+            expected="whole pods",
+            hint="--hosts counts hosts, --hosts-per-pod those that share one NVLink domain",
+        )
+    return Cluster(hosts=count // pod, ranks_per_host=ranks * pod, **given)
 
 
 def make_machine(config: PlanConfig, cluster: Cluster) -> Machine:
@@ -40,7 +50,7 @@ def make_machine(config: PlanConfig, cluster: Cluster) -> Machine:
     """
     assumptions = Assumptions().override(config.assume)
     return Machine(
-        gpu=find_gpu(config.gpu or "h100"),
+        gpu=replace(find_gpu(config.gpu or "h100"), matmul_precision=config.matmul_precision),
         network=Network(cluster=cluster, assumptions=assumptions),
         batch=config.batch or BATCH,
         comm_dtype=config.comm_dtype,

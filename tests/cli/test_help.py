@@ -24,7 +24,8 @@ OPTIONS = {
     "--together --apart --group --calibration --outliers "
     "--model-config --model --seed --out --plot --json --quiet",
     "plan": "--hosts --ranks-per-host --hbm-gib --intra-gbps --inter-gbps --out --predict "
-    "--predict-scaling --plot --gpu --batch --comm-dtype --ids-per-bag --assume --model "
+    "--predict-scaling --plot --gpu --hosts-per-pod --matmul-precision --batch --comm-dtype "
+    "--ids-per-bag --assume --model "
     "--json --quiet",
     "data": "--rows --model-config --model --json --quiet",
     "score": "--data --out --outliers --trust-code --model-config --model --json --quiet",

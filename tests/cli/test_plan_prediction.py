@@ -37,12 +37,14 @@ def test_a_prediction_is_one_more_key(compressed: Path, call_dmt: Call) -> None:
     assert value == bare
     assert set(found) == {
         "modelled", "gpu", "hosts", "ranks_per_host", "batch", "comm_dtype", "ids_per_bag",
-        "assumptions", "rows", "as_placed", "suggestion", "candidates", "towers_that_do_not_fit",
+        "matmul_precision", "assumptions", "rows", "as_placed", "suggestion", "candidates",
+        "towers_that_do_not_fit",
     }  # fmt: skip
     assert found["modelled"] is True
     assert (found["batch"], found["comm_dtype"], found["ids_per_bag"]) == (1024, "fp32", 1.0)
-    assert [row["variant"] for row in found["rows"]] == ["flat", "sptt", "dmt"]
-    assert all(set(row) == ROW for row in found["rows"])
+    assert [row["variant"] for row in found["rows"]] == ["flat", "flat2d", "sptt", "dmt"]
+    assert found["matmul_precision"] == "highest"
+    assert all(set(row) - {"copies"} == ROW for row in found["rows"])
     choice = {"towers", "compression", "step_ms", "speedup"}
     assert set(found["suggestion"]) == choice | {"beats_flat"}
     assert 0 < len(found["candidates"]) <= 5
@@ -110,7 +112,7 @@ def test_people_are_told_that_it_is_modelled(
         (["--batch", 64], 2, "--batch without a prediction"),
         (["--gpu", "h100", "--assume", "scale_loss=0"], 2, "--gpu, --assume without a prediction"),
         (["--predict", "--plot", "x.png"], 2, "--plot x.png without sizes to draw"),
-        (["--predict", "--gpu", "b200"], 3, "--gpu b200"),
+        (["--predict", "--gpu", "b400"], 3, "--gpu b400"),
         (["--predict", "--batch", 0], 2, "--batch must be"),
         (["--predict", "--comm-dtype", "fp64"], 2, "--comm-dtype must be one of"),
         (["--predict", "--ids-per-bag", 0], 2, "--ids-per-bag must be"),

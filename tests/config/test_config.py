@@ -62,6 +62,11 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (LaunchConfig, {"nnodes": 2, "rdzv_endpoint": "host0"}, "HOST:PORT"),
     (PlanConfig, {"hosts": 2}, "ranks_per_host is missing"),
     (PlanConfig, {"hosts": 2, "ranks_per_host": 1, "batch": 8}, "--batch without a prediction"),
+    (
+        PlanConfig,
+        {"hosts": 2, "ranks_per_host": 1, "hosts_per_pod": 2, "matmul_precision": "high"},
+        "--hosts-per-pod, --matmul-precision without a prediction",
+    ),
     (PlanConfig, {"hosts": 2, "ranks_per_host": 1, "plot": "a.svg"}, "--predict-scaling"),
     (ExportConfig, {"format": "onnx", "out": "x", "dense_per_request": True}, "request-batching"),
     (ExportConfig, {"format": "onnx", "out": "x", "max_auc_loss": 0.1}, "without quantisation"),

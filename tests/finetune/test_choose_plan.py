@@ -65,6 +65,8 @@ def test_a_plan_that_was_asked_for_and_does_not_fit_is_refused(bundle: Bundle) -
     with pytest.raises(PlanError, match="a plan for 2 hosts x 8 ranks, on 2 hosts x 2 ranks") as no:
         choose_plan(bundle, layout(2, 2), bundle.plan)
     assert "--hosts 2 --ranks-per-host 2" in str(no.value)
+    with pytest.raises(PlanError, match="2 hosts x 8 ranks, on 1 host x 1 rank\n"):
+        choose_plan(bundle, layout(1, 1), bundle.plan)
 
 
 def test_towers_that_cannot_be_placed_are_refused(bundle: Bundle) -> None:

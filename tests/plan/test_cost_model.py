@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmt_convert.errors import ConfigError
-from dmt_convert.placement import Cluster
+from dmt_convert.config import PlanConfig
+from dmt_convert.errors import ConfigError, DmtError
+from dmt_convert.placement import Cluster, make_cluster
+from dmt_convert.placement import make_machine as configured_machine
 from dmt_convert.placement.predict import Assumptions, Machine, StepTime, find_gpu
 from dmt_convert.placement.predict.cost_model import (
     StepLoad,
@@ -23,7 +27,7 @@ from dmt_convert.placement.predict.cost_model import (
 from dmt_convert.placement.predict.machine import GPUS, Network, Peers
 from dmt_convert.placement.predict.prediction import dealt_model
 from dmt_convert.placement.traffic import Exchange
-from support.machines import make_machine
+from support.machines import flops, make_machine
 from support.specs import mlperf_spec
 
 FLAT = mlperf_spec(64, 64)
@@ -63,7 +67,7 @@ def test_more_bandwidth_is_never_slower(
         for before, after in zip(steps(machine, ratio), steps(better, ratio), strict=True):
             assert after.total <= before.total
     quick = replace(
-        machine, gpu=replace(machine.gpu, flops_per_s=1e16, hbm_bytes_per_s=1e14, name="quick")
+        machine, gpu=replace(machine.gpu, peaks=flops(1e16), hbm_bytes_per_s=1e14, name="quick")
     )
     for before, after in zip(steps(machine, ratio), steps(quick, ratio), strict=True):
         assert after.total <= before.total
@@ -168,14 +172,14 @@ def test_a_measured_alltoall_is_met_within_a_sixth() -> None:
 def test_what_may_hide_is_hidden_and_nothing_more() -> None:
     """With endless compute only the exchanges of embeddings that exceed dense_arch show."""
     machine = make_machine("h100", 8, 8)
-    slow = replace(machine, gpu=replace(machine.gpu, flops_per_s=1e6))
-    quick = replace(machine, gpu=replace(machine.gpu, flops_per_s=1e30, hbm_bytes_per_s=1e30))
+    slow = replace(machine, gpu=replace(machine.gpu, peaks=flops(1e6)))
+    quick = replace(machine, gpu=replace(machine.gpu, peaks=flops(1e30), hbm_bytes_per_s=1e30))
     for load in (load_of(machine, 1.0), even_load(as_flat(FLAT), machine.network.cluster, 1.0)):
         assert step_time(load, slow).exposed == 0
         bare = step_time(load, quick)
         assert bare.exposed == pytest.approx(bare.communication)
     blind = make_machine("h100", 8, 8, prefetch=0.0)
-    slow = replace(blind, gpu=replace(blind.gpu, flops_per_s=1e6))
+    slow = replace(blind, gpu=replace(blind.gpu, peaks=flops(1e6)))
     step = step_time(load_of(blind, 1.0), slow)
     assert step.exposed == pytest.approx(step.indices)
 
@@ -228,8 +232,8 @@ def test_constants_are_replaced_one_by_one() -> None:
 
 def test_presets_are_found_by_name() -> None:
     assert find_gpu("H100").inter_gbps == 400
-    with pytest.raises(ConfigError, match="--gpu b200") as error:
-        find_gpu("b200")
+    with pytest.raises(ConfigError, match="--gpu b400") as error:
+        find_gpu("b400")
     assert "v100, a100, h100" in error.value.expected
 
 
@@ -238,3 +242,35 @@ def test_the_passthrough_twin_has_the_same_towers() -> None:
     assert model is not None
     twin = as_passthrough(model)
     assert twin.assignment == model.assignment and twin.compression == 1
+
+
+def test_training_computes_in_float32_unless_it_is_told_otherwise() -> None:
+    """torch's default is float32, and the engine leaves it: TF32 would be 7.4 times as fast."""
+    gpu = find_gpu("h100")
+    assert gpu.flops_per_s == 66.9e12
+    high, medium = replace(gpu, matmul_precision="high"), replace(gpu, matmul_precision="medium")
+    assert (high.flops_per_s, medium.flops_per_s) == (494.7e12, 989.4e12)
+    config = PlanConfig(hosts=2, ranks_per_host=8, predict=True, gpu="h100")
+    machine = configured_machine(config, make_cluster(config))
+    assert machine.gpu == gpu
+    asked = PlanConfig(**config.model_dump() | {"matmul_precision": "high"})
+    assert configured_machine(asked, make_cluster(asked)).gpu == high
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_presets_are_of_one_kind(gpu: Any) -> None:
+    assert gpu.peaks["highest"] <= gpu.peaks["high"] <= gpu.peaks["medium"]
+    assert gpu.inter_gbps < gpu.intra_gbps < gpu.hbm_bytes_per_s * 8e-9
+    assert find_gpu(gpu.name.upper()) is gpu
+
+
+def test_a_pod_is_a_host_of_all_its_ranks() -> None:
+    """NVL72: 36 hosts of four GPUs are two pods of 72, each with its own towers."""
+    config = PlanConfig(hosts=36, ranks_per_host=4, hosts_per_pod=18, predict=True, gpu="gb200")
+    cluster = make_cluster(config)
+    assert (cluster.hosts, cluster.ranks_per_host) == (2, find_gpu("gb200").domain_ranks)
+    with pytest.raises(ConfigError, match="36 hosts in pods of 16") as refused:
+        make_cluster(PlanConfig(**config.model_dump() | {"hosts_per_pod": 16}))
+    assert refused.value.expected == "whole pods"
+    with pytest.raises(DmtError, match="with --out"):
+        PlanConfig(**config.model_dump() | {"out": Path("p.json")})

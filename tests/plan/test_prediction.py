@@ -24,6 +24,7 @@ from dmt_convert.placement.predict import (
 from dmt_convert.placement.predict.cost_model import (
     as_flat,
     as_passthrough,
+    crossing_bytes,
     even_load,
     planned_load,
     step_time,
@@ -32,9 +33,10 @@ from dmt_convert.placement.predict.prediction import (
     TOLERANCE,
     deal_tables,
     dealt_model,
+    predict_copies,
     tower_counts,
 )
-from support.machines import make_machine
+from support.machines import flops, make_machine
 from support.specs import mlperf_spec
 
 WIDE = mlperf_spec(512, 64, kind="projection")
@@ -113,7 +115,7 @@ def test_a_report_holds_what_was_asked_for() -> None:
         "rows", "as_placed", "suggestion", "candidates", "towers_that_do_not_fit", "scaling",
     }  # fmt: skip
     assert both.prediction == predict_plan(model, plan, machine, ids_per_bag=2.0)
-    assert [row["variant"] for row in value["rows"]] == ["flat", "sptt", "dmt"]
+    assert [row["variant"] for row in value["rows"]] == ["flat", "flat2d", "sptt", "dmt"]
     only = predict_bundle(model, plan, machine, predict=False, scaling=True).to_json()
     assert set(only) - set(bare) == {"scaling"}
 
@@ -175,7 +177,7 @@ def test_speedup_grows_with_hosts_and_flattens(gpu: str) -> None:
 def test_without_latency_speedup_saturates_at_amdahls_bound() -> None:
     """1 / (1 - s + s / CR), s the exposed share of flat's embedding exchange between hosts."""
     machine = make_machine("h100", 2, 8, intra_gbps=1e9, **NO_LATENCY)
-    quick = replace(machine, gpu=replace(machine.gpu, hbm_bytes_per_s=1e30, flops_per_s=1e30))
+    quick = replace(machine, gpu=replace(machine.gpu, hbm_bytes_per_s=1e30, peaks=flops(1e30)))
     flat = mlperf_spec(1024, 64, kind="projection")
     points = predict_scaling(flat, quick, compression=8)
     for point in points:
@@ -356,3 +358,50 @@ def test_a_precision_applies_to_towers_without_a_code(dtype: Any, expected: int)
     model, plan = planned(machine, 8, 4)
     row = predict_plan(model, plan, machine).dmt
     assert (row.forward_bytes, row.gradient_bytes) == (7 * expected, 7 * expected)
+
+
+def test_copies_of_tables_exchange_less_and_pay_for_it_by_their_size() -> None:
+    """By hand: AlltoAlls of half the hosts, and a ring over each rank's share of the tables."""
+    machine = make_machine("h100", 4, 2, **NO_LATENCY, cross_efficiency=1.0, intra_efficiency=1.0)
+    flat = mlperf_spec(32, 128)
+    size = sum(table.rows * (table.dim * 4 + 4) for table in flat.tables)
+    cluster = machine.network.cluster
+    base = step_time(even_load(as_flat(flat), cluster, 1.0), machine)
+    tight = replace(cluster, hbm_bytes=int(1.01 * size / 4 / 0.85))  # two hosts hold the tables
+    there = replace(machine, network=replace(machine.network, cluster=tight))
+    found = predict_copies(flat, there, 1.0, base.total)
+    assert found is not None and found.copies == 2
+    per_sample = 4 * sum(flat.feature_dims)
+    assert found.forward_bytes == per_sample / 2 and base.forward > found.step.forward
+    sync = 2 * size / 4 / 2 * 8e-9 / cluster.inter_gbps
+    assert found.step.all_reduce - base.all_reduce == pytest.approx(sync, rel=1e-6)
+    assert found.step.exposed >= sync
+    rare = replace(machine.network, cluster=tight, assumptions=replace(
+        machine.network.assumptions, sync_steps=100.0
+    ))  # fmt: skip
+    seldom = predict_copies(flat, replace(machine, network=rare), 1.0, base.total)
+    assert seldom is not None
+    assert found.step.total - seldom.step.total == pytest.approx(sync * 0.99, rel=1e-6)
+
+
+def test_no_copies_where_memory_holds_one() -> None:
+    machine = make_machine("h100", 4, 2)
+    flat = mlperf_spec(32, 128)
+    size = sum(table.rows * (table.dim * 4 + 4) for table in flat.tables)
+    cluster = replace(machine.network.cluster, hbm_bytes=int(1.2 * size / 8 / 0.85))
+    there = replace(machine, network=replace(machine.network, cluster=cluster))
+    assert predict_copies(flat, there, 1.0, 1.0) is None
+
+
+def test_embeddings_inside_the_hosts_of_a_tower_stay_float32() -> None:
+    """As in the engine, whose precision is of what tower modules emit and of flat's exchange."""
+    full, half = (make_machine("h100", 4, 2, comm_dtype=dtype) for dtype in ("fp32", "bf16"))
+    model, plan = planned(full, 2, 4)  # a tower on two hosts
+    loads = [planned_load(model, plan, 1.0, comm_dtype=m.comm_dtype) for m in (full, half)]
+    inside = loads[0].traffic.tower_embeddings.cross_bytes
+    assert inside > 0
+    for load, machine in zip(loads, (full, half), strict=True):
+        outputs = load.traffic.tower_outputs.cross_bytes
+        assert crossing_bytes(load, machine)[0] == inside + outputs
+    flat = even_load(as_flat(model.flat), full.network.cluster, 1.0)
+    assert crossing_bytes(flat, half)[0] == crossing_bytes(flat, full)[0] / 2

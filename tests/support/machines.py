@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dmt_convert.placement import Cluster
 from dmt_convert.placement.predict import Assumptions, Machine, Network, find_gpu
+from dmt_convert.spec import MatmulPrecision
 
 
 def make_machine(
@@ -17,10 +19,11 @@ def make_machine(
     comm_dtype: Any = "fp32",
     intra_gbps: float | None = None,
     inter_gbps: float | None = None,
+    matmul_precision: MatmulPrecision = "high",
     **assumptions: float,
 ) -> Machine:
     """A cluster of one preset, with its own links where others are given."""
-    preset = find_gpu(gpu)
+    preset = replace(find_gpu(gpu), matmul_precision=matmul_precision)
     cluster = Cluster(
         hosts=hosts,
         ranks_per_host=ranks,
@@ -30,3 +33,8 @@ def make_machine(
     )
     network = Network(cluster=cluster, assumptions=Assumptions(**assumptions))
     return Machine(gpu=preset, network=network, batch=batch, comm_dtype=comm_dtype)
+
+
+def flops(rate: float) -> dict[MatmulPrecision, float]:
+    """Peaks of a GPU that computes in every precision alike."""
+    return {"highest": rate, "high": rate, "medium": rate}

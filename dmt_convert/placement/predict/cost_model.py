@@ -399,20 +399,24 @@ class _Parts:
     """In seconds."""
 
 
-def step_time(load: StepLoad, machine: Machine) -> StepTime:
+def step_time(load: StepLoad, machine: Machine, *, copies: int = 1) -> StepTime:
     """Predict a step: AlltoAlls inside the hosts of a tower, then among peers.
 
     Where there is one group of hosts only, as for the flat model, the first runs over all ranks,
     and there are no peers and nothing that comes into their order.
+
+    Args:
+        load: What the step asks of the busiest rank.
+        machine: What it runs on.
+        copies: Clusters like the machine's that run it side by side, and sum the gradients of
+            dense parts.
     """
     network, traffic, work = machine.network, load.traffic, load.work
     inside = Peers.of_hosts(network.cluster, load.group_hosts)
     between = Peers.between_groups(load.groups)
     shared = (work.dense_arch.parameters + work.over.parameters) * GRADIENT_BYTES
     replicated = load.replicated_elements * GRADIENT_BYTES
-    embeddings = network.all_to_all(
-        machine.in_transit(traffic.tower_embeddings), machine.batch, inside
-    )
+    embeddings = network.all_to_all(_embeddings(load, machine), machine.batch, inside)
     return _assemble(
         machine,
         _Parts(
@@ -427,7 +431,7 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
             backward=embeddings
             + network.all_to_all(traffic.output_gradients, machine.batch, between),
             swept_bytes=float(SWEEPS * replicated),
-            all_reduce=network.all_reduce(shared + replicated, network.cluster.hosts)
+            all_reduce=network.all_reduce(shared + replicated, network.cluster.hosts * copies)
             + network.all_reduce(load.module.parameters * GRADIENT_BYTES, load.group_hosts),
         ),
     )
@@ -435,9 +439,15 @@ def step_time(load: StepLoad, machine: Machine) -> StepTime:
 
 def crossing_bytes(load: StepLoad, machine: Machine) -> tuple[float, float]:
     """Bytes per sample that the busiest rank moves over its link: forward, and gradients back."""
-    inside = machine.in_transit(load.traffic.tower_embeddings).cross_bytes
+    inside = _embeddings(load, machine).cross_bytes
     traffic = load.traffic
     return inside + traffic.tower_outputs.cross_bytes, inside + traffic.output_gradients.cross_bytes
+
+
+def _embeddings(load: StepLoad, machine: Machine) -> Exchange:
+    """The exchange of pooled embeddings: of the flat model, or inside the hosts of a tower."""
+    found = load.traffic.tower_embeddings
+    return machine.in_transit(found) if load.groups == 1 else found
 
 
 def _assemble(machine: Machine, parts: _Parts) -> StepTime:

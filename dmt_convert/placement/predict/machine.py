@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from dmt_convert.documents import to_json
 from dmt_convert.errors import ConfigError
+from dmt_convert.model import element_bytes
 from dmt_convert.placement import ELEMENT_BYTES, GIB, Cluster, Exchange
-from dmt_convert.spec import COMM_DTYPES, CommDtype
+from dmt_convert.spec import COMM_DTYPES, CommDtype, MatmulPrecision
 
 _BITS = 8e-9
 """Gigabit per byte."""
 _US = 1e-6
-_COMM_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +38,11 @@ class Gpu:
 
     name: str
     """What `--gpu` calls it."""
-    flops_per_s: float
-    """Peak of dense float32 matrix products as trainers run them by default, in FLOP/s: TF32
-    if the hardware has it, without sparsity."""
+    peaks: Mapping[MatmulPrecision, float] = field(hash=False)
+    """Peak of dense float32 matrix products by the precision that torch gives them, in FLOP/s and
+    without sparsity. Hardware without TF32 or bf16 computes them in float32."""
+    matmul_precision: MatmulPrecision = "highest"
+    """The one that training uses: torch's default, float32."""
     hbm_bytes: int
     """Memory, in bytes."""
     hbm_bytes_per_s: float
@@ -49,12 +51,24 @@ class Gpu:
     """Peak to the other ranks of its host, one direction, in gigabit/s."""
     inter_gbps: float
     """Its share of the host's network cards, one direction, in gigabit/s."""
+    domain_ranks: int = 8
+    """GPUs that NVLink joins: those of a host, or of a pod of several hosts."""
+
+    @property
+    def flops_per_s(self) -> float:
+        """Peak of matrix products in the precision that training uses, in FLOP/s."""
+        return self.peaks[self.matmul_precision]
 
 
+def _peaks(fp32: float, tf32: float, bf16: float) -> dict[MatmulPrecision, float]:
+    return {"highest": fp32, "high": tf32, "medium": bf16}
+
+
+_GB: Final = 10**9
 GPUS: Final[tuple[Gpu, ...]] = (
     Gpu(
         name="v100",
-        flops_per_s=15.7e12,
+        peaks=_peaks(15.7e12, 15.7e12, 15.7e12),
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=900e9,
         intra_gbps=1200.0,
@@ -62,7 +76,7 @@ GPUS: Final[tuple[Gpu, ...]] = (
     ),
     Gpu(
         name="a100",
-        flops_per_s=156e12,
+        peaks=_peaks(19.5e12, 156e12, 312e12),
         hbm_bytes=80 * GIB,
         hbm_bytes_per_s=2039e9,
         intra_gbps=2400.0,
@@ -70,13 +84,48 @@ GPUS: Final[tuple[Gpu, ...]] = (
     ),
     Gpu(
         name="h100",
-        flops_per_s=494.7e12,
+        peaks=_peaks(66.9e12, 494.7e12, 989.4e12),
         hbm_bytes=80 * GIB,
         hbm_bytes_per_s=3350e9,
         intra_gbps=3600.0,
         inter_gbps=400.0,
     ),
+    Gpu(
+        name="h200",
+        peaks=_peaks(66.9e12, 494.7e12, 989.4e12),
+        hbm_bytes=141 * _GB,
+        hbm_bytes_per_s=4800e9,
+        intra_gbps=3600.0,
+        inter_gbps=400.0,
+    ),
+    Gpu(
+        name="b200",
+        peaks=_peaks(75e12, 1100e12, 2250e12),
+        hbm_bytes=180 * _GB,
+        hbm_bytes_per_s=8000e9,
+        intra_gbps=7200.0,
+        inter_gbps=400.0,
+    ),
+    Gpu(
+        name="gb200",
+        peaks=_peaks(80e12, 1250e12, 2500e12),
+        hbm_bytes=186 * _GB,
+        hbm_bytes_per_s=8000e9,
+        intra_gbps=7200.0,
+        inter_gbps=400.0,
+        domain_ranks=72,
+    ),
+    Gpu(
+        name="gb300",
+        peaks=_peaks(80e12, 1250e12, 2500e12),
+        hbm_bytes=278 * _GB,
+        hbm_bytes_per_s=8000e9,
+        intra_gbps=7200.0,
+        inter_gbps=800.0,
+        domain_ranks=72,
+    ),
 )
+"""GB200 and GB300 as NVL72: hosts of four GPUs, pods of 18 hosts."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -136,6 +185,9 @@ class Assumptions:
     microseconds."""
     prefetch: float = 1.0
     """Share of the index exchange that may run during the step before (0: none)."""
+    sync_steps: float = 1.0
+    """Flat in 2D: steps after which the copies of the tables are averaged; TorchRec's pipeline does
+    it in every one."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -145,12 +197,13 @@ class Assumptions:
             or value < 0
             or (name in _SHARES and not 0 < value <= 1)
             or (name == "prefetch" and value > 1)
+            or (name == "sync_steps" and value < 1)
         ]
         if wrong:
             raise ConfigError(
                 "invalid constants: " + ", ".join(wrong),
-                expected="efficiencies above 0 and at most 1, prefetch between 0 and 1, all else "
-                "0 or more",
+                expected="efficiencies above 0 and at most 1, prefetch between 0 and 1, sync_steps "
+                "at least 1, all else 0 or more",
                 hint="check --assume",
             )
 
@@ -255,6 +308,13 @@ class Network:
         )
         return known.launch_us * _US + max(cross, intra)
 
+    def average_copies(self, num_bytes: float, copies: int) -> float:
+        """Time to average bytes of a rank with those at its place in other groups, in seconds."""
+        known = self.assumptions
+        hops = known.cross_hop_us * math.log2(copies)
+        cross = self.cross_seconds(2 * num_bytes * (copies - 1) / copies, copies)
+        return (known.launch_us + 2 * hops) * _US + cross
+
     def all_reduce(self, num_bytes: float, hosts: int) -> float:
         """Time to sum bytes over all ranks of `hosts` hosts, in seconds."""
         ranks = self.cluster.ranks_per_host
@@ -324,8 +384,11 @@ class Machine:
         return num_bytes / (self.gpu.hbm_bytes_per_s * self.network.assumptions.copy_efficiency)
 
     def in_transit(self, embeddings: Exchange) -> Exchange:
-        """Return an exchange of embeddings, whose bytes are counted as float32, as it travels."""
-        scale = _COMM_BYTES[self.embedding_dtype] / ELEMENT_BYTES
+        """Return an exchange of the flat model's embeddings, counted as float32, as it travels.
+
+        Those of towers stay float32: the engine's precision is of what tower modules emit.
+        """
+        scale = element_bytes(self.embedding_dtype) / ELEMENT_BYTES
         return Exchange(
             cross_bytes=embeddings.cross_bytes * scale, intra_bytes=embeddings.intra_bytes * scale
         )

@@ -35,7 +35,7 @@ from dmt_convert.placement.predict.cost_model import (
 from dmt_convert.placement.predict.machine import Machine
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
-Variant = Literal["flat", "sptt", "dmt"]
+Variant = Literal["flat", "flat2d", "sptt", "dmt"]
 
 MIN_RANKS: Final = 16
 """Smallest cluster that scaling is predicted for."""
@@ -55,7 +55,8 @@ class PredictedStep:
     """One way to run the model."""
 
     variant: Variant
-    """flat: hybrid parallelism; sptt: towers without compression; dmt: the bundle."""
+    """flat: hybrid parallelism; flat2d: the same in several copies; sptt: towers without
+    compression; dmt: the bundle."""
     step: StepTime
     """Where its time goes."""
     speedup: float
@@ -64,6 +65,8 @@ class PredictedStep:
     """Per sample: what the busiest rank moves over its link of embeddings and tower outputs."""
     gradient_bytes: float
     """The same of their gradients."""
+    copies: int = 1
+    """flat2d: groups of hosts, each with all tables."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict, with times in milliseconds."""
@@ -77,6 +80,7 @@ class PredictedStep:
             **parts,
             "forward_bytes": self.forward_bytes,
             "gradient_bytes": self.gradient_bytes,
+            **({"copies": self.copies} if self.copies > 1 else {}),
         }
 
 
@@ -90,11 +94,18 @@ class Prediction:
     """The towers uncompressed, their tables spread evenly over their hosts' ranks."""
     dmt: PredictedStep
     """The bundle, its tables spread like that."""
+    flat_2d: PredictedStep | None = None
+    """Flat in the fastest number of copies; None if memory holds only one."""
 
     @property
     def steps(self) -> tuple[PredictedStep, ...]:
         """Flat, SPTT, DMT."""
         return (self.flat, self.sptt, self.dmt)
+
+    @property
+    def rows(self) -> tuple[PredictedStep, ...]:
+        """All of them."""
+        return (self.flat, *([self.flat_2d] if self.flat_2d else []), self.sptt, self.dmt)
 
 
 def check_ids_per_bag(ids_per_bag: float) -> None:
@@ -146,12 +157,59 @@ def predict_plan(
         dtype = machine.comm_dtype
         return planned_load(towers, plan, ids_per_bag, comm_dtype=dtype, even_ranks=True)
 
-    return compare(
+    prediction = compare(
         even_load(as_flat(model.flat), plan.cluster, ids_per_bag),
         planned(as_passthrough(model)),
         planned(model),
         machine,
     )
+    base = prediction.flat.step.total
+    return replace(prediction, flat_2d=predict_copies(model.flat, machine, ids_per_bag, base))
+
+
+def predict_copies(
+    flat: ModelSpec, machine: Machine, ids_per_bag: float, base: float
+) -> PredictedStep | None:
+    """Predict flat with 2D parallelism: copies of all tables on groups of hosts.
+
+    AlltoAlls stay inside a group. Gradients of dense parts are summed over all ranks, and the
+    copies of tables are averaged every `sync_steps` steps, which nothing hides.
+
+    Args:
+        flat: The flat model.
+        machine: What it runs on.
+        ids_per_bag: Mean number of ids per sample and feature.
+        base: Seconds of the flat step without copies.
+
+    Returns:
+        The fastest number of copies; None if the cluster has no memory for two.
+    """
+    cluster, network = machine.network.cluster, machine.network
+    size = sum(table.rows * (table.dim * 4 + 4) for table in flat.tables)  # row-wise Adagrad
+    found = []
+    for copies in range(2, cluster.hosts + 1):
+        hosts = cluster.hosts // copies
+        ranks = hosts * cluster.ranks_per_host
+        if cluster.hosts % copies or size > ranks * cluster.usable_bytes:
+            continue
+        group = replace(cluster, hosts=hosts)
+        there = replace(machine, network=replace(network, cluster=group))
+        load = even_load(as_flat(flat), group, ids_per_bag)
+        step = step_time(load, there, copies=copies)
+        sync = network.average_copies(size / ranks, copies) / network.assumptions.sync_steps
+        step = replace(step, all_reduce=step.all_reduce + sync, exposed=step.exposed + sync)
+        forward, gradients = crossing_bytes(load, there)
+        found.append(
+            PredictedStep(
+                variant="flat2d",
+                step=step,
+                speedup=base / step.total,
+                forward_bytes=forward,
+                gradient_bytes=gradients,
+                copies=copies,
+            )
+        )
+    return min(found, key=lambda each: each.step.total, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +262,9 @@ def describe_machine(machine: Machine, ids_per_bag: float) -> dict[str, Any]:
     """Return everything that a prediction rests on, JSON-able."""
     cluster = machine.network.cluster
     gpu = asdict(machine.gpu)
+    gpu |= {"flops_per_s": machine.gpu.flops_per_s}
+    for name in ("peaks", "matmul_precision", "domain_ranks"):
+        del gpu[name]
     for name in ("hbm_bytes", "intra_gbps", "inter_gbps"):
         gpu[name] = getattr(cluster, name)
     return {
@@ -213,6 +274,7 @@ def describe_machine(machine: Machine, ids_per_bag: float) -> dict[str, Any]:
         "ranks_per_host": cluster.ranks_per_host,
         "batch": machine.batch,
         "comm_dtype": machine.embedding_dtype,
+        "matmul_precision": machine.gpu.matmul_precision,
         "ids_per_bag": ids_per_bag,
         "assumptions": machine.network.assumptions.to_json(),
     }
@@ -529,7 +591,7 @@ class PredictionReport:
         """Return what `dmt plan --json` prints as `prediction`."""
         value = describe_machine(self.machine, self.ids_per_bag)
         if self.prediction is not None:
-            value["rows"] = [step.to_json() for step in self.prediction.steps]
+            value["rows"] = [step.to_json() for step in self.prediction.rows]
         if self.placed is not None:
             value["as_placed"] = {
                 "step_ms": self.placed.step.total * 1e3,
