@@ -7,10 +7,10 @@ compared is the precision of the gradients; `code` leaves it to the engine.
 
 Starts hosts x ranks gloo processes on this machine, once per precision and seed, each a training
 from the same bundle on the same batches. Prints, per precision, AUC and NE after the last step
-(mean over seeds, and the difference to fp32, seed by seed, with its range), and what one rank sends
-to other hosts in a step: tower outputs and their gradients (mean over the ranks; it ends if they are
-not what the plan says), ids, and, by calculation, the dense
-gradients (an all-reduce in fp32 whatever the precision). Loopback has no rate: times say nothing.
+(mean over seeds, and the difference to fp32, seed by seed, with its range), and what rank 0 sends
+to other hosts in a step: tower outputs and their gradients (beside it what the plan says, without
+the byte per message of levels), ids, and, by calculation, the dense gradients (an all-reduce in
+fp32 whatever the precision). Loopback has no rate: times say nothing.
 Further options go to the recipe.
 """
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--ranks-per-host", type=int, default=2)
     parser.add_argument("--steps", type=int, default=137)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--json", type=Path, help="file for all numbers")
     options, more = parser.parse_known_args()  # the rest goes to the recipe
@@ -65,7 +66,7 @@ def train(
             *("--bundle", options.bundle, "--data", options.data),
             *(() if precision == "code" else ("--comm-dtype", precision)),
             *("--out", folder / "new", "--max-steps", options.steps, "--eval-every", options.steps),
-            *("--seed", seed, "--json", *more),
+            *("--seed", seed, "--batch-size", options.batch_size, "--json", *more),
         ]
         ranks = [
             subprocess.Popen(
@@ -87,7 +88,27 @@ def train(
         sent = json.loads((folder / "bytes.json").read_text())
         last = json.loads(printed[0])["history"][-1]
     print(f"{precision}, seed {seed}: AUC {last['auc']:.5f}, NE {last['ne']:.5f}", file=sys.stderr)
-    return {"auc": last["auc"], "ne": last["ne"], **sent}
+    return {
+        "auc": last["auc"],
+        "ne": last["ne"],
+        "planned": planned_bytes(options, precision),
+        **sent,
+    }
+
+
+def planned_bytes(options: argparse.Namespace, precision: Any) -> float:
+    """Bytes of tower outputs and gradients that rank 0 sends to other hosts in a step, by plan."""
+    from dmt_convert import open_bundle
+    from dmt_convert.placement import Cluster, plan_model
+
+    model = open_bundle(options.bundle).manifest.model
+    asked = None if precision == "code" else precision
+    hosts = plan_model(
+        model, Cluster(hosts=options.hosts, ranks_per_host=options.ranks_per_host)
+    ).tower_hosts
+    ways = zip(hosts, model.bytes_sent(asked), model.gradient_bytes(asked), strict=True)
+    a_sample = sum(out * (options.hosts - 1) if 0 in at else back for at, out, back in ways)
+    return a_sample * options.batch_size / (options.hosts * options.ranks_per_host)
 
 
 def be_rank(report: Path, arguments: Sequence[str]) -> None:
@@ -147,9 +168,10 @@ def bytes_to_others(group: Any, sent: Sequence[Any]) -> int:
 def print_table(found: dict[str, list[dict[str, Any]]]) -> None:
     """Print markdown."""
     print(
-        "| precision | AUC | AUC - fp32 | NE | NE - fp32 | tower outputs | ids | dense gradients |"
+        "| precision | AUC | AUC - fp32 | NE | NE - fp32 | tower outputs | planned | ids "
+        "| dense gradients |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for precision, runs in found.items():
         cells = [precision]
         for key in ("auc", "ne"):
@@ -162,7 +184,7 @@ def print_table(found: dict[str, list[dict[str, Any]]]) -> None:
                 cells.append(f"{statistics.mean(apart):+.5f}{spread}")
             else:
                 cells.append("-")
-        names = ("tower outputs", "ids", "dense gradients")
+        names = ("tower outputs", "planned", "ids", "dense gradients")
         cells += [f"{runs[0][name] / 1024:,.1f} KiB" for name in names]
         print(f"| {' | '.join(cells)} |")
 
