@@ -74,6 +74,8 @@ def _show(output: Output, export: Export, config: ExportConfig) -> None:
         ("takes", _takes(manifest.inputs)),
         ("ids outside", "clipped" if config.out_of_range == "clip" else "refused"),
     ]
+    for part, why in manifest.details.get("skipped", {}).items():
+        rows.append(("left out", f"the graph {part!r}: {why}"))
     if manifest.quality:
         rows.append(("quantised", _quality_text(manifest.quality)))
     checks = [
@@ -91,11 +93,19 @@ def _show(output: Output, export: Export, config: ExportConfig) -> None:
         grid(rows),
         table("\nGraphs", ["part", "file", "size>"], graphs),
         table(
-            "Checked against the bundle, in a process of its own",
+            f"Checked against the bundle, in a process of its own{_ran_on(export)}",
             ["part", "on", "max |diff|>", "allowed>", ""],
             checks,
         ),
     )
+
+
+def _ran_on(export: Export) -> str:
+    found = sorted({check.ran_on for check in export.checks if check.ran_on})
+    note = ""
+    if export.manifest.gpu and not any("cuda" in name.lower() for name in found):
+        note = ": not on a GPU, which ONNX Runtime could not use here"
+    return f", on {', '.join(found)}{note}" if found else ""
 
 
 def _takes(inputs: GraphInputs) -> str:

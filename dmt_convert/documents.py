@@ -405,6 +405,8 @@ class GraphCheck:
     """Whether it held."""
     found: str = ""
     """What went wrong, if something did."""
+    ran_on: str = field(default="", metadata=OMITTED_IF_EMPTY)
+    """What ran the graphs: cpu, cuda:0, or ONNX Runtime's provider; empty in early versions."""
 
     @property
     def line(self) -> str:

@@ -471,7 +471,13 @@ class ExportConfig(BundleOptions):
     model_name: str = setting(
         "dmt", "triton: name of the ensemble, and prefix of its parts.", metavar="NAME"
     )
-    gpu: bool = setting(False, "triton, pt2: serve on a GPU.")
+    gpu: bool = setting(False, "Serve on GPUs; onnx and triton also need --out-of-range clip.")
+    gpus: int | None = setting(
+        None,
+        "triton: spread the towers over this many GPUs of a server, each tower on one.",
+        ge=1,
+        auto="every GPU holds all towers",
+    )
     checksums: bool | None = setting(
         None, "Compare all tables with their digests.", auto="if they have up to 4 GiB in total"
     )
@@ -483,6 +489,14 @@ class ExportConfig(BundleOptions):
             raise ValueError("--dense-per-request needs --request-batching or --per-request")
         if self.max_auc_loss is not None and self.quantize == "none":
             raise ValueError("--max-auc-loss without quantisation: add --quantize int8")
+        if self.gpu and self.format != "pt2" and self.out_of_range == "refuse":
+            raise ValueError(
+                f"--gpu for {self.format}: on a GPU, ONNX Runtime reads zeros for an id outside its "
+                "table and refuses nothing: add --out-of-range clip, or use --format pt2, whose "
+                "graphs check ids themselves"
+            )
+        if self.gpus is not None and not (self.gpu and self.format == "triton"):
+            raise ValueError("--gpus: only for --format triton --gpu")
         if batching and self.format != "onnx":
             raise ValueError(
                 f"--request-batching for {self.format}: only --format onnx can do it (Triton's "

@@ -13,8 +13,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dmt_convert.adapter import load_adapter
-from dmt_convert.arrays import Float32Array
+from dmt_convert.arrays import AnyArray, Float32Array
 from dmt_convert.bundle import open_bundle, open_bundle_model
 from dmt_convert.child import python_command, python_environment
 from dmt_convert.data import Bag, Batch, adapt_batches, open_inputs
@@ -250,44 +250,98 @@ def run_checks(exported: ExportedModel, model: DmtModel, data: Path | None) -> C
     Raises:
         DataError: The data does not fit the model, or the form of the inputs.
     """
+    cases = list(_cases(exported, model, data))
+    once = set(exported.manifest.inputs.per_request)
+    # one graph after the other, so that the weights of one at a time need to be on a GPU
+    for t, tower in enumerate(model.spec.towers):
+        for case in cases:
+            if case.logits is not None:
+                right = case.towers[t]
+                first = right.first_row() if once & set(tower.features) else right
+                run = partial(exported.tower, t, case.batch)
+                yield _check(exported, tower_name(t), case.what, first, run)
+            case.send(exported, t)
+    yield from _run_cases(exported, "joined", cases, lambda case: case.join(exported))
+    if WHOLE in exported.manifest.parts:
+        yield from _run_cases(exported, WHOLE, cases, lambda case: exported.whole(case.batch))
+
+
+@dataclass(kw_only=True)
+class _Case:
+    """Rows that every graph is run on."""
+
+    batch: Batch
+    """The rows."""
+    what: str
+    """What they are."""
+    towers: Sequence[_Right] = ()
+    """What is right for every tower."""
+    logits: _Right | None = None
+    """What is right for the logits; None if the rows must be refused."""
+    sent: list[Sequence[AnyArray]] = field(default_factory=list)
+    """What the towers gave that have run, per request."""
+    refusal: DataError | None = None
+    """Why one of them refused."""
+
+    def send(self, exported: ExportedModel, tower: int) -> None:
+        """Run a tower."""
+        try:
+            self.sent.append(exported.sent(tower, self.batch))
+        except DataError as error:
+            self.refusal = error
+
+    def join(self, exported: ExportedModel) -> Float32Array:
+        """Return logits from what the towers gave.
+
+        Raises:
+            DataError: One of the graphs refused.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        return exported.joined(self.batch, self.sent)
+
+
+def _cases(exported: ExportedModel, model: DmtModel, data: Path | None) -> Iterator[_Case]:
     inputs = exported.manifest.inputs
     spec = model.spec.flat
+
+    def equal(batch: Batch, what: str, truth: Batch | None = None) -> _Case:
+        towers, logits = _expected(model, batch if truth is None else truth)
+        return _Case(batch=batch, what=what, towers=towers, logits=logits)
+
     for rows in ROW_COUNTS:
-        batch = generate_batch(spec, inputs, rows, seed=rows)
-        yield from _compare(exported, model, batch, f"{rows} generated rows")
+        yield equal(generate_batch(spec, inputs, rows, seed=rows), f"{rows} generated rows")
     if any(feature.form == "jagged" for feature in inputs.features):
         few = 512  # of their rows
         batch = generate_batch(spec, inputs, MANY_ROWS, seed=1, first_rows=few)
-        yield from _compare(exported, model, batch, f"{MANY_ROWS} generated rows")
+        yield equal(batch, f"{MANY_ROWS} generated rows")
         batch = generate_batch(spec, inputs, 300, seed=2, longest=LONG_BAG, first_rows=few)
-        yield from _compare(exported, model, batch, f"300 rows, bags of {LONG_BAG} among them")
+        yield equal(batch, f"300 rows, bags of {LONG_BAG} among them")
     batch = generate_batch(spec, inputs, 3, seed=0)
     for wrong, what in bad_ids(spec, inputs, batch):
         if exported.manifest.out_of_range == "clip":
-            fixed = clipped(spec, wrong)
-            yield from _compare(exported, model, wrong, f"{what}, clipped", truth=fixed)
+            yield equal(wrong, f"{what}, clipped", truth=clipped(spec, wrong))
         else:
-            yield from _refuse(exported, wrong, what)
+            yield _Case(batch=wrong, what=what)
     if data is not None:
         dataset = open_inputs(data, spec, exported.manifest.columns)
         batches = dataset.batches(DATA_ROWS, max_rows=DATA_ROWS)
         for batch in adapt_batches(dataset, spec, batches):
-            yield from _compare(exported, model, batch, f"rows of {data.name}")
+            yield equal(batch, f"rows of {data.name}")
 
 
-def _compare(
-    exported: ExportedModel, model: DmtModel, batch: Batch, what: str, truth: Batch | None = None
+def _run_cases(
+    exported: ExportedModel,
+    part: str,
+    cases: Sequence[_Case],
+    run: Callable[[_Case], Float32Array],
 ) -> Checks:
-    truth = batch if truth is None else truth
-    parts = exported.manifest.parts
-    once = set(exported.manifest.inputs.per_request)
-    towers, logits = _expected(model, truth)
-    for t, (name, right) in enumerate(towers.items()):
-        first = right.first_row() if once & set(model.spec.towers[t].features) else right
-        yield _check(name, what, first, partial(exported.tower, t, batch))
-    yield _check("joined", what, logits, lambda: exported.joined(batch))
-    if WHOLE in parts:
-        yield _check(WHOLE, what, logits, lambda: exported.whole(batch))
+    """Run all cases through graphs that give logits."""
+    for case in cases:
+        if case.logits is None:
+            yield _refuse(exported, part, case, partial(run, case))
+        else:
+            yield _check(exported, part, case.what, case.logits, partial(run, case))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,12 +360,12 @@ class _Right:
         return replace(self, low=self.low[:1], high=self.high[:1])
 
 
-def _expected(model: DmtModel, batch: Batch) -> tuple[dict[str, _Right], _Right]:
+def _expected(model: DmtModel, batch: Batch) -> tuple[list[_Right], _Right]:
     """Return what is right for every tower, and for the logits."""
     with without_codes(model):
         stages = dict(model.stages(batch))
         sizes = rounding_sizes(model, batch)
-    towers, ranges, arrived = {}, [], []
+    towers, ranges, arrived = [], [], []
     for t, tower in enumerate(model.tower_list):
         stage = f"output of tower {t}"
         emitted, limit = stages[stage], _limit(stages[stage], sizes[stage])
@@ -322,7 +376,7 @@ def _expected(model: DmtModel, batch: Batch) -> tuple[dict[str, _Right], _Right]
             middle = code.round(emitted)
         ranges.append((low, high))
         arrived.append(middle)
-        towers[tower_name(t)] = _Right(low=low.numpy(), high=high.numpy(), limit=limit)
+        towers.append(_Right(low=low.numpy(), high=high.numpy(), limit=limit))
     dense = torch.from_numpy(np.array(batch.dense))
     logits = model.forward_emitted(dense, torch.cat(arrived, dim=1))
     edges = edge_sizes(model, dense, ranges)
@@ -339,7 +393,13 @@ def _limit(values: Tensor, rounding: float) -> float:
     return ATOL + min(max(RTOL * largest, rounding), MAX_RTOL * largest)
 
 
-def _check(part: str, what: str, right: _Right, run: Callable[[], Float32Array]) -> GraphCheck:
+def _check(
+    exported: ExportedModel,
+    part: str,
+    what: str,
+    right: _Right,
+    run: Callable[[], Float32Array],
+) -> GraphCheck:
     found = run()
     if found.shape != right.low.shape:
         return GraphCheck(
@@ -350,6 +410,7 @@ def _check(part: str, what: str, right: _Right, run: Callable[[], Float32Array])
             limit=None,
             passed=False,
             found=f"shape {found.shape} instead of {right.low.shape}",
+            ran_on=exported.runs_on,
         )
     with np.errstate(invalid="ignore"):
         beyond = np.maximum(right.low - found, found - right.high)
@@ -361,29 +422,29 @@ def _check(part: str, what: str, right: _Right, run: Callable[[], Float32Array])
         max_abs_diff=diff,
         limit=right.limit,
         passed=bool(np.isfinite(diff)) and diff <= right.limit,
+        ran_on=exported.runs_on,
     )
 
 
-def _refuse(exported: ExportedModel, batch: Batch, what: str) -> Checks:
-    runs = {"joined": exported.joined}
-    if WHOLE in exported.manifest.parts:
-        runs[WHOLE] = exported.whole
-    for part, run in runs.items():
-        try:
-            run(batch)
-        except DataError:
-            passed, found = True, ""
-        else:
-            passed, found = False, "was answered"
-        yield GraphCheck(
-            part=part,
-            what=f"refuses {what}",
-            rows=batch.num_rows,
-            max_abs_diff=None,
-            limit=None,
-            passed=passed,
-            found=found,
-        )
+def _refuse(
+    exported: ExportedModel, part: str, case: _Case, run: Callable[[], Float32Array]
+) -> GraphCheck:
+    try:
+        run()
+    except DataError:
+        passed, found = True, ""
+    else:
+        passed, found = False, "was answered"
+    return GraphCheck(
+        part=part,
+        what=f"refuses {case.what}",
+        rows=case.batch.num_rows,
+        max_abs_diff=None,
+        limit=None,
+        passed=passed,
+        found=found,
+        ran_on=exported.runs_on,
+    )
 
 
 def main(folder: str, bundle: str, data: str = "", adapter: str = "") -> int:

@@ -114,6 +114,8 @@ class ExportManifest:
     """Which columns of the data feed the bundle, if that is known."""
     out_of_range: OutOfRange = "refuse"
     """What becomes of ids outside their table."""
+    gpu: bool = field(default=False, metadata=OMITTED_IF_EMPTY)
+    """Whether it is meant for GPUs."""
     quantize: TableCode = "none"
     """How tables are stored."""
     parts: Mapping[str, str]

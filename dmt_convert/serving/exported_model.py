@@ -5,7 +5,7 @@ Letters: B batch, O tower output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -28,6 +28,7 @@ from dmt_convert.serving.export_manifest import (
     read_export_manifest,
     tower_name,
 )
+from dmt_convert.serving.gpu import SPARE_BYTES, free_gpu_bytes
 from dmt_convert.serving.graph_inputs import PADDING
 from dmt_convert.serving.load_pt2 import Graph
 
@@ -35,10 +36,15 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 _SUFFIXES: Final = (".onnx", ".pt2")
+_CPU_PROVIDER: Final = "CPUExecutionProvider"
+_CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 
 
 class GraphRunner(Protocol):
     """An opened graph."""
+
+    runs_on: str
+    """What runs it: cpu, cuda:0, or ONNX Runtime's provider."""
 
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
         """Return its one output, shape (B, columns).
@@ -53,19 +59,22 @@ class GraphRunner(Protocol):
 
 
 class OnnxRunner:
-    """A graph in ONNX Runtime, on the CPU.
+    """A graph in ONNX Runtime.
 
     Args:
         path: The `.onnx` file; its weights are memory-mapped.
         threads: Threads inside operators; 0 for one per core.
+        gpu: Whether it runs on a GPU if ONNX Runtime can use one here; else on the CPU.
 
     Raises:
         ExportError: The file cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, gpu: bool = False) -> None:
         self._path = path
-        self._session = _open_session(path, threads)
+        self._session = _open_session(path, threads, gpu=gpu)
+        # the first one takes what it can; CUDA's is left out if it cannot be started
+        self.runs_on = self._session.get_providers()[0]
         self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
@@ -80,7 +89,7 @@ class OnnxRunner:
         return output
 
 
-def _open_session(path: Path, threads: int) -> ort.InferenceSession:
+def _open_session(path: Path, threads: int, *, gpu: bool) -> ort.InferenceSession:
     try:
         import onnxruntime as ort
     except ImportError:
@@ -91,8 +100,12 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # a graph that refuses its input says so in the exception
+    providers: list[str | tuple[str, dict[str, str]]] = [_CPU_PROVIDER]
+    if gpu and _CUDA_PROVIDER in ort.get_available_providers():
+        # TF32, its default, rounds products to 10 bits
+        providers.insert(0, (_CUDA_PROVIDER, {"use_tf32": "0"}))
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -135,9 +148,9 @@ def _first_line(error: Exception) -> str:
 
 
 class Pt2Runner:
-    """A graph compiled by AOTInductor; its weights are memory-mapped.
+    """A graph compiled by AOTInductor; its weights are memory-mapped, or on its GPU.
 
-    It runs on torch's threads, as many as `torch.set_num_threads` says.
+    On a CPU it runs on torch's threads, as many as `torch.set_num_threads` says.
 
     Args:
         path: The `.pt2` file.
@@ -158,6 +171,7 @@ class Pt2Runner:
                 "machine like this one, with its weights beside it",
                 hint="copy the export again, or export the bundle again on this machine",
             ) from None
+        self.runs_on = str(self._graph.device)
 
     def run(self, feeds: Mapping[str, AnyArray]) -> AnyArray:
         """See `GraphRunner.run`."""
@@ -177,6 +191,8 @@ class Pt2Runner:
 class ExportedModel:
     """The graphs of an export, each checked and opened when it is first asked.
 
+    On a GPU, others are closed first if there is no room for the next one.
+
     Args:
         path: The export's folder.
         trust_code: Whether graphs of machine code (`.pt2`) may be loaded, which runs them.
@@ -192,6 +208,7 @@ class ExportedModel:
         self._files = ExportFiles(path, self.manifest)
         self._trust_code, self._is_checked = trust_code, checked
         self._runners: dict[str, GraphRunner] = {}
+        self._runs_on: set[str] = set()
         self._codes: dict[int, Code] = {}
 
     def check_files(self) -> None:
@@ -201,6 +218,11 @@ class ExportedModel:
             ExportError: A file is not what was exported.
         """
         self._files.check_all()
+
+    @property
+    def runs_on(self) -> str:
+        """What has run its graphs so far; see `GraphRunner.runs_on`."""
+        return ", ".join(sorted(self._runs_on))
 
     @property
     def spec(self) -> DmtSpec:
@@ -245,14 +267,27 @@ class ExportedModel:
                     code.get_buffer(name).copy_(torch.from_numpy(np.array(read_tensor(info))))
         return self._codes[index]
 
-    def joined(self, batch: Batch) -> Float32Array:
-        """Return logits, shape (B,), from the tower graphs and the over_arch graph."""
+    def joined(self, batch: Batch, sent: Sequence[Sequence[AnyArray]] = ()) -> Float32Array:
+        """Return logits, shape (B,), from the tower graphs and the over_arch graph.
+
+        Args:
+            batch: The rows.
+            sent: What `sent` gave for every tower, if that is known.
+        """
         inputs, logits = self.manifest.inputs, []
-        for request in inputs.requests(batch):
+        requests = list(inputs.requests(batch))
+        sent = sent or [
+            [self._send(t, request) for request in requests] for t in range(len(self.spec.towers))
+        ]
+        for i, request in enumerate(requests):
             feeds = inputs.dense_feed(request)
-            feeds |= {tower_name(t): self._send(t, request) for t in range(len(self.spec.towers))}
+            feeds |= {tower_name(t): arrays[i] for t, arrays in enumerate(sent)}
             logits.append(self._run(OVER_ARCH, feeds)[:, 0])
         return np.concatenate(logits)
+
+    def sent(self, index: int, batch: Batch) -> list[AnyArray]:
+        """Return what one tower's graph gives for every request of a batch."""
+        return [self._send(index, request) for request in self.manifest.inputs.requests(batch)]
 
     def whole(self, batch: Batch) -> Float32Array:
         """Return logits, shape (B,), from the whole-model graph."""
@@ -294,8 +329,24 @@ class ExportedModel:
                     expected=f"one of {', '.join(self.manifest.parts)}",
                     hint="export the bundle again",
                 )
+            self._make_room(part)
             self._runners[part] = self._open(name)
+            self._runs_on.add(self._runners[part].runs_on)
         return self._runners[part]
+
+    def _make_room(self, part: str) -> None:
+        """Close all graphs if the weights of the next one would not fit the GPU beside theirs."""
+        if not self.manifest.gpu or not self._runners:
+            return
+        folder = (self.path / self.manifest.parts[part]).parent
+        needed = SPARE_BYTES + sum(
+            entry.bytes
+            for name, entry in self.manifest.weights.items()
+            if (self.path / name).is_relative_to(folder)
+        )
+        free = free_gpu_bytes()
+        if free is None or needed > free:
+            self._runners.clear()
 
     def _open(self, name: str) -> GraphRunner:
         path = self.path / name
@@ -303,20 +354,22 @@ class ExportedModel:
             raise consent_error(path, has_digest=self._files.has_digests)
         if self._is_checked:
             self._files.check_graph(name)
-        return open_graph(path)
+        return open_graph(path, gpu=self.manifest.gpu)
 
 
-def open_graph(path: Path, *, threads: int = 0) -> GraphRunner:
+def open_graph(path: Path, *, threads: int = 0, gpu: bool = False) -> GraphRunner:
     """Open one graph of an export.
 
     Args:
         path: Its `.onnx` or `.pt2` file.
         threads: Threads inside operators of an `.onnx` graph, 0 for one per core; `.pt2` graphs run
             on torch's threads.
+        gpu: Whether an `.onnx` graph runs on a GPU, if ONNX Runtime can use one here; `.pt2` graphs
+            run where they were compiled for.
 
     Raises:
         ExportError: It cannot be loaded.
     """
     if path.suffix == ".pt2":
         return Pt2Runner(path)
-    return OnnxRunner(path, threads=threads)
+    return OnnxRunner(path, threads=threads, gpu=gpu)

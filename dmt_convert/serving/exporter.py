@@ -205,6 +205,7 @@ def _describe(
         ),
         quantize=job.config.quantize,
         out_of_range=job.config.out_of_range,
+        gpu=job.config.gpu,
         details=written.details,
         quality=quality,
     )
@@ -223,6 +224,7 @@ def _generation_of(bundle: Bundle, inputs: GraphInputs, config: ExportConfig) ->
         "model": bundle.manifest.model.to_json(),
         "inputs": inputs.to_json(),
         "settings": [config.format, config.quantize, config.out_of_range, config.gpu],
+        **({} if config.gpus is None else {"gpus": config.gpus}),
         "versions": [__version__, torch.__version__],
     }
     return digest_document(made_of).removeprefix("sha256:")[:8]

@@ -3,12 +3,14 @@
     model = load("served")                       # the whole model
     tower = load("served", "tower_000")          # one tower; "over_arch" takes all towers' outputs
     logits = model({"dense": dense, "f0.values": ids, "f0.lengths": lengths, ...})
+    tower = load("served", "tower_001", device="cuda:1")  # exported with --gpu
 
 A graph is machine code: load exports only that you made, or whose makers you trust. The digests in
 `export.json` show damage, and no attack. `model.inputs` lists what a graph takes.
 
 Weights stay in the `.safetensors` files, memory-mapped: loading costs milliseconds, and processes
-share one copy. The first requests read from the disk, so send some before traffic comes. Threads:
+share one copy. On a GPU they are copied to its memory, and so are inputs that lie elsewhere; the
+output stays there. The first requests read from the disk, so send some before traffic comes. Threads:
 `torch.set_num_threads`. A server of large batches (1,000 rows and more) calls `keep_freed_memory()`
 when it starts.
 """
@@ -27,19 +29,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 _CPUS = ("DEFAULT", "AVX2", "AVX512")
+_Loader = torch._C._aoti.AOTIModelPackageLoader
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def load(folder: str | Path, part: str = "whole", *, runners: int = 1) -> Graph:
+def load(
+    folder: str | Path, part: str = "whole", *, runners: int = 1, device: str | None = None
+) -> Graph:
     """Open one graph of an export.
 
     Args:
         folder: The export.
         part: `whole`, `tower_000`, ..., or `over_arch`.
         runners: Requests that run at the same time; further ones wait.
+        device: Where it runs, such as `cuda:1`; by default the CPU, or the current GPU.
 
     Raises:
         OSError: A file is missing.
@@ -53,7 +59,7 @@ def load(folder: str | Path, part: str = "whole", *, runners: int = 1) -> Graph:
     digest = manifest.get("files", {}).get(parts[part], {}).get("sha256")
     if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise RuntimeError(f"{path} is not the file that was exported: it has another SHA-256")
-    return Graph(path, runners=runners)
+    return Graph(path, runners=runners, device=device)
 
 
 def keep_freed_memory() -> bool:
@@ -70,20 +76,21 @@ def keep_freed_memory() -> bool:
 
 
 class Graph:
-    """One graph; may be called by several threads."""
+    """One graph; may be called by several threads.
 
-    def __init__(self, path: Path, *, runners: int = 1) -> None:
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, runners, -1)
-        about = self._loader.get_metadata()
-        described: dict[str, Any] = json.loads(about["dmt"])
-        needed, found = described["cpu"], torch.backends.cpu.get_cpu_capability()
-        weaker = _CPUS[: _CPUS.index(found)] if found in _CPUS else ()
-        if needed != found and needed not in weaker:
-            raise RuntimeError(f"it was compiled for {needed}; this machine has {found}")
+    `device` is where it runs, and where its output is.
+    """
+
+    def __init__(self, path: Path, *, runners: int = 1, device: str | None = None) -> None:
+        described: dict[str, Any] = json.loads(
+            _Loader.load_metadata_from_package(str(path), "model")["dmt"]
+        )
+        self.device = _choose_device(described, device)
+        index = -1 if self.device.index is None else self.device.index
+        self._loader = _Loader(str(path), "model", False, runners, index)
         self.inputs: list[dict[str, Any]] = described["inputs"]
         self._ids: list[dict[str, Any]] = described["ids"]
         files = {name: MappedFile(path.parent / name) for name in described["files"]}
-        device = described["device"]
         self._weights: dict[str, Tensor] = {}
         for name in self._loader.get_constant_fqns():
             entry = described["weights"][name]
@@ -93,7 +100,7 @@ class Graph:
                 )
             else:
                 weight = files[entry["file"]].view(entry["tensors"], entry["dtype"], entry["shape"])
-            self._weights[name] = weight.to(device)
+            self._weights[name] = weight.to(self.device)
         self._loader.load_constants(self._weights, False, True, True)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> Tensor:
@@ -129,7 +136,7 @@ class Graph:
             raise ValueError(f"{name!r} is {tensor.dtype} {found}, not {entry['dtype']} {wanted}")
         if sizes.get("B") == 0:
             raise ValueError("the batch is empty")
-        return tensor.contiguous()
+        return tensor.to(self.device).contiguous()  # a kernel would read any address as its own
 
     def _explain(self, feeds: Mapping[str, Tensor]) -> str | None:
         """Say which input is wrong; looked for only when a graph has refused."""
@@ -144,6 +151,35 @@ class Graph:
             if bool((lengths < 0).any()) or int(lengths.sum()) != len(ids):
                 return f"{entry['lengths']!r} does not add up to the {len(ids)} ids there are"
         return None
+
+
+def _choose_device(described: Mapping[str, Any], asked: str | None) -> torch.device:
+    """Return where a package runs: on the device asked for, if its code fits it.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+    kind = described["device"]
+    device = torch.device(kind if asked is None else asked)
+    if device.type != kind:
+        raise RuntimeError(f"it was compiled for {kind}, and cannot run on {device}")
+    needed, found = described["cpu"], torch.backends.cpu.get_cpu_capability()
+    weaker = _CPUS[: _CPUS.index(found)] if found in _CPUS else ()
+    if needed != found and needed not in weaker:
+        raise RuntimeError(f"it was compiled for {needed}; this machine has {found}")
+    if kind != "cuda":
+        return device
+    if not cuda.is_available():
+        raise RuntimeError("it was compiled for a GPU; torch finds none here")
+    index = cuda.current_device() if device.index is None else device.index
+    major, minor = described.get("gpu") or (None, None)
+    has_major, has_minor = cuda.get_device_capability(index)
+    if major is not None and not (has_major == major and has_minor >= minor):
+        raise RuntimeError(
+            f"it was compiled for GPUs of compute capability {major}.{minor}; cuda:{index} has "
+            f"{has_major}.{has_minor}"
+        )
+    return torch.device("cuda", index)
 
 
 class MappedFile:

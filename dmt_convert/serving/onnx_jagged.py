@@ -262,9 +262,12 @@ def _all_bags(graph: GraphBuilder, lookups: Sequence[Lookup]) -> _AllBags:
             )
     index = graph.cast(wrong, "int64", name="wrong")
     number = graph.node(
-        "Mul", index, graph.ints("numbers", range(1, len(rows) + 1)), name="wrong_feature"
+        "Mul", index, graph.ints("numbers", range(1, len(rows) + 1)), name="wrong_features"
     )
-    nothing = graph.node("Gather", zero, number, name="lengths_that_do_not_fit_their_ids")
+    last = graph.node("ReduceMax", number, name="wrong_feature", keepdims=1)
+    # one number fits no other shape than (1): runtimes check this on GPUs too, unlike indices
+    shape = graph.node("Add", last, one, name="one_if_lengths_fit_their_ids")
+    nothing = graph.node("Reshape", zero, shape, name="lengths_that_do_not_fit_their_ids")
     longest_F = graph.node("Add", longest_F, nothing, name="longest_checked")
     return _AllBags(lengths=lengths_FB, counts=counts_F, longest=longest_F)
 

@@ -9,6 +9,9 @@ compiling leaves no settings and no memory behind, and so that two parts can be 
 time. Each reads a `CompileJob` as one line of JSON, then one name of a part per line, and answers
 each with one line of JSON.
 
+Tables are not there while a graph is compiled: a fake tensor has their shape and no memory. So
+compiling takes as much memory for 1 TB of tables as for 1 MB, on a GPU too.
+
 Packages for CUDA are compiled on a machine with CUDA; this has not been tested.
 """
 
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +37,10 @@ from typing import IO, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -58,6 +64,7 @@ from dmt_convert.serving.graphs import (
     list_over_arch_inputs,
     traced,
 )
+from dmt_convert.serving.gpu import check_gpu, check_room
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_lookup import TowerLookup, stack_tables
 
@@ -139,7 +146,7 @@ class CompileJob:
 
 
 class MappedGraphs:
-    """Builds the graphs of an export over mapped weights: no table is read.
+    """Builds the graphs of an export, over fake tables and mapped weights beside them.
 
     Args:
         job: What to build.
@@ -151,6 +158,9 @@ class MappedGraphs:
             load_adapter(Path(job.model_file))
         self.spec = DmtSpec.from_json(job.model)
         self.inputs = GraphInputs.from_json(job.inputs)
+        self.fakes = FakeTensorMode(
+            shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True, export=True
+        )
         self._folder = Path(job.folder)
         self._files: dict[str, tuple[MappedFile, dict[str, TensorInfo]]] = {}
 
@@ -168,7 +178,10 @@ class MappedGraphs:
             graph = self._tower(indices[part], "", weights)
         for name, buffer in graph.named_buffers():
             weights.setdefault(name, _values(buffer))
-        return graph.to(self.job.device).eval(), weights
+        for module in graph.modules():  # its parameters are there; fake ones cannot be moved
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.job.device))
+        return graph.eval(), weights
 
     def _tower(self, index: int, prefix: str, weights: dict[str, dict[str, Any]]) -> TowerGraph:
         flat, features = self.spec.flat, self.spec.towers[index].features
@@ -189,7 +202,7 @@ class MappedGraphs:
             features,
             self.inputs,
             stacks,
-            [[self._value(source) for source in parts] for parts in sources],
+            [[self._fake(source) for source in parts] for parts in sources],
             clip=self.job.clip,
         )
         for i, (stack, parts) in enumerate(zip(stacks, sources, strict=True)):
@@ -234,10 +247,10 @@ class MappedGraphs:
         assert own.keys() == names.keys(), own.keys() ^ names.keys()
         sources = {key: self._source(path, (name,)) for key, name in names.items()}
         state = {
-            key: self._value(source)
-            if own[key].is_floating_point()
             # files hold a network's integers as fp32
-            else self._mapped(source).to(own[key].dtype)
+            key: self._mapped(source).to(
+                self.job.device, None if own[key].is_floating_point() else own[key].dtype
+            )
             for key, source in sources.items()
         }
         graph.load_state_dict(state, strict=False, assign=True)
@@ -269,12 +282,14 @@ class MappedGraphs:
             "shape": shape,
         }
 
-    def _value(self, source: Mapping[str, Any]) -> Tensor:
-        """Return a weight, mapped; on a GPU only room for it, since compiling reads none."""
-        if self.job.device != "cpu":
-            kind: torch.dtype = getattr(torch, source["dtype"])
+    def _fake(self, source: Mapping[str, Any]) -> Tensor:
+        """Return the shape of tables.
+
+        Other weights must be real: inductor writes the values of small ones into the code.
+        """
+        kind: torch.dtype = getattr(torch, source["dtype"])
+        with self.fakes:
             return torch.empty(source["shape"], dtype=kind, device=self.job.device)
-        return self._mapped(source)
 
     def _mapped(self, source: Mapping[str, Any]) -> Tensor:
         file, _ = self._file(source["file"])
@@ -291,10 +306,16 @@ def _offset(infos: Mapping[str, TensorInfo], table: str) -> int:
     return info.pieces[0].offset
 
 
-def trace_graph(graph: Graph, device: str) -> torch.export.ExportedProgram:
-    """Trace a graph for any number of rows."""
+def trace_graph(graph: Graph, device: str, fakes: FakeTensorMode) -> torch.export.ExportedProgram:
+    """Trace a graph for any number of rows.
+
+    Args:
+        graph: The graph.
+        device: cpu or cuda.
+        fakes: The mode of those of its weights that are fake.
+    """
     examples, free = traced(graph.inputs, device)
-    with torch.no_grad(), OneDnnLinear(device):
+    with torch.no_grad(), tracing(TracingContext(fakes)), OneDnnLinear(device):
         return torch.export.export(
             graph,
             examples,
@@ -328,14 +349,36 @@ def compile_part(builder: MappedGraphs, part: str) -> None:
     """Compile one graph to its `.pt2` file."""
     job = builder.job
     graph, weights = builder.build(part)
-    program = trace_graph(graph, job.device)
+    program = trace_graph(graph, job.device, builder.fakes)
     weights = name_constants(program) | weights
     path = Path(job.folder) / job.parts[part]
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs=_settings(_describe(builder, graph, path, weights), job.device),
-    )
+    with _fakes_apart():
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs=_settings(_describe(builder, graph, path, weights), job.device),
+        )
+
+
+@contextmanager
+def _fakes_apart() -> Iterator[None]:
+    """Keep inductor from joining tables of one shape.
+
+    It holds constants of one address for the same, and fake tensors all have the address 0.
+    """
+    from torch._inductor import graph  # takes seconds to import
+
+    same = graph.is_same_tensor
+
+    def is_same(a: Tensor, b: Tensor) -> bool:
+        fake = isinstance(a, FakeTensor) or isinstance(b, FakeTensor)
+        return a is b if fake else same(a, b)
+
+    graph.is_same_tensor = is_same
+    try:
+        yield
+    finally:
+        graph.is_same_tensor = same
 
 
 def _describe(
@@ -367,6 +410,7 @@ def _describe(
         "weights": weights,
         "device": builder.job.device,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_capability() if builder.job.device == "cuda" else None,
         "torch": torch.__version__,
     }
 
@@ -413,7 +457,7 @@ class Pt2Writer:
     def __init__(self, config: ExportConfig, generation: str = "") -> None:
         # here, and not when graphs are written: weights may take long to be put in place
         if config.gpu:
-            _check_gpu()
+            check_gpu()
         self._compiler = _find_compiler()
 
     def folder_of(self, part: str) -> str:
@@ -425,6 +469,8 @@ class Pt2Writer:
         parts = {WHOLE: "whole.pt2"}
         parts |= {tower_name(t): f"{tower_name(t)}/tower.pt2" for t in range(len(job.spec.towers))}
         parts[OVER_ARCH] = f"{OVER_ARCH}/over_arch.pt2"
+        skipped = check_room(job) if job.config.gpu else {}
+        parts = {part: path for part, path in parts.items() if part not in skipped}
         compile_job = CompileJob(
             folder=str(job.folder),
             model=job.spec.to_json(),
@@ -450,16 +496,8 @@ class Pt2Writer:
                 "device": compile_job.device,
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "loader": LOADER,
+                **({"skipped": skipped} if skipped else {}),
             },
-        )
-
-
-def _check_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise ExportError(
-            "a pt2 export for a GPU on a machine that has none",
-            expected="a CUDA device and a torch build for it: exporting compiles the packages",
-            hint="export on a machine like your server, or omit --gpu",
         )
 
 
@@ -493,7 +531,9 @@ def _compile(job: CompileJob) -> Iterator[str]:
     for part in job.parts:
         waiting.put(part)
     done: queue.SimpleQueue[str | ExportError] = queue.SimpleQueue()
-    count = min(_MAX_WORKERS, len(os.sched_getaffinity(0)), len(job.parts))
+    # compilers for a GPU also run kernels there, to choose between them: one at a time
+    most = _MAX_WORKERS if job.device == "cpu" else 1
+    count = min(most, len(os.sched_getaffinity(0)), len(job.parts))
     workers: list[Worker] = []
     threads: list[threading.Thread] = []
     with ExitStack() as logs:

@@ -168,8 +168,9 @@ class TowerLookup(nn.Module):
         """Return one row per feature, shape (B, F, N)."""
         ids_BF = torch.cat([self._ids(name, feeds, wrong) for name in group.features], dim=1)
         table = getattr(self, f"stack_{group.stack}_{self.stacks[group.stack].suffixes[0][1:]}")
-        if self.stacks[group.stack].plain and table.device.type == "cpu":
-            # a bag each: its kernel asks for rows ahead of time, a compiled gather does not
+        if self.stacks[group.stack].plain:
+            # a bag each: on CPUs its kernel asks for rows ahead of time, which a compiled gather
+            # does not; on a GPU inductor would try a gather out on a table of its own making
             ids = ids_BF.flatten()
             each = torch.arange(ids.shape[0], device=ids.device)
             rows = functional.embedding_bag(ids, table, each, mode="sum")

@@ -20,6 +20,7 @@ import onnx
 
 from dmt_convert.config import ExportConfig, ExportFormat
 from dmt_convert.errors import ExportError
+from dmt_convert.free_memory import gib
 from dmt_convert.serving.export_manifest import OVER_ARCH, list_sent, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
 from dmt_convert.serving.graph_inputs import PADDING, FeatureInput
@@ -140,10 +141,33 @@ def make_configs(job: ExportJob) -> tuple[Any, ...]:
     return (*(_tower(job, t) for t in range(len(towers))), _over_arch(job), _ensemble(job, towers))
 
 
+def place_on_gpus(job: ExportJob) -> tuple[tuple[int, ...], ...]:
+    """Return the GPUs that hold each tower: one, or all if it is meant to be everywhere.
+
+    The largest tower comes first, and each goes where the fewest bytes are. Without `--gpus`, the
+    list is empty: Triton makes an instance on every GPU that it sees.
+    """
+    count = job.config.gpus
+    if count is None:
+        return ((),) * len(job.spec.towers)
+    loads = [0] * count
+    placed: dict[int, tuple[int, ...]] = {}
+    sizes = [file.bytes for file in job.weights.towers]
+    for t in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
+        if job.spec.towers[t].everywhere:
+            placed[t] = tuple(range(count))
+        else:
+            placed[t] = (min(range(count), key=lambda gpu: loads[gpu]),)
+        for gpu in placed[t]:
+            loads[gpu] += sizes[t]
+    return tuple(placed[t] for t in range(len(sizes)))
+
+
 def _tower(job: ExportJob, tower: int) -> Any:
     part = tower_name(tower)
     batched = is_batched(job, part)
-    config = _model(job, part, batched, count=2, parameters=_TOWER_PARAMETERS)
+    gpus = place_on_gpus(job)[tower]
+    config = _model(job, part, batched, count=2, parameters=_TOWER_PARAMETERS, gpus=gpus)
     features = list(features_of(job, tower))
     for feature in features:
         _add_feature(config, feature, batched)
@@ -155,7 +179,8 @@ def _tower(job: ExportJob, tower: int) -> Any:
 
 def _over_arch(job: ExportJob) -> Any:
     batched = is_batched(job, OVER_ARCH)
-    config = _model(job, OVER_ARCH, batched, count=1, parameters={})
+    every = range(job.config.gpus or 0)
+    config = _model(job, OVER_ARCH, batched, count=1, parameters={}, gpus=every)
     _add_dense(config, job, batched)
     for sent in list_sent(job.spec):
         _add(config.input, sent.part, _SENT_TYPES[sent.dtype], [sent.columns], batched)
@@ -184,9 +209,15 @@ def _ensemble(job: ExportJob, towers: Sequence[str]) -> Any:
 
 
 def _model(
-    job: ExportJob, part: str, batched: bool, *, count: int, parameters: Mapping[str, str]
+    job: ExportJob,
+    part: str,
+    batched: bool,
+    *,
+    count: int,
+    parameters: Mapping[str, str],
+    gpus: Sequence[int],
 ) -> Any:
-    """Start the config of a model that is a graph; `count` instances of it run on a CPU."""
+    """Start the config of a model that is a graph: `count` instances on a CPU, one on each GPU."""
     messages = triton_messages()
     gpu = job.config.gpu
     config = messages.ModelConfig(
@@ -196,7 +227,7 @@ def _model(
         max_batch_size=MAX_BATCH if batched else 0,
         instance_group=[
             messages.ModelInstanceGroup(
-                kind="KIND_GPU" if gpu else "KIND_CPU", count=1 if gpu else count
+                kind="KIND_GPU" if gpu else "KIND_CPU", count=1 if gpu else count, gpus=gpus
             )
         ],
     )
@@ -428,6 +459,7 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         features=[_describe_feature(job, feature) for feature in job.inputs.features],
         logits=LOGITS,
         gpu=job.config.gpu,
+        gpus=_describe_gpus(job),
         clip=job.config.out_of_range == "clip",
         instances=configs[0].instance_group[0].count,
         max_batch=MAX_BATCH,
@@ -435,6 +467,24 @@ def describe_repository(job: ExportJob, configs: Sequence[Any]) -> str:
         safe_release=SAFE_RELEASE,
         tested=TESTED,
     )
+
+
+def _describe_gpus(job: ExportJob) -> list[dict[str, Any]]:
+    """Say what each GPU holds; empty without `--gpus`."""
+    places, towers = place_on_gpus(job), job.weights.towers
+    return [
+        {
+            "models": [
+                *(_own(job, tower_name(t)) for t, on in enumerate(places) if gpu in on),
+                _own(job, OVER_ARCH),
+            ],
+            "size": gib(
+                job.weights.over_arch.bytes
+                + sum(towers[t].bytes for t, on in enumerate(places) if gpu in on)
+            ),
+        }
+        for gpu in range(job.config.gpus or 0)
+    ]
 
 
 def _render(template: str, **values: Any) -> str:

@@ -43,7 +43,7 @@ OPTIONS = {
     "--teacher --teacher-weight",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "
     "--out-of-range --request-batching --request-group --per-request --dense-per-request "
-    "--copy-weights --model-name --gpu "
+    "--copy-weights --model-name --gpu --gpus "
     "--checksums --model --json --quiet",
     "unshard": "--out --only --force --json --quiet",
 }

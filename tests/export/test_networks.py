@@ -60,8 +60,9 @@ def test_constants_of_the_code_are_weights_of_pt2_graphs(
     found = {}
 
     def trace(job: Any) -> Any:
-        graph, weights = pt2.MappedGraphs(job).build("whole")
-        found["program"] = program = pt2.trace_graph(graph, "cpu")
+        builder = pt2.MappedGraphs(job)
+        graph, weights = builder.build("whole")
+        found["program"] = program = pt2.trace_graph(graph, "cpu", builder.fakes)
         weights |= pt2.name_constants(program)
         assert {*program.state_dict, *program.constants} <= weights.keys()
         found["weights"] = weights

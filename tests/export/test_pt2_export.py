@@ -109,7 +109,7 @@ def test_the_loader_needs_torch_alone(exported: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch"}
-    assert source.count("\n") < 180
+    assert source.count("\n") < 220
 
 
 def test_the_copied_loader_runs_every_part(

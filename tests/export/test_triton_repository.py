@@ -77,7 +77,8 @@ def test_padded_models_batch_and_their_graphs_answer_like_the_model(
 
 
 def test_models_behind_jagged_ids_do_not_batch_and_others_do(triton: Exporter) -> None:
-    exported = triton(pooling_input=["single", "cat_0=jagged"], weighted=("cat_0",), gpu=True)
+    on_gpu: dict[str, Any] = {"gpu": True, "out_of_range": "clip"}
+    exported = triton(pooling_input=["single", "cat_0=jagged"], weighted=("cat_0",), **on_gpu)
     with_jagged = next(t for t, own in enumerate(exported.spec.towers) if "cat_0" in own.features)
     configs = {config.name: config for config in configs_of(exported.path)}
     mine, other = (configs[part_names(exported)[t]] for t in (with_jagged, 1 - with_jagged))
