@@ -9,10 +9,10 @@ A graph is machine code: load exports only that you made, or whose makers you tr
 `export.json` show damage, and no attack. `model.inputs` lists what a graph takes.
 
 Weights stay in the `.safetensors` files, memory-mapped: loading costs milliseconds, and processes
-share one copy. On a GPU they are copied to its memory, and so are inputs that lie elsewhere; the
-output stays there. The first requests read from the disk, so send some before traffic comes. Threads:
-`torch.set_num_threads`. A server of large batches (1,000 rows and more) calls `keep_freed_memory()`
-when it starts.
+share one copy. The first requests read from the disk, so send some before traffic comes. On a GPU,
+weights are copied to its memory, and so are inputs that lie elsewhere; the output stays there.
+Threads: `torch.set_num_threads`. A server of large batches (1,000 rows and more) calls
+`keep_freed_memory()` when it starts.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ def _choose_device(described: Mapping[str, Any], asked: str | None) -> torch.dev
     if not cuda.is_available():
         raise RuntimeError("it was compiled for a GPU; torch finds none here")
     index = cuda.current_device() if device.index is None else device.index
-    major, minor = described.get("gpu") or (None, None)
     has_major, has_minor = cuda.get_device_capability(index)
-    if major is not None and not (has_major == major and has_minor >= minor):
+    major, minor = described.get("gpu") or (has_major, has_minor)  # early versions did not say
+    if has_major != major or has_minor < minor:
         raise RuntimeError(
             f"it was compiled for GPUs of compute capability {major}.{minor}; cuda:{index} has "
             f"{has_major}.{has_minor}"

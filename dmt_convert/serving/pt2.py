@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -54,6 +55,7 @@ from dmt_convert.serving import load_pt2
 from dmt_convert.serving.columns import Columns
 from dmt_convert.serving.export_manifest import CODE_PREFIX, OVER_ARCH, WHOLE, tower_name
 from dmt_convert.serving.exporter import ExportJob, Written
+from dmt_convert.serving.gpu import check_gpu, check_room
 from dmt_convert.serving.graph_inputs import GraphInputs
 from dmt_convert.serving.graphs import (
     Graph,
@@ -64,7 +66,6 @@ from dmt_convert.serving.graphs import (
     list_over_arch_inputs,
     traced,
 )
-from dmt_convert.serving.gpu import check_gpu, check_room
 from dmt_convert.serving.load_pt2 import MappedFile
 from dmt_convert.serving.pt2_lookup import TowerLookup, stack_tables
 
@@ -366,19 +367,18 @@ def _fakes_apart() -> Iterator[None]:
 
     It holds constants of one address for the same, and fake tensors all have the address 0.
     """
-    from torch._inductor import graph  # takes seconds to import
+    module: Any = import_module("torch._inductor.graph")  # takes seconds
+    same = module.is_same_tensor
 
-    same = graph.is_same_tensor
+    def is_same(data: Tensor, value: Tensor) -> bool:
+        fake = isinstance(data, FakeTensor) or isinstance(value, FakeTensor)
+        return data is value if fake else bool(same(data, value))
 
-    def is_same(a: Tensor, b: Tensor) -> bool:
-        fake = isinstance(a, FakeTensor) or isinstance(b, FakeTensor)
-        return a is b if fake else same(a, b)
-
-    graph.is_same_tensor = is_same
+    module.is_same_tensor = is_same
     try:
         yield
     finally:
-        graph.is_same_tensor = same
+        module.is_same_tensor = same
 
 
 def _describe(

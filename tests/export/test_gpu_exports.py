@@ -49,7 +49,7 @@ class StandIn:
         self.device = torch.device("cuda", index)
 
     @staticmethod
-    def load_metadata_from_package(path: str, name: str) -> dict[str, str]:
+    def load_metadata_from_package(*_: str) -> dict[str, str]:
         return {"dmt": json.dumps(StandIn.described)}
 
     def get_constant_fqns(self) -> list[str]:
@@ -204,7 +204,7 @@ def test_one_graph_at_a_time_is_compiled_on_a_gpu(
     started = []
 
     def start(job: Any, logs: Any) -> Any:
-        log = logs.enter_context(tempfile.TemporaryFile("w+"))
+        log = logs.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, start_new_session=True
