@@ -492,8 +492,8 @@ class ExportConfig(BundleOptions):
         if self.gpu and self.format != "pt2" and self.out_of_range == "refuse":
             raise ValueError(
                 f"--gpu for {self.format}: on a GPU, ONNX Runtime reads zeros for an id outside "
-                "its table and refuses nothing: add --out-of-range clip, or use --format pt2, whose "
-                "graphs check ids themselves"
+                "its table and refuses nothing: add --out-of-range clip, or use --format pt2, "
+                "whose graphs check ids themselves"
             )
         if self.gpus is not None and not (self.gpu and self.format == "triton"):
             raise ValueError("--gpus: only for --format triton --gpu")

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, cuda
 
 _CPUS = ("DEFAULT", "AVX2", "AVX512")
-_Loader = torch._C._aoti.AOTIModelPackageLoader
+_Loader: Any = torch._C._aoti.AOTIModelPackageLoader
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -86,7 +86,7 @@ class Graph:
             _Loader.load_metadata_from_package(str(path), "model")["dmt"]
         )
         self.device = _choose_device(described, device)
-        index = -1 if self.device.index is None else self.device.index
+        index = self.device.index if self.device.type == "cuda" else -1
         self._loader = _Loader(str(path), "model", False, runners, index)
         self.inputs: list[dict[str, Any]] = described["inputs"]
         self._ids: list[dict[str, Any]] = described["ids"]
@@ -171,7 +171,7 @@ def _choose_device(described: Mapping[str, Any], asked: str | None) -> torch.dev
         return device
     if not cuda.is_available():
         raise RuntimeError("it was compiled for a GPU; torch finds none here")
-    index = cuda.current_device() if device.index is None else device.index
+    index = cuda.current_device() if str(device) == kind else device.index
     has_major, has_minor = cuda.get_device_capability(index)
     major, minor = described.get("gpu") or (has_major, has_minor)  # early versions did not say
     if has_major != major or has_minor < minor:
