@@ -23,6 +23,7 @@ from . import (
     partition_command,
     plan_command,
     score_command,
+    selftest_command,
     unshard_command,
     verify_command,
 )
@@ -78,6 +79,7 @@ for _module in (
     finetune_command,
     export_command,
     unshard_command,
+    selftest_command,
 ):
     app.command(_module.NAME)(_module.run)
 

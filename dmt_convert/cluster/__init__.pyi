@@ -8,6 +8,8 @@ from .finetune import FinetuneJob as FinetuneJob
 from .finetune import Finetuning as Finetuning
 from .finetune import RanksFailedError as RanksFailedError
 from .finetune import run_finetune as run_finetune
+from .gpus import has_gpus as has_gpus
+from .gpus import unusable_error as unusable_error
 from .index_route import JaggedBatch as JaggedBatch
 from .index_route import to_jagged as to_jagged
 from .launcher import Launched as Launched
@@ -21,6 +23,8 @@ from .rank_process import STOP_REQUEST as STOP_REQUEST
 from .rank_process import InterruptError as InterruptError
 from .rank_process import LostRankError as LostRankError
 from .rank_process import current_rank as current_rank
+from .rank_process import lacking_error as lacking_error
+from .rank_process import missing_packages as missing_packages
 from .rank_process import training_process as training_process
 from .ranks import RankLayout as RankLayout
 from .ranks import Ranks as Ranks
@@ -33,3 +37,6 @@ from .sharding import shard_bundle as shard_bundle
 from .sharding import table_shards as table_shards
 from .shared_teacher import open_teacher_together as open_teacher_together
 from .trainer import ClusterTrainer as ClusterTrainer
+from .wire import Floats as Floats
+from .wire import Format as Format
+from .wire import Scaled as Scaled

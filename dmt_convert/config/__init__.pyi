@@ -11,6 +11,7 @@ from .commands import PartitionConfig as PartitionConfig
 from .commands import PartitionOptions as PartitionOptions
 from .commands import PlanConfig as PlanConfig
 from .commands import ScoreConfig as ScoreConfig
+from .commands import SelftestConfig as SelftestConfig
 from .commands import UnshardConfig as UnshardConfig
 from .commands import VerifyConfig as VerifyConfig
 from .fields import base_type as base_type

@@ -505,6 +505,20 @@ class ExportConfig(BundleOptions):
         return self
 
 
+class SelftestConfig(Config):
+    """Settings of `dmt selftest`."""
+
+    command: ClassVar[str] = "selftest"
+
+    nproc: int | None = setting(
+        None, "Ranks to start on this host.", ge=1, auto="one per GPU, or 2 without GPUs"
+    )
+    quick: bool = setting(False, "Leave out checkpoints and exports.")
+    out: PathValue | None = setting(
+        None, "Folder for selftest.json.", metavar="DIR", auto="the current folder"
+    )
+
+
 class UnshardConfig(Config):
     """Settings of `dmt unshard`."""
 
@@ -531,5 +545,6 @@ COMMANDS: Final[tuple[type[Config], ...]] = (
     FinetuneConfig,
     ExportConfig,
     UnshardConfig,
+    SelftestConfig,
 )
 """The settings of every command, in the order of the documentation."""

@@ -1,0 +1,5 @@
+"""Whether training, checkpoints and exports work on this machine: `dmt selftest`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

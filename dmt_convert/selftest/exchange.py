@@ -1,0 +1,107 @@
+"""Whether ranks meet, and exchange what they should: gloo on CPUs, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from dmt_convert.selftest.process import Context
+from dmt_convert.selftest.ranks import run_ranks
+from dmt_convert.selftest.report import Outcome
+
+_LIMIT: Final = timedelta(seconds=60)
+_BYTES: Final = 32 << 20
+"""Of the timed exchange, per rank."""
+
+
+def check_gloo(context: Context) -> Outcome:
+    """Exchange on the CPU."""
+    return _check(context, "gloo")
+
+
+def check_nccl(context: Context) -> Outcome:
+    """Exchange between GPUs."""
+    if context.device != "cuda":
+        return Outcome(status="skipped", line="no GPU")
+    return _check(context, "nccl")
+
+
+def _check(context: Context, backend: str) -> Outcome:
+    found = run_ranks(context.nproc, "dmt_convert.selftest.exchange", [backend]) or {}
+    wrong = found.get("wrong", ["the ranks said nothing"])
+    if wrong:
+        return Outcome(status="differs", line="; ".join(wrong)[:300], details=found)
+    line = (
+        f"{context.nproc} ranks met in {found['start']:.1f} s; AlltoAll {found['alltoall']:.2g}, "
+        f"all-reduce {found['allreduce']:.2g} GB/s per rank"
+    )
+    return Outcome(status="ok", line=line, details=found)
+
+
+def main(arguments: list[str]) -> None:
+    """Be one rank."""
+    from dmt_convert.cluster import read_layout, start_ranks, stop_ranks, training_process
+
+    (backend,) = arguments
+    with training_process(json_errors=False, quiet=True, timeout=_LIMIT.total_seconds()):
+        layout = read_layout("nccl" if backend == "nccl" else "gloo")
+        begin = time.perf_counter()
+        ranks = start_ranks(layout, hosts_per_tower=1, timeout=_LIMIT)
+        start = time.perf_counter() - begin
+        device = torch.device(layout.device)
+        wrong = [text for texts in ranks.on_all(lambda: _wrong(device)) for text in texts]
+        speeds = _measure(device)
+        stop_ranks()
+    if layout.rank == 0:
+        sys.stdout.write(json.dumps({"wrong": wrong, "start": start, **speeds}) + "\n")
+
+
+def _wrong(device: torch.device) -> list[str]:
+    """Exchange messages of known content; uneven ones, and empty ones."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    wrong = []
+
+    def count(source: int, target: int) -> int:
+        return (source + 2 * target) % 3 * 5
+
+    for dtype in (torch.float32, torch.uint8, torch.int64):
+        sent = [torch.full((count(rank, t),), 16 * rank + t, dtype=dtype) for t in range(size)]
+        expected = [torch.full((count(s, rank),), 16 * s + rank, dtype=dtype) for s in range(size)]
+        got = torch.empty(sum(map(len, expected)), dtype=dtype, device=device)
+        splits = [len(part) for part in expected], [len(part) for part in sent]
+        dist.all_to_all_single(got, torch.cat(sent).to(device), *splits)
+        if not torch.equal(got.cpu(), torch.cat(expected)):
+            wrong.append(f"rank {rank}: AlltoAll of {dtype} gave other numbers than were sent")
+    total = torch.full((7,), float(rank + 1), device=device)
+    dist.all_reduce(total)
+    if not torch.equal(total.cpu(), torch.full((7,), size * (size + 1) / 2)):
+        wrong.append(f"rank {rank}: all-reduce gave another sum")
+    return wrong
+
+
+def _measure(device: torch.device) -> dict[str, Any]:
+    """Return GB/s of one rank."""
+    size = dist.get_world_size()
+    data = torch.zeros(_BYTES // 4 // size * size, device=device)
+    out = torch.empty_like(data)
+    work = {
+        "alltoall": lambda: dist.all_to_all_single(out, data),
+        "allreduce": lambda: dist.all_reduce(data),
+    }
+    found = {}
+    for name, run in work.items():
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        found[name] = data.nbytes / min(times) / 1e9
+    return found
