@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
+import dmt_convert as dmt
 from dmt_convert.config import SelftestConfig
 
 from .console import Output, visible
 from .options import command
+
+if TYPE_CHECKING:
+    from dmt_convert.selftest import CheckResult
 
 NAME = "selftest"
 
@@ -24,13 +29,12 @@ def run(*, config: SelftestConfig, output: Output) -> None:
 
     Example: `dmt selftest --quick`
     """
-    from dmt_convert.selftest import CheckResult, run_selftest
 
     def show(result: CheckResult) -> None:
         if not output.json:
             print(visible(result.line), flush=True)
 
-    report = run_selftest(config, show)
+    report = dmt.check_machine(config=config, on_result=show)
     path = report.write(config.out or Path())
     if output.json:
         output.result({**report.to_json(), "path": str(path)})

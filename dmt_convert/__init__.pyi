@@ -1,6 +1,7 @@
 __version__: str
 
 from .api import check_data as check_data
+from .api import check_machine as check_machine
 from .api import convert as convert
 from .api import evaluate as evaluate
 from .api import export as export

@@ -29,6 +29,7 @@ from dmt_convert.config import (
     PartitionConfig,
     PlanConfig,
     ScoreConfig,
+    SelftestConfig,
     UnshardConfig,
     VerifyConfig,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from dmt_convert.placement import TowerPlan
     from dmt_convert.placement.predict import PredictionReport
     from dmt_convert.scoring import Evaluation, ScoredModel, Scores, VerifyReport
+    from dmt_convert.selftest import CheckResult, SelftestReport
     from dmt_convert.serving import Export, ExportManifest
 
 AnyPath = str | os.PathLike[str]
@@ -409,6 +411,24 @@ def unshard(
     return unshard_checkpoint(
         Path(source), config.out, only=config.only, force=config.force, progress=progress
     )
+
+
+def check_machine(
+    *,
+    config: SelftestConfig | None = None,
+    on_result: Callable[[CheckResult], None] = lambda result: None,
+    **settings: Any,
+) -> SelftestReport:
+    """Check that training over ranks, checkpoints and exports work on this machine.
+
+    Args:
+        config: Settings of `dmt selftest`.
+        on_result: Told of every check when it has run.
+        **settings: Settings that differ from `config`, or from the defaults.
+    """
+    from dmt_convert.selftest import run_selftest
+
+    return run_selftest(_settings(SelftestConfig, config, settings), on_result)
 
 
 def _settings(kind: type[Kind], config: Kind | None, changes: Mapping[str, Any]) -> Kind:

@@ -39,7 +39,7 @@ def check_environment(_: Context) -> Outcome:
     found |= {
         "python": platform.python_version(),
         "cuda": torch.version.cuda if has_gpu else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else None,
+        "nccl": _nccl_version() if has_gpu else None,
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
         "CUDA_HOME": os.environ.get("CUDA_HOME"),
         "cores": len(os.sched_getaffinity(0)),
@@ -54,6 +54,11 @@ def check_environment(_: Context) -> Outcome:
     named = [f"{name} {found[name]}" for name in ("torch", "torchrec") if found[name]]
     fbgemm = found["fbgemm-gpu-cpu"] or found["fbgemm-gpu"]
     return Outcome(status="ok", line=", ".join([*named, f"fbgemm {fbgemm}"]), details=found)
+
+
+def _nccl_version() -> str:
+    found: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, found))
 
 
 def _version(name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -90,7 +91,7 @@ def _measure(device: torch.device) -> dict[str, Any]:
     size = dist.get_world_size()
     data = torch.zeros(_BYTES // 4 // size * size, device=device)
     out = torch.empty_like(data)
-    work = {
+    work: dict[str, Callable[[], Any]] = {
         "alltoall": lambda: dist.all_to_all_single(out, data),
         "allreduce": lambda: dist.all_reduce(data),
     }

@@ -23,9 +23,9 @@ def check_exports(context: Context) -> Outcome:
             done[name] = {"skipped": "no C++ compiler"}
             continue
         for gpu in (False, True) if on_gpu else (False,):
-            clip = {"out_of_range": "clip"} if gpu and name != "pt2" else {}
+            clip = "clip" if gpu and name != "pt2" else "refuse"
             out = context.folder / f"served-{name}{'-gpu' * gpu}"
-            export = dmt.export(context.folder / BUNDLE, name, out, gpu=gpu, **clip)
+            export = dmt.export(context.folder / BUNDLE, name, out, gpu=gpu, out_of_range=clip)
             ran_on = sorted({check.ran_on for check in export.checks})
             done[f"{name}{' --gpu' * gpu}"] = {"checks": len(export.checks), "ran_on": ran_on}
     line = "; ".join(

@@ -64,7 +64,7 @@ def compare(kind: TableOptimizerKind, *, weighted: bool, device: str) -> tuple[f
         bags = [_bags(generator, len(table), weighted=weighted) for table in plain]
         target = torch.randn(_BATCH, len(used), generator=generator) * used
         pooled = _look_up(fused, bags, device, weighted=weighted)
-        (pooled * target.to(device)).sum().backward()
+        (pooled * target.to(device)).sum().backward()  # type: ignore[no-untyped-call]
         expected = _step_plain(plain, bags, target, kind, state, step + 1)
         worst = max(worst, float((pooled.detach().cpu() - expected).abs().max()))
     for mine, theirs in zip(fused.split_embedding_weights(), plain, strict=True):
@@ -128,7 +128,7 @@ def _empty_batch(device: str) -> bool:
     fused = make_fused(tables, "rowwise-adagrad", device)
     none = torch.zeros(0, dtype=torch.int64), torch.zeros(_BATCH + 1, dtype=torch.int64)
     pooled = _look_up(fused, [(*none, torch.zeros(0))] * len(tables), device, weighted=False)
-    pooled.sum().backward()
+    pooled.sum().backward()  # type: ignore[no-untyped-call]
     still = all(bool((table == 1).all()) for table in fused.split_embedding_weights())
     return still and not pooled.any()
 
@@ -152,10 +152,12 @@ def _step_plain(
         ],
         dim=1,
     )
-    (pooled * target).sum().backward()
+    (pooled * target).sum().backward()  # type: ignore[no-untyped-call]
     for table, leaf, kept, (ids, _, _) in zip(tables, leaves, state, bags, strict=True):
         assert leaf.grad is not None
-        rows = ids.unique()  # fused optimizers leave other rows alone
+        rows = torch.tensor(
+            sorted(set(ids.tolist())), dtype=torch.int64
+        )  # fused optimizers leave other rows alone
         table[rows] -= _LR * _direction(leaf.grad, rows, kind, kept, step)
     return pooled.detach()
 

@@ -139,6 +139,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.terminate()  # a launcher ends its ranks, which are in sessions of their own
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-    if process.poll() is None:
+    with suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

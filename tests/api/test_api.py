@@ -43,8 +43,9 @@ def rows() -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
 def test_every_command_has_a_function() -> None:
     names = {config.command for config in COMMANDS}
     assert names == {"inspect", "convert", "partition", "plan", "data", "score", "evaluate",
-                     "verify", "finetune", "export", "unshard"}  # fmt: skip
-    functions = {"data": dmt.check_data}  # `dmt.data` is a package
+                     "verify", "finetune", "export", "unshard", "selftest"}  # fmt: skip
+    # `dmt.data` and `dmt.selftest` are packages
+    functions = {"data": dmt.check_data, "selftest": dmt.check_machine}
     for config in COMMANDS:
         function = functions.get(config.command) or getattr(dmt, config.command)
         parameters = inspect.signature(function).parameters

@@ -16,7 +16,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER: Final = {
     # they start ranks or servers, or kill what they start, and take their turns
-    "processes": ("engine", "finetune", "recipes", "export/triton", "convert/test_interruptions"),
+    "processes": (
+        "engine",
+        "finetune",
+        "recipes",
+        "selftest",
+        "export/triton",
+        "convert/test_interruptions",
+    ),
     # they share bundles
     "commands": ("cli",),
     "scored": ("scoring", "verify"),
