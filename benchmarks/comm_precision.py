@@ -113,23 +113,21 @@ def planned_bytes(options: argparse.Namespace, precision: Any) -> float:
 
 def be_rank(report: Path, arguments: Sequence[str]) -> None:
     """Run the recipe as one rank, and count what it sends to other hosts while it trains."""
-    from dmt_convert.cluster import ClusterTrainer, exchange, index_route
+    from dmt_convert.cluster import ClusterTrainer, Transport
     from dmt_convert.recipes import finetune_dmt
 
     counts = {"steps": 0, "tower outputs": 0, "ids": 0, "dense gradients": 0}
     training = [False]
 
-    def count(module: Any, what: str) -> None:
-        original = module.all_to_all
+    original = Transport.all_to_all
 
-        def all_to_all(group: Any, sent: Any, sizes: Any) -> Any:
-            counts[what] += training[0] * bytes_to_others(group, sent)
-            return original(group, sent, sizes)
+    def all_to_all(self: Any, group: Any, sent: Any, sizes: Any, parts: Any = None) -> Any:
+        each = list(sent) if parts is None else sent.split(list(parts))
+        what = "tower outputs" if sent[0].element_size() == 1 else "ids"
+        counts[what] += training[0] * bytes_to_others(group, each)
+        return original(self, group, sent, sizes, parts)
 
-        module.all_to_all = all_to_all
-
-    count(exchange, "tower outputs")
-    count(index_route, "ids")
+    Transport.all_to_all = all_to_all  # type: ignore[method-assign]
     take_step = finetune_dmt.take_step
 
     def counted(trainer: ClusterTrainer, lr_factor: float) -> float:

@@ -83,7 +83,13 @@ class Rank:
         """Return bytes per host and step, those of gradients as planned; median ms of a step."""
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-        from dmt_convert.cluster import JaggedBatch, fused_parameters, shard_model, table_shards
+        from dmt_convert.cluster import (
+            JaggedBatch,
+            Transport,
+            fused_parameters,
+            shard_model,
+            table_shards,
+        )
         from dmt_convert.cluster.optimizers import FusedTables
 
         flat = flat_spec(self.options.features, small_rows)
@@ -93,7 +99,7 @@ class Rank:
         sharded = shard_model(
             DmtModel(spec),
             plan,
-            device="cpu",
+            transport=Transport("cpu", "gloo"),
             fused_params=fused_parameters("rowwise-adagrad", lr=0.05),
         )
         with torch.no_grad():

@@ -31,7 +31,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster import JaggedBatch, fused_parameters, shard_model
+from dmt_convert.cluster import JaggedBatch, Transport, fused_parameters, shard_model
 from dmt_convert.model import DmtModel, DmtSpec, build_tower_module
 from dmt_convert.placement import TowerPlan, build_tower_collection, to_sharding_plan
 from dmt_convert.placement.predict.cost_model import planned_load
@@ -145,7 +145,7 @@ class OwnVariant:
         self.model = shard_model(
             model,
             plan,
-            device="cpu",
+            transport=Transport(CPU, "gloo"),
             fused_params=fused_parameters("rowwise-adagrad", lr=settings.learning_rate),
             comm_dtype=comm_dtype,
         )

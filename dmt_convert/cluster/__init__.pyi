@@ -37,6 +37,7 @@ from .sharding import shard_bundle as shard_bundle
 from .sharding import table_shards as table_shards
 from .shared_teacher import open_teacher_together as open_teacher_together
 from .trainer import ClusterTrainer as ClusterTrainer
+from .transport import Transport as Transport
 from .wire import Floats as Floats
 from .wire import Format as Format
 from .wire import Scaled as Scaled

@@ -24,6 +24,7 @@ from dmt_convert.cluster.padding import Width, find_widths, trim_shards
 from dmt_convert.cluster.replicated import ReplicatedTables
 from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.cluster.wire import choose_formats
 from dmt_convert.model import DmtModel, DmtSpec, Head
 from dmt_convert.placement import TowerPlan, to_sharding_plan
@@ -42,7 +43,7 @@ class ClusterModel(nn.Module):
         widths: Table -> how its rows lie in memory.
         weighted: Whether ids come with weights.
         lr: The tables' learning rate.
-        device: Where tables lie that every rank holds.
+        transport: Of this rank.
     """
 
     def __init__(
@@ -53,15 +54,21 @@ class ClusterModel(nn.Module):
         *,
         weighted: bool,
         lr: float,
-        device: torch.device,
+        transport: Transport,
     ) -> None:
         super().__init__()
         spec = model.spec
         everywhere = any(tower.everywhere for tower in spec.towers)
-        self.replicated = ReplicatedTables(spec, device) if everywhere else None
+        self.replicated = ReplicatedTables(spec, transport) if everywhere else None
         modules = [tower.tower_module for tower in model.tower_list]
         self.towers: nn.Module = EmbeddingTowerCollection(
-            [_build_tower(spec, t, modules[t], widths, weighted=weighted, lr=lr) for t in order],
+            [
+                EmbeddingTower(
+                    _build_bags(spec, t, widths, weighted=weighted, lr=lr),
+                    _build_head(spec, t, modules[t], widths, transport),
+                )
+                for t in order
+            ],
             device=torch.device("meta"),
         )
         model.towers = nn.ModuleList()
@@ -89,15 +96,9 @@ class ClusterModel(nn.Module):
         return anchor(logits, *self._anchored) if self._anchored else logits
 
 
-def _build_tower(
-    spec: DmtSpec,
-    tower: int,
-    module: nn.Module,
-    widths: Mapping[str, Width],
-    *,
-    weighted: bool,
-    lr: float,
-) -> EmbeddingTower:
+def _build_bags(
+    spec: DmtSpec, tower: int, widths: Mapping[str, Width], *, weighted: bool, lr: float
+) -> EmbeddingBagCollection:
     features = spec.towers[tower].features
     by_table: dict[str, list[str]] = {}
     for feature in spec.flat.features:
@@ -118,9 +119,20 @@ def _build_tower(
     for name, bag in bags.embedding_bags.items():
         if widths[name].factor != 1:  # TorchRec makes a kernel for every learning rate
             bag.weight._optimizer_kwargs = [{"lr": lr / widths[name].factor}]
+    return bags
+
+
+def _build_head(
+    spec: DmtSpec,
+    tower: int,
+    module: nn.Module,
+    widths: Mapping[str, Width],
+    transport: Transport,
+) -> TowerHead:
+    features = spec.towers[tower].features
     columns = (sum(spec.tower_widths[:tower]), spec.tower_widths[tower])
     dims = [widths[spec.flat.table_of(name).name] for name in features]
-    return EmbeddingTower(bags, TowerHead(features, dims, module, columns))
+    return TowerHead(features, dims, module, columns, transport)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,6 +147,8 @@ class ShardedModel:
     """Table -> how its rows lie in memory."""
     weighted: bool
     """Whether ids come with weights."""
+    transport: Transport
+    """This rank's device, and how it exchanges with others."""
 
     def __call__(self, batch: JaggedBatch) -> Tensor:
         """Return logits, shape (B,)."""
@@ -185,7 +199,7 @@ def shard_model(
     model: DmtModel,
     plan: TowerPlan,
     *,
-    device: str,
+    transport: Transport,
     fused_params: dict[str, Any],
     comm_dtype: CommDtype | None = None,
     weighted: bool = False,
@@ -195,7 +209,7 @@ def shard_model(
     Args:
         model: The model, dense parts in memory. Its modules are taken over.
         plan: Where its towers go; of as many ranks as there are.
-        device: This rank's device.
+        transport: This rank's device, and how it exchanges with others.
         fused_params: The tables' optimizer, from `fused_parameters`.
         comm_dtype: Precision between hosts of what has no code; None: fp32, and that of their code
             for gradients.
@@ -209,7 +223,7 @@ def shard_model(
         BundleError: Hosts do not have the same codes.
     """
     spec = model.spec
-    on = torch.device(device)
+    on = transport.device
     sharding = to_sharding_plan(
         plan,
         spec.flat,
@@ -223,10 +237,12 @@ def shard_model(
     modules = [tower.tower_module for tower in model.tower_list]
     formats = choose_formats(spec, modules, comm_dtype, on)
     parallel = DistributedModelParallel(
-        ClusterModel(model, plan.tower_order, widths, weighted=weighted, lr=lr, device=on),
+        ClusterModel(
+            model, plan.tower_order, widths, weighted=weighted, lr=lr, transport=transport
+        ),
         device=on,
         plan=ShardingPlan(plan={TOWERS: sharding.plan[TOWERS]}),
-        sharders=[TowersSharder(fused_params, formats=formats)],
+        sharders=[TowersSharder(fused_params, formats=formats, transport=transport)],
     )
     core = parallel.module
     towers = core.towers
@@ -234,7 +250,9 @@ def shard_model(
     own = [] if core.replicated is None else core.replicated.columns
     core.head.expect_columns([*towers.arriving_columns(), *own])
     _clear_padding(towers, widths)
-    return ShardedModel(parallel=parallel, towers=towers, widths=widths, weighted=weighted)
+    return ShardedModel(
+        parallel=parallel, towers=towers, widths=widths, weighted=weighted, transport=transport
+    )
 
 
 def _clear_padding(towers: ShardedTowers, widths: Mapping[str, Width]) -> None:

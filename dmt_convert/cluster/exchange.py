@@ -9,62 +9,16 @@ Letters: P peers, B samples of one rank, O elements that a group's towers emit p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.types import LazyAwaitable
 
+from dmt_convert.cluster.transport import Transfer, Transport
 from dmt_convert.cluster.wire import Wire
-
-_TAG: Final = 0
-
-
-def all_to_all(
-    group: dist.ProcessGroup, sent: Sequence[Tensor], sizes: Sequence[int]
-) -> tuple[list[Tensor], list[Any]]:
-    """Send every rank its part, and receive one from each, full duplex; for gloo.
-
-    Every receive is posted before any send. The stock AlltoAll of gloo queues payload before it
-    tells that it can receive, so that a rank that comes late gets its payload in one direction at
-    a time. Empty parts are not sent.
-
-    Args:
-        group: The ranks.
-        sent: One contiguous, flat tensor per rank, all of one type.
-        sizes: Elements that come from every rank.
-
-    Returns:
-        What is received, one tensor per rank, valid after all works were waited for (a rank's own
-        part is the one it sent); and the works.
-    """
-    rank, size = group.rank(), group.size()
-    received = [
-        sent[rank] if peer == rank else sent[0].new_empty(n) for peer, n in enumerate(sizes)
-    ]
-    others = [(rank + step) % size for step in range(1, size)]
-    # the group's own methods: torch.distributed's wrappers would double the cost of a message
-    works = [group.recv([received[peer]], peer, _TAG) for peer in reversed(others) if sizes[peer]]
-    works += [group.send([sent[peer]], peer, _TAG) for peer in others if sent[peer].numel()]
-    return received, works
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Transfer:
-    """Bytes on their way among peers."""
-
-    works: list[Any] = field(default_factory=list)
-    received: list[Tensor] = field(default_factory=list)
-    sent: list[Tensor] = field(default_factory=list)
-
-    def wait(self) -> list[Tensor]:
-        """Wait for all; returns one uint8 tensor per peer."""
-        for work in self.works:
-            work.wait()
-        received, self.works, self.received, self.sent = self.received, [], [], []
-        return received
 
 
 class PeerExchange:
@@ -72,6 +26,7 @@ class PeerExchange:
 
     Args:
         group: The peers.
+        transport: How they exchange.
         wires: How every peer's tower outputs travel, and their gradients back, in the order of the
             group.
         order: The column of what this rank emits for every column that it sends; empty: as they
@@ -81,15 +36,18 @@ class PeerExchange:
     def __init__(
         self,
         group: dist.ProcessGroup,
+        transport: Transport,
         wires: Sequence[tuple[Wire, Wire]],
         order: Sequence[int] = (),
     ) -> None:
-        self.group = group
+        self.group, self._transport = group, transport
         self.forward_wires = [forward for forward, _ in wires]
         self.backward_wires = [backward for _, backward in wires]
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.order = torch.tensor(order, dtype=torch.int64)
-        self._duplex = dist.get_backend(group) == "gloo"
+        columns = torch.tensor(order, dtype=torch.int64)
+        self._order = transport.put(columns)
+        self._way_back = transport.put(torch.argsort(columns))
+        self._is_even = len({wire.layout for wire in self.backward_wires}) == 1
 
     def __call__(self, emitted: Tensor) -> LazyAwaitable[Tensor]:
         """Start the exchange.
@@ -101,71 +59,70 @@ class PeerExchange:
         Returns:
             An awaitable of all towers' outputs for this rank's samples, shape (B, sum of O).
         """
-        transfer = _Transfer()
-        token = _Start.apply(emitted, self, transfer)  # type: ignore[no-untyped-call]
-        return _Emitted(self, transfer, token, emitted.shape[0] // self.size)
+        box = _Box()
+        token = _Start.apply(emitted, self, box)  # type: ignore[no-untyped-call]
+        return _Emitted(self, box, token, emitted.shape[0] // self.size)
 
-    def scatter(self, emitted: Tensor, transfer: _Transfer) -> None:
+    def scatter(self, emitted: Tensor) -> Transfer:
         """Send every peer its samples; receive one's own samples from every peer."""
         batch = emitted.shape[0] // self.size
-        parts = self.forward_wires[self.rank].encode(self._arrange(emitted), self.size)
-        self._post(parts, [wire.message_bytes(batch) for wire in self.forward_wires], transfer)
+        if len(self._order):
+            emitted = emitted.index_select(1, self._order)
+        messages = self.forward_wires[self.rank].encode(emitted, self.size)
+        sizes = [wire.message_bytes(batch) for wire in self.forward_wires]
+        return self._post(messages, sizes)
 
-    def join_outputs(self, transfer: _Transfer, batch: int) -> Tensor:
+    def join_outputs(self, transfer: Transfer, batch: int) -> Tensor:
         """Wait for all towers' outputs for one's own samples: shape (B, sum of O)."""
-        pairs = zip(self.forward_wires, transfer.wait(), strict=True)
+        pairs = zip(self.forward_wires, transfer.parts(), strict=True)
         return torch.cat([wire.decode(data, batch) for wire, data in pairs], dim=1)
 
-    def gather(self, gradient: Tensor, transfer: _Transfer) -> None:
+    def gather(self, gradient: Tensor) -> Transfer:
         """Send every peer the gradient of its towers' outputs, the way back of `scatter`."""
+        own = self.backward_wires[self.rank]
+        sizes = [own.message_bytes(len(gradient))] * self.size
+        if self._is_even:  # all messages in one pass, one after the other
+            stacked = gradient.reshape(len(gradient), self.size, own.width).transpose(0, 1)
+            return self._post(own.encode(stacked.reshape(-1, own.width), self.size), sizes)
         columns = torch.split(gradient, [wire.width for wire in self.backward_wires], dim=1)
         pairs = zip(self.backward_wires, columns, strict=True)
         parts = [wire.encode(part)[0] for wire, part in pairs]
-        size = self.backward_wires[self.rank].message_bytes(len(gradient))
-        self._post(parts, [size] * self.size, transfer)
+        return self._transport.all_to_all(self.group, parts, sizes)
 
-    def join_gradients(self, transfer: _Transfer, batch: int) -> Tensor:
+    def _post(self, messages: Tensor, sizes: Sequence[int]) -> Transfer:
+        """Send messages of one size, one per peer, that lie one after the other."""
+        counts = [messages.shape[1]] * self.size
+        return self._transport.all_to_all(self.group, messages.view(-1), sizes, counts)
+
+    def join_gradients(self, transfer: Transfer, batch: int) -> Tensor:
         """Wait for the gradient of what this rank emitted: shape (P * B, own O)."""
         wire = self.backward_wires[self.rank]
-        gradient = torch.cat([wire.decode(data, batch) for data in transfer.wait()])
+        assert not wire.mark_bytes, "messages without marks are read as one"
+        gradient = wire.decode(transfer.wait(), batch * self.size)
         # The loss is a mean over all ranks: TorchRec divides in its own exchanges, too.
         gradient = gradient.div_(self.size)
-        return self._arrange(gradient, back=True)
+        return gradient.index_select(1, self._way_back) if len(self._order) else gradient
 
-    def _arrange(self, columns: Tensor, *, back: bool = False) -> Tensor:
-        if not len(self.order):
-            return columns
-        order = torch.argsort(self.order) if back else self.order
-        return columns.index_select(1, order.to(columns.device))
 
-    def _post(self, parts: list[Tensor], sizes: list[int], transfer: _Transfer) -> None:
-        transfer.sent = parts
-        if self._duplex:
-            transfer.received, transfer.works = all_to_all(self.group, parts, sizes)
-            return
-        joined, received = torch.cat(parts), parts[0].new_empty(sum(sizes))
-        transfer.sent = [joined]
-        transfer.received = list(torch.split(received, sizes))
-        transfer.works = [
-            dist.all_to_all_single(
-                received,
-                joined,
-                sizes,
-                [part.numel() for part in parts],
-                group=self.group,
-                async_op=True,
-            )
-        ]
+@dataclass(slots=True, eq=False)
+class _Box:
+    """What is under way: outputs, or their gradients."""
+
+    transfer: Transfer | None = None
+
+    def take(self) -> Transfer:
+        """Return it, once."""
+        transfer, self.transfer = self.transfer, None
+        assert transfer is not None
+        return transfer
 
 
 class _Emitted(LazyAwaitable[Tensor]):  # type: ignore[misc]
     """All towers' outputs for this rank's samples, once they have come."""
 
-    def __init__(
-        self, exchange: PeerExchange, transfer: _Transfer, token: Tensor, batch: int
-    ) -> None:
+    def __init__(self, exchange: PeerExchange, box: _Box, token: Tensor, batch: int) -> None:
         super().__init__()
-        self._arguments = (token, exchange, transfer, batch)
+        self._arguments = (token, exchange, box, batch)
 
     def _wait_impl(self) -> Tensor:
         joined: Tensor = _Finish.apply(*self._arguments)  # type: ignore[no-untyped-call]
@@ -176,29 +133,26 @@ class _Start(torch.autograd.Function):
     """Starts the exchange; backward, ends that of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, emitted: Tensor, exchange: PeerExchange, transfer: _Transfer) -> Tensor:
-        exchange.scatter(emitted, transfer)
-        ctx.exchange, ctx.transfer, ctx.samples = exchange, transfer, len(emitted)
+    def forward(ctx: Any, emitted: Tensor, exchange: PeerExchange, box: _Box) -> Tensor:
+        box.transfer = exchange.scatter(emitted)
+        ctx.exchange, ctx.box, ctx.samples = exchange, box, len(emitted)
         return emitted.new_zeros(1)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
         samples = ctx.samples // ctx.exchange.size
-        gradient = ctx.exchange.join_gradients(ctx.transfer, samples)
-        return gradient, None, None
+        return ctx.exchange.join_gradients(ctx.box.take(), samples), None, None
 
 
 class _Finish(torch.autograd.Function):
     """Ends the exchange; backward, starts that of the gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, _: Tensor, exchange: PeerExchange, transfer: _Transfer, batch: int
-    ) -> Tensor:
-        ctx.exchange, ctx.transfer = exchange, transfer
-        return exchange.join_outputs(transfer, batch)
+    def forward(ctx: Any, _: Tensor, exchange: PeerExchange, box: _Box, batch: int) -> Tensor:
+        ctx.exchange, ctx.box = exchange, box
+        return exchange.join_outputs(box.take(), batch)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.exchange.gather(gradient, ctx.transfer)
+        ctx.box.transfer = ctx.exchange.gather(gradient)
         return gradient.new_zeros(1), None, None, None

@@ -25,6 +25,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.placement import padded_dim
 from dmt_convert.spec import TableSpec
 
@@ -72,9 +73,10 @@ class Trim:
 
     Args:
         widths: Of the features, side by side.
+        transport: Of this rank.
     """
 
-    def __init__(self, widths: Sequence[Width]) -> None:
+    def __init__(self, widths: Sequence[Width], transport: Transport) -> None:
         columns: list[int] = []
         factors: list[float] = []
         start = 0
@@ -83,20 +85,18 @@ class Trim:
             factors += [width.factor] * width.dim
             start += width.padded
         self.total = start
-        self._columns = torch.tensor(columns, dtype=torch.int64)
-        self._factors = torch.tensor(factors, dtype=torch.float32)
+        self._columns = transport.put(torch.tensor(columns, dtype=torch.int64))
+        self._factors = transport.put(torch.tensor(factors, dtype=torch.float32))
 
     def __call__(self, pooled: Tensor) -> Tensor:
         """Map (B, sum of P) to (B, sum of N)."""
-        self._columns = self._columns.to(pooled.device)
-        self._factors = self._factors.to(pooled.device)
         cut: Tensor = _Cut.apply(pooled, self._columns, self._factors)  # type: ignore[no-untyped-call]
         return cut
 
 
-def make_trim(widths: Sequence[Width]) -> Trim | None:
+def make_trim(widths: Sequence[Width], transport: Transport) -> Trim | None:
     """Make a `Trim`; None if there is nothing to cut."""
-    return Trim(widths) if any(width.is_padded for width in widths) else None
+    return Trim(widths, transport) if any(width.is_padded for width in widths) else None
 
 
 class _Cut(torch.autograd.Function):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dmt_convert.cluster.index_route import FeatureOrder
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.config import TableOptimizerKind
 from dmt_convert.errors import ConfigError
 from dmt_convert.model import DmtSpec
@@ -32,11 +34,12 @@ class ReplicatedTables(nn.Module):
 
     Args:
         spec: The model; its towers on every rank are looked up.
-        device: Where the tables lie; they are left to be filled.
+        transport: Says where the tables lie; they are left to be filled.
     """
 
-    def __init__(self, spec: DmtSpec, device: torch.device) -> None:
+    def __init__(self, spec: DmtSpec, transport: Transport) -> None:
         super().__init__()
+        self._transport = transport
         self._features: list[tuple[str, str]] = []
         self.columns: list[int] = []
         """Columns of all towers' joint output that come out, in their order."""
@@ -48,22 +51,35 @@ class ReplicatedTables(nn.Module):
                 self.columns += range(first, first + width)
                 self._features += [(name, tables[name].name) for name in tower.features]
             first += width
+        self._pick = FeatureOrder([name for name, _ in self._features])
         for table in spec.flat.tables:
             if any(table.name == used for _, used in self._features):
                 self.embedding_bags[table.name] = nn.EmbeddingBag(
-                    table.rows, table.dim, mode="sum", include_last_offset=True, device=device
+                    table.rows,
+                    table.dim,
+                    mode="sum",
+                    include_last_offset=True,
+                    device=transport.device,
                 )
 
     def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """Return the pooled embeddings of these features, shape (B, M)."""
-        pooled = []
-        for name, table in self._features:
-            ids = sparse[name]
-            pooled.append(
-                self.embedding_bags[table](
-                    ids.values(), ids.offsets().to(ids.values().dtype), ids.weights_or_none()
-                )
-            )
+        """Return the pooled embeddings of these features, shape (B, M).
+
+        Args:
+            sparse: Ids of all features, in host memory.
+        """
+        ids, put = self._pick(sparse), self._transport.put
+        lengths = ids.lengths().view(len(self._features), -1)
+        ends = lengths.cumsum(1, dtype=torch.int64)
+        counts = ends[:, -1].tolist()
+        offsets = put(nn.functional.pad(ends, (1, 0)))
+        values = torch.split(put(ids.values()), counts)
+        weights = ids.weights_or_none()
+        scales = [None] * len(counts) if weights is None else torch.split(put(weights), counts)
+        pooled = [
+            self.embedding_bags[table](values[i], offsets[i], scales[i])
+            for i, (_, table) in enumerate(self._features)
+        ]
         return torch.cat(pooled, dim=1)
 
     @property

@@ -20,22 +20,21 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import embedding_tower_sharding as stock
-from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
-from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_tower import EmbeddingTowerCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dmt_convert.cluster.exchange import PeerExchange
-from dmt_convert.cluster.index_route import IndexRoute, describe_lookups
+from dmt_convert.cluster.index_route import Arriving, IndexRoute, describe_lookups
 from dmt_convert.cluster.tower_run import make_tower_run
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.cluster.wire import TowerFormat, digest_formats, make_wires
 from dmt_convert.errors import BundleError
 
@@ -78,20 +77,28 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         embeddings = list(self.embeddings.values())
         lookups = [describe_lookups([embedding]) for embedding in embeddings]
         joined = [lookup for found in lookups for lookup in found]
-        self._route = IndexRoute(joined, self._cross_pg, dist.get_rank(self._intra_pg))
+        self._route = IndexRoute(
+            joined, self._cross_pg, dist.get_rank(self._intra_pg), sharder.transport
+        )
         heads = [wrapped.module for wrapped in self.interactions.values()]
         self._towers = make_tower_run(
-            embeddings, list(self.interactions.values()), heads, lookups, self._intra_pg
+            embeddings,
+            list(self.interactions.values()),
+            heads,
+            lookups,
+            self._intra_pg,
+            sharder.transport,
         )
         self._columns = _gather_columns(self._towers.columns, formats, self._cross_pg)
         mine = self._towers.columns
         order = sorted(range(len(mine)), key=mine.__getitem__)
         self._exchange = PeerExchange(
             self._cross_pg,
+            sharder.transport,
             [make_wires(formats, columns) for columns in self._columns],
             () if order == list(range(len(mine))) else order,
         )
-        self._ahead: deque[tuple[KeyedJaggedTensor, Any, Any]] = deque()
+        self._ahead: deque[tuple[KeyedJaggedTensor, Arriving]] = deque()
 
     def arriving_columns(self) -> list[int]:
         """Columns of the towers' joint output, in the order in which they arrive."""
@@ -99,55 +106,39 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
 
     def start_input(self, features: KeyedJaggedTensor) -> None:
         """Start the exchange of a later batch's ids; `forward` takes it up when it comes."""
-        context = self.create_context()
-        self._ahead.append((features, context, self.input_dist(context, features)))
+        self._ahead.append((features, self._route.start(features)))
 
     def advance_input(self) -> None:
         """Send the ids whose number has arrived: the second part of `start_input`."""
-        self._ahead = deque(
-            (features, context, started.wait() if _announces(started) else started)
-            for features, context, started in self._ahead
-        )
+        for _, arriving in self._ahead:
+            arriving.advance()
 
     def forget_input(self) -> None:
         """Wait for what was started and is no longer needed."""
         self.advance_input()
         while self._ahead:
-            self._ahead.popleft()[2].wait()
+            self._ahead.popleft()[1].wait()
 
     def forward(self, features: KeyedJaggedTensor) -> LazyAwaitable[Tensor]:
         """Look up, compress, exchange.
 
         Args:
-            features: Ids of this rank's B samples.
+            features: Ids of this rank's B samples, in host memory.
 
         Returns:
             An awaitable of all towers' outputs, shape (B, sum of O).
         """
         if self._ahead and self._ahead[0][0] is features:
-            _, context, started = self._ahead.popleft()
+            arriving = self._ahead.popleft()[1]
         else:
-            context = self.create_context()
-            started = self.input_dist(context, features)
-        if _announces(started):
-            started = started.wait()
-        return self.compute_and_output_dist(context, started.wait())
+            arriving = self._route.start(features)
+        # shape (P * B, own O)
+        emitted = self._towers(self._route.split(arriving.wait()))
+        return self._exchange(emitted)
 
-    def input_dist(
-        self, ctx: Any, kjt_features: KeyedJaggedTensor, wkjt_features: None = None
-    ) -> Awaitable[Awaitable[KJTList]]:
-        """Start the exchange of ids."""
-        assert wkjt_features is None, "weights are in the features, or nowhere"
-        with torch.no_grad():
-            return KJTListSplitsAwaitable(self._route.start(kjt_features), ctx)
-
-    def compute(self, ctx: Any, dist_input: KJTList) -> Tensor:
-        """Look up and run the tower modules: shape (P * B, own O)."""
-        return self._towers(self._route.split(list(dist_input)))
-
-    def output_dist(self, ctx: Any, output: Tensor) -> LazyAwaitable[Tensor]:
-        """Start the exchange of tower outputs."""
-        return self._exchange(output)
+    def input_dist(self, *_: Any) -> NoReturn:
+        """Refuse TorchRec's pipelines, which would exchange ids twice."""
+        raise NotImplementedError("ids are sent ahead with start_input")
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -171,11 +162,18 @@ class TowersSharder(stock.EmbeddingTowerCollectionSharder):  # type: ignore[misc
     Args:
         fused_params: The tables' optimizer, as TorchRec's sharders take it.
         formats: How what every tower emits travels between hosts.
+        transport: How ranks exchange.
     """
 
-    def __init__(self, fused_params: dict[str, Any], *, formats: Sequence[TowerFormat]) -> None:
+    def __init__(
+        self,
+        fused_params: dict[str, Any],
+        *,
+        formats: Sequence[TowerFormat],
+        transport: Transport,
+    ) -> None:
         super().__init__(fused_params=fused_params)
-        self._formats = formats
+        self._formats, self.transport = formats, transport
 
     def shard(
         self,
@@ -225,10 +223,6 @@ def _data_parallel_on(device: torch.device | None) -> Iterator[None]:
         yield
     finally:
         stock.DistributedDataParallel = kept
-
-
-def _announces(started: Any) -> bool:
-    return isinstance(started, KJTListSplitsAwaitable)
 
 
 def _pairs(mine: Any, given: Any) -> Iterator[tuple[Tensor, Tensor]]:

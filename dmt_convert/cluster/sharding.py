@@ -18,6 +18,7 @@ from dmt_convert.cluster.cluster_model import ShardedModel, shard_model, table_o
 from dmt_convert.cluster.index_route import carries_weights
 from dmt_convert.cluster.optimizers import fused_parameters
 from dmt_convert.cluster.ranks import RankLayout
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import PlanError
 from dmt_convert.placement import TowerPlan, plan_model
@@ -115,7 +116,7 @@ def shard_bundle(
     return shard_model(
         open_bundle_model(bundle).train(),
         plan,
-        device=layout.device,
+        transport=Transport(layout.device, layout.backend),
         fused_params=fused_parameters(
             config.table_optimizer, lr=config.table_lr, device_type=layout.device_type
         ),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dmt_convert.cluster.padding import Width, make_trim
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.model import CodedModule, FeatureWise, map_features
 
 
@@ -28,6 +29,7 @@ class TowerHead(nn.Module):
         dims: Their embedding dims, and how the lookup gives them.
         module: The tower module, which takes their pooled embeddings side by side.
         columns: Columns of the tower in the joint output of all towers: the first, and how many.
+        transport: Of this rank.
     """
 
     def __init__(
@@ -36,11 +38,12 @@ class TowerHead(nn.Module):
         dims: Sequence[Width],
         module: nn.Module,
         columns: tuple[int, int],
+        transport: Transport,
     ) -> None:
         super().__init__()
         self.features, self.dims, self.module = list(features), [w.dim for w in dims], module
         self.looked_up = list(dims)
-        self._trim = make_trim(dims)
+        self._trim = make_trim(dims, transport)
         # DistributedDataParallel refuses a module that has nothing to train
         has_none = not any(True for _ in module.parameters())
         self.anchor = nn.Parameter(torch.zeros(1)) if has_none else None
@@ -109,16 +112,19 @@ class LocalPart:
         head: The tower's.
         names: The features, in the order of the lookup.
         sharers: L.
+        transport: Of this rank.
     """
 
-    def __init__(self, head: TowerHead, names: Sequence[str], sharers: int) -> None:
+    def __init__(
+        self, head: TowerHead, names: Sequence[str], sharers: int, transport: Transport
+    ) -> None:
         places = [head.features.index(name) for name in names]
         starts = torch.tensor([0, *head.dims]).cumsum(0)
-        self.features = torch.tensor(places, dtype=torch.int64)
+        self._features = transport.put(torch.tensor(places, dtype=torch.int64))
         self.dims = [head.dims[place] for place in places]
-        self._trim = make_trim([head.looked_up[place] for place in places])
+        self._trim = make_trim([head.looked_up[place] for place in places], transport)
         rows = [torch.arange(int(starts[p]), int(starts[p + 1])) for p in places]
-        self.rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        self._rows = transport.put(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64))
         self.sharers = sharers
 
     def apply(self, module: nn.Module, pooled: Tensor) -> Tensor:
@@ -132,14 +138,11 @@ class LocalPart:
         # The gradient of a weight comes from this rank alone, over the samples of all L ranks;
         # data-parallel takes the mean over L.
         weight, bias = (_scale(value, self.sharers) for value in maps)
-        weight = weight.index_select(0, self._on(self.rows, pooled))
-        bias = bias.index_select(0, self._on(self.features, pooled))
+        weight = weight.index_select(0, self._rows)
+        bias = bias.index_select(0, self._features)
         if not self.dims:
             return pooled + 0 * (weight.sum() + bias.sum())
         return map_features(pooled, weight, bias, self.dims)
-
-    def _on(self, index: Tensor, like: Tensor) -> Tensor:
-        return index.to(like.device)
 
 
 class _Scale(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from dmt_convert.cluster.exchange import PeerExchange
 from dmt_convert.cluster.index_route import Lookup
 from dmt_convert.cluster.tower_head import LocalPart, TowerHead
+from dmt_convert.cluster.transport import Transport
 from dmt_convert.cluster.wire import Floats, Wire
 
 
@@ -36,6 +37,7 @@ def make_tower_run(
     heads: Sequence[TowerHead],
     lookups: Sequence[Sequence[Lookup]],
     group: dist.ProcessGroup,
+    transport: Transport,
 ) -> TowerRun:
     """Choose how towers are run: compressed before the exchange, where that is the same.
 
@@ -45,12 +47,15 @@ def make_tower_run(
         heads: The same, bare.
         lookups: What every tower's lookups are, by way of cutting its tables.
         group: The ranks that share the towers.
+        transport: How they exchange.
     """
     ranks = [names for found in lookups for lookup in found for names in lookup.by_rank]
     looked_up = [name for names in ranks for name in names]
     is_whole = len(looked_up) == len(set(looked_up)) and all(len(found) == 1 for found in lookups)
     if is_whole and all(head.maps_features for head in heads):
-        return _EarlyRun(embeddings, modules, heads, [found[0] for found in lookups], group)
+        return _EarlyRun(
+            embeddings, modules, heads, [found[0] for found in lookups], group, transport
+        )
     return _LateRun(embeddings, modules, heads)
 
 
@@ -87,10 +92,11 @@ class _EarlyRun:
         heads: Sequence[TowerHead],
         lookups: Sequence[Lookup],
         group: dist.ProcessGroup,
+        transport: Transport,
     ) -> None:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         self._towers = [
-            (embedding._lookups[0], module, LocalPart(head, lookup.by_rank[rank], size))
+            (embedding._lookups[0], module, LocalPart(head, lookup.by_rank[rank], size, transport))
             for embedding, module, head, lookup in zip(
                 embeddings, modules, heads, lookups, strict=True
             )
@@ -105,7 +111,7 @@ class _EarlyRun:
         ]
         self.columns = [column for columns in by_rank for column in columns]
         wires = [Wire([Floats("fp32", len(columns))]) for columns in by_rank]
-        self._exchange = PeerExchange(group, list(zip(wires, wires, strict=True)))
+        self._exchange = PeerExchange(group, transport, list(zip(wires, wires, strict=True)))
 
     def __call__(self, parts: Sequence[KeyedJaggedTensor]) -> Tensor:
         emitted = [

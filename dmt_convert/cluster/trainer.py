@@ -77,7 +77,7 @@ class ClusterTrainer:
     ) -> None:
         self.model, self.spec, self.layout, self.config = model, spec, layout, config
         self._train_rows, self._valid_rows, self._teacher = train_rows, valid_rows, teacher
-        self._device = torch.device(layout.device)
+        self._device = model.transport.device
         self.tables = FusedTables(model, config.table_optimizer)
         self.dense = ClusterDenseOptimizer(model, config, self.tables.replicated)
         self._shares: Iterator[Share] = iter(())
@@ -132,7 +132,9 @@ class ClusterTrainer:
         return self._load(share)
 
     def _load(self, share: Share) -> RankBatch:
-        inputs = to_jagged(share.batch, self.spec, self._device, weighted=self.model.weighted)
+        inputs = to_jagged(
+            share.batch, self.spec, self.model.transport, weighted=self.model.weighted
+        )
         return RankBatch(inputs=inputs, share=share)
 
     def loss(self, logits: Tensor, batch: RankBatch) -> Tensor:

@@ -140,23 +140,30 @@ class Wire:
         self.nbytes = sum(f.nbytes for f in self.formats)
         self.mark_bytes = int(any(isinstance(f, Levels) for f in self.formats))
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """The same of wires that write, and read, in the same way."""
+        return tuple(
+            f if isinstance(f, Levels) else (type(f), f.dtype, f.width) for f in self.formats
+        )
+
     def message_bytes(self, samples: int) -> int:
         """Bytes of a message; what is empty is not sent."""
         body = self.nbytes * samples
         return body + self.mark_bytes if body else 0
 
-    def encode(self, x: Tensor, parts: int = 1) -> list[Tensor]:
-        """Return messages.
+    def encode(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Return messages, one after the other.
 
         Args:
             x: Elements, shape (parts * B, sum of O).
             parts: Messages to make, of B samples each.
 
         Returns:
-            Per message uint8, shape (message_bytes(B),).
+            uint8, shape (parts, message_bytes(B)), contiguous.
         """
         if not x.numel():
-            return [x.new_empty(0, dtype=torch.uint8)] * parts
+            return x.new_empty((parts, 0), dtype=torch.uint8)
         widths = [f.width for f in self.formats]
         columns = torch.split(x, widths, dim=1)
         packed = [f.pack(part) for f, part in zip(self.formats, columns, strict=True)]
@@ -165,7 +172,7 @@ class Wire:
             # 0, or NaN; `isfinite` takes ten times as long on a CPU
             zeros = (x * 0.0).reshape(parts, -1).sum(dim=1, keepdim=True)
             rows = torch.cat([rows, (zeros != 0).to(torch.uint8)], dim=1)
-        return list(rows.unbind())
+        return rows
 
     def decode(self, message: Tensor, samples: int) -> Tensor:
         """Return what a message holds: float32, shape (B, sum of O)."""

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmt_convert.cluster import ShardedModel, fused_parameters, shard_model, table_shards, to_jagged
+from dmt_convert.cluster import (
+    ShardedModel,
+    Transport,
+    fused_parameters,
+    shard_model,
+    table_shards,
+    to_jagged,
+)
 from dmt_convert.cluster.index_route import carries_weights
 from dmt_convert.cluster.replicated import ReplicatedOptimizer
 from dmt_convert.placement import TowerPlan
@@ -22,15 +29,16 @@ from support.cluster.cluster_cases import (
     own_shards,
     whole_tables,
 )
+from support.cluster.emulated_gpu import make_transport
 from support.cluster.flat_torchrec import flat_shards, shard_flat
 from support.cluster.sabotage import sabotage
 from support.cluster.trainer_scenarios import (
     meet,
+    train_on_gpu,
     train_with_trainer,
     trainer_against_one_process,
 )
 
-CPU = torch.device("cpu")
 _loss = nn.functional.binary_cross_entropy_with_logits
 shards_to_fill = table_shards
 
@@ -45,7 +53,7 @@ def shard_case(case: Case, *, comm_dtype: str | None = None) -> tuple[ShardedMod
     sharded = shard_model(
         model,
         plan,
-        device="cpu",
+        transport=make_transport(),
         fused_params=fused_parameters(case.optimizer, lr=case.table_lr),
         comm_dtype=comm_dtype,
         weighted=case.weights or carries_weights(model.spec.flat),
@@ -115,8 +123,8 @@ def _train_against_flat(case: Case, sharded: ShardedModel, plan: TowerPlan) -> d
     losses: list[tuple[float, float]] = []
     for step in range(case.steps):
         batch = case.own_batch(step)
-        ours = to_jagged(batch, spec, CPU, weighted=sharded.weighted)
-        theirs = to_jagged(batch, spec, CPU, weighted=False)
+        ours = to_jagged(batch, spec, sharded.transport, weighted=sharded.weighted)
+        theirs = to_jagged(batch, spec, Transport("cpu", "gloo"), weighted=False)
         losses.append(
             (
                 _take_step(sgd, sharded(ours), ours.labels),
@@ -190,7 +198,7 @@ def train_against_plain(
         whole = case.global_batch(step)
         logits = plain(whole)
         _take_step(plain_sgd, logits, torch.from_numpy(whole.labels))
-        ours = to_jagged(case.own_batch(step), spec, CPU, weighted=sharded.weighted)
+        ours = to_jagged(case.own_batch(step), spec, sharded.transport, weighted=sharded.weighted)
         mine = sharded(ours)
         _take_step(sgd, mine, ours.labels)
         theirs = logits[first : first + case.rows_per_rank]
@@ -238,7 +246,7 @@ def compare_wires(dtypes: list[str], loss_factor: float = 1.0, **options: Any) -
     The loss is multiplied by the factor: gradients are as small as those of a larger batch.
     """
     case = Case.from_json(options)
-    jagged = to_jagged(case.own_batch(0), case.spec(), CPU, weighted=False)
+    jagged = to_jagged(case.own_batch(0), case.spec(), make_transport(), weighted=False)
     start = whole_tables(case.model())
     results = {}
     for dtype in ["fp32", *dtypes]:
@@ -266,7 +274,7 @@ def count_bytes(comm_dtype: str | None = None, **options: Any) -> dict[str, Any]
     """
     case = Case.from_json(options)
     sharded, plan = shard_case(case, comm_dtype=comm_dtype)
-    jagged = to_jagged(case.own_batch(0), case.spec(), CPU, weighted=sharded.weighted)
+    jagged = to_jagged(case.own_batch(0), case.spec(), sharded.transport, weighted=sharded.weighted)
     sent = [0] * dist.get_world_size()
     send = dist.ProcessGroup.send
 
@@ -306,7 +314,7 @@ def diverge(**options: Any) -> dict[str, Any]:
         with torch.no_grad():
             for _, _, _, part in shards_to_fill(sharded):
                 part[0] = torch.inf
-    jagged = to_jagged(case.own_batch(0), case.spec(), CPU, weighted=sharded.weighted)
+    jagged = to_jagged(case.own_batch(0), case.spec(), sharded.transport, weighted=sharded.weighted)
     jagged.sparse.values().zero_()
     with torch.no_grad():
         return {"lost": float(sharded(jagged).isnan().float().mean())}
@@ -324,10 +332,10 @@ def send_ahead(pattern: str, **options: Any) -> dict[str, Any]:
     sharded, _ = shard_case(case)
     spec, towers = case.spec(), sharded.towers
     batches = [
-        to_jagged(case.own_batch(step), spec, CPU, weighted=sharded.weighted)
+        to_jagged(case.own_batch(step), spec, sharded.transport, weighted=sharded.weighted)
         for step in range(case.steps + 2)
     ]
-    other = to_jagged(case.own_batch(1000), spec, CPU, weighted=sharded.weighted)
+    other = to_jagged(case.own_batch(1000), spec, sharded.transport, weighted=sharded.weighted)
     sgd = torch.optim.SGD(sharded.dense_parameters().values(), lr=case.dense_lr)
     losses = []
     if pattern == "two":
@@ -364,6 +372,7 @@ SCENARIOS = {
     "send_ahead": send_ahead,
     "train_against_flat": train_against_flat,
     "train_against_plain": train_against_plain,
+    "train_on_gpu": train_on_gpu,
     "train_with_trainer": train_with_trainer,
     "trainer_against_one_process": trainer_against_one_process,
 }

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers
+from dmt_convert.cluster import FusedTables, cluster_model, sharded_towers, trainer
+from dmt_convert.cluster.index_route import IndexRoute
 from dmt_convert.cluster.replicated import ReplicatedOptimizer
-from dmt_convert.cluster.sharded_towers import ShardedTowers
 from dmt_convert.cluster.tower_head import TowerHead
 from dmt_convert.model import Head
 from dmt_convert.model.tower_modules import LinearTowerModule
@@ -117,9 +117,30 @@ def _wrong_feature(patch: Callable[..., None]) -> None:
         )
 
     def wrong(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, ctx, features, *rest: original(self, ctx, swap(features), *rest)
+        return lambda self, features: original(self, swap(features))
 
-    patch(ShardedTowers, "input_dist", wrong)
+    patch(IndexRoute, "start", wrong)
+
+
+def _sums_on_host(patch: Callable[..., None]) -> None:
+    """Means of Adagrad's sums are taken over ranks where they were added up."""
+
+    def on_host(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda fused, spec, touched, _: original(fused, spec, touched, torch.device("cpu"))
+
+    patch(trainer, "fill_sums_by_mean", on_host)
+
+
+def _constants_on_host(patch: Callable[..., None]) -> None:
+    """A constant is copied to the device in every step."""
+
+    def copied(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(self: Any, logits: Tensor, batch: Any) -> Tensor:
+            return original(self, logits * torch.tensor([1.0], device=logits.device), batch)
+
+        return loss
+
+    patch(trainer.ClusterTrainer, "loss", copied)
 
 
 class _Alone(nn.Module):
@@ -202,6 +223,8 @@ _PATCHES: dict[str, Callable[[Callable[..., None]], None]] = {
     "swapped tables": _swapped_tables,
     "undivided gradients": _undivided_gradients,
     "wrong feature": _wrong_feature,
+    "sums on the host": _sums_on_host,
+    "constants on the host": _constants_on_host,
     "own tower gradients": _own_tower_gradients,
     "same learning rate": _same_learning_rate,
     "ranges of others": _ranges_of_others,

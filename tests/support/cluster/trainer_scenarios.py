@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from support.cluster.cluster_cases import (
     own_shards,
     whole_tables,
 )
+from support.cluster.emulated_gpu import EmulatedGpu, make_transport, stands_for_nccl
 from support.cluster.sabotage import sabotage
 
 
@@ -89,6 +91,42 @@ def train_with_trainer(
     return {"losses": losses, "tables": digest, "measured": measured}
 
 
+def train_on_gpu(
+    data: str, config: dict[str, Any], broken: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Train, measure and average losses, on an emulated GPU if the ranks stand for NCCL's.
+
+    Returns what `train_with_trainer` does, and what this rank's host waited for in the steps.
+    """
+    case, gpu = Case.from_json(options), EmulatedGpu()
+    watched = gpu.watch() if stands_for_nccl() else nullcontext()
+    with sabotage(broken), watched:
+        sharded, trainer = _trainer(case, data, TrainingConfig(**config), on_gpu=True)
+        gpu.parameters += sharded.parallel.parameters()
+        trainer.warm_up()
+        trainer.start_sums({})
+        trainer.start_at(0, case.steps)
+        take_step(trainer, 1.0)  # constants are made when they are first needed
+        gpu.waits.clear()
+        losses = [take_step(trainer, 1.0) for _ in range(case.steps - 1)]
+        steps = dict(gpu.waits)
+        trainer.finish()
+        progress = Progress(losses=[float(loss) for loss in losses])
+        trainer.average_losses(progress)
+        measured = trainer.measure().log_loss
+        held = sum(gpu.holds(p) for p in sharded.parallel.parameters())
+    tables = _whole(case, sharded)
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tables.values())).hexdigest()
+    return {
+        "losses": progress.losses,
+        "tables": digest,
+        "measured": measured,
+        "shards": len(table_shards(sharded)),
+        "waits": {place: count / (case.steps - 1) for place, count in steps.items()},
+        "held": held,
+    }
+
+
 def trainer_against_one_process(
     data: str, config: dict[str, Any], broken: str | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -126,7 +164,9 @@ def trainer_against_one_process(
     }
 
 
-def _trainer(case: Case, data: str, config: TrainingConfig) -> tuple[ShardedModel, ClusterTrainer]:
+def _trainer(
+    case: Case, data: str, config: TrainingConfig, *, on_gpu: bool = False
+) -> tuple[ShardedModel, ClusterTrainer]:
     layout = read_layout("gloo")
     plan = case.plan(layout.hosts, layout.ranks_per_host)
     os.environ["TORCHREC_RESOLVED_POD_SIZE"] = str(plan.hosts_per_tower)
@@ -135,7 +175,7 @@ def _trainer(case: Case, data: str, config: TrainingConfig) -> tuple[ShardedMode
     sharded = shard_model(
         model,
         plan,
-        device="cpu",
+        transport=make_transport(on_gpu=on_gpu),
         fused_params=fused_parameters(config.table_optimizer, lr=config.table_lr),
         comm_dtype=config.comm_dtype,
     )
