@@ -41,6 +41,7 @@ from dmt_convert.placement import read_plan
 def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[str, Any] | None:
     """Fine-tune as one rank of several; every rank runs this. Rank 0 returns a summary."""
     # 1. What there is: this rank, the bundle, where its towers go, the rows
+    cluster.check_requirements()
     layout = cluster.read_layout(config.backend)
     bundle = bundles.open_bundle(options.bundle)
     given = None if config.plan is None else read_plan(config.plan)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ pytest.register_assert_rewrite("support")  # before any of it is imported
 from support.commands import Run  # noqa: E402
 from support.paths import REPOSITORY  # noqa: E402
 from support.schedule import GroupScheduling, put_long_groups_first  # noqa: E402
+
+# A machine with GPUs runs the same tests: ranks would choose NCCL, or refuse a build for CPUs.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")

@@ -13,9 +13,8 @@ from dmt_convert.cluster.launcher import default_out, launch, show_command, torc
 from dmt_convert.cluster.rank_process import (
     INTERRUPT_CODE,
     InterruptError,
-    lacking_error,
-    missing_packages,
 )
+from dmt_convert.cluster.requirements import check_requirements
 from dmt_convert.config import FinetuneConfig, RunConfig, to_arguments
 from dmt_convert.errors import DmtError
 
@@ -90,9 +89,7 @@ def run_finetune(job: FinetuneJob) -> Finetuning:
         InterruptError: The training was stopped by a signal; it says where its checkpoint is.
         KeyboardInterrupt: It was stopped before it could say anything.
     """
-    lacking = missing_packages()
-    if lacking:
-        raise lacking_error(lacking)
+    check_requirements()
     # headers only: a bundle that needs a file which was not given is refused at once
     if job.config.model is not None:
         load_adapter(job.config.model)

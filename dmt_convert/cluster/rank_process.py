@@ -18,14 +18,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dmt_convert.cluster.faults import explain_gpu, is_loss, reason
-from dmt_convert.errors import ConfigError, DmtError
+from dmt_convert.cluster.requirements import lacking_error, missing_packages
+from dmt_convert.errors import DmtError
 
 LAUNCHED: Final = "DMT_LAUNCHED"
 """Environment variable that the launcher sets: it reports what ranks leave in error files."""
@@ -45,8 +45,6 @@ _ABORT_SECONDS: Final = 5.0
 _GRACE_SECONDS: Final = 3.0
 """How long such a rank lets others, which may know the cause, report before it does."""
 _PR_SET_PDEATHSIG: Final = 1
-_NEEDED: Final = ("torch", "torchrec", "fbgemm_gpu", "torchmetrics", "tensordict")
-"""Packages that training over ranks imports; one process does without all but torch."""
 
 
 class LostRankError(DmtError):
@@ -311,22 +309,6 @@ def _read_grace() -> float:
         return max(1.0, float(os.environ[GRACE]))
     except (KeyError, ValueError):
         return _DEFAULT_GRACE
-
-
-def missing_packages() -> list[str]:
-    """Return the packages that training over ranks needs and that are not installed."""
-    return [name for name in _NEEDED if find_spec(name) is None]
-
-
-def lacking_error(packages: Sequence[str]) -> ConfigError:
-    """Say which packages training over ranks lacks, and how to do without."""
-    return ConfigError(
-        f"training over ranks needs packages that are not installed: {', '.join(packages)}",
-        expected=", ".join(_NEEDED),
-        hint="pip install ./packaging/fbgemm-gpu-cpu '.[cpu]' (or '.[cuda]'); or train in one "
-        "process, which needs none of them: python -P -m dmt_convert.recipes.finetune_dmt "
-        "--bundle BUNDLE --data DATA --out OUT",
-    )
 
 
 def _exit(code: int, *, is_rank: bool, wait: bool) -> NoReturn:

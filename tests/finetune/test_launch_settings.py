@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dmt_convert.cluster import launcher, rank_process
+from dmt_convert.cluster import launcher, requirements
 from dmt_convert.cluster.demands import Demand, Demands
 from dmt_convert.cluster.launcher import (
     LaunchConfig,
@@ -22,7 +22,8 @@ from dmt_convert.cluster.launcher import (
     torchrun_arguments,
     torchrun_command,
 )
-from dmt_convert.cluster.rank_process import StopRequest, lacking_error, missing_packages
+from dmt_convert.cluster.rank_process import StopRequest
+from dmt_convert.cluster.requirements import lacking_error, missing_packages
 from dmt_convert.config import FinetuneConfig
 from dmt_convert.config.values import NumaBinding
 from dmt_convert.errors import ConfigError
@@ -144,7 +145,7 @@ def test_gloo_listens_on_the_loopback_unless_told_otherwise(
 def test_without_torchrec_nothing_is_launched(
     bundle_path: Path, click_data: Path, call_dmt: Callable[..., Any], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("dmt_convert.cluster.finetune.missing_packages", lambda: ["torchrec"])
+    monkeypatch.setattr("dmt_convert.cluster.requirements.missing_packages", lambda: ["torchrec"])
     monkeypatch.setattr("dmt_convert.cluster.finetune.launch", lambda *_, **__: 1 / 0)
     run = call_dmt("finetune", bundle_path, "--data", click_data, "--json")
     assert run.code == 3
@@ -156,7 +157,7 @@ def test_without_torchrec_nothing_is_launched(
 
 def test_missing_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_packages() == []
-    monkeypatch.setattr(rank_process, "_NEEDED", ("json", "no_such_package_at_all"))
+    monkeypatch.setattr(requirements, "_NEEDED", ("json", "no_such_package_at_all"))
     assert missing_packages() == ["no_such_package_at_all"]
     assert "no_such_package_at_all" in lacking_error(missing_packages()).found
 
