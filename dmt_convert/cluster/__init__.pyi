@@ -23,8 +23,6 @@ from .rank_process import STOP_REQUEST as STOP_REQUEST
 from .rank_process import InterruptError as InterruptError
 from .rank_process import LostRankError as LostRankError
 from .rank_process import current_rank as current_rank
-from .rank_process import lacking_error as lacking_error
-from .rank_process import missing_packages as missing_packages
 from .rank_process import training_process as training_process
 from .ranks import RankLayout as RankLayout
 from .ranks import Ranks as Ranks

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from dmt_convert.cluster import has_gpus, lacking_error, missing_packages, unusable_error
+from dmt_convert.cluster import check_requirements, has_gpus, unusable_error
 from dmt_convert.free_memory import available_bytes, gib
 from dmt_convert.selftest.process import Context
 from dmt_convert.selftest.report import Outcome
@@ -24,10 +24,8 @@ _LEAST_SHARED: Final = 256 << 20
 
 
 def check_environment(_: Context) -> Outcome:
-    """Say which versions there are; refuse packages that are missing or do not load."""
-    lacking = missing_packages()
-    if lacking:
-        raise lacking_error(lacking)
+    """Say which versions there are; refuse packages that are missing or do not go together."""
+    check_requirements()
     found: dict[str, Any] = {name: _version(name) for name in _PACKAGES}
     import fbgemm_gpu
     import torchrec
