@@ -1,4 +1,4 @@
-"""What fine-tuning gains with its defaults, and with other rates and other teachers.
+"""What fine-tuning gains with several learning rates, with a teacher and without.
 
     python benchmarks/finetune_settings.py --data data/frappe --flat-cache flat --work work
     python benchmarks/finetune_settings.py --work work --print
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from dmt_convert.bundle import Bundle, is_bundle, open_bundle
 from dmt_convert.config import TrainingConfig
 from dmt_convert.data import open_inputs
 from dmt_convert.training import (
+    Evaluation,
     TrainableModel,
     choose_teacher,
     load_bundle,
@@ -38,19 +39,21 @@ from dmt_convert.training import (
     train,
 )
 
+_FULL: Final = {"dense_lr": 5e-4, "table_lr": 0.02}
 _TABLES: Final = {"dense_lr": 0.0, "table_lr": 0.002}
 _TENTH: Final = {"dense_lr": 5e-5, "table_lr": 0.002}
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "defaults": {},
+    "full rates": _FULL,
     "tables alone": _TABLES,
     "a tenth of the rates": _TENTH,
     "a third of the rates": {"dense_lr": 1.7e-4, "table_lr": 0.007},
-    "labels alone": {"teacher_weight": 0.0},
-    "teacher alone": {"teacher_weight": 1.0},
+    "full rates, labels": _FULL | {"teacher_weight": 0.0},
+    "full rates, teacher": _FULL | {"teacher_weight": 1.0},
     "tables alone, labels": _TABLES | {"teacher_weight": 0.0},
-    "constant rates": {"lr_decay": "constant"},
+    "full rates, constant": _FULL | {"lr_decay": "constant"},
 }
-"""Name -> what differs from the defaults of `dmt finetune`."""
+"""Name -> what differs from the defaults of `dmt finetune`, which takes "tables alone" if the
+bundle agrees with the flat model, else "full rates"."""
 
 
 def measure(
@@ -92,6 +95,7 @@ def measure(
             "compression": compression,
             "part": part,
             "variant": name,
+            "r2": bundle.quality.converted.r2,
             "auc_lost": lost[0],
             "tuned_auc_lost": lost[steps.index(result.best_step)],
             "best_step": result.best_step,
@@ -111,23 +115,30 @@ def convert(job: FlatJob, compression: float, work: Path) -> Bundle:
     return dmt.convert(job.path, out, towers=4, seed=job.seed, **options)
 
 
-def print_results(results: Results) -> None:
-    """Print a row per bundle, a column per setting: AUC lost, and the best step in brackets."""
-    names = [name for name in SETTINGS if results.find({"variant": name})]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for record in results.records:
-        steps = record["history"][-1]["step"]
-        model = f"{record['arch']}, N = {record['dim']}, seed {record['seed']}"
+def print_results(results: Results, names: Sequence[str]) -> None:
+    """Print a row per bundle, a column per setting: AUC lost, and the step that was kept."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for record in sorted(results.records, key=lambda each: (each["data"], each["compression"])):
+        if record["variant"] not in names:
+            continue
         name = f"/ {record['compression']:g}" if record["compression"] else "passthrough"
-        row = cells.setdefault((record["data"], model, name), {})
-        row["before"] = f"{record['auc_lost']:.4f}"
+        if record["part"] != TENTH:
+            name += f", 1/{record['part']} of the steps"
+        row = rows.setdefault((record["data"], str(record["seed"]), name), {})
+        row["R^2"], row["before"] = f"{record['r2']:.4f}", f"{record['auc_lost']:.4f}"
+        history = [Evaluation(**each) for each in record["history"]]
+        kept = keep(history)
         row[record["variant"]] = (
-            f"{record['tuned_auc_lost']:.4f} ({record['best_step']} of {steps})"
+            f"{record['lost'][kept]:.4f} ({history[kept].step} of {history[-1].step})"
         )
-    titles = ["set", "model", "bundle", "before", *names]
-    print_rows(
-        titles, [[*key, *(row.get(n, "") for n in titles[3:])] for key, row in cells.items()]
-    )
+    titles = ["set", "seed", "bundle", "R^2", "before", *names]
+    print_rows(titles, [[*key, *(row.get(n, "") for n in titles[3:])] for key, row in rows.items()])
+
+
+def keep(history: Sequence[Evaluation]) -> int:
+    """Return which evaluation's state is written: the best that beats the start, or the start."""
+    better = [i for i, found in enumerate(history) if found.beats_start]
+    return min(better, key=lambda i: history[i].score, default=0)
 
 
 def main() -> None:
@@ -142,7 +153,7 @@ def main() -> None:
         if todo:
             for record in measure(job, compression, options.part, todo, options.work):
                 results.add(record)
-    print_results(results)
+    print_results(results, options.settings)
 
 
 def read_options() -> argparse.Namespace:

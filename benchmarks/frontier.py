@@ -126,6 +126,7 @@ class Bench:
             bundle,
             job.data / "train.npz",
             valid=job.data / "valid.npz",
+            teacher=job.path,  # the bundle does not lie beside it
             out=out,
             max_steps=round(job.steps / TENTH),
             batch_size=job.config.batch_size,

@@ -94,6 +94,36 @@ def show_cell(records: Sequence[Record], *, of_flat: bool = False) -> str:
     return text + (f" -> {np.mean(tuned):.4f}" if tuned else "")
 
 
+def print_summary(records: Sequence[Record]) -> None:
+    """One table of the conversions without further options: a row per model, bytes as columns."""
+    made = [r for r in records if r["variant"] == "default" and "refused" not in r]
+    columns = sorted({r["compression"] or 0 for r in made})
+    titles = ["set", "model, N", "towers", "sample"]
+    titles += ["no option" if c == 0 else f"/ {c:g}" for c in columns]
+    rows = []
+    for line, found in group(made, ("sample", "arch", "dim", "towers", "data")).items():
+        cells = [
+            show_worst([r for r in found if (r["compression"] or 0) == column])
+            for column in columns
+        ]
+        sample, arch, dim, towers, data = line
+        rows.append([data, f"{arch}, {dim}", str(towers), sample, *cells])
+    order = {name: i for i, name in enumerate(("calibrated", "no data", "dlrm, 16", "dcn, 16"))}
+    rows.sort(key=lambda row: (order[row[3]], order.get(row[1], 9), row[2]))
+    print_rows(titles, rows)
+
+
+def show_worst(records: Sequence[Record]) -> str:
+    """AUC lost and R^2; of several seeds the mean, the most that was lost, and the lowest R^2."""
+    if not records:
+        return ""
+    lost = [r["auc_lost"] for r in records]
+    text = f"{np.mean(lost):.4f}"
+    if len(lost) > 1:
+        text += f" (at most {max(lost):.4f} of {len(lost)})"
+    return f"{text}, {min(r['r2'] for r in records):.4f}".replace("-0.0000", "0.0000")
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
     """AUC lost against bytes, a panel per data set, architecture and N."""
     import matplotlib
@@ -147,10 +177,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of the JSON lines")
     parser.add_argument("--labels", nargs="+", help="names of the files in it; by default all")
+    parser.add_argument("--summary", action="store_true", help="one table, without further options")
     parser.add_argument("--picture", type=Path, help=".svg or .png to write")
     options = parser.parse_args()
     records = read_results(options.results, options.labels)
-    print_tables(records)
+    if options.summary:
+        print_summary(records)
+    else:
+        print_tables(records)
     if options.picture is not None:
         draw(records, options.picture)
 

@@ -44,6 +44,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     cluster.check_requirements()
     layout = cluster.read_layout(config.backend)
     bundle = bundles.open_bundle(options.bundle)
+    config, rates = training.choose_rates(config, bundle)
     given = None if config.plan is None else read_plan(config.plan)
     plan = cluster.choose_plan(bundle, layout, given)
     data = training.open_training_data(config.data, config.valid, bundle.manifest)
@@ -68,6 +69,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     )
     choice, teacher = cluster.open_teacher_together(ranks, bundle, config, layout.device)
     monitor.say(choice.line)
+    monitor.say(rates)
 
     # 3. Where the result goes, and the checkpoint to go on from, if any. If torchrun had to start
     #    the ranks again, training goes on without --resume.
@@ -220,6 +222,7 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     The loop is `dmt_convert.training.train`: the one above, with the best state kept in memory.
     """
     bundle = bundles.open_bundle(options.bundle)
+    config, rates = training.choose_rates(config, bundle)
     out = config.out or cluster.default_out(options.bundle)
     training.check_out(bundle, out, force=config.force)
     data = training.open_training_data(config.data, config.valid, bundle.manifest)
@@ -228,6 +231,7 @@ def finetune_alone(options: argparse.Namespace, config: RunConfig) -> dict[str, 
     model = training.load_bundle(bundle)
     with training.Monitor(config, data, say=printer(options), log=config.log) as monitor:
         monitor.say(f"one process on CPU; {choice.line}")
+        monitor.say(rates)
         monitor.start()
         result = training.train(
             model,

@@ -49,13 +49,21 @@ class TrainingConfig(Config):
         10, "Evaluations without improvement before training stops.", ge=1, panel=_TRAINING
     )
     dense_lr: Float = setting(
-        5e-4, "Learning rate of everything but tables; 0 freezes it.", ge=0, panel=_TRAINING
+        5e-4,
+        "Learning rate of everything but tables; 0 freezes it.",
+        ge=0,
+        panel=_TRAINING,
+        auto="0.0005; 0 if neither rate is given and the bundle agrees with the flat model",
     )
     dense_optimizer: DenseOptimizerKind = setting(
         "adam", "Optimizer of everything but tables.", panel=_TRAINING
     )
     table_lr: Float = setting(
-        0.02, "Learning rate of the embedding tables; 0 freezes them.", ge=0, panel=_TRAINING
+        0.02,
+        "Learning rate of the embedding tables; 0 freezes them.",
+        ge=0,
+        panel=_TRAINING,
+        auto="0.02; 0.002 if neither rate is given and the bundle agrees with the flat model",
     )
     table_optimizer: TableOptimizerKind = setting(
         "rowwise-adagrad", "Optimizer of the embedding tables.", panel=_TRAINING

@@ -29,6 +29,7 @@ from .loop import Schedule as Schedule
 from .loop import TrainResult as TrainResult
 from .loop import loss_blocks as loss_blocks
 from .optimizers import BETAS as BETAS
+from .rates import choose_rates as choose_rates
 from .row_digest import digest_rows as digest_rows
 from .row_digest import digest_share as digest_share
 from .row_digest import join_digests as join_digests

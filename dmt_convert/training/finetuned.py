@@ -274,7 +274,9 @@ def judge(
     if not result.improved:
         return result.start, (
             f"nothing beat the start on the validation rows by more than noise{_most(result)}: "
-            "the new bundle has the weights of the one it came from",
+            "the new bundle has the weights of the one it came from; other learning rates may do "
+            "better, full ones as well as low ones: --dense-lr 0.0005 --table-lr 0.02, or "
+            "--dense-lr 0 --table-lr 0.002",
         )
     if not rounded:
         return result.best, ()

@@ -47,8 +47,8 @@ class Evaluation:
 
     @property
     def beats_start(self) -> bool:
-        """Whether the gain over the start is more than noise."""
-        return self.gain is not None and self.gain > (self.gain_error or 0.0)
+        """Whether the gain over the start is more than noise, with 95 % confidence."""
+        return self.gain is not None and self.gain > _CONFIDENCE_95 * (self.gain_error or 0.0)
 
     @property
     def score(self) -> float:
@@ -114,6 +114,8 @@ Causes = Callable[[], Iterable[str]]
 LOSS_BLOCKS: Final = 200
 """Blocks of validation rows by which losses are compared: enough for a standard error that is
 right to a twentieth, few enough to be saved with every checkpoint."""
+_CONFIDENCE_95: Final = 1.645
+"""Standard errors above zero that a gain has to be, of a one-sided test."""
 _ABSURD_LOSS: Final = 1e6
 """Mean loss, in nats, that no model has whose weights and inputs make sense."""
 _NOT_SAVED: Final = ("averaged", "best_is_lost")
@@ -170,8 +172,8 @@ class Progress:
     ) -> bool:
         """Take a measurement; returns whether the model is the best so far, as it is at the start.
 
-        A later state has to beat the start by more than the standard error of what it gains:
-        validation rows are few, and of many evaluations one is lucky.
+        A later state has to beat the start by 1.645 standard errors of what it gains: validation
+        rows are few, and of many evaluations one is lucky.
 
         Args:
             accuracy: On the validation rows.

@@ -101,6 +101,18 @@ def test_cells_say_what_was_asked_for_and_found(modules: tuple[ModuleType, Modul
     assert show([record(tuned_auc_lost=-0.0001)]) == "0.0012, 0.9800 -> -0.0001"
 
 
+def test_a_summary_shows_the_worst_seed(
+    modules: tuple[ModuleType, ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"data": "rows", "arch": "dlrm", "dim": 16, "towers": 4, "sample": "calibrated"}
+    line |= {"variant": "default"}
+    seeds = [record(**line, seed=0), record(**line, seed=1, auc_lost=0.0022, r2=0.97)]
+    modules[1].print_summary([*seeds, record(**line | {"variant": "linear"}, seed=0, auc_lost=9)])
+    printed = capsys.readouterr().out
+    assert "| rows | dlrm, 16 | 4 | calibrated | 0.0017 (at most 0.0022 of 2), 0.9700 |" in printed
+    assert modules[1].show_worst([record(auc_lost=-1e-9)]) == "0.0000, 0.9800"
+
+
 def test_picture_is_drawn(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
     model = {"data": "rows", "arch": "dlrm", "dim": 16, "seed": 0, "auc": 0.8, "label": "now"}
     line = {"towers": 4, "sample": "calibrated", "variant": "default"}

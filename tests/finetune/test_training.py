@@ -340,7 +340,7 @@ def test_a_gain_within_its_noise_leaves_the_start() -> None:
     noise = rng.standard_normal(200)
     noise -= noise.mean()
     error = noise.std(ddof=1) / 200**0.5
-    for gain, wins in ((0.5 * error, False), (1.5 * error, True), (-1.5 * error, False)):
+    for gain, wins in ((1.5 * error, False), (1.8 * error, True), (-1.8 * error, False)):
         is_best, progress = take(noise + gain)
         assert is_best == wins == (progress.best.step == 8) == progress.best.beats_start
         last = progress.history[-1]
