@@ -123,7 +123,7 @@ def be_rank(report: Path, arguments: Sequence[str]) -> None:
 
     def all_to_all(self: Any, group: Any, sent: Any, sizes: Any, parts: Any = None) -> Any:
         each = list(sent) if parts is None else sent.split(list(parts))
-        what = "tower outputs" if sent[0].element_size() == 1 else "ids"
+        what = "tower outputs" if each[0].element_size() == 1 else "ids"
         counts[what] += training[0] * bytes_to_others(group, each)
         return original(self, group, sent, sizes, parts)
 
