@@ -22,11 +22,14 @@ import torch
 from flat_models import FlatJob, open_flat
 from frontier import TENTH, Record, Results, flat_keys
 from quality_tables import print_rows
+from torch import nn
 
 import dmt_convert as dmt
 from dmt_convert.bundle import Bundle, is_bundle, open_bundle
 from dmt_convert.config import TrainingConfig
-from dmt_convert.data import open_inputs
+from dmt_convert.data import Dataset, open_inputs
+from dmt_convert.model.code_modules import Code
+from dmt_convert.model.tower_code import FULL_LEVELS, HALF_LEVELS
 from dmt_convert.training import (
     Evaluation,
     TrainableModel,
@@ -79,6 +82,7 @@ def measure(
             **SETTINGS[name],
         )
         model, lost = load_bundle(bundle), list[float]()
+        before = clipped(model, test)
         # what computes the same as the flat model has nothing to learn from it
         choice = choose_teacher(bundle, job.path if compression else "none", config.teacher_weight)
         result = train(
@@ -100,8 +104,30 @@ def measure(
             "tuned_auc_lost": lost[steps.index(result.best_step)],
             "best_step": result.best_step,
             "lost": lost,
+            "clipped": [before, clipped(model, test)],
             "history": [evaluation.to_json() for evaluation in result.history],
         }
+
+
+def clipped(model: TrainableModel, rows: Dataset) -> float:
+    """Share of int8 elements on some rows that lie beyond the static range of their code."""
+    beyond, count = 0, 0
+
+    def look(code: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal beyond, count
+        assert isinstance(code, Code)
+        level = torch.round((inputs[0] - code.low) / code.step)
+        top = torch.full((code.width,), FULL_LEVELS - 1)
+        top[code.width - code.spec.int4 :] = HALF_LEVELS - 1
+        beyond += int(((level < 0) | (level > top)).sum())
+        count += level.numel()
+
+    codes = [part for part in model.module.modules() if isinstance(part, Code) and part.packs]
+    hooks = [code.register_forward_pre_hook(look) for code in codes]
+    measure_rows(model, rows)
+    for hook in hooks:
+        hook.remove()
+    return beyond / max(1, count)
 
 
 def convert(job: FlatJob, compression: float, work: Path) -> Bundle:
