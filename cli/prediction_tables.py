@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dmt_convert.placement.predict import (
         Machine,
         PlacedStep,
+        PredictedStep,
         Prediction,
         PredictionReport,
         ScalePoint,
@@ -32,7 +33,8 @@ def show_prediction(report: PredictionReport) -> list[RenderableType]:
     if report.placed is not None:
         tables.append(_placement(report.placed))
     if report.suggestion is not None:
-        tables += _suggestion(report.suggestion)
+        copies = None if report.prediction is None else report.prediction.flat_2d
+        tables += _suggestion(report.suggestion, copies)
     if report.scaling is not None:
         tables.append(_scaling(report.scaling))
     return tables
@@ -95,7 +97,7 @@ def _placement(placed: PlacedStep) -> RenderableType:
     return grid([("note", text)])
 
 
-def _suggestion(suggestion: Suggestion) -> list[RenderableType]:
+def _suggestion(suggestion: Suggestion, copies: PredictedStep | None) -> list[RenderableType]:
     columns = ["towers>", "compression>", "step ms>", "speed-up>"]
     rows = [
         [str(c.towers), f"{c.compression:.3g}", f"{c.seconds * 1e3:.3f}", f"{c.speedup:.2f}"]
@@ -109,6 +111,9 @@ def _suggestion(suggestion: Suggestion) -> list[RenderableType]:
         else "stay flat: no choice of towers and compression is faster here by the model"
     )
     facts = [("suggestion", text)]
+    if copies is not None and copies.speedup > max(best.speedup, 1.0):
+        rival = f"flat in {copies.copies} copies of its tables is faster still by the model: "
+        facts.append(("but", f"{rival}{copies.speedup:.2f} times flat"))
     if suggestion.refused:
         counts = ", ".join(map(str, suggestion.refused))
         facts.append(("no room", f"with {counts} towers tables do not fit the memory"))

@@ -145,3 +145,16 @@ def test_clusters_beyond_the_model_are_refused(compressed: Path, call_dmt: Call)
     run = call_dmt("plan", compressed, *options)
     assert run.code == 3
     assert "32768 ranks to predict" in run.stderr
+
+
+def test_flat_in_copies_is_named_where_it_is_faster(compressed: Path, call_dmt: Call) -> None:
+    """Tables of a few KiB are averaged for next to nothing, and large batches stay in a host."""
+    large = ("--predict", "--batch", 65536, "--inter-gbps", 1)
+    rows = predict(call_dmt, compressed, *large)["prediction"]["rows"]
+    by_name = {row["variant"]: row["speedup"] for row in rows}
+    assert by_name["flat2d"] > max(by_name["flat"], by_name["sptt"], by_name["dmt"])
+    shown = " ".join(call_dmt("plan", compressed, *PLAN, *large).stdout.split())
+    assert "flat in 2 copies of its tables is faster still by the model" in shown
+    assert "flat, 2D (2 copies)" in shown
+    small = call_dmt("plan", compressed, *PLAN, "--predict")
+    assert "faster still" not in " ".join(small.stdout.split())

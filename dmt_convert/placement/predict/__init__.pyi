@@ -7,6 +7,7 @@ from .machine import Machine as Machine
 from .machine import Network as Network
 from .machine import find_gpu as find_gpu
 from .prediction import PlacedStep as PlacedStep
+from .prediction import PredictedStep as PredictedStep
 from .prediction import Prediction as Prediction
 from .prediction import PredictionReport as PredictionReport
 from .prediction import ScalePoint as ScalePoint
