@@ -29,8 +29,8 @@ class Check:
     """What it is called."""
     function: str
     """`module:function`; the function takes a `Context` and returns an `Outcome`."""
-    seconds: float = 180.0
-    """How long it may take."""
+    seconds: float = 300.0
+    """How long it may take: many times what it takes on an idle machine."""
     needs: tuple[str, ...] = ()
     """Checks that must have passed, because it goes on with what they leave."""
     quick: bool = True
@@ -60,7 +60,7 @@ CHECKS: Final = (
         name="export",
         function=f"{_HERE}.exports:check_exports",
         needs=("one process",),
-        seconds=400.0,
+        seconds=900.0,
         quick=False,
     ),
 )
