@@ -58,9 +58,10 @@ def _advice(bundle: Path, plan: TowerPlan) -> str | None:
 
 
 def _tables(plan: TowerPlan, *, estimate: bool) -> list[RenderableType]:
-    from dmt_convert.placement import BATCH, describe_replication
+    from dmt_convert.placement import BATCH, describe_cached, describe_replication
 
     cluster, traffic, held = plan.cluster, plan.traffic, describe_replication(plan)
+    moved = describe_cached(plan)
     rows = [
         [
             str(t),
@@ -88,6 +89,7 @@ def _tables(plan: TowerPlan, *, estimate: bool) -> list[RenderableType]:
             f"{human_bytes(traffic.gradient_cross_bytes)} of gradients back",
         ),
         *((("on every rank", held),) if held else ()),
+        *((("in host memory", moved),) if moved else ()),
     ]
     if estimate:
         times = plan.estimate(BATCH)

@@ -46,7 +46,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     bundle = bundles.open_bundle(options.bundle)
     config, rates = training.choose_rates(config, bundle)
     given = None if config.plan is None else read_plan(config.plan)
-    plan = cluster.choose_plan(bundle, layout, given)
+    plan = cluster.choose_plan(bundle, layout, given, config.table_optimizer)
     data = training.open_training_data(config.data, config.valid, bundle.manifest)
     out = config.out or cluster.default_out(options.bundle)
     folder = config.checkpoints or Path(f"{out}.checkpoints")
@@ -62,6 +62,7 @@ def finetune_over_ranks(options: argparse.Namespace, config: RunConfig) -> dict[
     #    same functions in the same order.
     limit = timedelta(seconds=config.timeout)
     ranks = cluster.start_ranks(layout, hosts_per_tower=plan.hosts_per_tower, timeout=limit)
+    cluster.check_memory(bundle, plan, config.table_optimizer, layout, ranks)
     monitor.say(
         f"{layout}, {config.comm_dtype or 'the precision of codes'} between hosts; "
         f"{len(plan.tower_order)} towers, hosts per tower: {plan.hosts_per_tower}; checkpoints in "

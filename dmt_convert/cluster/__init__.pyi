@@ -30,6 +30,7 @@ from .ranks import read_layout as read_layout
 from .ranks import start_ranks as start_ranks
 from .ranks import stop_ranks as stop_ranks
 from .requirements import check_requirements as check_requirements
+from .sharding import check_memory as check_memory
 from .sharding import choose_plan as choose_plan
 from .sharding import load_shards as load_shards
 from .sharding import shard_bundle as shard_bundle

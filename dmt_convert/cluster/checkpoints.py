@@ -300,13 +300,15 @@ class TrainingCheckpoints:
         stored = {info.path: info for info in read_payload(path).tensors}
         _load_dense(module, stored, len(self.job.plan.tower_hosts))
         flat = bundle.manifest.model.flat
+        has_sums = "adagrad" in self.job.config.table_optimizer
         return TrainedModel(
             result=result,
             after=after,
             notes=told + notes,
             module=module,
             table=open_tables(path, flat.tables).__getitem__,
-            sums=saved_sums(stored, flat),
+            # fbgemm calls the first moment of other rules by the same name
+            sums=saved_sums(stored, flat) if has_sums else lambda table: None,
             teacher=self.job.teacher,
         )
 
@@ -320,6 +322,7 @@ class TrainingCheckpoints:
             for table, _, _, part in table_shards(trainer.model):
                 if table in rounded:
                     part.copy_(part.to(TORCH_DTYPES[rounded[table]]))
+        trainer.model.towers.forget_cached_rows()
         return trainer.measure()
 
     def close(self) -> None:
@@ -345,7 +348,9 @@ class TrainingCheckpoints:
         }
 
     def _load(self, saved: SavedCheckpoint, trainer: ClusterTrainer) -> dict[str, Any]:
-        return load_resharded(self._store, saved, self._state(trainer), self._rows)
+        values = load_resharded(self._store, saved, self._state(trainer), self._rows)
+        trainer.model.towers.forget_cached_rows()
+        return values
 
 
 def _load_dense(module: torch.nn.Module, stored: Mapping[str, TensorInfo], towers: int) -> None:

@@ -39,27 +39,32 @@ SUFFIX: Final = ".momentum1"
 _CHUNK_ROWS: Final = 1 << 20
 
 
-def fused_parameters(
-    kind: TableOptimizerKind, *, lr: float, device_type: str = "cpu"
-) -> dict[str, Any]:
+def check_tables_optimizer(kind: TableOptimizerKind) -> None:
+    """Refuse what ranks cannot train tables with.
+
+    Raises:
+        ConfigError: It is Adam. fbgemm has it for GPUs alone, where no training has run it, and
+            keeps its step count out of checkpoints: a resumed training would correct its moments
+            for the wrong step.
+    """
+    if kind == "adam":
+        raise ConfigError(
+            "tables moved by adam over ranks",
+            expected="rowwise-adagrad, adagrad or sgd: fbgemm has adam on GPUs alone, where it was "
+            "never tested, and a resumed training would not go on from the same step",
+            hint="use --table-optimizer rowwise-adagrad, or run one process without torchrun",
+        )
+
+
+def fused_parameters(kind: TableOptimizerKind, *, lr: float) -> dict[str, Any]:
     """Say in fbgemm's words which optimizer moves the tables.
 
     Args:
         kind: The optimizer.
         lr: Its learning rate.
-        device_type: cpu or cuda.
-
-    Raises:
-        ConfigError: fbgemm does not have it on this device.
     """
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
-    if kind == "adam" and device_type == "cpu":
-        raise ConfigError(
-            "tables moved by adam on CPU ranks",
-            expected="rowwise-adagrad, adagrad or sgd, which fbgemm fuses on CPUs",
-            hint="use --table-optimizer rowwise-adagrad, or run one process without torchrun",
-        )
     kinds = {
         "rowwise-adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "adagrad": EmbOptimType.EXACT_ADAGRAD,

@@ -140,6 +140,12 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         """Refuse TorchRec's pipelines, which would exchange ids twice."""
         raise NotImplementedError("ids are sent ahead with start_input")
 
+    def forget_cached_rows(self) -> None:
+        """Drop rows that accelerators keep of tables in host memory: these were written to."""
+        for embedding in self.embeddings.values():
+            for lookup in embedding._lookups:
+                lookup.purge()
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:

@@ -5,6 +5,8 @@ Letters: R rows of a table, N its columns.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -16,24 +18,37 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.checkpoint import TensorInfo, gather_rows
 from dmt_convert.cluster.cluster_model import ShardedModel, shard_model, table_of
 from dmt_convert.cluster.index_route import carries_weights
-from dmt_convert.cluster.optimizers import fused_parameters
-from dmt_convert.cluster.ranks import RankLayout
+from dmt_convert.cluster.optimizers import check_tables_optimizer, fused_parameters
+from dmt_convert.cluster.ranks import RankLayout, Ranks
 from dmt_convert.cluster.transport import Transport
-from dmt_convert.config import TrainingConfig
+from dmt_convert.config import TableOptimizerKind, TrainingConfig
 from dmt_convert.errors import PlanError
-from dmt_convert.placement import TowerPlan, plan_model
+from dmt_convert.free_memory import available_bytes
+from dmt_convert.placement import (
+    TowerPlan,
+    optimizer_in_plan,
+    plan_model,
+    show_bytes,
+    training_bytes,
+)
 
 _CHUNK_BYTES: Final = 8 << 20
 """Of a table, read at once."""
 
 
-def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> TowerPlan:
+def choose_plan(
+    bundle: Bundle,
+    layout: RankLayout,
+    given: TowerPlan | None,
+    kind: TableOptimizerKind = "rowwise-adagrad",
+) -> TowerPlan:
     """Choose where the towers go: the plan of the bundle, if it is of this cluster, or a new one.
 
     Args:
         bundle: What is trained.
         layout: The ranks that are there.
         given: The plan that was asked for, if any.
+        kind: What moves the tables: its state takes memory, too.
 
     Raises:
         PlanError: The plan that was asked for is of another cluster or bundle, or the towers cannot
@@ -43,7 +58,7 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
     _check_fits(plan, bundle)
     found = (layout.hosts, layout.ranks_per_host)
     wanted = (plan.cluster.hosts, plan.cluster.ranks_per_host)
-    if found == wanted:
+    if given is not None and found == wanted:
         return plan
     if given is not None:
         raise PlanError(
@@ -52,8 +67,71 @@ def choose_plan(bundle: Bundle, layout: RankLayout, given: TowerPlan | None) -> 
             hint=f"make one with `dmt plan BUNDLE --hosts {found[0]} --ranks-per-host {found[1]}`, "
             "or leave the plan out",
         )
-    cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1])
-    return plan_model(bundle.manifest.model, cluster)
+    model, optimizer = bundle.manifest.model, optimizer_in_plan(kind)
+    memory = _device_memory(layout) or plan.cluster.hbm_bytes
+    cluster = replace(plan.cluster, hosts=found[0], ranks_per_host=found[1], hbm_bytes=memory)
+    needed = max(training_bytes(plan, model, optimizer))
+    if found == wanted and needed <= cluster.usable_bytes:
+        return plan
+    return plan_model(model, cluster, optimizer=optimizer)
+
+
+def _device_memory(layout: RankLayout) -> int | None:
+    """Return the memory of this rank's GPU, in bytes; None on a CPU."""
+    if layout.device_type == "cpu":
+        return None
+    return int(torch.cuda.get_device_properties(layout.device).total_memory)
+
+
+def free_memory(layout: RankLayout) -> int | None:
+    """Return what this rank may still allocate for tables, in bytes; None: unknown.
+
+    That is the free memory of its GPU, or its part of the host's.
+    """
+    if layout.device_type == "cuda":
+        return int(torch.cuda.mem_get_info(layout.device)[0])
+    available = available_bytes()
+    return None if available is None else available // layout.ranks_per_host
+
+
+def check_memory(
+    bundle: Bundle, plan: TowerPlan, kind: TableOptimizerKind, layout: RankLayout, ranks: Ranks
+) -> None:
+    """Refuse, before anything is allocated, what does not fit; all ranks at once.
+
+    Raises:
+        PlanError: The tables of a rank do not fit into its memory, or ranks have chosen other
+            plans; with the numbers of all such ranks.
+    """
+    held = plan
+    if layout.device_type == "cpu":  # there is no other memory to put rows into
+        whole = (replace(t, cached=None, compute_kernel=t.plain_kernel) for t in plan.tables)
+        held = replace(plan, tables=tuple(whole), bytes_per_rank=(0,) * plan.cluster.world_size)
+    needed = training_bytes(held, bundle.manifest.model, optimizer_in_plan(kind))
+    digest = hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest()
+    found = ranks.on_all(lambda: (digest, free_memory(layout)))
+    if len({chosen for chosen, _ in found}) > 1:
+        raise PlanError(
+            "ranks whose GPUs have different sizes place the towers differently",
+            expected="the same plan on all ranks",
+            hint="make one for the smallest GPU, `dmt plan BUNDLE --hbm-gib GIB --out FILE`, and "
+            "give it to all hosts with --plan",
+        )
+    short = [
+        f"rank {rank}: {show_bytes(size)} of tables and their state, {show_bytes(free)} free"
+        for rank, (size, (_, free)) in enumerate(zip(needed, found, strict=True))
+        if free is not None and size > free
+    ]
+    if short:
+        where = "GPU" if layout.device_type == "cuda" else "host"
+        raise PlanError(
+            f"float32 tables and the state of {kind} take {show_bytes(max(needed))} of the fullest "
+            f"rank, more than is free in the memory of its {where}",
+            expected="tables that fit into memory; nothing was allocated",
+            hint="use more ranks or hosts, a table optimizer with less state (rowwise-adagrad, "
+            "sgd), or end what else uses this memory",
+            details=short[:20],
+        )
 
 
 def _count(hosts: int, ranks: int) -> str:
@@ -112,14 +190,16 @@ def shard_bundle(
 
     Returns:
         The model; its tables are uninitialised, see `load_shards`.
+
+    Raises:
+        ConfigError: Ranks have no such optimizer for tables.
     """
+    check_tables_optimizer(config.table_optimizer)
     return shard_model(
         open_bundle_model(bundle).train(),
         plan,
         transport=Transport(layout.device, layout.backend),
-        fused_params=fused_parameters(
-            config.table_optimizer, lr=config.table_lr, device_type=layout.device_type
-        ),
+        fused_params=fused_parameters(config.table_optimizer, lr=config.table_lr),
         comm_dtype=config.comm_dtype,
         weighted=weighted or carries_weights(bundle.manifest.model.flat),
     )

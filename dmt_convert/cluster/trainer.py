@@ -161,8 +161,6 @@ class ClusterTrainer:
         last bit from one that was not interrupted. Afterwards Adagrad's sums are the squared
         gradients of the first batch, see `start_sums`.
         """
-        if self.config.table_optimizer == "adam":
-            return  # it would count the steps
         batch = self._load_taught(next(self._open_shares(0)))
         self.tables.set_lr(0.0)
         for _ in range(2):

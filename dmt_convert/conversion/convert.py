@@ -373,19 +373,17 @@ def _requested_cluster(config: ConvertConfig) -> Cluster | None:
 
 def _plan(spec: DmtSpec, cluster: Cluster | None) -> TowerPlan:
     """Plan for the given cluster, or for the smallest default one that holds the tables."""
-
-    def attempt(candidate: Cluster) -> TowerPlan:
-        return plan_model(spec, candidate)
-
     if cluster is not None:
-        return attempt(cluster)
+        return plan_model(spec, cluster)
     base = default_cluster(len(spec.sending_towers))
     hosts = base.hosts
     while True:
+        is_last = hosts >= base.hosts * _MAX_HOSTS_PER_TOWER
+        candidate = Cluster(hosts=hosts, ranks_per_host=base.ranks_per_host)
         try:
-            return attempt(Cluster(hosts=hosts, ranks_per_host=base.ranks_per_host))
+            return plan_model(spec, candidate, host_memory=is_last)
         except PlanError:
-            if hosts >= base.hosts * _MAX_HOSTS_PER_TOWER:
+            if is_last:
                 raise
             hosts *= 2
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -20,17 +20,22 @@ from dmt_convert.documents import shorten
 from dmt_convert.errors import PlanError
 from dmt_convert.model import DmtSpec
 from dmt_convert.placement.cluster import HBM_RESERVE, Cluster, show_bytes
-from dmt_convert.placement.tower_plan import (
+from dmt_convert.placement.table_memory import (
+    CACHED_SHARE,
     COLS_MULTIPLE,
-    OPTIMIZER_BYTES_PER_ROW,
+    TRAINED_BYTES,
+    TableOptimizer,
+    copy_bytes,
+    shard_bytes,
+)
+from dmt_convert.placement.tower_plan import (
     Shard,
     TablePlacement,
     TowerPlan,
-    padded_dim,
     row_blocks,
 )
-from dmt_convert.placement.traffic import ELEMENT_BYTES, measure_traffic
-from dmt_convert.spec import DTYPE_BYTES, ModelSpec, TowerAssignment
+from dmt_convert.placement.traffic import measure_traffic
+from dmt_convert.spec import ModelSpec, TowerAssignment
 
 _log = logging.getLogger(__name__)
 
@@ -60,23 +65,44 @@ class TableLoad:
     """Number of rows."""
     dim: int
     """N."""
-    element_bytes: int
-    """Size of one element, in bytes."""
     num_features: int
     """Features that are looked up in it."""
     ids: float
     """Ids looked up per sample, of all those features."""
+    optimizer: TableOptimizer = "rowwise_adagrad"
+    """What moves it."""
+    cached: float | None = None
+    """Share of its rows that the accelerator keeps; None: it has the whole table."""
+    element_bytes: int = TRAINED_BYTES
+    """Size of one element, in bytes."""
+
+    def shard_bytes(self, rows: int, cols: int) -> int:
+        """Size in memory of a part of it, in bytes, with optimizer state."""
+        return shard_bytes(
+            rows,
+            cols,
+            optimizer=self.optimizer,
+            cached=self.cached,
+            element_bytes=self.element_bytes,
+        )
 
     def nbytes(self, column_shards: int = 1) -> int:
         """Size in memory in bytes, with optimizer state, as that number of column shards."""
-        state = OPTIMIZER_BYTES_PER_ROW * column_shards
-        return self.rows * (padded_dim(self.dim) * self.element_bytes + state)
+        if column_shards == 1:
+            return self.shard_bytes(self.rows, self.dim)
+        return column_shards * self.shard_bytes(self.rows, self.dim // column_shards)
+
+    @property
+    def kernel(self) -> Literal["fused", "fused_uvm_caching"]:
+        """TorchRec's kernel for it."""
+        return "fused" if self.cached is None else "fused_uvm_caching"
 
     @property
     def everywhere_bytes(self) -> int:
         """Size in bytes on every rank: the whole table, its whole gradient, optimizer state."""
-        row = self.dim * (self.element_bytes + ELEMENT_BYTES) + OPTIMIZER_BYTES_PER_ROW
-        return self.rows * row
+        return copy_bytes(
+            self.rows, self.dim, optimizer=self.optimizer, element_bytes=self.element_bytes
+        )
 
     @property
     def loads(self) -> tuple[float, float, float]:
@@ -270,7 +296,12 @@ def _place_columns(
             for i, b in enumerate(sorted(chosen))
         )
         return TablePlacement(
-            table=table.name, tower=table.tower, sharding_type="table_column_wise", shards=shards
+            table=table.name,
+            tower=table.tower,
+            sharding_type="table_column_wise",
+            compute_kernel=table.kernel,
+            cached=table.cached,
+            shards=shards,
         )
     return None
 
@@ -285,7 +316,7 @@ def _place_rows(
     items = np.array(
         [
             [
-                shard.nbytes(table.element_bytes),
+                table.shard_bytes(shard.rows, shard.cols),
                 table.ids / len(ranks),
                 table.dim * table.num_features,
             ]
@@ -296,7 +327,12 @@ def _place_rows(
         return None
     bins.used += items
     return TablePlacement(
-        table=table.name, tower=table.tower, sharding_type="table_row_wise", shards=shards
+        table=table.name,
+        tower=table.tower,
+        sharding_type="table_row_wise",
+        compute_kernel=table.kernel,
+        cached=table.cached,
+        shards=shards,
     )
 
 
@@ -309,6 +345,9 @@ def plan_towers(
     gradient_bytes: Sequence[int] | None = None,
     ids_per_bag: Mapping[str, float] | None = None,
     everywhere: Sequence[int] = (),
+    optimizer: TableOptimizer = "rowwise_adagrad",
+    cached_shares: Mapping[str, float] | None = None,
+    host_memory: bool = True,
 ) -> TowerPlan:
     """Place every tower inside a host and every table on the ranks of its tower.
 
@@ -325,6 +364,10 @@ def plan_towers(
         ids_per_bag: Mean number of ids per sample of each feature; 1 if it is not named.
         everywhere: Towers whose tables lie whole on every rank, and on no host in particular; the
             T towers above are the others.
+        optimizer: What moves the tables; its state takes memory.
+        cached_shares: Table -> the share of its rows that an accelerator keeps if the table is too
+            large for it, from `cached_share`; `CACHED_SHARE` if it is not named.
+        host_memory: Whether what is too large may lie in the memory of hosts.
 
     Raises:
         PartitionError: The towers do not hold the model's features.
@@ -334,7 +377,7 @@ def plan_towers(
     sending = [t for t in range(len(assignment.towers)) if t not in set(everywhere)]
     sent = _pair_bytes(tower_bytes, gradient_bytes, len(assignment.towers), sending)
     _check_hosts(len(sending), cluster)
-    towers = tower_loads(spec, assignment, ids_per_bag or {})
+    towers = tower_loads(spec, assignment, ids_per_bag or {}, optimizer=optimizer)
     resident = [table for t in everywhere for table in towers[t]]
     room = _room_beside(resident, cluster)
     tower_hosts: list[tuple[int, ...]] = [()] * len(towers)
@@ -343,13 +386,20 @@ def plan_towers(
     for tower, hosts in zip(sending, found, strict=True):
         tower_hosts[tower] = hosts
         groups.setdefault(hosts, []).extend(towers[tower])
-    placed = _pack_groups(groups, cluster, room, len(sending))
+    shares = (cached_shares or {}) if host_memory else None
+    placed = _pack_groups(groups, cluster, room, len(sending), shares)
     placed |= {table.name: _place_everywhere(table) for table in resident}
-    return _assemble(spec, towers, tower_hosts, placed, cluster, sent)
+    return _assemble(spec, towers, tower_hosts, placed, cluster, sent, optimizer)
 
 
 def plan_model(
-    model: DmtSpec, cluster: Cluster, *, ids_per_bag: Mapping[str, float] | None = None
+    model: DmtSpec,
+    cluster: Cluster,
+    *,
+    ids_per_bag: Mapping[str, float] | None = None,
+    optimizer: TableOptimizer = "rowwise_adagrad",
+    cached_shares: Mapping[str, float] | None = None,
+    host_memory: bool = True,
 ) -> TowerPlan:
     """Place a converted model's towers; see `plan_towers`."""
     return plan_towers(
@@ -359,6 +409,9 @@ def plan_model(
         tower_bytes=model.tower_bytes,
         gradient_bytes=model.gradient_bytes(),
         ids_per_bag=ids_per_bag,
+        optimizer=optimizer,
+        cached_shares=cached_shares,
+        host_memory=host_memory,
         everywhere=[t for t, tower in enumerate(model.towers) if tower.everywhere],
     )
 
@@ -374,7 +427,7 @@ def _room_beside(resident: Sequence[TableLoad], cluster: Cluster) -> int:
         return cluster.usable_bytes - taken
     raise PlanError(
         f"{len(resident)} tables on every rank take {show_bytes(taken)} of it, with their "
-        "gradients and row-wise Adagrad state",
+        "gradients and optimizer state",
         expected=f"less than the {show_bytes(cluster.usable_bytes)} that tables may use of a rank",
         hint="replicate fewer tables: `dmt convert --replicate ROWS` with fewer rows",
     )
@@ -424,9 +477,13 @@ def _check_hosts(num_towers: int, cluster: Cluster) -> None:
 
 
 def tower_loads(
-    spec: ModelSpec, assignment: TowerAssignment, ids_per_bag: Mapping[str, float]
+    spec: ModelSpec,
+    assignment: TowerAssignment,
+    ids_per_bag: Mapping[str, float],
+    *,
+    optimizer: TableOptimizer = "rowwise_adagrad",
 ) -> list[list[TableLoad]]:
-    """Return the tables of every tower, in the model's order.
+    """Return the tables of every tower, in the model's order, as they are trained.
 
     Raises:
         PlanError: A table serves features of several towers, or an id count is not positive.
@@ -467,7 +524,7 @@ def tower_loads(
                 tower=tower,
                 rows=table_spec.rows,
                 dim=table_spec.dim,
-                element_bytes=DTYPE_BYTES[table_spec.dtype],
+                optimizer=optimizer,
                 num_features=len(features),
                 ids=math.fsum(ids_per_bag.get(name, 1.0) for name in features),
             )
@@ -507,6 +564,7 @@ def _pack_groups(
     cluster: Cluster,
     limit: int,
     num_towers: int,
+    cached_shares: Mapping[str, float] | None,
 ) -> dict[str, TablePlacement]:
     size = cluster.ranks_per_host
     placed: dict[str, TablePlacement] = {}
@@ -515,6 +573,8 @@ def _pack_groups(
         ranks = range(hosts[0] * size, (hosts[-1] + 1) * size)
         fits = sum(table.nbytes() for table in tables) <= limit * len(ranks)
         placements = pack_tables(tables, ranks, limit) if fits else None
+        if placements is None and cached_shares is not None:
+            placements = _pack_with_cache(tables, ranks, limit, cached_shares)
         if placements is None:
             failed[hosts] = tables
         else:
@@ -522,6 +582,25 @@ def _pack_groups(
     if failed:
         _refuse(groups, failed, cluster, limit, num_towers)
     return placed
+
+
+def _pack_with_cache(
+    tables: Sequence[TableLoad], ranks: Sequence[int], limit: int, shares: Mapping[str, float]
+) -> list[TablePlacement] | None:
+    """Put more and more of the largest tables into the hosts' memory until the others fit."""
+    largest = sorted(range(len(tables)), key=lambda i: -tables[i].nbytes())
+    count = 1
+    while True:
+        moved = set(largest[:count])
+        tried = [
+            replace(table, cached=shares.get(table.name, CACHED_SHARE)) if i in moved else table
+            for i, table in enumerate(tables)
+        ]
+        fits = sum(table.nbytes() for table in tried) <= limit * len(ranks)
+        placements = pack_tables(tried, ranks, limit) if fits else None
+        if placements is not None or count >= len(tables):
+            return placements
+        count *= 2
 
 
 def _refuse(
@@ -554,15 +633,18 @@ def _refuse(
         f"{show_bytes(max(t.nbytes() for t in tables))}"
         for hosts, tables in failed.items()
     ]
+    optimizer = next(iter(groups.values()))[0].optimizer
     raise PlanError(
-        f"tables and row-wise Adagrad state take {show_bytes(sum(sizes.values()))}, and "
-        f"{len(failed)} of {len(groups)} groups of hosts cannot hold theirs",
+        f"float32 tables and the state of {optimizer.replace('_', '-')} take "
+        f"{show_bytes(sum(sizes.values()))}, and {len(failed)} of {len(groups)} groups of hosts "
+        f"cannot hold theirs, nor the rows in use of tables in host memory",
         expected=f"at most {show_bytes(per_host)} per host ({cluster.ranks_per_host} ranks of "
         f"{show_bytes(cluster.hbm_bytes)}, {HBM_RESERVE:.0%} kept for all but tables"
         + (f", {show_bytes(taken)} for tables on every rank" if taken else "")
         + "), "
         f"{show_bytes(cluster.hosts * per_host)} on {cluster.hosts} hosts",
-        hint=f"{hosts_hint}, --dtype fp16, or fewer features per tower (raise --towers)",
+        hint=f"{hosts_hint}, or fewer features per tower (raise --towers); tables are trained as "
+        "float32, whatever --dtype they are stored in",
         details=shorten(details),
     )
 
@@ -580,6 +662,7 @@ def _assemble(
     placed: Mapping[str, TablePlacement],
     cluster: Cluster,
     sent: Sequence[tuple[int, int]],
+    optimizer: TableOptimizer,
 ) -> TowerPlan:
     loads = {table.name: table for tables in towers for table in tables}
     rank_bytes, rank_ids, rank_widths = measure_ranks(loads, placed, cluster.world_size)
@@ -605,6 +688,7 @@ def _assemble(
         tower_hosts=tuple(tower_hosts),
         tables=tuple(placed[table.name] for table in spec.tables),
         bytes_per_rank=tuple(size + held for size in rank_bytes),
+        optimizer=optimizer,
         lookups_per_rank=tuple(ids + local_ids / cluster.world_size for ids in rank_ids),
         traffic=measure_traffic(
             cluster,
@@ -632,58 +716,12 @@ def measure_ranks(
     """
     sizes, ids, widths = [0] * world_size, [0.0] * world_size, [0] * world_size
     for name, placement in placed.items():
-        load = loads[name]
+        load = replace(loads[name], cached=placement.cached)
         if placement.is_everywhere:
             continue
         row_wise = placement.sharding_type == "table_row_wise"
         for shard in placement.shards:
-            sizes[shard.rank] += shard.nbytes(load.element_bytes)
+            sizes[shard.rank] += load.shard_bytes(shard.rows, shard.cols)
             ids[shard.rank] += load.ids / len(placement.shards) if row_wise else load.ids
             widths[shard.rank] += shard.cols * load.num_features
     return sizes, ids, widths
-
-
-def check_plan(plan: TowerPlan, spec: ModelSpec, assignment: TowerAssignment) -> None:
-    """Refuse unless the plan places exactly this model's tables, by these towers.
-
-    Every `TowerPlan` has already checked that shards tile their table, inside their tower's hosts
-    and memory. This compares it with the model.
-
-    Raises:
-        PlanError: A table is missing, unknown, of another shape or in another tower, or the
-            bytes per rank are not those of these tables; all that is wrong is listed.
-    """
-    towers = tower_loads(spec, assignment, {})
-    loads = {table.name: table for tables in towers for table in tables}
-    placed = {placement.table: placement for placement in plan.tables}
-    problems = [f"table {name!r} is not placed" for name in loads if name not in placed]
-    problems += [f"table {name!r} is not in the model" for name in placed if name not in loads]
-    if len(plan.tower_hosts) != len(towers):
-        problems.append(f"it places {len(plan.tower_hosts)} towers, the model has {len(towers)}")
-    for name in placed.keys() & loads.keys():
-        load, placement = loads[name], placed[name]
-        if (placement.rows, placement.cols) != (load.rows, load.dim):
-            problems.append(
-                f"table {name!r} is {placement.rows} x {placement.cols} in the plan, "
-                f"{load.rows} x {load.dim} in the model"
-            )
-        if placement.tower != load.tower:
-            problems.append(
-                f"table {name!r} is in tower {placement.tower} of the plan, its features in "
-                f"tower {load.tower}"
-            )
-    if not problems:
-        sizes, _, _ = measure_ranks(loads, placed, plan.cluster.world_size)
-        held = sum(loads[name].everywhere_bytes for name in placed if placed[name].is_everywhere)
-        problems += [
-            f"rank {rank} holds {actual + held} bytes, the plan says {planned}"
-            for rank, (actual, planned) in enumerate(zip(sizes, plan.bytes_per_rank, strict=True))
-            if actual + held != planned
-        ]
-    if problems:
-        raise PlanError(
-            f"the plan does not fit this model: {len(problems)} problem(s)",
-            expected="every table of the model once, in the tower of its features",
-            hint="make the plan again with `dmt plan`",
-            details=shorten(sorted(problems)),
-        )

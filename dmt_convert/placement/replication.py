@@ -17,7 +17,8 @@ from typing import Final
 
 from dmt_convert.model import DmtSpec
 from dmt_convert.placement.cluster import Cluster, show_bytes
-from dmt_convert.placement.tower_plan import OPTIMIZER_BYTES_PER_ROW, TowerPlan
+from dmt_convert.placement.table_memory import copy_bytes
+from dmt_convert.placement.tower_plan import TowerPlan
 from dmt_convert.placement.traffic import ELEMENT_BYTES, ID_BYTES, ring_bytes
 from dmt_convert.spec import ModelSpec
 
@@ -117,9 +118,7 @@ def describe_replication(plan: TowerPlan) -> str | None:
     held = [placement for placement in plan.tables if placement.is_everywhere]
     if not held:
         return None
-    kept = sum(
-        table.rows * (2 * ELEMENT_BYTES * table.cols + OPTIMIZER_BYTES_PER_ROW) for table in held
-    )
+    kept = sum(copy_bytes(table.rows, table.cols, optimizer=plan.optimizer) for table in held)
     return (
         f"{len(held)} of {len(plan.tables)} tables, of up to {max(t.rows for t in held):,} rows: "
         f"{show_bytes(kept)} of a rank with gradients and optimizer state, "

@@ -18,14 +18,9 @@ from typing import TYPE_CHECKING, Literal
 
 from dmt_convert.documents import shorten
 from dmt_convert.errors import PlanError
-from dmt_convert.placement.packing import check_plan
-from dmt_convert.placement.tower_plan import (
-    COLS_MULTIPLE,
-    Shard,
-    TablePlacement,
-    TowerPlan,
-    padded_dim,
-)
+from dmt_convert.placement.plan_check import check_plan
+from dmt_convert.placement.table_memory import COLS_MULTIPLE, padded_dim
+from dmt_convert.placement.tower_plan import Shard, TablePlacement, TowerPlan
 from dmt_convert.spec import ModelSpec, TowerAssignment
 
 if TYPE_CHECKING:
@@ -103,7 +98,7 @@ def _parameter_sharding(
 ) -> ParameterSharding:
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
-    from torchrec.distributed.types import ParameterSharding
+    from torchrec.distributed.types import CacheParams, ParameterSharding
 
     placement = plan.tables[index]
     if placement.is_everywhere:
@@ -116,6 +111,9 @@ def _parameter_sharding(
         sharding_type=placement.sharding_type,
         compute_kernel=placement.compute_kernel,
         ranks=[shard.rank for shard in placement.shards],
+        cache_params=None
+        if placement.cached is None
+        else CacheParams(load_factor=placement.cached),
         sharding_spec=EnumerableShardingSpec(
             [
                 ShardMetadata(

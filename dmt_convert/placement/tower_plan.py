@@ -18,31 +18,18 @@ from pydantic import Field, NonNegativeInt
 from dmt_convert.documents import Layout, shorten, to_json
 from dmt_convert.errors import PlanError
 from dmt_convert.placement.cluster import Amount, Cluster, show_bytes
+from dmt_convert.placement.table_memory import TableOptimizer
 from dmt_convert.placement.traffic import CommunicationEstimate, Traffic
 
 SCHEMA_VERSION: Final = 1
 """Raised when older versions would misread a plan; not for a key that they can ignore."""
 
 ShardingType = Literal["table_row_wise", "table_column_wise", "data_parallel"]
-ComputeKernel = Literal["fused", "dense"]
-"""TorchRec's kernel. fused looks up and updates all tables of a rank at once; dense leaves the
-gradients of data-parallel tables to an optimizer, because they are first summed over the ranks."""
-
-OPTIMIZER: Final = "rowwise_adagrad"
-"""The sparse optimizer that memory is counted for."""
-
-OPTIMIZER_BYTES_PER_ROW: Final = 4
-"""Row-wise Adagrad keeps one float32 per row of every shard. A table cut into n column shards
-therefore keeps n of them per row."""
-
-
-COLS_MULTIPLE: Final = 4
-"""The lookup kernels read rows in vectors of four elements."""
-
-
-def padded_dim(dim: int) -> int:
-    """Return the columns that a rank keeps of a table of this dim: the next multiple of four."""
-    return -(-dim // COLS_MULTIPLE) * COLS_MULTIPLE
+ComputeKernel = Literal["fused", "fused_uvm_caching", "dense"]
+"""TorchRec's kernel. fused looks up and updates all tables of a rank at once; fused_uvm_caching
+does so with tables in the host's memory, of which the accelerator keeps the rows in use; dense
+leaves the gradients of data-parallel tables to an optimizer, because they are first summed over the
+ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +47,6 @@ class Shard:
     cols: NonNegativeInt
     """Number of columns."""
 
-    def nbytes(self, element_bytes: int) -> int:
-        """Memory with the optimizer's state, in bytes, columns padded as they are in memory.
-
-        Args:
-            element_bytes: Size of one element of the table, in bytes.
-        """
-        return self.rows * (padded_dim(self.cols) * element_bytes + OPTIMIZER_BYTES_PER_ROW)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablePlacement:
@@ -83,6 +62,8 @@ class TablePlacement:
     data_parallel: whole on every rank, its tower sends nothing."""
     compute_kernel: ComputeKernel = "fused"
     """TorchRec's compute kernel."""
+    cached: Annotated[float, Field(gt=0, le=1)] | None = None
+    """fused_uvm_caching: the share of its rows that the accelerator keeps."""
     shards: tuple[Shard, ...]
     """All parts, by ascending offset; data_parallel: the whole table, which every rank holds, as
     if it were on rank 0 alone."""
@@ -91,6 +72,11 @@ class TablePlacement:
     def is_everywhere(self) -> bool:
         """Whether every rank has the whole table."""
         return self.sharding_type == "data_parallel"
+
+    @property
+    def plain_kernel(self) -> Literal["fused", "dense"]:
+        """The kernel of a table that lies in a rank's own memory."""
+        return "dense" if self.is_everywhere else "fused"
 
     @property
     def rows(self) -> int:
@@ -115,7 +101,8 @@ class TablePlacement:
         if not self.shards:
             return [f"{name} has no shards"]
         problems = []
-        if self.compute_kernel != ("dense" if self.is_everywhere else "fused"):
+        kernel = self.plain_kernel if self.cached is None else "fused_uvm_caching"
+        if self.compute_kernel != kernel or (self.is_everywhere and self.cached is not None):
             problems.append(f"{name} is {self.sharding_type} with kernel {self.compute_kernel!r}")
         if self.is_everywhere and [shard.rank for shard in self.shards] != [0]:
             problems.append(f"{name} is on every rank, but not as one whole table")
@@ -175,7 +162,9 @@ class TowerPlan:
     tables: tuple[TablePlacement, ...]
     """All tables, in the model's order."""
     bytes_per_rank: tuple[NonNegativeInt, ...]
-    """Tables and row-wise Adagrad state on each of the W ranks, in bytes."""
+    """Tables and their optimizer's state on each of the W ranks, in bytes."""
+    optimizer: TableOptimizer = "rowwise_adagrad"
+    """The tables' optimizer that memory is counted for."""
     lookups_per_rank: tuple[Amount, ...]
     """Ids that each rank looks up per sample of the global batch; each rank of a row-wise table
     gets an equal part of them, each rank of a column-wise one gets all."""
@@ -300,7 +289,7 @@ class TowerPlan:
         return {
             "schema_version": SCHEMA_VERSION,
             "cluster": value["cluster"],
-            "optimizer": OPTIMIZER,
+            "optimizer": self.optimizer,
             "tower_hosts": value["tower_hosts"],
             "tower_order": list(self.tower_order),
             "tables": value["tables"],
@@ -326,7 +315,6 @@ class _PlanFile(TowerPlan):
     """The content of `plan.json`: a plan, and what follows from it."""
 
     schema_version: int
-    optimizer: Literal["rowwise_adagrad"]
     stated_order: Annotated[tuple[int, ...], Field(alias="tower_order")]
     stated_bytes: Annotated[tuple[int, ...], Field(alias="bytes_per_host")]
 

@@ -20,7 +20,7 @@ from dmt_convert.documents import (
     TowerLoadRecord,
 )
 from dmt_convert.model import ELEMENT_BYTES, describe_modules
-from dmt_convert.placement import advise_replication, describe_replication
+from dmt_convert.placement import advise_replication, describe_cached, describe_replication
 from dmt_convert.placement.predict import count_work
 from dmt_convert.report.figures import tower_colours, tower_loads
 from dmt_convert.report.frontier_view import FrontierView
@@ -550,6 +550,7 @@ class ReportView:
         """Describe the cluster, by term."""
         cluster, fullest = self.plan.cluster, max(self.plan.bytes_per_rank)
         held, advice = describe_replication(self.plan), advise_replication(self.spec, cluster)
+        moved = describe_cached(self.plan)
         return {
             "Cluster": f"{plural(cluster.hosts, 'host')} × "
             f"{plural(cluster.ranks_per_host, 'rank')} = {plural(cluster.world_size, 'rank')}",
@@ -560,6 +561,7 @@ class ReportView:
             "Links of a rank": f"{show_number(cluster.intra_gbps)} Gbit/s inside the host, "
             f"{show_number(cluster.inter_gbps)} Gbit/s to other hosts",
             **({"Tables on every rank": held or advice or ""} if held or advice else {}),
+            **({"Tables in host memory": moved} if moved else {}),
         }
 
     @property

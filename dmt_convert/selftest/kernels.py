@@ -91,7 +91,7 @@ def make_fused(tables: list[Tensor], kind: TableOptimizerKind, device: str) -> A
         [(len(table), table.shape[1], place, compute) for table in tables],
         pooling_mode=PoolingMode.SUM,
         device=torch.device(device, 0) if cuda else torch.device(device),
-        **fused_parameters(kind, lr=_LR, device_type=device),
+        **fused_parameters(kind, lr=_LR),
     )
     for mine, table in zip(fused.split_embedding_weights(), tables, strict=True):
         mine.data.copy_(table)

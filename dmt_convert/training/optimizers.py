@@ -17,6 +17,7 @@ from dmt_convert.bundle import find_damage, read_rows
 from dmt_convert.checkpoint import TensorInfo, stream_tensor
 from dmt_convert.config import TrainingConfig
 from dmt_convert.errors import BundleError
+from dmt_convert.placement import STATE_PER_ELEMENT, STATE_PER_ROW, optimizer_in_plan
 from dmt_convert.training.tables import TableGroup, TableStore
 
 logger = logging.getLogger(__name__)
@@ -240,10 +241,8 @@ def state_bytes(config: TrainingConfig, rows: int, elements: int) -> int:
         rows: Rows of all tables.
         elements: Elements of all tables.
     """
-    per_row = {"rowwise-adagrad": 4, "adagrad": 0, "sgd": 0, "adam": 0}
-    per_element = {"rowwise-adagrad": 0, "adagrad": 4, "sgd": 0, "adam": 8}
-    kind = config.table_optimizer
-    return rows * per_row[kind] + elements * per_element[kind]
+    kind = optimizer_in_plan(config.table_optimizer)
+    return rows * STATE_PER_ROW[kind] + elements * STATE_PER_ELEMENT[kind]
 
 
 def load_sums(info: TensorInfo, target: Tensor) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dmt_convert.bundle import Bundle, open_bundle
+from dmt_convert.cluster import sharding
 from dmt_convert.cluster.ranks import RankLayout
-from dmt_convert.cluster.sharding import choose_plan
+from dmt_convert.cluster.sharding import check_memory, choose_plan
 from dmt_convert.errors import PlanError
-from dmt_convert.placement import plan_towers
+from dmt_convert.placement import plan_towers, training_bytes
 from dmt_convert.placement.cluster import Cluster
 
 
@@ -72,3 +74,58 @@ def test_a_plan_that_was_asked_for_and_does_not_fit_is_refused(bundle: Bundle) -
 def test_towers_that_cannot_be_placed_are_refused(bundle: Bundle) -> None:
     with pytest.raises(PlanError, match="2 towers on 3 hosts"):
         choose_plan(bundle, layout(3, 1), None)
+
+
+class Alone:
+    """Ranks of which each says the same as this one."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def on_all(self, work: Any) -> list[Any]:
+        return [work() for _ in range(self._size)]
+
+
+def check(bundle: Bundle, kind: Any, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = choose_plan(bundle, layout(1, 2), None)
+    monkeypatch.setattr(sharding, "free_memory", lambda layout: free)
+    check_memory(bundle, plan, kind, layout(1, 2), Alone(2))  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of free memory, and with the state of the optimizer that is asked for."""
+    model = bundle.manifest.model
+    plan = choose_plan(bundle, layout(1, 2), None)
+    sgd, adagrad = (max(training_bytes(plan, model, kind)) for kind in ("sgd", "adagrad"))
+    assert adagrad == 2 * sgd
+    check(bundle, "sgd", sgd, monkeypatch)
+    check(bundle, "adagrad", adagrad, monkeypatch)
+    with pytest.raises(PlanError, match="float32 tables and the state of adagrad") as no:
+        check(bundle, "adagrad", adagrad - 1, monkeypatch)
+    assert "nothing was allocated" in no.value.expected and "rank 0: " in no.value.details[0]
+
+
+def test_ranks_that_would_place_towers_differently_are_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Alone, "on_all", lambda self, work: [("a plan", 10**9), ("another plan", 10**9)]
+    )
+    with pytest.raises(PlanError, match="place the towers differently"):
+        check(bundle, "sgd", 10**9, monkeypatch)
+
+
+def test_the_memory_of_gpus_and_the_optimizer_decide_on_the_plan(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle's plan is of 80 GiB; a small GPU cannot hold its largest table whole."""
+    small = max(bundle.plan.bytes_per_rank)  # a part of it is kept for all but tables
+    monkeypatch.setattr(sharding, "_device_memory", lambda layout: small)
+    plan = choose_plan(bundle, layout(2, 8), None)
+    assert plan != bundle.plan and plan.cluster.hbm_bytes == small
+    monkeypatch.setattr(sharding, "_device_memory", lambda layout: 2 * small)
+    assert choose_plan(bundle, layout(2, 8), None, "adagrad").optimizer == "adagrad"
+    monkeypatch.setattr(sharding, "_device_memory", lambda layout: 10**9)
+    assert choose_plan(bundle, layout(2, 8), None) == bundle.plan

@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_said(tune, tmp_path, wide) -> None:
         ("3x1", {}, "2 towers on 3 hosts"),
         ("1x2", {"bundle": tmp_path / "no"}, "does not exist"),
         ("1x2", {"bundle": damaged}, "dmt.json"),
-        ("1x2", {"options": ("--table-optimizer", "adam")}, "adam on CPU ranks"),
+        ("1x2", {"options": ("--table-optimizer", "adam")}, "adam over ranks"),
         ("1x2", {"options": ("--dense-lr", 1e30, "--table-lr", 1e30)}, "diverged"),
     ):
         more = options.pop("options", ())

@@ -111,7 +111,7 @@ def test_tables_on_every_rank_need_room() -> None:
         plan_model(spec_with(2), replace(CLUSTER, hbm_bytes=1_500))
     # 1,400 bytes on every rank leave too little for 14,400 bytes of towers on two ranks
     with pytest.raises(PlanError, match="for tables on every rank"):
-        plan_model(spec_with(2), replace(CLUSTER, hbm_bytes=9_000))
+        plan_model(spec_with(2), replace(CLUSTER, hbm_bytes=9_000), host_memory=False)
 
 
 def test_the_prediction_counts_gradients_and_saved_exchanges() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dmt_convert.errors import PlanError
-from dmt_convert.placement import Cluster, Shard, TowerPlan, check_plan, plan_towers
+from dmt_convert.placement import Cluster, TowerPlan, check_plan, plan_towers
+from dmt_convert.placement.table_memory import shard_bytes
 from dmt_convert.spec import ModelSpec, TowerAssignment
 from support.specs import spec_of_towers
 
@@ -176,7 +177,7 @@ def test_all_problems_of_a_file_are_listed_at_once(plan: TowerPlan) -> None:
     assert error.value.details == (
         "cluster.hosts is -1, not greater than 0",
         "tower_hosts is missing",
-        "tables[0].compute_kernel is \"uvm\", not 'fused' or 'dense'",
+        "tables[0].compute_kernel is \"uvm\", not 'fused', 'fused_uvm_caching' or 'dense'",
         'tables[1].shards[0].rank is "0", not a valid integer',
         "tables[2].sharding_type is \"row_wise\", not 'table_row_wise', 'table_column_wise' or "
         "'data_parallel'",
@@ -227,6 +228,6 @@ def paths(value: object, prefix: tuple[Any, ...] = ()) -> Any:
 
 
 def test_shard_bytes_count_a_state_per_row_of_every_shard() -> None:
-    shard = Shard(rank=0, row_offset=0, col_offset=0, rows=10, cols=32)
-    assert shard.nbytes(4) == 10 * 32 * 4 + 10 * 4
-    assert shard.nbytes(2) == 10 * 32 * 2 + 10 * 4
+    assert shard_bytes(10, 32) == 10 * 32 * 4 + 10 * 4
+    assert shard_bytes(10, 32, element_bytes=2) == 10 * 32 * 2 + 10 * 4
+    assert shard_bytes(0, 32, cached=0.5) == 0

@@ -451,7 +451,7 @@ def _try_towers(
         if model is None:
             continue
         if plan is None:  # widths differ by one factor for all towers, so the plan is the same
-            plan = plan_model(model, machine.network.cluster)
+            plan = plan_model(model, machine.network.cluster, host_memory=False)
         dtype = machine.comm_dtype
         load = planned_load(model, plan, ids_per_bag, comm_dtype=dtype, even_ranks=True)
         yield model.compression, step_time(load, machine).total
