@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dmt_convert.cluster import launcher, requirements
+from dmt_convert.cluster import agent, launcher, requirements
 from dmt_convert.cluster.demands import Demand, Demands
 from dmt_convert.cluster.launcher import (
     LaunchConfig,
@@ -86,6 +86,23 @@ def test_what_cannot_be_bound_is_refused(
     assert bindings(LaunchConfig()) == []
     with pytest.raises(ConfigError, match=told):
         bindings(LaunchConfig(numa_binding="node"))
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_ranks_are_bound_only_if_torch_can_use_the_gpus(
+    usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise torchrun would fail before a rank can say why it cannot."""
+    run, api = map(import_module, ("torch.distributed.run", "torch.distributed.launcher.api"))
+    ran: list[str | None] = []
+    monkeypatch.setenv("DMT_TRACEBACK", "1")
+    monkeypatch.setattr(agent, "die_with_parent", lambda number: None)
+    monkeypatch.setattr(agent.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(api, "LocalElasticAgent", api.LocalElasticAgent)  # undone afterwards
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    monkeypatch.setattr(run, "run", lambda options: ran.append(options.numa_binding))
+    assert agent.main(["--nnodes=2", "--numa-binding=node", "x.py"]) == 0
+    assert ran == ["node" if usable else None]
 
 
 def test_torchrun_is_given_what_it_knows() -> None:

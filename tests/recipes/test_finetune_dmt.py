@@ -82,6 +82,7 @@ def tune(scene: Path, tmp_path: Path) -> Callable[..., int]:
 def test_a_line_per_evaluation(tune, tmp_path, capsys) -> None:
     assert tune("--epochs", 3, "--eval-every", 6, "--table-lr", 0.1, "--patience", 50) == 0
     printed = capsys.readouterr()
+    assert printed.out.startswith("one process on CPU; ")
     lines = printed.out.splitlines()
     steps = [int(line.split()[1].rstrip(":")) for line in lines if line.startswith("step ")]
     assert steps == [0, 6, 12, 18, 24, 30, 36]
