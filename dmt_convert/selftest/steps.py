@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from dmt_convert.errors import DmtError
+from dmt_convert.placement.predict import GPUS
 from dmt_convert.selftest.process import Context
 from dmt_convert.selftest.report import Outcome
 from dmt_convert.selftest.training import BATCH, BUNDLE, STEP_COSTS
@@ -114,15 +115,16 @@ def _predict(context: Context) -> float:
     import dmt_convert as dmt
 
     name = torch.cuda.get_device_name().lower()
-    known = [preset for preset in ("v100", "a100", "h100", "h200", "b200") if preset in name]
+    known = [gpu.name for gpu in GPUS if gpu.name in name]
     if not known:
         raise DmtError(f"no preset for {name}")
     hosts = 2 if context.nproc > 1 and context.nproc % 2 == 0 else 1
     report = dmt.predict(
         context.folder / BUNDLE,
+        predict=True,
         hosts=hosts,
         ranks_per_host=context.nproc // hosts,
-        gpu=known[0],
+        gpu=max(known, key=len),  # gb200 contains b200
         batch=BATCH // context.nproc,
     )
     if report.placed is None:

@@ -1,6 +1,7 @@
 """The self-test on CPUs, and that its checks can fail."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import dmt_convert as dmt
 from dmt_convert.cluster import Floats, Scaled
-from dmt_convert.selftest import kernels, training, wire
+from dmt_convert.selftest import kernels, steps, training, wire
+from dmt_convert.selftest.model import write_flat
 from dmt_convert.selftest.process import Context
 from dmt_convert.selftest.steps import StepMeter
+from support.shortcuts import sample_few, skip_report
 
 
 @pytest.mark.slow
@@ -90,6 +94,27 @@ def test_a_training_that_ends_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch
     assert compare(Path(), "ranks", "alone", 1e-3, "").status == "ok"
     for other, limit in (("alone", training.LIMIT), ("alone", 0.0), ("lost", 1.0)):
         assert compare(Path(), "ranks", other, limit, "").status == "differs"
+
+
+@pytest.mark.slow
+def test_a_step_is_told_beside_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_flat(tmp_path / "flat.pt")
+    sample_few(monkeypatch)
+    skip_report(monkeypatch)
+    dmt.convert(tmp_path / "flat.pt", tmp_path / "bundle", towers=2, tower_module="passthrough")
+    costs = {"seconds": [0.002, 0.003, 0.1], "syncs": {"cluster/exchange.py:7": 1.2, "x.py:1": 0.2}}
+    (tmp_path / "steps.json").write_text(json.dumps(costs))
+    context = Context(folder=tmp_path, quick=True, nproc=8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GB200")
+    assert re.match(
+        r"3\.0 ms for 256 rows over 8 ranks; predicted \d+\.\d ms", steps.check_step(context).line
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla K80")
+    assert "not predicted (no preset for tesla k80)" in steps.check_step(context).line
+    line = steps.check_syncs(context).line
+    assert line == "1.4 per step: 1.2 at cluster/exchange.py:7, 0.2 at x.py:1"
 
 
 def test_steps_are_timed_after_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
