@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import dmt_convert as dmt
 from dmt_convert.cluster import Floats, Scaled
-from dmt_convert.selftest import kernels, steps, training, wire
+from dmt_convert.selftest import exchange, kernels, steps, training, wire
 from dmt_convert.selftest.model import write_flat
 from dmt_convert.selftest.process import Context
 from dmt_convert.selftest.steps import StepMeter
@@ -94,6 +95,25 @@ def test_a_training_that_ends_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch
     assert compare(Path(), "ranks", "alone", 1e-3, "").status == "ok"
     for other, limit in (("alone", training.LIMIT), ("alone", 0.0), ("lost", 1.0)):
         assert compare(Path(), "ranks", other, limit, "").status == "differs"
+
+
+def test_an_exchange_of_other_numbers_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a group of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert exchange._wrong(torch.device("cpu"), None) == []
+        right = dist.all_to_all_single
+        for name, broken in (
+            ("all_to_all_single", lambda got, sent, *s, **g: right(got, sent + 1, *s, **g)),
+            ("all_reduce", lambda total, **g: total.add_(1)),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(dist, name, broken)
+                assert exchange._wrong(torch.device("cpu"), None) != []
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
