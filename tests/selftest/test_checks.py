@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_found(broken: str | None, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(
             kernels,
             "fused_parameters",
-            lambda kind, lr, device_type: right(kind, lr=lr * 1.001, device_type=device_type),
+            lambda kind, lr: right(kind, lr=lr * 1.001),
         )
     elif broken == "weights":
         look_up = kernels._look_up
