@@ -21,14 +21,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # These import torch when a name is first used: options are checked before, which saves seconds.
 from dmt_convert import bundle as bundles
@@ -163,19 +165,34 @@ def train(
         begin = time.perf_counter()
         progress.step += 1
         loss = take_step(trainer, config.lr_factor(progress.step, schedule.total_steps))
-        progress.note_loss(loss, trainer.own_absurd_weights)  # raises if training diverged
+        losses = trainer.read_losses(
+            (progress.step, loss), at_once=schedule.measures(progress.step)
+        )
+        note_losses(trainer, losses, progress, monitor)
         progress.seconds += time.perf_counter() - begin
-        monitor.on_step(progress.step, loss)
 
         is_best = schedule.measures(progress.step) and evaluate(trainer, progress, monitor)
         demand = checkpoints.demand()  # by the clock, or by a signal; the same on all ranks
         if is_best or demand or schedule.saves(progress.step):
+            note_losses(trainer, trainer.read_losses(at_once=True), progress, monitor)
             checkpoints.save(trainer, progress)
         if demand is cluster.Demand.STOP and progress.step < schedule.total_steps:
             checkpoints.stop(progress)
 
 
-def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> float:
+def note_losses(
+    trainer: cluster.ClusterTrainer,
+    losses: list[tuple[int, float]],
+    progress: training.Progress,
+    monitor: training.Monitor,
+) -> None:
+    """Take losses of steps; raises if training diverged, so that nothing of it is saved."""
+    for step, loss in losses:
+        progress.note_loss(loss, trainer.own_absurd_weights, step)
+        monitor.on_step(step, loss)
+
+
+def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> torch.Tensor:
     """Take one step on the next batch.
 
     Args:
@@ -183,7 +200,8 @@ def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> float:
         lr_factor: What learning rates are multiplied by: warm-up and decay.
 
     Returns:
-        This rank's loss before the step. If it is not finite, no weight was changed.
+        This rank's loss before the step, on its device. If it is not finite, no weight was changed
+        on a CPU; on a GPU, which is not waited for, training ends when the loss is read.
     """
     batch = trainer.next_batch()
     trainer.dense.zero_grad()
@@ -192,11 +210,10 @@ def take_step(trainer: cluster.ClusterTrainer, lr_factor: float) -> float:
     trainer.send_next_ids()  # they travel while this batch is computed
     loss = trainer.loss(trainer.model(batch.inputs), batch)
     trainer.advance_next_ids()
-    value = float(loss.detach())
-    if math.isfinite(value):
+    if trainer.may_move(loss):
         loss.backward()  # type: ignore[no-untyped-call]
         trainer.dense.step(lr_factor)
-    return value
+    return loss.detach()
 
 
 def evaluate(

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import (
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+)
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -26,6 +29,7 @@ from dmt_convert.cluster.sharded_towers import ShardedTowers, TowersSharder
 from dmt_convert.cluster.tower_head import TowerHead, anchor
 from dmt_convert.cluster.transport import Transport
 from dmt_convert.cluster.wire import choose_formats
+from dmt_convert.config import DenseCommDtype
 from dmt_convert.model import DmtModel, DmtSpec, Head
 from dmt_convert.placement import TowerPlan, to_sharding_plan
 from dmt_convert.spec import CommDtype
@@ -202,6 +206,7 @@ def shard_model(
     transport: Transport,
     fused_params: dict[str, Any],
     comm_dtype: CommDtype | None = None,
+    dense_comm_dtype: DenseCommDtype = "fp32",
     weighted: bool = False,
 ) -> ShardedModel:
     """Spread a model over the ranks of its plan; all ranks at once.
@@ -213,6 +218,7 @@ def shard_model(
         fused_params: The tables' optimizer, from `fused_parameters`.
         comm_dtype: Precision between hosts of what has no code; None: fp32, and that of their code
             for gradients.
+        dense_comm_dtype: Precision in which gradients are averaged of what every rank has.
         weighted: Whether ids come with weights.
 
     Returns:
@@ -242,6 +248,9 @@ def shard_model(
         ),
         device=on,
         plan=ShardingPlan(plan={TOWERS: sharding.plan[TOWERS]}),
+        data_parallel_wrapper=DefaultDataParallelWrapper(
+            allreduce_comm_precision=None if dense_comm_dtype == "fp32" else dense_comm_dtype
+        ),
         sharders=[TowersSharder(fused_params, formats=formats, transport=transport)],
     )
     core = parallel.module

@@ -128,8 +128,11 @@ class ShardedTowers(stock.ShardedEmbeddingTowerCollection):  # type: ignore[misc
         Returns:
             An awaitable of all towers' outputs, shape (B, sum of O).
         """
-        if self._ahead and self._ahead[0][0] is features:
-            arriving = self._ahead.popleft()[1]
+        # a batch that is measured comes before one that is sent ahead for training
+        started = [i for i, (sent, _) in enumerate(self._ahead) if sent is features]
+        if started:
+            arriving = self._ahead[started[0]][1]
+            del self._ahead[started[0]]
         else:
             arriving = self._route.start(features)
         # shape (P * B, own O)

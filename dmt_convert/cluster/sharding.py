@@ -22,7 +22,7 @@ from dmt_convert.cluster.optimizers import check_tables_optimizer, fused_paramet
 from dmt_convert.cluster.ranks import RankLayout, Ranks
 from dmt_convert.cluster.transport import Transport
 from dmt_convert.config import TableOptimizerKind, TrainingConfig
-from dmt_convert.errors import PlanError
+from dmt_convert.errors import ConfigError, PlanError
 from dmt_convert.free_memory import available_bytes
 from dmt_convert.placement import (
     TowerPlan,
@@ -195,14 +195,32 @@ def shard_bundle(
         ConfigError: Ranks have no such optimizer for tables.
     """
     check_tables_optimizer(config.table_optimizer)
+    set_precisions(config, layout)
     return shard_model(
         open_bundle_model(bundle).train(),
         plan,
         transport=Transport(layout.device, layout.backend),
         fused_params=fused_parameters(config.table_optimizer, lr=config.table_lr),
         comm_dtype=config.comm_dtype,
+        dense_comm_dtype=config.dense_comm_dtype,
         weighted=weighted or carries_weights(bundle.manifest.model.flat),
     )
+
+
+def set_precisions(config: TrainingConfig, layout: RankLayout) -> None:
+    """Let float32 products be computed as asked for: on GPUs, unless it is said, in TF32.
+
+    Raises:
+        ConfigError: Gradients are to be averaged in a precision that gloo does not have.
+    """
+    if config.dense_comm_dtype == "bf16" and layout.backend == "gloo":
+        raise ConfigError(
+            "dense gradients averaged in bf16 over gloo",
+            expected="--dense-comm-dtype fp32: torch averages in bf16 over NCCL alone",
+            hint="leave --dense-comm-dtype out on CPUs",
+        )
+    if config.matmul_precision is not None or layout.device_type == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision or "high")
 
 
 def load_shards(

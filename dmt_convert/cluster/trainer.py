@@ -6,8 +6,10 @@ Letters: B rows of one rank, G rows of a global batch, W ranks.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -35,6 +37,8 @@ from dmt_convert.metrics import Accuracy, measure_accuracy
 from dmt_convert.spec import ModelSpec
 from dmt_convert.training import Progress, Teacher, loss_blocks, name_absurd, training_shares
 
+READ_EVERY: Final = 50
+"""Steps whose losses are read from a GPU together."""
 _EVALUATION_ROWS: Final = 4096
 """Rows of one rank that are measured at once."""
 
@@ -82,6 +86,7 @@ class ClusterTrainer:
         self.dense = ClusterDenseOptimizer(model, config, self.tables.replicated)
         self._shares: Iterator[Share] = iter(())
         self._next: RankBatch | None = None
+        self._unread: list[tuple[int, Tensor]] = []
         self._left = 0
 
     def start_at(self, step: int, total: int) -> None:
@@ -109,7 +114,32 @@ class ClusterTrainer:
         """Return the next batch; its ids may be on their way already."""
         batch, self._next = self._next or self._load_taught(next(self._shares)), None
         self._left -= 1
+        self.model.transport.take(batch.inputs.dense, batch.inputs.labels)
         return batch
+
+    def may_move(self, loss: Tensor) -> bool:
+        """Whether weights may be moved by a loss; on a GPU it is looked at later.
+
+        There, a loss that is not finite ends training when it is read: before anything is saved.
+        """
+        return self.model.transport.is_asynchronous or math.isfinite(float(loss.detach()))
+
+    def read_losses(
+        self, new: tuple[int, Tensor] | None = None, *, at_once: bool
+    ) -> list[tuple[int, float]]:
+        """Return steps and their losses, this rank's; on a GPU many together, for it is waited for.
+
+        Args:
+            new: A step that was taken, and its loss.
+            at_once: Whether all are needed now: before a measurement or a checkpoint.
+        """
+        self._unread += [new] if new is not None else []
+        waits = self.model.transport.is_asynchronous and not at_once
+        if not self._unread or (waits and len(self._unread) < READ_EVERY):
+            return []
+        steps, losses = zip(*self._unread, strict=True)
+        self._unread.clear()
+        return list(zip(steps, torch.stack(losses).tolist(), strict=True))
 
     def send_next_ids(self) -> None:
         """Start to send the ids of the batch after this one, unless prefetching is off."""
@@ -132,9 +162,9 @@ class ClusterTrainer:
         return self._load(share)
 
     def _load(self, share: Share) -> RankBatch:
-        inputs = to_jagged(
-            share.batch, self.spec, self.model.transport, weighted=self.model.weighted
-        )
+        transport = self.model.transport
+        with transport.ahead():
+            inputs = to_jagged(share.batch, self.spec, transport, weighted=self.model.weighted)
         return RankBatch(inputs=inputs, share=share)
 
     def loss(self, logits: Tensor, batch: RankBatch) -> Tensor:
@@ -194,14 +224,27 @@ class ClusterTrainer:
         self.model.parallel.eval()
         parts = []
         with torch.no_grad():
-            for share in self._valid_shares():
-                inputs = self._load(share).inputs
+            for share, inputs in self._ahead(self._valid_shares()):
                 assert inputs.labels is not None
                 blocks = torch.from_numpy(loss_blocks(share.rows)).to(self._device)
                 found = (self.model(inputs), inputs.labels, blocks)
                 parts.append(torch.stack([x[: share.counted].float() for x in found]))
         self.model.parallel.train()
         return self._measure_all(torch.cat(parts, dim=1))
+
+    def _ahead(self, shares: Iterator[Share]) -> Iterator[tuple[Share, JaggedBatch]]:
+        """Load shares; ids of each are sent while the one before is computed."""
+        loaded: deque[RankBatch] = deque()
+        for share in chain(shares, [None]):
+            if share is not None:
+                loaded.append(self._load(share))
+                if self.config.prefetch:
+                    self.model.towers.start_input(loaded[-1].inputs.sparse)
+                    self.model.towers.advance_input()
+            if len(loaded) == 2 or (share is None and loaded):
+                batch = loaded.popleft()
+                self.model.transport.take(batch.inputs.dense, batch.inputs.labels)
+                yield batch.share, batch.inputs
 
     def _valid_shares(self) -> Iterator[Share]:
         world_size = self.layout.world_size

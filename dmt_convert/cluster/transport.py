@@ -41,6 +41,12 @@ class Transfer:
 class Transport:
     """A rank's device, and its way to exchange tensors.
 
+    Attributes:
+        device: Where the model and what is exchanged lie.
+        is_collective: Whether an exchange is one collective.
+        is_asynchronous: Whether the device computes while this process goes on: reading a number
+            from it would wait.
+
     Args:
         device: Where the model and what is exchanged lie.
         backend: How ranks talk. gloo: a message per pair, both directions at once. nccl: one
@@ -50,6 +56,7 @@ class Transport:
     def __init__(self, device: torch.device | str, backend: str) -> None:
         self.device = torch.device(device)
         self.is_collective = backend != "gloo"
+        self.is_asynchronous = self.device != torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

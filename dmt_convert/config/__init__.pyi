@@ -37,6 +37,7 @@ from .training import TrainingConfig as TrainingConfig
 from .values import AFFINITY_KINDS as AFFINITY_KINDS
 from .values import STRATEGIES as STRATEGIES
 from .values import AffinityKind as AffinityKind
+from .values import DenseCommDtype as DenseCommDtype
 from .values import ExportFormat as ExportFormat
 from .values import InputForm as InputForm
 from .values import OutOfRange as OutOfRange

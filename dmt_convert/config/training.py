@@ -14,6 +14,7 @@ from dmt_convert.config.shared import BundleOptions
 from dmt_convert.config.values import (
     Backend,
     Decay,
+    DenseCommDtype,
     DenseOptimizerKind,
     Float,
     NumaBinding,
@@ -21,7 +22,7 @@ from dmt_convert.config.values import (
     TableOptimizerKind,
     TeacherValue,
 )
-from dmt_convert.spec import CommDtype
+from dmt_convert.spec import CommDtype, MatmulPrecision
 
 _TRAINING: Final = "Training"
 _RANKS: Final = "Over ranks"
@@ -101,6 +102,15 @@ class TrainingConfig(Config):
         "Precision between hosts of tower outputs without a code, and of all gradients.",
         panel=_RANKS,
         auto="fp32; gradients of coded towers as their code",
+    )
+    dense_comm_dtype: DenseCommDtype = setting(
+        "fp32", "Precision of dense gradients that ranks average.", panel=_RANKS
+    )
+    matmul_precision: MatmulPrecision | None = setting(
+        None,
+        "Precision of float32 matrix products: float32, TF32 (high) or bf16 (medium).",
+        panel=_RANKS,
+        auto="high on GPUs",
     )
     checkpoint_every: int | None = setting(
         None,

@@ -62,6 +62,7 @@ def arguments(folder: Path, out: str, *more: str, backend: str | None) -> list[s
         *("--bundle", str(folder / BUNDLE), "--data", str(folder / DATA)),
         *("--out", str(folder / out), "--max-steps", str(STEPS), "--batch-size", str(BATCH)),
         *("--eval-every", str(STEPS), "--teacher", "none", "--quiet"),
+        *("--matmul-precision", "highest"),  # the same products on CPUs and GPUs
         *("--table-lr", "0.05", "--dense-lr", "0.005"),  # large ones, so that differences show
         *([] if backend is None else ["--backend", backend]),
         *more,

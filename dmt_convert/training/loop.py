@@ -153,18 +153,19 @@ class Progress:
         """Mean of the losses since the evaluation before; None if there was no step."""
         return sum(self.losses) / len(self.losses) if self.losses else None
 
-    def note_loss(self, loss: float, causes: Causes = lambda: ()) -> None:
+    def note_loss(self, loss: float, causes: Causes = lambda: (), step: int | None = None) -> None:
         """Take the loss of a step.
 
         Args:
             loss: The loss.
             causes: Names weights that are absurd, if the loss is.
+            step: The step, if it is not the last one.
 
         Raises:
             ConfigError: It is not finite.
         """
         if not math.isfinite(loss):
-            raise _diverged("loss", loss, self.step, causes())
+            raise _diverged("loss", loss, self.step if step is None else step, causes())
         self.losses.append(loss)
 
     def note_accuracy(

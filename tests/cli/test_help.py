@@ -38,7 +38,8 @@ OPTIONS = {
     "--eval-every "
     "--patience --dense-lr --table-lr --table-optimizer --initial-accumulator --warmup-steps "
     "--lr-decay --clip-norm --seed --force --dry-run --json --quiet --dense-optimizer --plan "
-    "--backend --comm-dtype --checkpoints --checkpoint-every --keep-checkpoints "
+    "--backend --comm-dtype --dense-comm-dtype --matmul-precision "
+    "--checkpoints --checkpoint-every --keep-checkpoints "
     "--async-checkpoints --checkpoint-minutes --resume --no-prefetch --timeout --log --model "
     "--teacher --teacher-weight",
     "export": "--format --out --quantize --max-auc-loss --data --pooling-input --weighted "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from dmt_convert.bundle import Bundle, open_bundle
 from dmt_convert.cluster import sharding
 from dmt_convert.cluster.ranks import RankLayout
-from dmt_convert.cluster.sharding import check_memory, choose_plan
-from dmt_convert.errors import PlanError
+from dmt_convert.cluster.sharding import check_memory, choose_plan, set_precisions
+from dmt_convert.config import TrainingConfig
+from dmt_convert.errors import ConfigError, PlanError
 from dmt_convert.placement import plan_towers, training_bytes
 from dmt_convert.placement.cluster import Cluster
 
@@ -129,3 +131,17 @@ def test_the_memory_of_gpus_and_the_optimizer_decide_on_the_plan(
     assert choose_plan(bundle, layout(2, 8), None, "adagrad").optimizer == "adagrad"
     monkeypatch.setattr(sharding, "_device_memory", lambda layout: 10**9)
     assert choose_plan(bundle, layout(2, 8), None) == bundle.plan
+
+
+def test_precisions_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 on GPUs, unless it is said; nothing is changed on CPUs."""
+    asked: list[str] = []
+    monkeypatch.setattr(sharding.torch, "set_float32_matmul_precision", asked.append)
+    on_gpus = replace(layout(1, 2), backend="nccl")
+    set_precisions(TrainingConfig(), layout(1, 2))
+    assert not asked
+    set_precisions(TrainingConfig(dense_comm_dtype="bf16"), on_gpus)
+    set_precisions(TrainingConfig(matmul_precision="highest"), on_gpus)
+    assert asked == ["high", "highest"]
+    with pytest.raises(ConfigError, match="averaged in bf16 over gloo"):
+        set_precisions(TrainingConfig(dense_comm_dtype="bf16"), layout(1, 2))

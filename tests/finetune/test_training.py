@@ -396,3 +396,11 @@ def test_one_host_is_not_hosts() -> None:
     ]
     on_gpus = RankLayout(world_size=8, ranks_per_host=4, rank=0, local_rank=0, backend="nccl")
     assert str(on_gpus) == "2 hosts x 4 ranks on GPUs, nccl"
+
+
+def test_a_loss_that_is_read_later_names_its_step() -> None:
+    progress = Progress(step=60)
+    progress.note_loss(0.5, step=11)
+    with pytest.raises(ConfigError, match="nan at step 12"):
+        progress.note_loss(float("nan"), step=12)
+    assert progress.losses == [0.5]

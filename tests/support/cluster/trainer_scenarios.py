@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ def train_with_trainer(
     for step in range(case.steps):
         if step == restart_at:
             trainer.start_at(step, case.steps)
-        losses.append(take_step(trainer, 1.0))
+        losses.append(float(take_step(trainer, 1.0)))
         if measure_every and step % measure_every == 0:
             measured.append(trainer.measure().log_loss)
+            ahead = int(trainer._next is not None)
+            assert len(sharded.towers._ahead) == ahead, "ids of measured rows were taken up"
     trainer.finish()
     tables = _whole(case, sharded)
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tables.values())).hexdigest()
@@ -111,7 +114,11 @@ def train_on_gpu(
         losses = [take_step(trainer, 1.0) for _ in range(case.steps - 1)]
         steps = dict(gpu.waits)
         trainer.finish()
-        progress = Progress(losses=[float(loss) for loss in losses])
+        given = enumerate(losses, start=1)
+        early = [trainer.read_losses(new, at_once=False) for new in given]
+        read = [*chain(*early), *trainer.read_losses(at_once=True)]
+        assert [step for step, _ in read] == list(range(1, case.steps))
+        progress = Progress(losses=[loss for _, loss in read])
         trainer.average_losses(progress)
         measured = trainer.measure().log_loss
         held = sum(gpu.holds(p) for p in sharded.parallel.parameters())
@@ -140,7 +147,7 @@ def trainer_against_one_process(
         trainer.start_sums({})
         trainer.start_at(0, total)
         factors = [settings.lr_factor(step, total) for step in range(1, total + 1)]
-        mine = [take_step(trainer, factor) for factor in factors]
+        mine = [float(take_step(trainer, factor)) for factor in factors]
         trainer.finish()
     progress = Progress(losses=mine)
     trainer.average_losses(progress)
@@ -178,6 +185,7 @@ def _trainer(
         transport=make_transport(on_gpu=on_gpu),
         fused_params=fused_parameters(config.table_optimizer, lr=config.table_lr),
         comm_dtype=config.comm_dtype,
+        dense_comm_dtype=config.dense_comm_dtype,
     )
     with torch.no_grad():
         for name, top, left, part in table_shards(sharded):
