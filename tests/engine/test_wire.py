@@ -253,3 +253,19 @@ def test_gradients_over_two_hosts_are_near_to_those_in_fp32(
 @pytest.mark.slow
 def test_a_step_is_repeatable(outputs: list[dict[str, Any]]) -> None:
     assert [found["fp32"] for found in outputs] == [{"logits": 0, "moves": 0}] * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", COMM_DTYPES)
+def test_bytes_do_not_depend_on_the_device(dtype: str, device: str) -> None:
+    """fbgemm pads rows to multiples of four on GPUs alone; on meta, shapes are as there."""
+    for width in (1, 3, 4, 5, 6, 10, 18):
+        x = torch.zeros(3, width, device=device)
+        for backward in (False, True):
+            form = make_format(dtype, width, backward=backward)
+            assert form.pack(x).shape == (3, form.nbytes)
+            assert form.unpack(form.pack(x)).shape == (3, width)
+            assert Wire([form]).encode(x)[0].shape == (Wire([form]).message_bytes(3),)
+        levels = make_levels(torch.rand(4, width), int4=width // 2)
+        levels.code.to(device)
+        assert levels.pack(x).shape == (3, levels.nbytes)
