@@ -169,6 +169,7 @@ def _describe(plan: TowerPlan) -> dict[str, Any]:
     return {
         "order": plan.tower_order,
         "hosts_per_tower": plan.hosts_per_tower,
+        "cached": [t.table for t in plan.tables if t.cached is not None],
         "cuts": sorted({f"{t.sharding_type} {len(t.shards)}" for t in plan.tables}),
     }
 
