@@ -29,12 +29,17 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
         2,
         {"towers": PLAIN, "modules": LINEAR, "ids": "single", "everywhere": [1]},
     ),
+    "2x2, int8": (2, 2, {"towers": PLAIN, "modules": LINEAR, "comm_dtype": "int8"}),
     "2x2, all cuts, means": (2, 2, {**CUT, "pooling": "mean"}),
     "1x3, all cuts, weights, hardly any ids": (1, 3, {**CUT, "weights": True, "ids": "rare"}),
     "3x1, vectors per tower, bf16": (
         3,
         1,
-        {"towers": PLAIN, "modules": [{"kind": "dlrm", "c": 0, "p": 1, "dim": 6}]},
+        {
+            "towers": PLAIN,
+            "modules": [{"kind": "dlrm", "c": 0, "p": 1, "dim": 6}],
+            "comm_dtype": "bf16",
+        },
     ),
 }
 

@@ -321,7 +321,7 @@ def diverge(**options: Any) -> dict[str, Any]:
         return {"lost": float(sharded(jagged).isnan().float().mean())}
 
 
-def send_ahead(pattern: str, **options: Any) -> dict[str, Any]:
+def send_ahead(pattern: str, comm_dtype: str | None = None, **options: Any) -> dict[str, Any]:
     """Train with ids sent ahead as `pattern` says; return losses and a digest of the tables.
 
     none: not at all. next: those of the step that comes, in both parts. started: without the
@@ -330,7 +330,7 @@ def send_ahead(pattern: str, **options: Any) -> dict[str, Any]:
     is seen only where they are sent anew; unsent: the same without having been sent.
     """
     case = Case.from_json(options)
-    sharded, _ = shard_case(case)
+    sharded, _ = shard_case(case, comm_dtype=comm_dtype)
     spec, towers = case.spec(), sharded.towers
     batches = [
         to_jagged(case.own_batch(step), spec, sharded.transport, weighted=sharded.weighted)
