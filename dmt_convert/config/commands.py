@@ -316,8 +316,8 @@ class PlanConfig(BundleOptions):
         panel=_PREDICTION,
     )
     matmul_precision: MatmulPrecision = setting(
-        "highest",
-        "Precision of float32 matrix products: float32, TF32 (high) or bf16 (medium).",
+        "high",
+        "Precision of float32 matrix products: float32 (highest), TF32 or bf16 (medium).",
         panel=_PREDICTION,
     )
     batch: int | None = setting(
@@ -345,7 +345,7 @@ class PlanConfig(BundleOptions):
         idle = [option_name(name) for name in asked if getattr(self, name)]
         if self.hosts_per_pod > 1:
             idle.append(option_name("hosts_per_pod"))
-        if self.matmul_precision != "highest":
+        if self.matmul_precision != "high":
             idle.append(option_name("matmul_precision"))
         if idle and not (self.predict or self.predict_scaling):
             raise ValueError(f"{', '.join(idle)} without a prediction: add --predict")

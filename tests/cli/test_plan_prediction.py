@@ -43,7 +43,7 @@ def test_a_prediction_is_one_more_key(compressed: Path, call_dmt: Call) -> None:
     assert found["modelled"] is True
     assert (found["batch"], found["comm_dtype"], found["ids_per_bag"]) == (1024, "fp32", 1.0)
     assert [row["variant"] for row in found["rows"]] == ["flat", "flat2d", "sptt", "dmt"]
-    assert found["matmul_precision"] == "highest"
+    assert found["matmul_precision"] == "high"
     assert all(set(row) - {"copies"} == ROW for row in found["rows"])
     choice = {"towers", "compression", "step_ms", "speedup"}
     assert set(found["suggestion"]) == choice | {"beats_flat"}

@@ -64,7 +64,7 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (PlanConfig, {"hosts": 2, "ranks_per_host": 1, "batch": 8}, "--batch without a prediction"),
     (
         PlanConfig,
-        {"hosts": 2, "ranks_per_host": 1, "hosts_per_pod": 2, "matmul_precision": "high"},
+        {"hosts": 2, "ranks_per_host": 1, "hosts_per_pod": 2, "matmul_precision": "highest"},
         "--hosts-per-pod, --matmul-precision without a prediction",
     ),
     (PlanConfig, {"hosts": 2, "ranks_per_host": 1, "plot": "a.svg"}, "--predict-scaling"),

@@ -41,8 +41,8 @@ class Gpu:
     peaks: Mapping[MatmulPrecision, float] = field(hash=False)
     """Peak of dense float32 matrix products by the precision that torch gives them, in FLOP/s and
     without sparsity. Hardware without TF32 or bf16 computes them in float32."""
-    matmul_precision: MatmulPrecision = "highest"
-    """The one that training uses: torch's default, float32."""
+    matmul_precision: MatmulPrecision = "high"
+    """The one that training uses: TF32, unless it is told otherwise."""
     hbm_bytes: int
     """Memory, in bytes."""
     hbm_bytes_per_s: float
