@@ -1,0 +1,5 @@
+"""The dense part of a live module, captured as a graph of known operators."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
