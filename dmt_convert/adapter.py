@@ -30,6 +30,7 @@ __all__ = [
     "Adapter",
     "Feature",
     "LoadedAdapter",
+    "LoadedBuilder",
     "build_user_network",
     "find_adapter",
     "load_adapter",
@@ -82,20 +83,13 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LoadedAdapter:
-    """An adapter, and the file that it came from."""
+class LoadedFile:
+    """A user's file that has been run."""
 
-    adapter: Adapter
-    """What the file says."""
     path: Path
     """The file."""
     sha256: str
     """Hex digest of its bytes."""
-
-    @property
-    def network(self) -> NetworkSpec:
-        """The network, as a spec names it."""
-        return NetworkSpec(name=USER, file=self.path.name, sha256=self.sha256)
 
     @contextmanager
     def blame(self, what: str) -> Iterator[None]:
@@ -115,17 +109,43 @@ class LoadedAdapter:
             raise _failed(self.path, what, error) from error
 
 
-_loaded: dict[str, LoadedAdapter] = {}
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedAdapter(LoadedFile):
+    """An adapter, and the file that it came from."""
+
+    adapter: Adapter
+    """What the file says."""
+
+    @property
+    def network(self) -> NetworkSpec:
+        """The network, as a spec names it."""
+        return NetworkSpec(name=USER, file=self.path.name, sha256=self.sha256)
 
 
-def load_adapter(path: Path) -> LoadedAdapter:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedBuilder(LoadedFile):
+    """A file that builds the whole model, which is then captured."""
+
+    build: Callable[[], nn.Module]
+    """Returns the model; its weights are then loaded from the checkpoint."""
+    example: Callable[[], object]
+    """Returns what the model is called with, for a few rows."""
+
+
+_loaded: dict[str, LoadedAdapter | LoadedBuilder] = {}
+
+
+def load_adapter(path: Path) -> LoadedAdapter | LoadedBuilder:
     """Run a user's file, and keep its adapter: bundles of its models can be opened from then on.
 
     Args:
         path: The file. Its folder can be imported from.
 
+    Returns:
+        The adapter; or the builder, if the file defines `build()` and sets no `ADAPTER`.
+
     Raises:
-        ConfigError: It cannot be read, fails, or sets no `ADAPTER`.
+        ConfigError: It cannot be read, fails, or has neither.
     """
     try:
         content = path.read_bytes()
@@ -134,7 +154,7 @@ def load_adapter(path: Path) -> LoadedAdapter:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
             f"--model {path} cannot be read ({reason})",
-            expected="a Python file that sets ADAPTER",
+            expected="a Python file that sets ADAPTER, or defines build() and example()",
             hint=_HINT,
         ) from None
     digest = hashlib.sha256(content).hexdigest()
@@ -145,16 +165,36 @@ def load_adapter(path: Path) -> LoadedAdapter:
     except (Exception, SystemExit) as error:
         raise _failed(path, "it", error) from error
     adapter = getattr(module, "ADAPTER", None)
+    if adapter is None and callable(getattr(module, "build", None)):
+        _loaded[digest] = _read_builder(path, digest, module)
+        return _loaded[digest]
     if not isinstance(adapter, Adapter):
         raise ConfigError(
             f"{path} sets "
             + ("no ADAPTER" if adapter is None else f"ADAPTER to a {type(adapter).__name__}"),
-            expected="ADAPTER = dmt_convert.adapter.Adapter(...)",
+            expected="ADAPTER = dmt_convert.adapter.Adapter(...), or functions build() and "
+            "example()",
             hint=_HINT,
         )
     _check(path, adapter)
     _loaded[digest] = LoadedAdapter(adapter=adapter, path=path, sha256=digest)
     return _loaded[digest]
+
+
+def _read_builder(path: Path, digest: str, module: ModuleType) -> LoadedBuilder:
+    """Return the functions of a file that builds the model.
+
+    Raises:
+        ConfigError: It has no `example()`.
+    """
+    example = getattr(module, "example", None)
+    if not callable(example):
+        raise ConfigError(
+            f"{path} defines build(), but no function example()",
+            expected="example() that returns what the model is called with, for a few rows",
+            hint="docs/capture.md has a complete example",
+        )
+    return LoadedBuilder(path=path, sha256=digest, build=module.build, example=example)
 
 
 def find_adapter(spec: NetworkSpec) -> LoadedAdapter:
@@ -163,8 +203,8 @@ def find_adapter(spec: NetworkSpec) -> LoadedAdapter:
     Raises:
         ConfigError: Its file was not given, or is another one.
     """
-    if spec.sha256 in _loaded:
-        return _loaded[spec.sha256]
+    if isinstance(found := _loaded.get(spec.sha256), LoadedAdapter):
+        return found
     given = ", ".join(f"{known.path} (sha256 {known.sha256[:12]})" for known in _loaded.values())
     wanted = f"{spec.file} (sha256 {spec.sha256[:12]})"
     if given:

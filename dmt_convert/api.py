@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from dmt_convert.adapter import load_adapter
 from dmt_convert.bundle import Bundle, is_bundle
@@ -37,11 +37,13 @@ from dmt_convert.errors import UsageError
 from dmt_convert.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dmt_convert.conversion import Preview
     from dmt_convert.conversion.partition import Partition
     from dmt_convert.data import DataReport
     from dmt_convert.documents import Frontier
-    from dmt_convert.families import FlatModelInfo
+    from dmt_convert.families import FlatModelInfo, LiveModel
     from dmt_convert.files import Unsharded
     from dmt_convert.placement import TowerPlan
     from dmt_convert.placement.predict import PredictionReport
@@ -51,23 +53,33 @@ if TYPE_CHECKING:
 
 AnyPath = str | os.PathLike[str]
 """A path, as every function takes it."""
+AnyModel = Union[AnyPath, "nn.Module"]
+"""A path, or a module in memory."""
 Kind = TypeVar("Kind", bound=Config)
 
 
 def inspect(
-    source: AnyPath, *, config: InspectConfig | None = None, **settings: Any
+    source: AnyModel,
+    *,
+    example: object = None,
+    config: InspectConfig | None = None,
+    **settings: Any,
 ) -> FlatModelInfo | Bundle | ExportManifest:
     """Say what a checkpoint, a bundle or an export is; reads headers only.
 
     Args:
-        source: A checkpoint file or folder, a bundle, or an export.
+        source: A checkpoint file or folder, a bundle, an export, or a module in memory.
+        example: What a module in memory is called with; see `convert`.
         config: Settings of `dmt inspect`.
         **settings: Settings that differ from `config`, or from the defaults.
     """
     from dmt_convert.conversion import describe_flat
     from dmt_convert.serving import is_export, read_export_manifest
 
-    path, config = Path(source), _settings(InspectConfig, config, settings)
+    opened, config = _source(source, example), _settings(InspectConfig, config, settings)
+    if not isinstance(opened, Path):
+        return describe_flat(opened, config)
+    path = opened
     if is_bundle(path):
         return _open_bundle(path)
     if is_export(path):
@@ -76,9 +88,10 @@ def inspect(
 
 
 def convert(
-    source: AnyPath,
+    source: AnyModel,
     out: AnyPath | None = None,
     *,
+    example: object = None,
     config: ConvertConfig | None = None,
     progress: Progress = no_progress,
     **settings: Any,
@@ -86,8 +99,11 @@ def convert(
     """Convert a flat checkpoint into a bundle of towers, put in place whole or not at all.
 
     Args:
-        source: A checkpoint file or folder.
+        source: A checkpoint file or folder; or a module in memory, with its weights, whose dense
+            part is captured (docs/capture.md).
         out: Folder of the bundle; by default `ckpt-dmt16` beside `ckpt.pt`.
+        example: What a module in memory is called with, for a few rows: a tuple of arguments, or a
+            dict of arguments by name.
         config: Settings of `dmt convert`.
         progress: Called as work goes on.
         **settings: Settings that differ from `config`, or from the defaults: `towers=16`,
@@ -96,19 +112,26 @@ def convert(
     from dmt_convert.conversion import convert_checkpoint
 
     config = _settings(ConvertConfig, config, settings | _given(out=out))
-    return convert_checkpoint(Path(source), config, progress)
+    return convert_checkpoint(_source(source, example), config, progress)
 
 
-def preview(source: AnyPath, *, config: ConvertConfig | None = None, **settings: Any) -> Preview:
+def preview(
+    source: AnyModel,
+    *,
+    example: object = None,
+    config: ConvertConfig | None = None,
+    **settings: Any,
+) -> Preview:
     """Say what `convert` would do with the same settings; reads headers, writes nothing."""
     from dmt_convert.conversion import preview_conversion
 
-    return preview_conversion(Path(source), _settings(ConvertConfig, config, settings))
+    return preview_conversion(_source(source, example), _settings(ConvertConfig, config, settings))
 
 
 def frontier(
-    source: AnyPath,
+    source: AnyModel,
     *,
+    example: object = None,
     plot: AnyPath | None = None,
     config: ConvertConfig | None = None,
     progress: Progress = no_progress,
@@ -117,7 +140,8 @@ def frontier(
     """Measure what fewer bytes between hosts cost, from exact to 128 times fewer; no bundle.
 
     Args:
-        source: A checkpoint file or folder.
+        source: A checkpoint file or folder, or a module in memory.
+        example: What a module in memory is called with; see `convert`.
         plot: Draw it into this .svg or .png file.
         config: Settings of `dmt convert`.
         progress: Called as work goes on.
@@ -131,7 +155,7 @@ def frontier(
     from dmt_convert.conversion import measure_checkpoint
 
     return measure_checkpoint(
-        Path(source),
+        _source(source, example),
         _settings(ConvertConfig, config, settings),
         plot=None if plot is None else Path(plot),
         progress=progress,
@@ -429,6 +453,27 @@ def check_machine(
     from dmt_convert.selftest import run_selftest
 
     return run_selftest(_settings(SelftestConfig, config, settings), on_result)
+
+
+def _source(source: AnyModel, example: object) -> Path | LiveModel:
+    """Return a path, or a module in memory with what it is called with.
+
+    Raises:
+        UsageError: An example is missing, or of no use.
+    """
+    if isinstance(source, str | os.PathLike):
+        if example is not None:
+            raise UsageError("an example beside a path", expected="one beside a module in memory")
+        return Path(source)
+    from dmt_convert.families import LiveModel
+
+    if example is None:
+        raise UsageError(
+            f"a {type(source).__name__} without an example",
+            expected="example=..., what it is called with, for a few rows",
+            hint="docs/capture.md has a complete example",
+        )
+    return LiveModel(module=source, example=example)
 
 
 def _settings(kind: type[Kind], config: Kind | None, changes: Mapping[str, Any]) -> Kind:

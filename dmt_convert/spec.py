@@ -73,16 +73,27 @@ class FeatureSpec:
     max_ids: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     """Most ids that a bag may hold: with more, the original model would give another vector. None:
     as many as there are."""
+    padding_id: int | None = field(default=None, metadata=OMITTED_IF_NONE)
+    """Id that stands for no id in the original model, which leaves it out: bags may not hold it."""
 
-    def check_lengths(self, offsets: IntArray) -> None:
-        """Refuse bags that are longer than allowed.
+    def check_bags(self, values: IntArray, offsets: IntArray) -> None:
+        """Refuse bags that are longer than allowed, or hold the id that stands for none.
 
         Args:
+            values: All ids.
             offsets: Where every row's ids begin, then the number of all ids, shape (B + 1,).
 
         Raises:
             DataError: There is such a bag.
         """
+        if self.padding_id is not None and (padded := values == self.padding_id).any():
+            row = int(offsets.searchsorted(int(padded.argmax()), side="right")) - 1
+            raise DataError(
+                f"feature {self.name!r}: row {row} of a batch holds the id {self.padding_id}",
+                expected="the ids of the row alone: that one is its padding in the original model, "
+                "which leaves it out of the bag",
+                hint="leave it out of the data; a row without ids has an empty bag",
+            )
         if self.max_ids is None or len(offsets) < 2:
             return
         lengths = offsets[1:] - offsets[:-1]
@@ -90,10 +101,10 @@ class FeatureSpec:
         if lengths[row] > self.max_ids:
             raise DataError(
                 f"feature {self.name!r}: row {row} of a batch has a bag of {int(lengths[row])} ids",
-                expected=f"at most {self.max_ids}: its table was a multiplied quotient-remainder "
-                "table, which multiplies pooled rows, so that longer bags cannot be converted",
-                hint="give one id per row, as the trainer's Criteo data do; a model that was "
-                "trained with longer bags cannot be converted",
+                expected=f"at most {self.max_ids}: with more, the original model would not pool "
+                "rows (it looks up one id, or multiplies rows of a quotient-remainder table)",
+                hint="give one id per row; a model that was trained with longer bags cannot be "
+                "converted",
             )
 
 

@@ -14,9 +14,10 @@ from dmt_convert.bundle.accumulators import (
 )
 from dmt_convert.bundle.manifest import Manifest, read_manifest
 from dmt_convert.bundle.weights import DENSE_FILE, tower_file
+from dmt_convert.capture import CAPTURED, read_graph
 from dmt_convert.checkpoint import TensorInfo, holding, read_safetensors
 from dmt_convert.documents import Quality, shorten
-from dmt_convert.errors import BundleError, CheckpointError, DmtError
+from dmt_convert.errors import ArchitectureError, BundleError, CheckpointError, DmtError
 from dmt_convert.files import (
     MANIFEST_NAME,
     digest_of,
@@ -177,6 +178,7 @@ def _open(path: Path, folder: FolderIdentity) -> Bundle:
         _read_headers(path, tower_file(t), manifest) for t in range(len(manifest.model.towers))
     )
     _check_tables(path, manifest, towers)
+    _check_captured(path, manifest.model, dense)
     _check_sizes(path, manifest.model, dense, towers)
     return Bundle(
         path=path,
@@ -222,6 +224,28 @@ def _check_tables(
             if info is None or info.shape != (table.rows, table.dim):
                 found = "missing" if info is None else f"of shape {list(info.shape)}"
                 raise _broken(folder, f"table {table.name!r} of tower {t} is {found}")
+
+
+def _check_captured(folder: Path, model: DmtSpec, dense: Mapping[str, TensorInfo]) -> None:
+    """Refuse a captured dense part that may not be run, or whose weights are others.
+
+    Raises:
+        BundleError: It is one.
+    """
+    network = model.flat.interaction.network
+    if network is None or network.name != CAPTURED:
+        return
+    own = "network."
+    stored = {name.removeprefix(own): i.shape for name, i in dense.items() if name.startswith(own)}
+    try:
+        read_graph(network.config, len(model.flat.features), stored)
+    except ArchitectureError as error:
+        raise BundleError(
+            f"the bundle {folder}: {error.found}",
+            expected=error.expected,
+            hint=_REMEDY,
+            details=error.details,
+        ) from None
 
 
 def _check_sizes(

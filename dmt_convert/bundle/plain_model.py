@@ -96,7 +96,7 @@ class PlainModel(nn.Module):
                 hint="every input holds the same rows, in the same order",
             )
         feature = next(f for f in self.dmt.spec.flat.features if f.name == name)
-        feature.check_lengths(bag.offsets)
+        feature.check_bags(bag.values, bag.offsets)
         last = self.dmt.spec.flat.table(feature.table).rows - 1
         if len(bag.values) and not 0 <= bag.values.min() <= bag.values.max() <= last:
             raise DataError(

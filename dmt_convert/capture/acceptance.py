@@ -20,7 +20,7 @@ from torch.func import functional_call
 from dmt_convert.capture.captured import Captured, DenseColumn, FeaturePlan
 from dmt_convert.capture.captured_network import CapturedNetwork
 from dmt_convert.capture.raw_inputs import Inputs
-from dmt_convert.capture.trace import pick_logit
+from dmt_convert.capture.tracing import pick_logit
 from dmt_convert.errors import ArchitectureError
 
 SIZES: Final = (64, 7, 1)
@@ -44,13 +44,16 @@ class Checked:
     """Batch sizes at which the live module itself fails."""
 
 
-def check_captured(module: nn.Module, inputs: Inputs, captured: Captured) -> Checked:
+def check_captured(
+    module: nn.Module, inputs: Inputs, captured: Captured, *, is_logit: bool = False
+) -> Checked:
     """Compare a captured graph with the module that it came from.
 
     Args:
         module: The module, in eval mode.
         inputs: What it is called with.
         captured: The graph.
+        is_logit: Whether outputs that look like probabilities are logits all the same.
 
     Raises:
         ArchitectureError: They differ, or rows of a batch depend on each other.
@@ -60,7 +63,8 @@ def check_captured(module: nn.Module, inputs: Inputs, captured: Captured) -> Che
     whole = draw_valid(inputs, captured, SIZES[0])
     with torch.no_grad():
         reference = _run(module, whole)
-    _check_range(reference, captured)
+    if not is_logit:
+        _check_range(reference, captured)
     largest, failing = 0.0, []
     sizes = list(SIZES)
     for size in sizes:
@@ -124,7 +128,9 @@ def dense_of(inputs: Inputs, dense: Sequence[DenseColumn]) -> Tensor:
     return torch.zeros(inputs.rows, 0, device=inputs.tensors[0].device)
 
 
-def pool(module: nn.Module | _Held, inputs: Inputs, features: Sequence[FeaturePlan]) -> list[Tensor]:
+def pool(
+    module: nn.Module | _Held, inputs: Inputs, features: Sequence[FeaturePlan]
+) -> list[Tensor]:
     """Return one vector per feature, (B, N_f), as a bundle pools them."""
     weights = dict(module.named_parameters(remove_duplicate=False))
     return [
@@ -180,7 +186,8 @@ def _check_range(outputs: Tensor, captured: Captured) -> None:
             f"all of {len(outputs)} outputs lie between 0 and 1, but the module does not end in a "
             "sigmoid: they look like probabilities",
             expected="logits, or a sigmoid as the last step",
-            hint="return the logit, or end in torch.sigmoid, which is left out and recorded",
+            hint="return the logit, or end in torch.sigmoid, which is left out and recorded; if "
+            "they are logits, say `final_sigmoid: false` in the model config",
         )
 
 
@@ -243,16 +250,20 @@ def _check_gradients(
     mine = _finished(functional_call(network, moved, (dense, pooled)), captured)
     _compare(mine, live, "the outputs at other weights")
     wanted = [*everything.values()]
-    theirs = torch.autograd.grad((live * scattered).sum(), wanted, allow_unused=True)
-    ours = torch.autograd.grad((mine * scattered).sum(), wanted, allow_unused=True)
-    scale = max(float(g.abs().max()) for g in theirs if g is not None)
+    theirs, ours = (_gradients((out * scattered).sum(), wanted) for out in (live, mine))
+    scale = max(float(gradient.abs().max()) for gradient in theirs)
     for name, a, b in zip(everything, theirs, ours, strict=True):
-        a, b = (torch.zeros(1) if g is None else g.to_dense().cpu() for g in (a, b))
         difference = float((a - b).abs().max())
         if not difference <= _GRADIENTS * scale + _FLOOR:
             raise _differs(
                 f"the gradients by {name} differ by {difference:.3g}, the largest is {scale:.3g}"
             )
+
+
+def _gradients(value: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients; zeros by what has no part in the value."""
+    found: Sequence[Any] = torch.autograd.grad(value, wanted, allow_unused=True)
+    return [torch.zeros(1) if g is None else g.to_dense().cpu() for g in found]
 
 
 class _Held:

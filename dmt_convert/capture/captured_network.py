@@ -118,7 +118,7 @@ def _last_uses(graph: CapturedGraph) -> list[list[str]]:
     needed = {graph.output}
     for node in reversed(graph.nodes):
         read = {name for kind, name in list_references(node) if kind == "node"} | {node.name}
-        spent.append([name for name in sorted(read - needed)])
+        spent.append(sorted(read - needed))
         needed |= read
     return spent[::-1]
 
@@ -181,5 +181,3 @@ def _misfit(what: str) -> ArchitectureError:
         expected="a graph that gives one logit per row",
         hint="use the version of dmt-convert that wrote the bundle, or convert the model again",
     )
-
-

@@ -16,26 +16,28 @@ from dmt_convert.capture.lookups import Call, Lookups, find_lookups, watched
 from dmt_convert.capture.raw_inputs import Inputs, read_example
 from dmt_convert.capture.rewrite import Rewriting
 from dmt_convert.capture.sources import Places
-from dmt_convert.capture.trace import explained, pick_logit, trace_module
+from dmt_convert.capture.tracing import explained, pick_logit, trace_module
 from dmt_convert.errors import ArchitectureError
 
 _TRACED_ROWS = 11
 _OTHER_ROWS = 5
 
 
-def capture_module(module: nn.Module, example: object) -> Captured:
+def capture_module(module: nn.Module, example: object, *, is_logit: bool = False) -> Captured:
     """Capture what a module computes behind its look-ups; the module stays as it is.
 
     Args:
         module: The module, with its trained weights.
         example: What it is called with: a tuple of arguments, a dict of arguments by name, or the
             only argument. A few rows will do; their ids must lie in the tables.
+        is_logit: Whether outputs that look like probabilities are logits all the same.
 
     Raises:
         ArchitectureError: It cannot be captured exactly; the error names the operator and the line.
         ConfigError: The example is not what a module can be called with.
     """
     inputs = read_example(module, example)
+    _check_types(module)
     lookups = find_lookups(module)
     with _as_served(module):
         with explained("the module cannot be run on the example"), torch.no_grad():
@@ -59,9 +61,24 @@ def capture_module(module: nn.Module, example: object) -> Captured:
             final_sigmoid=final_sigmoid,
             notes=(),
         )
-        checked = check_captured(module, inputs, captured)
+        checked = check_captured(module, inputs, captured, is_logit=is_logit)
     notes = _notes(calls, front, checked.largest, checked.failing)
     return replace(captured, notes=tuple(notes))
+
+
+def _check_types(module: nn.Module) -> None:
+    """Refuse a module that does not compute in float32, as a bundle does.
+
+    Raises:
+        ArchitectureError: It does not.
+    """
+    for name, value in module.named_parameters():
+        if value.dtype != torch.float32:
+            raise ArchitectureError(
+                f"the parameter {name} is of type {str(value.dtype).removeprefix('torch.')}",
+                expected="a module in float32, in which a bundle computes",
+                hint="module.float()",
+            )
 
 
 @contextmanager
@@ -134,4 +151,8 @@ def _notes(
         yield "padding rows", names, "looked up as they are; fine-tuning trains them like others"
     kept = [c.name for c, looked in zip(calls, front.calls, strict=True) if looked is None]
     if kept:
-        yield "look-ups without a batch", ", ".join(dict.fromkeys(kept)), "weights of the dense part"
+        yield (
+            "look-ups without a batch",
+            ", ".join(dict.fromkeys(kept)),
+            "weights of the dense part",
+        )

@@ -19,11 +19,16 @@ from dmt_convert.capture.captured import FeaturePlan, TablePart, TablePlan
 from dmt_convert.capture.lookups import Call
 from dmt_convert.capture.raw_inputs import Inputs
 from dmt_convert.capture.sources import Places
-from dmt_convert.capture.trace import Trace
+from dmt_convert.capture.tracing import Trace
 from dmt_convert.errors import ArchitectureError
 from dmt_convert.spec import Pooling
 
-_POOLINGS: Final[Mapping[str, Pooling]] = {"SUM": "sum", "MEAN": "mean", "sum": "sum", "mean": "mean"}
+_POOLINGS: Final[Mapping[str, Pooling]] = {
+    "SUM": "sum",
+    "MEAN": "mean",
+    "sum": "sum",
+    "mean": "mean",
+}
 
 
 class Key(NamedTuple):
@@ -253,9 +258,14 @@ def _group(uses: Sequence[Use], parts: Mapping[Use, TablePart]) -> list[_Group]:
             joined.parts |= group.parts
             joined.keys |= group.keys
         joined.parts[part] = joined.keys[use.key] = None
-        groups = [joined if group is met[0] else group for group in groups] if met else [
-            *groups, joined,
-        ]
+        groups = (
+            [joined if group is met[0] else group for group in groups]
+            if met
+            else [
+                *groups,
+                joined,
+            ]
+        )
         groups = [group for group in groups if group is joined or group not in met]
     for group in groups:
         rows = {part.weight: part.rows for part in group.parts}

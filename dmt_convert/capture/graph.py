@@ -189,13 +189,13 @@ def _references(
         case int() | float():
             if not math.isfinite(value) or (isinstance(value, int) and abs(value) > 1 << 63):
                 faults.append(f"{where} has a number {value}")
-        case {"node": str(name)} if len(value) == 1:
+        case {"node": str(name), **rest} if not rest:
             yield "node", name
-        case {"weight": str(name)} if len(value) == 1:
+        case {"weight": str(name), **rest} if not rest:
             yield "weight", name
-        case {"dtype": str(name)} if len(value) == 1 and name in DTYPES:
+        case {"dtype": str(name), **rest} if not rest and name in DTYPES:
             pass
-        case {"float": "inf" | "-inf" | "nan"} if len(value) == 1:
+        case {"float": "inf" | "-inf" | "nan", **rest} if not rest:
             pass
         case list() | tuple() if depth < _MAX_DEPTH:
             if len(value) > MAX_CONSTANT:

@@ -25,7 +25,9 @@ _UNREAD: Final = (
     "ManagedCollisionEmbeddingCollection",
     "SplitTableBatchedEmbeddingBagsCodegen",
 )
-_SUPPORTED: Final = "nn.Embedding, nn.EmbeddingBag (sum or mean) or TorchRec's EmbeddingBagCollection"
+_SUPPORTED: Final = (
+    "nn.Embedding, nn.EmbeddingBag (sum or mean) or TorchRec's EmbeddingBagCollection"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,12 +142,12 @@ def watched(
     lookups.calls, lookups.answers, lookups.inside = [], answers, False
     real = {kind: kind.forward for kind in lookups.kinds}
     for kind, forward in real.items():
-        kind.forward = _watching(lookups, forward)  # type: ignore[method-assign]
+        kind.forward = _watching(lookups, forward)
     try:
         yield lookups.calls
     finally:
         for kind, forward in real.items():
-            kind.forward = forward  # type: ignore[method-assign]
+            kind.forward = forward
 
 
 def _watching(lookups: Lookups, real: Callable[..., Any]) -> Callable[..., Any]:

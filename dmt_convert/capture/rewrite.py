@@ -16,7 +16,7 @@ from dmt_convert.capture.graph import DENSE, FEATURE, CapturedGraph, Node, Weigh
 from dmt_convert.capture.operators import DTYPES, LOOKS_UP, MAKES, MOVES, OPERATORS
 from dmt_convert.capture.raw_inputs import Inputs
 from dmt_convert.capture.sources import ROWS, Origin, Places, runs
-from dmt_convert.capture.trace import Trace, drop_unused, line_of, op_name
+from dmt_convert.capture.tracing import Trace, drop_unused, line_of, op_name
 from dmt_convert.errors import ArchitectureError
 
 _ATEN: Final = torch.ops.aten
@@ -25,11 +25,15 @@ _DROPPED: Final = ("device", "layout", "memory_format", "non_blocking", "pin_mem
 _FOLLOWED: Final = MOVES - {"aten.cat.default", "aten.expand.default", "aten.index_select.default"}
 """Operators that are followed from an input to the first one that computes."""
 _RESHAPES: Final = frozenset(
-    f"aten.{name}"
-    for name in (
-        "alias.default clone.default detach.default squeeze.dim squeeze.dims unsqueeze.default "
-        "view.default"
-    ).split()
+    {
+        "aten.alias.default",
+        "aten.clone.default",
+        "aten.detach.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.unsqueeze.default",
+        "aten.view.default",
+    }
 )
 
 
@@ -85,10 +89,12 @@ class Rewriting:
         return dense, sigmoid
 
     def _first_call(self) -> fx.Node:
-        return next(n for n in self.graph.nodes if n.op in ("call_function", "output"))
+        found: fx.Node = next(n for n in self.graph.nodes if n.op in ("call_function", "output"))
+        return found
 
     def _first_use(self, node: fx.Node) -> fx.Node:
-        return next(n for n in self.graph.nodes if n in node.users)
+        found: fx.Node = next(n for n in self.graph.nodes if n in node.users)
+        return found
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
@@ -116,7 +122,7 @@ class Rewriting:
             with self.graph.inserting_after(self._rows):
                 jagged = node.args[0] in self.trace.raw and self._is_jagged(node.args[0])
                 if node.args[1] not in (0, -node.args[0].meta["val"].ndim):
-                    node.replace_all_uses_with(size)  # type: ignore[arg-type]
+                    node.replace_all_uses_with(size)
                 elif jagged and size != ROWS:
                     count = (self._rows, size // ROWS)
                     node.replace_all_uses_with(self.graph.call_function(operator.mul, count))
@@ -149,7 +155,9 @@ class Rewriting:
             users = [user for user in node.users if user not in followed]
             if users:
                 read[node] = self._origin(node, users[0])
-        used = sorted({pair for o in read.values() for pair in zip(o.source, o.column, strict=True)})
+        used = sorted(
+            {pair for o in read.values() for pair in zip(o.source, o.column, strict=True)}
+        )
         place = {pair: i for i, pair in enumerate(used)}
         for node, origin in read.items():
             users = [user for user in node.users if user not in followed]
@@ -209,7 +217,9 @@ class Rewriting:
             return False
         if len(node.users) != 1:
             return False
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        node.replace_all_uses_with(before)
         return True
 
     def audit(self) -> None:
@@ -286,7 +296,7 @@ class Rewriting:
                     )
                 )
                 names[node] = {"node": node.name}
-        output = names[self._output.args[0]]  # type: ignore[index]
+        output = names[self._output.args[0]]
         return CapturedGraph(nodes=tuple(nodes), weights=weights, output=output.get("node", ""))
 
     def _weight(self, name: str) -> WeightSpec:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from dmt_convert.capture.operators import MOVES, NUMBERS
 from dmt_convert.capture.raw_inputs import Inputs
-from dmt_convert.capture.trace import Trace, line_of, op_name
+from dmt_convert.capture.tracing import Trace, line_of, op_name
 from dmt_convert.errors import ArchitectureError
 
 ROWS: Final = 3

@@ -22,6 +22,7 @@ from dmt_convert.checkpoint.derived_rows import (
     Combined,
     Dequantised,
     Filled,
+    InMemory,
     Projected,
     Reshaped,
     RowCodes,
@@ -32,7 +33,13 @@ from dmt_convert.checkpoint.derived_rows import (
     Transposed,
     Viewed,
 )
-from dmt_convert.checkpoint.flat_checkpoint import ITEM_BYTES, Derivation, Piece, TensorInfo
+from dmt_convert.checkpoint.flat_checkpoint import (
+    ITEM_BYTES,
+    ByteRows,
+    Derivation,
+    Piece,
+    TensorInfo,
+)
 
 
 def describe(
@@ -146,6 +153,19 @@ def concat_rows(*parts: TensorInfo) -> TensorInfo:
 def fill(name: str, shape: tuple[int, ...], value: float = 0.0) -> TensorInfo:
     """Describe a tensor that is the same number all over, such as a bias that a trainer omits."""
     return describe(shape, Filled(width=math.prod(shape[1:]), value=value), name=name)
+
+
+def in_memory(name: str, dtype: str, shape: tuple[int, ...], data: ByteRows) -> TensorInfo:
+    """Describe a tensor that lies in memory; it must not change as long as it is read.
+
+    Args:
+        name: What it is called.
+        dtype: Its dtype.
+        shape: Its shape.
+        data: Its bytes, row-major.
+    """
+    rows = data.reshape(shape[0] if shape else 1, -1)
+    return describe(shape, InMemory(rows=rows), dtype=dtype, name=name)
 
 
 def combine_rows(quotient: TensorInfo, remainder: TensorInfo, how: Combination) -> TensorInfo:

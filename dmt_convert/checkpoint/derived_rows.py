@@ -169,6 +169,24 @@ class Filled:
         return as_bytes(np.full((len(rows), self.width), self.value, dtype=np.float32))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InMemory:
+    """A tensor that lies in memory, such as one of a live module."""
+
+    rows: ByteRows
+    """Its bytes, shape (R, bytes per row)."""
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """None."""
+        return ()
+
+    def gather(self, rows: IntArray) -> ByteRows:
+        """Copy the rows."""
+        out: ByteRows = self.rows[rows]
+        return out
+
+
 def as_bytes(values: Float32Array) -> ByteRows:
     """Return the bytes of fp32 rows, shape (n, 4 N), from shape (n, N)."""
     out: ByteRows = np.ascontiguousarray(values, dtype="<f4").view(np.uint8)

@@ -47,7 +47,14 @@ from dmt_convert.conversion.sample import Sample, draw_sample, further_rows
 from dmt_convert.data import open_data
 from dmt_convert.documents import Frontier
 from dmt_convert.errors import BundleError, DataError, PlanError, UsageError
-from dmt_convert.families import FlatModelInfo, infer_model, read_model_options
+from dmt_convert.families import (
+    FlatModelInfo,
+    LiveModel,
+    ModelConfig,
+    infer_model,
+    open_live,
+    read_model_options,
+)
 from dmt_convert.files import (
     FIGURE_FILE,
     PARTITION_FILE,
@@ -75,12 +82,12 @@ _MAX_HOSTS_PER_TOWER: Final = 64
 
 
 def convert_checkpoint(
-    source: Path, config: ConvertConfig, progress: Progress = no_progress
+    source: Path | LiveModel, config: ConvertConfig, progress: Progress = no_progress
 ) -> Bundle:
     """Convert a flat checkpoint into a bundle, which is put in place whole or not at all.
 
     Args:
-        source: The checkpoint.
+        source: The checkpoint, or a module in memory.
         config: The settings.
         progress: Called as work goes on.
 
@@ -157,7 +164,7 @@ class Preview:
         return f"<Preview of {self.out}: {self.num_towers} towers, {self.table_bytes:,} bytes>"
 
 
-def preview_conversion(source: Path, config: ConvertConfig) -> Preview:
+def preview_conversion(source: Path | LiveModel, config: ConvertConfig) -> Preview:
     """Say what a conversion would do; reads headers only, writes nothing.
 
     Raises:
@@ -212,13 +219,23 @@ def _check_resources(flat: FlatModelInfo, config: ConvertConfig, out: Path) -> M
     return check_memory(flat, spec, config)
 
 
-def describe_flat(source: Path, options: ModelOptions) -> FlatModelInfo:
+def describe_flat(source: Path | LiveModel, options: ModelOptions) -> FlatModelInfo:
     """Open a flat checkpoint by its headers, with what the user says about the model.
+
+    Args:
+        source: The checkpoint, or a module in memory, which is captured.
+        options: What the user says.
 
     Raises:
         DmtError: It cannot be read, or is not a known model.
     """
-    return infer_model(open_checkpoint(source), read_model_options(options))
+    facts = read_model_options(options)
+    if isinstance(source, Path):
+        return infer_model(open_checkpoint(source), facts)
+    if options.model is not None:
+        raise UsageError("a module and a file that describes one (model)", expected="one of them")
+    facts = (facts or ModelConfig()).model_copy(update={"builder": source})
+    return infer_model(open_live(source.module), facts)
 
 
 def default_out(source: Path, num_towers: int | None) -> Path:
@@ -464,7 +481,7 @@ def _request_frontier(
 
 
 def measure_checkpoint(
-    source: Path,
+    source: Path | LiveModel,
     config: ConvertConfig,
     *,
     plot: Path | None = None,

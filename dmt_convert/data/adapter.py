@@ -188,7 +188,7 @@ def _check_ids(
         bags = []
         for feature, table, given in zip(spec.features, tables, batch.bags, strict=True):
             name, bag = feature.name, given
-            feature.check_lengths(bag.offsets)
+            feature.check_bags(bag.values, bag.offsets)
             # Read as unsigned, a negative id is a very large one: one comparison for both ends.
             if len(bag.values) and int(bag.values.view(np.uint64).max()) >= table.rows:
                 if not dataset.hash_ids:

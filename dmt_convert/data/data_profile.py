@@ -207,6 +207,8 @@ class _FeatureCounts:
 
     table: TableSpec
     max_ids: int | None
+    padding_id: int | None = None
+    padded: int = 0
     low: int | None = None
     high: int | None = None
     ids: int = 0
@@ -223,6 +225,8 @@ class _FeatureCounts:
         self.longest = max(self.longest, int(lengths.max(initial=0)))
         if not len(bag.values):
             return
+        if self.padding_id is not None:
+            self.padded += int((bag.values == self.padding_id).sum())
         low, high = int(bag.values.min()), int(bag.values.max())
         self.low = low if self.low is None else min(low, self.low)
         self.high = high if self.high is None else max(high, self.high)
@@ -268,7 +272,9 @@ class _Counts:
         self.rows = 0
         self._dataset, self._inputs = dataset, dataset.inputs
         tables = spec.tables_by_feature
-        self._features = {f.name: _FeatureCounts(tables[f.name], f.max_ids) for f in spec.features}
+        self._features = {
+            f.name: _FeatureCounts(tables[f.name], f.max_ids, f.padding_id) for f in spec.features
+        }
         width = 0 if self._inputs.dense == () else spec.num_dense
         self._low, self._high = np.full(width, np.inf), np.full(width, -np.inf)
         self._sum, self._finite = np.zeros(width), np.zeros(width, dtype=np.int64)
@@ -356,7 +362,14 @@ class _Counts:
                 yield DataError(
                     f"{self._dataset.path}: feature {name!r} has bags of up to {found.longest} ids",
                     expected=f"at most {found.max_ids}: longer ones cannot be converted exactly",
-                    hint="give one id per row, as the trainer's Criteo data do",
+                    hint="give one id per row",
+                )
+            if found.padded:
+                yield DataError(
+                    f"{self._dataset.path}: feature {name!r} holds the id {found.padding_id} "
+                    f"{found.padded} times",
+                    expected="bags without it: it is the original model's padding",
+                    hint="leave it out of the data; a row without ids has an empty bag",
                 )
             if found.outside:
                 column = self._inputs.features[name]

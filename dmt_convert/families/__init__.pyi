@@ -1,7 +1,9 @@
 # What other folders use, and what packages that add a family use.
+from .captured_model import open_live as open_live
 from .dlrm import DlrmFamily as DlrmFamily
 from .family import Family as Family
 from .model_config import FeatureConfig as FeatureConfig
+from .model_config import LiveModel as LiveModel
 from .model_config import ModelConfig as ModelConfig
 from .model_config import read_model_config as read_model_config
 from .model_info import Fact as Fact

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,12 +21,15 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from dmt_convert.adapter import LoadedAdapter
+from dmt_convert.adapter import LoadedAdapter, LoadedBuilder
 from dmt_convert.checkpoint import Combination
 from dmt_convert.config import load_yaml
 from dmt_convert.documents import MAX_YAML_BYTES, read_whole
 from dmt_convert.errors import ConfigError
 from dmt_convert.spec import PairOrder, Pooling
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXAMPLE: Final = """\
 # every key is optional
@@ -48,6 +52,7 @@ dense_features: [age, price]   # columns of the data, in the order of the dense 
 ignore: ["train_auroc.*"]      # metrics, counters, what stands outside the model's modules
 """
 _MAX_BYTES: Final = 16 << 20
+_NOT_KEYS: Final = ("adapter", "builder")
 
 
 def _read_name(value: object) -> object:
@@ -117,6 +122,16 @@ Features = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LiveModel:
+    """A module in memory, with its weights."""
+
+    module: nn.Module
+    """The module."""
+    example: object
+    """What it is called with, for a few rows."""
+
+
 class ModelConfig(_Settings):
     """The content of a `--model-config` file. None means that the user does not say."""
 
@@ -154,6 +169,8 @@ class ModelConfig(_Settings):
     """Glob patterns of tensors that do not belong to the model."""
     adapter: InstanceOf[LoadedAdapter] | None = Field(default=None, exclude=True)
     """The user's own description of the model (`--model`); not a key of the YAML file."""
+    builder: InstanceOf[LoadedBuilder | LiveModel] | None = Field(default=None, exclude=True)
+    """What makes the model itself, to be captured; not a key of the YAML file either."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -194,9 +211,11 @@ def parse_model_config(name: str, content: object) -> ModelConfig:
     """
     if not isinstance(content, dict):
         raise _wrong(name, [f"it holds {type(content).__name__}, not keys and values"])
-    faults = ["unknown key 'adapter'"] if "adapter" in content else []
+    faults = [f"unknown key {key!r}" for key in _NOT_KEYS if key in content]
     try:
-        config = ModelConfig.model_validate({k: v for k, v in content.items() if k != "adapter"})
+        config = ModelConfig.model_validate(
+            {k: v for k, v in content.items() if k not in _NOT_KEYS}
+        )
     except ValidationError as error:
         faults += [_show_fault(fault) for fault in error.errors(include_url=False)]
     if faults:
@@ -232,7 +251,7 @@ def _show_fault(fault: ErrorDetails) -> str:
 
 
 def _wrong(name: str, faults: list[str]) -> ConfigError:
-    keys = [key for key in ModelConfig.model_fields if key != "adapter"]
+    keys = [key for key in ModelConfig.model_fields if key not in _NOT_KEYS]
     return ConfigError(
         f"{name} is wrong",
         expected="the keys " + ", ".join(keys),

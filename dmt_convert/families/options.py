@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmt_convert.adapter import load_adapter
+from dmt_convert.adapter import LoadedBuilder, load_adapter
 from dmt_convert.config import BundleOptions, ModelOptions
 from dmt_convert.families.model_config import ModelConfig, parse_model_config, read_model_config
 
@@ -24,4 +24,5 @@ def read_model_options(options: ModelOptions | BundleOptions) -> ModelConfig | N
     if options.model is None:
         return config
     loaded = load_adapter(options.model)
-    return (config or ModelConfig()).model_copy(update={"adapter": loaded})
+    key = "builder" if isinstance(loaded, LoadedBuilder) else "adapter"
+    return (config or ModelConfig()).model_copy(update={key: loaded})

@@ -12,6 +12,7 @@ from dmt_convert.checkpoint import FlatCheckpoint, merge_dicts
 from dmt_convert.documents import InputRecord
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.averages import check_averages
+from dmt_convert.families.captured_model import describe_captured
 from dmt_convert.families.deepctr import DEEPCTR
 from dmt_convert.families.facebook import FACEBOOK_DLRM
 from dmt_convert.families.family import Family
@@ -66,7 +67,7 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
     try:
         return _infer(checkpoint, config)
     except ArchitectureError:
-        if config.container is None:
+        if config.container is None and config.builder is None:
             for merged in merge_dicts(checkpoint):
                 with contextlib.suppress(ArchitectureError):
                     return _infer(merged, config)
@@ -76,6 +77,8 @@ def infer_model(checkpoint: FlatCheckpoint, config: ModelConfig | None = None) -
 def _infer(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatModelInfo:
     """Understand a checkpoint whose model lies in one dict."""
     family: Family
+    if config.builder is not None:
+        return _name_dense(describe_captured(checkpoint, config), config.dense_features)
     if config.adapter is not None:
         user = user_family(config.adapter)
         family, place = user, user.find(checkpoint, config)

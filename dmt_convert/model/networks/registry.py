@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dmt_convert.adapter import USER, build_user_network
+from dmt_convert.capture import CAPTURED, CapturedNetwork
 from dmt_convert.errors import ConfigError
 from dmt_convert.model.networks.deep_cross import DeepCross
 from dmt_convert.model.networks.layer_graph import LayerGraph
@@ -24,6 +25,7 @@ Factory = Callable[[Mapping[str, Any], Sequence[int], int], nn.Module]
 """Builds a network of its config, the embedding dims N_f of the features, and D."""
 
 NETWORKS: Final[Mapping[str, Factory]] = {
+    CAPTURED: CapturedNetwork,
     "deep-cross": DeepCross,
     "dot-pairs": PairedDlrm,
     "layer-graph": LayerGraph,

@@ -6,7 +6,6 @@ Letters: B batch.
 from __future__ import annotations
 
 import logging
-import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -95,7 +94,10 @@ def trace_module(
         ArchitectureError: torch cannot trace it, it draws at random, or it writes to its buffers.
     """
     batch = Dim("batch", min=1, max=1 << 20)
-    dims = {"raw": [*_dims(inputs, batch)], "looked": [t if t is None else {0: batch} for t in looked]}
+    dims = {
+        "raw": [*_dims(inputs, batch)],
+        "looked": [t if t is None else {0: batch} for t in looked],
+    }
     behind = _Behind(module, inputs, lookups)
     with explained("torch cannot trace the module"), _quiet(), sdpa_kernel(SDPBackend.MATH):
         try:
@@ -175,7 +177,7 @@ def _take_apart(
         )
     _refuse_random(graph)
     outputs = next(node for node in graph.nodes if node.op == "output").args[0]
-    logit, *ids = outputs  # type: ignore[misc, union-attr]
+    logit, *ids = outputs
     names = set(signature.user_inputs)
     given = [n for n in graph.nodes if n.op == "placeholder" and n.name in names]
     places = {node.name: node for node in given}
@@ -189,7 +191,7 @@ def _take_apart(
         raw=tuple(order[:count]),
         looked=tuple(None if tensor is None else next(left) for tensor in looked),
         ids=tuple(ids),
-        logit=logit,  # type: ignore[arg-type]
+        logit=logit,
         weights=weights,
         values=values,
         is_parameter=is_parameter,
@@ -246,7 +248,7 @@ def op_name(node: fx.Node) -> str:
         )
     if isinstance(target, str):
         return target
-    return {operator.getitem: "getitem"}.get(target, getattr(target, "__name__", str(target)))  # type: ignore[call-overload, no-any-return]
+    return str(getattr(target, "__name__", target))
 
 
 def line_of(node: fx.Node) -> str:
