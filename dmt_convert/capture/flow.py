@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dmt_convert.capture.acceptance import check_captured
+from dmt_convert.capture.acceptance import check_captured, check_range
 from dmt_convert.capture.captured import Captured
 from dmt_convert.capture.front import Front, plan_front
 from dmt_convert.capture.lookups import Call, Lookups, find_lookups, watched
@@ -61,7 +61,9 @@ def capture_module(module: nn.Module, example: object, *, is_logit: bool = False
             final_sigmoid=final_sigmoid,
             notes=(),
         )
-        checked = check_captured(module, inputs, captured, is_logit=is_logit)
+        checked = check_captured(module, inputs, captured)
+        if not final_sigmoid and not is_logit and rewriting.may_be_probability():
+            check_range(checked.outputs)
     notes = _notes(calls, front, checked.largest, checked.failing)
     return replace(captured, notes=tuple(notes))
 

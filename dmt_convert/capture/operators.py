@@ -35,7 +35,7 @@ MOVES: Final = frozenset(
 )
 """Operators that only move elements: where each one comes from can be followed."""
 
-_ELEMENTWISE: Final = frozenset(
+ELEMENTWISE: Final = frozenset(
     _aten(
         "_to_copy.default abs.default acos.default add.Scalar add.Tensor asin.default "
         "atan.default atan2.default bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default "
@@ -80,12 +80,14 @@ _SHAPES: Final = frozenset(
 )
 NUMBERS: Final = frozenset({"size", "add", "sub", "mul", "floordiv", "mod"})
 """Sizes, and arithmetic with them."""
-OPERATORS: Final = MOVES | _ELEMENTWISE | _REDUCTIONS | _PRODUCTS | _SHAPES | NUMBERS
+OPERATORS: Final = MOVES | ELEMENTWISE | _REDUCTIONS | _PRODUCTS | _SHAPES | NUMBERS
 """All operators that a captured graph may have."""
 MAKES: Final = frozenset(
     {"aten.arange.start_step", "aten.full.default", "aten.scalar_tensor.default"}
 )
 """Operators that make a tensor of numbers alone, on the device on which the graph runs."""
+SQUASHES: Final = frozenset({"aten.sigmoid.default", "aten._softmax.default"})
+"""Operators that give probabilities."""
 LOOKS_UP: Final = frozenset(
     _aten(
         "_embedding_bag.default _embedding_bag_forward_only.default embedding.default "

@@ -13,7 +13,15 @@ from torch import fx
 from dmt_convert.capture.captured import DenseColumn
 from dmt_convert.capture.front import Front, column_name
 from dmt_convert.capture.graph import DENSE, FEATURE, CapturedGraph, Node, WeightSpec
-from dmt_convert.capture.operators import DTYPES, LOOKS_UP, MAKES, MOVES, OPERATORS
+from dmt_convert.capture.operators import (
+    DTYPES,
+    ELEMENTWISE,
+    LOOKS_UP,
+    MAKES,
+    MOVES,
+    OPERATORS,
+    SQUASHES,
+)
 from dmt_convert.capture.raw_inputs import Inputs
 from dmt_convert.capture.sources import ROWS, Origin, Places, runs
 from dmt_convert.capture.tracing import Trace, drop_unused, line_of, op_name
@@ -221,6 +229,21 @@ class Rewriting:
         assert isinstance(before, fx.Node)
         node.replace_all_uses_with(before)
         return True
+
+    def may_be_probability(self) -> bool:
+        """Tell whether a sigmoid or softmax is so near to the end that no layer follows it."""
+        left = [self._output.args[0]]
+        seen: set[object] = set()
+        while left:
+            node = left.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            op = op_name(node)
+            if op in SQUASHES:
+                return True
+            left += node.all_input_nodes if op in MOVES | ELEMENTWISE else []
+        return False
 
     def audit(self) -> None:
         """Refuse what would be silently wrong.

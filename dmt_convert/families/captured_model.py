@@ -186,7 +186,9 @@ def _describe(source: TrainerTensors, captured: Captured, origin: str) -> ModelS
     for name, info in source.tensors.items():
         if name not in used and info.path not in source.ignored:
             source.ignore(info, "no logit depends on it")
-    source.dense_names = tuple(column.name for column in captured.dense)
+    # columns of one input have its order; those of several have only the order that was met
+    if len({column.source for column in captured.dense}) > 1:
+        source.dense_names = tuple(column.name for column in captured.dense)
     _note_facts(source, captured, origin)
     sigmoid = source.config.final_sigmoid
     return network_model(
