@@ -56,7 +56,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
         "dense": torch.from_numpy(dense),
     }
     with torch.no_grad():
-        logits = module.eval()(batch).double().logit().float().numpy()
+        doubled = {**batch, "dense": batch["dense"].double()}
+        logits = module.eval().double()(doubled).logit().float().numpy()
     bags = {"user": bag([[i] for i in user]), "item": bag([[i] for i in item])}
     write_probe(folder / "probe.npz", dense, bags | {"last_items": bag(last)}, logits=logits)
     write_schema(folder, ["user", "item", "last_items"])
