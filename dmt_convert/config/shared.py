@@ -24,8 +24,8 @@ class ModelOptions(Config):
     )
     model: PathValue | None = setting(
         None,
-        "Python file that builds a model of your own (docs/capture.md), or describes its dense part "
-        "(docs/adapters.md). The file is run.",
+        "Python file that builds a model of your own (docs/capture.md), or describes its dense "
+        "part (docs/adapters.md). The file is run.",
         metavar="FILE.py",
         panel=_MODEL,
     )
