@@ -137,8 +137,9 @@ def test_graphs_for_pt2_are_traced_whole(bundle, tmp_path, monkeypatch):
     programs = {}
 
     def trace(job):
-        graph, weights = pt2.MappedGraphs(job).build("over_arch")
-        programs["over_arch"] = program = pt2.trace_graph(graph, "cpu")
+        builder = pt2.MappedGraphs(job)
+        graph, weights = builder.build("over_arch")
+        programs["over_arch"] = program = pt2.trace_graph(graph, "cpu", builder.fakes)
         assert {*program.state_dict, *program.constants} <= weights.keys()
         return job.parts
 
