@@ -19,6 +19,9 @@ RANKS, STEPS, KILLED_AT = 2, 12, 10
 OPTIONS = (
     "--batch-size", "64", "--eval-every", "4", "--checkpoint-every", "3", "--max-steps", str(STEPS),
     "--keep-checkpoints", "2",
+    # weights move enough to tell all steps apart, and the last state is the best one: if the best
+    # one is damaged, another takes its place, which is said
+    "--dense-lr", "0.0005", "--table-lr", "0.02",
 )  # fmt: skip
 
 

@@ -250,7 +250,11 @@ def run_checks(exported: ExportedModel, model: DmtModel, data: Path | None) -> C
     Raises:
         DataError: The data does not fit the model, or the form of the inputs.
     """
-    cases = list(_cases(exported, model, data))
+    yield from _run(exported, model, list(_cases(exported, model, data)))
+
+
+def _run(exported: ExportedModel, model: DmtModel, cases: Sequence[_Case]) -> Checks:
+    """Run all graphs on some rows."""
     once = set(exported.manifest.inputs.per_request)
     # one graph after the other, so that the weights of one at a time need to be on a GPU
     for t, tower in enumerate(model.spec.towers):
@@ -304,11 +308,7 @@ class _Case:
 def _cases(exported: ExportedModel, model: DmtModel, data: Path | None) -> Iterator[_Case]:
     inputs = exported.manifest.inputs
     spec = model.spec.flat
-
-    def equal(batch: Batch, what: str, truth: Batch | None = None) -> _Case:
-        towers, logits = _expected(model, batch if truth is None else truth)
-        return _Case(batch=batch, what=what, towers=towers, logits=logits)
-
+    equal = partial(_equal, model)
     for rows in ROW_COUNTS:
         yield equal(generate_batch(spec, inputs, rows, seed=rows), f"{rows} generated rows")
     if any(feature.form == "jagged" for feature in inputs.features):
@@ -328,6 +328,12 @@ def _cases(exported: ExportedModel, model: DmtModel, data: Path | None) -> Itera
         batches = dataset.batches(DATA_ROWS, max_rows=DATA_ROWS)
         for batch in adapt_batches(dataset, spec, batches):
             yield equal(batch, f"rows of {data.name}")
+
+
+def _equal(model: DmtModel, batch: Batch, what: str, truth: Batch | None = None) -> _Case:
+    """Return rows that graphs must answer as the model answers the truth, by default these rows."""
+    towers, logits = _expected(model, batch if truth is None else truth)
+    return _Case(batch=batch, what=what, towers=towers, logits=logits)
 
 
 def _run_cases(

@@ -14,7 +14,7 @@ from dmt_convert.bundle import Bundle, open_bundle_model
 from dmt_convert.data import Bag, Batch
 from dmt_convert.model import DmtModel
 from dmt_convert.serving import ExportedModel
-from dmt_convert.serving.checks import ATOL, MAX_RTOL, RTOL, _compare
+from dmt_convert.serving.checks import ATOL, MAX_RTOL, RTOL, _equal, _run
 from dmt_convert.serving.rounding import rounding_sizes
 from support.bundles import convert_quickly
 from support.checkpoints.flat import make_flat
@@ -67,7 +67,7 @@ def test_sums_that_cancel_are_allowed_their_rounding(
 ) -> None:
     model = open_bundle_model(cancelling)
     batch = long_bags(model)
-    checks = list(_compare(exported, model, batch, "long bags"))
+    checks = list(_run(exported, model, [_equal(model, batch, "long bags")]))
     assert all(check.passed for check in checks)
     whole = next(check for check in checks if check.part == "whole")
     largest = float(dict(model.stages(batch))["logit"].abs().max())
@@ -93,7 +93,7 @@ def test_a_fault_is_seen_where_sums_cancel(
         first.weight[14, [20, 21]] = first.weight[14, [21, 20]]
     else:
         first.weight[[14, 15]] = first.weight[[15, 14]]
-    checks = list(_compare(exported, model, batch, "long bags"))
+    checks = list(_run(exported, model, [_equal(model, batch, "long bags")]))
     failed = {check.part for check in checks if not check.passed}
     assert failed == {"joined", "whole"}
 
