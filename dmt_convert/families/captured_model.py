@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dmt_convert.adapter import LoadedBuilder
-from dmt_convert.capture import CAPTURED, Captured, capture_module
+from dmt_convert.capture import CAPTURED
 from dmt_convert.checkpoint import FlatCheckpoint, TensorInfo, derived, read_tensor
 from dmt_convert.errors import ArchitectureError, ConfigError
 from dmt_convert.families.averages import check_averages
@@ -22,6 +22,8 @@ from dmt_convert.spec import FeatureSpec, ModelSpec, NetworkSpec, network_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from dmt_convert.capture import Captured
 
 _log = logging.getLogger(__name__)
 _MAX_LISTED: Final = 20
@@ -53,6 +55,8 @@ def describe_captured(checkpoint: FlatCheckpoint, config: ModelConfig) -> FlatMo
         ArchitectureError: The checkpoint does not fit the model, or it cannot be captured.
         ConfigError: The file fails, or what the user says does not fit.
     """
+    from dmt_convert.capture import capture_module  # here, as it needs torch
+
     builder = config.builder
     assert builder is not None
     module, example, origin = _make(builder)
