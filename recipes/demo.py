@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(clicks.feature_names)} features in {len(clicks.groups)} planted groups: {data}")
     train_main(["--data", str(data), "--arch", options.arch, "--out", str(flat)])
 
-    print("\n# 2. Into towers: compressed by half, started in closed form, no data needed")
+    print("\n# 2. Into towers: a quarter of the bytes between hosts, no data needed")
     _run("convert", flat, "--towers", options.towers, "--out", bundle, "--force")
     print("\n# 3. The exact model in towers gives the flat model's logits")
     _run(
