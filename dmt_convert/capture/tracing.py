@@ -5,9 +5,7 @@ Letters: B batch.
 
 from __future__ import annotations
 
-import logging
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch.utils import _pytree as pytree
 from dmt_convert.capture.lookups import Lookups, watched
 from dmt_convert.capture.raw_inputs import Inputs
 from dmt_convert.errors import ArchitectureError
+from dmt_convert.torch_messages import hushed
 
 _PREFIX: Final = "module."
 """What precedes the names of weights in the exported program."""
@@ -99,7 +98,7 @@ def trace_module(
         "looked": [t if t is None else {0: batch} for t in looked],
     }
     behind = _Behind(module, inputs, lookups)
-    with explained("torch cannot trace the module"), _quiet(), sdpa_kernel(SDPBackend.MATH):
+    with explained("torch cannot trace the module"), hushed(), sdpa_kernel(SDPBackend.MATH):
         try:
             program = _export(behind, inputs, looked, dims, deferred=False)
         except Exception as error:  # torch gives no narrower class
@@ -289,19 +288,3 @@ def explained(what: str) -> Iterator[None]:
             expected="a forward() without branches on values, for any number of rows",
             hint="change this line, or describe the model by an ADAPTER (docs/adapters.md)",
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep from the terminal what torch's tracer says to its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch.export", "torch._export")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -11,8 +11,6 @@ Letters: B batch, M widths' sum of a tower, O output of a tower.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +37,7 @@ from dmt_convert.serving.graphs import (
     traced,
 )
 from dmt_convert.serving.onnx_graph import OPSET, GraphBuilder
+from dmt_convert.torch_messages import hushed
 
 _Shape = tuple[TowerModuleSpec, tuple[int, ...]]
 
@@ -255,7 +254,7 @@ def _export(parts: Sequence[_Part]) -> onnx.ModelProto:
         "cpu",
     )
     examples, dims = iter(flat), iter(free)
-    with torch.no_grad(), _hushed():
+    with torch.no_grad(), hushed():
         program = torch.export.export(
             _Program(parts),
             (
@@ -350,19 +349,3 @@ def _check_operators(model: onnx.ModelProto, what: str) -> None:
             expected=f"ai.onnx {OPSET}",
             hint="use plainer operators in forward(), or export to pt2",
         )
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep from the terminal what torch's exporter says to its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
